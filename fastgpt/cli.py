@@ -1,0 +1,193 @@
+"""The command line: a dataclass becomes flags, an error becomes one line and an exit code.
+
+`parse` reads presets, then `--config file.toml`, then flags, the later wins. `run` calls a main function and
+turns what it raises into exit codes: 0 done, 1 failed, 2 bad usage or input, 130 and 143 stopped by a signal.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import os
+import sys
+import tomllib
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from fastgpt import config as configuration
+from fastgpt.errors import UsageError
+
+Config = TypeVar("Config")
+TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """' (did you mean --x?)' for the known word that is most like `word`, or ''."""
+    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {match[0]}?" if match else ""
+
+
+def parse(
+    kind: type[Config],
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str,
+    description: str,
+    presets: Mapping[str, Config] | None = None,
+    start: Callable[[str | None, Mapping[str, Any]], Config] | None = None,
+) -> Config:
+    """Read a configuration of the given dataclass from flags and TOML files, and validate it.
+
+    Args:
+        kind: a frozen dataclass whose fields were made by `config.option`.
+        argv: the arguments, without the program's name; default `sys.argv[1:]`.
+        presets: named starting points, which add `--preset` and `--config`.
+        start: makes the starting point from the preset's name (None: none named) and what was given.
+
+    Raises:
+        UsageError: an unknown flag or key (the nearest is named) or a value outside its limits.
+    """
+    parser = _parser(kind, prog, description, presets)
+    given = vars(parser.parse_args(_normalize(sys.argv[1:] if argv is None else argv, kind, presets)))
+    file = given.pop("config", None)
+    given = (_read_toml(Path(file), kind) if file else {}) | given
+    preset = given.pop("preset", None)
+    if preset is not None and preset not in (presets or {}):
+        raise UsageError(
+            f"--preset {preset!r} is not one of {', '.join(presets or {})}{nearest(preset, presets or {})}"
+        )
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    base = start(preset, given) if start else kind()
+    result = dataclasses.replace(typing.cast(Any, base), **given)
+    configuration.validate(result)
+    return result
+
+
+def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
+    """Call `main(argv)` and return its exit code; an error that the user can mend is one line on stderr."""
+    try:
+        return main(argv)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output went away; keep the interpreter from complaining about it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def _flags(kind: type) -> dict[str, dataclasses.Field]:
+    """Every spelling of every flag, without the dashes."""
+    spelled = {}
+    for field in dataclasses.fields(kind):
+        for name in (field.name, *field.metadata["alias"]):
+            spelled[name] = field
+    return spelled
+
+
+def _parser(kind: type, prog: str, description: str, presets: Mapping[str, Any] | None) -> _Parser:
+    parser = _Parser(
+        prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
+    if presets is not None:
+        parser.add_argument("--preset", metavar="NAME", help=f"starting point: {', '.join(presets)}")
+        parser.add_argument("--config", metavar="FILE.toml", help="a TOML file of these flags")
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        hint, choices = hints[field.name], field.metadata["choices"]
+        help = field.metadata["help"].replace("%", "%%")
+        if choices:
+            help += f" ({', '.join(choices)})"
+        if field.default not in (None, (), ""):
+            help += f" [{field.default}]"
+        names = [f"--{name}" for name in (field.name, *field.metadata["alias"])]
+        convert = _converter(field.name, hint)
+        action = "append" if typing.get_origin(hint) is tuple else "store"
+        metavar = (choices and "NAME") or _base_type(hint).__name__.upper()
+        parser.add_argument(*names, dest=field.name, action=action, type=convert, metavar=metavar, help=help)
+    return parser
+
+
+def _base_type(hint: Any) -> type:
+    """int for `int | None`, str for `tuple[str, ...]`."""
+    if isinstance(hint, types.UnionType):
+        hint = next(t for t in typing.get_args(hint) if t is not type(None))
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else hint
+
+
+def _converter(name: str, hint: Any) -> Callable[[str], Any]:
+    kind, optional = _base_type(hint), type(None) in typing.get_args(hint)
+
+    def convert(text: str) -> Any:
+        if optional and text.lower() == "none":
+            return None
+        if kind is bool:
+            if text.lower() in TRUE + FALSE:
+                return text.lower() in TRUE
+            raise UsageError(f"--{name} {text!r} is neither true nor false; pass --{name} or --no-{name}")
+        try:
+            return kind(text)
+        except ValueError:
+            what = {int: "a whole number", float: "a number"}.get(kind, f"a {kind.__name__}")
+            raise UsageError(f"--{name} {text!r} is not {what}") from None
+
+    return convert
+
+
+def _normalize(argv: Sequence[str], kind: type, presets: Mapping[str, Any] | None) -> list[str]:
+    """Spell every flag as --its_name, switches as --name=true|false, and name the nearest of an unknown one."""
+    spelled, hints = _flags(kind), typing.get_type_hints(kind)
+    known = [*spelled, "help"] + (["preset", "config"] if presets is not None else [])
+    result, words = [], list(argv)
+    while words:
+        word = words.pop(0)
+        if word == "-h" or not word.startswith("--"):
+            if word != "-h":
+                raise UsageError(f"{word!r} is not a flag; every value follows a flag such as --{known[0]}")
+            result.append(word)
+            continue
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        switch = name in spelled and hints[spelled[name].name] is bool
+        if name.startswith("no_") and name[3:] in spelled and hints[spelled[name[3:]].name] is bool:
+            if equals:
+                raise UsageError(f"{word!r}: --no-{name[3:]} takes no value; pass --{name[3:]}={value}")
+            result.append(f"--{name[3:]}=false")
+        elif name not in known:
+            raise UsageError(f"unknown flag --{name}{nearest('--' + name, [f'--{k}' for k in known])}")
+        elif equals or name == "help":
+            result.append(f"--{name}={value}" if equals else "--help")
+        elif switch:
+            taken = bool(words) and words[0].lower() in TRUE + FALSE
+            result.append(f"--{name}={words.pop(0) if taken else 'true'}")
+        elif not words:
+            raise UsageError(f"--{name} needs a value")
+        elif words[0].startswith("--") and words[0][2:].partition("=")[0].replace("-", "_") in known:
+            raise UsageError(f"--{name} needs a value, and {words[0]} is the next flag; write --{name}=VALUE")
+        else:
+            result.append(f"--{name}={words.pop(0)}")
+    return result
+
+
+def _read_toml(path: Path, kind: type) -> dict[str, Any]:
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--config {path} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path} is not TOML: {error}") from None
+    spelled = _flags(kind)
+    for key in table:
+        if key not in spelled and key != "preset":
+            raise UsageError(f"--config {path}: unknown key {key!r}{nearest(key, spelled)}")
+    return {spelled[key].name if key in spelled else key: value for key, value in table.items()}

@@ -1,0 +1,251 @@
+"""Configuration: frozen dataclasses whose fields carry their own help and limits, and the presets.
+
+`ModelConfig` is what `GPT` reads, `TrainConfig` adds what a run needs and `GenerateConfig` is what generation
+takes. Field names are nanoGPT's. `fastgpt.cli` turns a field into a flag; `validate` checks every limit.
+"""
+
+import dataclasses
+import math
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any
+
+from fastgpt.errors import UsageError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+KERNELS = ("auto", "torch", "reference", "triton")
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    alias: tuple[str, ...] = (),
+) -> Any:
+    """A dataclass field with its help text and its limits (low <= value <= high, above < value < below)."""
+    limits = {"low": low, "high": high, "above": above, "below": below}
+    metadata = {"help": help, "choices": choices, "alias": alias}
+    return dataclasses.field(default=default, metadata=metadata | limits)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a GPT. The defaults are GPT-2's smallest size."""
+
+    vocab_size: int | None = option(
+        None, "tokens in the vocabulary; with --tokenizer bpe its size, otherwise the tokenizer's", low=1
+    )
+    block_size: int = option(1024, "longest context, in tokens", low=1)
+    n_layer: int = option(12, "transformer blocks", low=1)
+    n_head: int = option(12, "attention heads; must divide n_embd", low=1)
+    n_kv_head: int | None = option(
+        None, "key and value heads (grouped queries); must divide n_head; default n_head", low=1
+    )
+    n_embd: int = option(768, "width of the residual stream", low=1)
+    dropout: float = option(0.0, "dropout rate of embeddings, attention and residuals", low=0, below=1)
+    bias: bool = option(True, "biases in the linear layers and LayerNorms, as GPT-2 has them")
+    position: str = option(
+        "learned", "how positions enter", choices=("learned", "sinusoidal", "rotary", "none")
+    )
+
+    @property
+    def head_size(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_head or self.n_head
+
+    @property
+    def padded_vocab(self) -> int:
+        """vocab_size rounded up to a multiple of 128, the width of the embedding inside the model."""
+        if self.vocab_size is None:
+            raise UsageError("vocab_size is not set: take it from the tokenizer, or pass one")
+        return -(-self.vocab_size // 128) * 128
+
+    def model(self) -> "ModelConfig":
+        """The model's part of a larger configuration."""
+        return ModelConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(ModelConfig)})
+
+
+@dataclass(frozen=True)
+class TrainConfig(ModelConfig):
+    """A training run."""
+
+    # Input and output
+    out_dir: str = option("out", "folder of the run")
+    init_from: str = option("scratch", "start anew, or continue out_dir's run", choices=("scratch", "resume"))
+    overwrite: bool = option(False, "delete the run that out_dir holds and start anew")
+    dataset: str = option("pydocs", "pydocs, shakespeare, or a path: a text file, a folder of text, tokens")
+    corpus_file: str | None = option(None, "a local copy of tiny Shakespeare for --dataset shakespeare")
+    data_dir: str = option("data", "where prepared corpora are kept")
+    tokenizer: str = option(
+        "char",
+        "characters, UTF-8 bytes, GPT-2's, or a BPE trained here",
+        choices=("char", "byte", "gpt2", "bpe"),
+    )
+    gpt2_vocab: str | None = option(None, "folder with GPT-2's vocab.bpe and encoder.json")
+
+    # Length and batches
+    max_iters: int = option(600_000, "optimizer steps", low=1)
+    max_minutes: float | None = option(None, "stop, evaluate and save after this many minutes", above=0)
+    batch_size: int = option(12, "sequences in a micro-batch", low=1)
+    gradient_accumulation_steps: int = option(40, "micro-batches in a step", low=1)
+    seed: int = option(1337, "seed of the weights, the data order and dropout", low=0, high=2**63 - 1)
+
+    # Optimizer: AdamW
+    learning_rate: float = option(6e-4, "peak learning rate", above=0)
+    schedule: str = option(
+        "cosine", "shape of the learning rate", choices=("cosine", "linear", "constant", "wsd")
+    )
+    decay_lr: bool = option(True, "follow the schedule; off is the same as --schedule constant")
+    warmup_iters: int = option(2000, "steps of linear warm-up", low=0)
+    lr_decay_iters: int | None = option(None, "step at which min_lr is reached; default max_iters", low=1)
+    min_lr: float | None = option(None, "final learning rate; default learning_rate / 10", low=0)
+    weight_decay: float = option(0.1, "decay of the matrices, none on biases and gains", low=0)
+    beta1: float = option(0.9, "AdamW's first moment decay", low=0, below=1)
+    beta2: float = option(0.95, "AdamW's second moment decay", low=0, below=1)
+    grad_clip: float = option(1.0, "largest gradient norm; 0 clips nothing", low=0)
+
+    # Evaluation, logging, samples
+    eval_interval: int = option(2000, "steps between evaluations, each followed by a checkpoint", low=1)
+    eval_iters: int = option(200, "batches an evaluation, always the same; 0: the whole val split", low=0)
+    log_interval: int = option(10, "steps between log lines", low=1)
+    sample_interval: int = option(0, "steps between printed samples; 0: only at the end", low=0)
+
+    # Machine
+    device: str = option("auto", "auto, cpu, mps, cuda or cuda:N")
+    dtype: str = option("auto", "arithmetic; auto: bfloat16 where the chip has it", choices=DTYPES)
+    compile: bool = option(False, "compile the model with torch.compile")
+    kernels: str = option("auto", "the table's column: see fastgpt/dispatch.py", choices=KERNELS)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.gradient_accumulation_steps * self.batch_size * self.block_size
+
+    @property
+    def final_lr(self) -> float:
+        return self.learning_rate / 10 if self.min_lr is None else self.min_lr
+
+    @property
+    def decay_iters(self) -> int:
+        return self.max_iters if self.lr_decay_iters is None else self.lr_decay_iters
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Generation from a trained run."""
+
+    out_dir: str = option("out", "folder of the run")
+    checkpoint: str = option("best", "best, latest, or a step's folder name such as step-000500")
+    prompt: str = option("", "text to continue; FILE:path reads a file, - reads stdin", alias=("start",))
+    num_samples: int = option(1, "continuations to write", low=1)
+    max_new_tokens: int = option(500, "tokens in a continuation", low=0)
+    temperature: float = option(0.8, "0 takes the likeliest token; higher is more varied", low=0)
+    top_k: int | None = option(200, "sample among the k likeliest tokens; 0: all", low=0)
+    top_p: float | None = option(
+        None, "sample among the likeliest tokens that hold this share", above=0, high=1
+    )
+    min_p: float | None = option(None, "drop tokens below this share of the likeliest one's", low=0, high=1)
+    repetition_penalty: float = option(1.0, "above 1: divide the score of what has been said", above=0)
+    stop: tuple[str, ...] = option((), "end a continuation before this text; may be given several times")
+    seed: int = option(1337, "the same seed gives the same text", low=0, high=2**63 - 1)
+    cache: str = option(
+        "dense", "keys and values of earlier tokens: recomputed or kept", choices=("none", "dense")
+    )
+    device: str = option("auto", "auto, cpu, mps, cuda or cuda:N")
+    dtype: str = option(
+        "auto", "weights and arithmetic; auto: float32 on a CPU, else bfloat16", choices=DTYPES
+    )
+    kernels: str = option("auto", "the table's column: see fastgpt/dispatch.py", choices=KERNELS)
+
+
+def _preset(
+    L: int, H: int, C: int, block: int, batch: int, lr: float, iters: int, **rest: Any
+) -> TrainConfig:
+    sizes = {"n_layer": L, "n_head": H, "n_embd": C, "block_size": block, "batch_size": batch}
+    return TrainConfig(**sizes, learning_rate=lr, max_iters=iters, **rest)
+
+
+_SMALL = {"gradient_accumulation_steps": 1, "warmup_iters": 100, "eval_interval": 250, "eval_iters": 0}
+_GPT2 = {"vocab_size": 50257, "tokenizer": "gpt2"}
+
+PRESETS: dict[str, TrainConfig] = {
+    "mini": _preset(4, 4, 64, 128, 16, 1e-3, 1_000, beta2=0.99, sample_interval=500, **_SMALL),
+    "cpu": _preset(4, 4, 128, 64, 12, 1e-3, 2_000, beta2=0.99, sample_interval=500, **_SMALL),
+    "baby": _preset(6, 6, 384, 256, 64, 1e-3, 5_000, beta2=0.99, dropout=0.2, sample_interval=1000, **_SMALL),
+    "gpt2": _preset(12, 12, 768, 1024, 12, 6e-4, 600_000, **_GPT2),
+    "gpt2-medium": _preset(24, 16, 1024, 1024, 12, 3e-4, 600_000, **_GPT2),
+    "gpt2-large": _preset(36, 20, 1280, 1024, 12, 2.5e-4, 600_000, **_GPT2),
+    "gpt2-xl": _preset(48, 25, 1600, 1024, 12, 2e-4, 600_000, **_GPT2),
+}
+
+
+def validate(config: Any) -> None:
+    """Check each field's type, choices and limits, then what concerns several fields. Raises `UsageError`."""
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        _check_field(field, hints[field.name], getattr(config, field.name))
+    if isinstance(config, ModelConfig):
+        _check_heads(config)
+    if isinstance(config, TrainConfig):
+        _check_training(config)
+
+
+def _check_field(field: dataclasses.Field, hint: Any, value: Any) -> None:
+    flag, meta = f"--{field.name}", field.metadata
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in allowed:
+        return
+    accepted = tuple(typing.get_origin(t) or t for t in allowed)
+    number = isinstance(value, int) and not isinstance(value, bool)
+    fits = isinstance(value, accepted) and (not isinstance(value, bool) or bool in accepted)
+    if not fits and not (number and float in accepted):
+        wanted = next(t for t in accepted if t is not type(None)).__name__
+        raise UsageError(f"{flag} {value!r} is not of type {wanted}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"{flag} {value} is not a finite number")
+    if meta.get("choices") and value not in meta["choices"]:
+        raise UsageError(f"{flag} {value!r} is not one of {', '.join(meta['choices'])}")
+    bounds = {
+        "low": (lambda x, limit: x >= limit, "at least"),
+        "above": (lambda x, limit: x > limit, "above"),
+        "high": (lambda x, limit: x <= limit, "at most"),
+        "below": (lambda x, limit: x < limit, "below"),
+    }
+    for name, (holds, words) in bounds.items():
+        limit = meta.get(name)
+        if limit is not None and not holds(value, limit):
+            raise UsageError(f"{flag} {value} must be {words} {limit}")
+
+
+def _check_heads(config: ModelConfig) -> None:
+    h, c, kv = config.n_head, config.n_embd, config.kv_heads
+    if c % h:
+        nearest = min((n for n in range(1, c + 1) if c % n == 0), key=lambda n: (abs(n - h), n))
+        raise UsageError(f"--n_head {h} does not divide --n_embd {c}; try --n_head {nearest}")
+    if h % kv:
+        nearest = min((n for n in range(1, h + 1) if h % n == 0), key=lambda n: (abs(n - kv), n))
+        raise UsageError(f"--n_kv_head {kv} does not divide --n_head {h}; try --n_kv_head {nearest}")
+    if config.position == "rotary" and config.head_size % 2:
+        raise UsageError(
+            f"--position rotary turns pairs, and the head size n_embd / n_head = {config.head_size} is odd; "
+            "choose another --n_head"
+        )
+    if config.position == "sinusoidal" and c % 2:
+        raise UsageError(f"--position sinusoidal needs an even --n_embd, not {c}; try {c + 1}")
+
+
+def _check_training(config: TrainConfig) -> None:
+    if config.final_lr > config.learning_rate:
+        raise UsageError(
+            f"--min_lr {config.final_lr:g} is above --learning_rate {config.learning_rate:g}; lower it"
+        )
+    if config.overwrite and config.init_from == "resume":
+        raise UsageError("--overwrite deletes the run that --init_from resume would continue; pass only one")
