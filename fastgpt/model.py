@@ -1,0 +1,226 @@
+"""The GPT, built from the table's operations.
+
+GPT-2 as published (Radford et al., 2019): token and position embeddings, L pre-LayerNorm blocks, GELU in its
+tanh form, a final LayerNorm, and an output layer tied to the token embedding. Parameters carry GPT-2's names.
+
+Letters, here and everywhere: B batch, T time (tokens), C channels (n_embd), H heads, D head size,
+V vocabulary, L layers, S cache slots, P page size.
+"""
+
+import math
+from typing import Protocol
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from fastgpt import dispatch
+from fastgpt.config import ModelConfig
+from fastgpt.dispatch import Ops
+
+
+class Cache(Protocol):
+    """Keys and values of the tokens so far; see `fastgpt.kv_cache`."""
+
+    length: int
+
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def advance(self, tokens: int) -> None: ...
+
+
+class Norm(nn.Module):
+    """The gain and bias of a LayerNorm; the operation itself comes from the table."""
+
+    def __init__(self, C: int, bias: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(C))
+        self.bias = nn.Parameter(torch.zeros(C)) if bias else None
+
+
+class Attention(nn.Module):
+    """Causal self-attention with H query heads that share Hkv key and value heads."""
+
+    def __init__(self, config: ModelConfig, ops: Ops, layer: int):
+        super().__init__()
+        C, self.H, self.Hkv, self.D = config.n_embd, config.n_head, config.kv_heads, config.head_size
+        self.ops, self.layer, self.dropout = ops, layer, config.dropout
+        self.c_attn = nn.Linear(C, (self.H + 2 * self.Hkv) * self.D, bias=config.bias)
+        self.c_proj = nn.Linear(C, C, bias=config.bias)
+
+    def forward(
+        self,
+        x: torch.Tensor,  # (B, T, C)
+        rotation: torch.Tensor | None,
+        seed: torch.Tensor | None,
+        doc_ids: torch.Tensor | None,
+        cache: Cache | None,
+    ) -> torch.Tensor:
+        B, T, C = x.shape
+        heads = self.c_attn(x).view(B, T, self.H + 2 * self.Hkv, self.D)
+        q, k, v = heads.split([self.H, self.Hkv, self.Hkv], dim=2)  # each (B, T, heads, D)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)  # each (B, S, Hkv, D)
+        dropout_p = self.dropout if self.training else 0.0
+        y = self.ops.causal_attention(q, k, v, dropout_p=dropout_p, seed=seed, doc_ids=doc_ids)
+        return self.c_proj(y.reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    """Two linear layers around a GELU."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a LayerNorm that also adds what the branch before it left over."""
+
+    def __init__(self, config: ModelConfig, ops: Ops, layer: int):
+        super().__init__()
+        self.ops, self.dropout = ops, config.dropout
+        self.ln_1, self.ln_2 = Norm(config.n_embd, config.bias), Norm(config.n_embd, config.bias)
+        self.attn, self.mlp = Attention(config, ops, layer), MLP(config)
+
+    def forward(
+        self, x: torch.Tensor, branch: torch.Tensor | None, *attention: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(stream, branch still to be added) -> the same, one block later; each (B, T, C)."""
+        x, y = add_norm(self.ops, x, branch, self.ln_1)
+        branch = F.dropout(self.attn(y, *attention), self.dropout, self.training)
+        x, y = self.ops.add_layer_norm(x, branch, self.ln_2.weight, self.ln_2.bias)
+        return x, F.dropout(self.mlp(y), self.dropout, self.training)
+
+
+class GPT(nn.Module):
+    """A GPT of the given shape whose operations come from `ops` (default: PyTorch's own)."""
+
+    def __init__(self, config: ModelConfig, ops: Ops | None = None):
+        super().__init__()
+        self.config = config.model()
+        self.ops = ops or dispatch.resolve("torch")
+        C, block = config.n_embd, config.block_size
+        self.wte = nn.Embedding(config.padded_vocab, C)
+        self.wpe = nn.Embedding(block, C) if config.position == "learned" else None
+        self.h = nn.ModuleList(Block(config, self.ops, layer) for layer in range(config.n_layer))
+        self.ln_f = Norm(C, config.bias)
+        table = position_table(config)
+        self.register_buffer("table", table, persistent=False)
+        self.table: torch.Tensor | None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the weights as GPT-2 did: N(0, 0.02), residual projections by 0.02 / sqrt(2L), biases 0."""
+        residual = 0.02 / math.sqrt(2 * self.config.n_layer)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0.0, residual if name.endswith("c_proj.weight") else 0.02)
+            elif name.endswith("bias"):
+                parameter.zero_()
+        self.wte.weight[self.config.vocab_size :].zero_()  # padding: never read, and so never trained
+
+    def num_parameters(self) -> int:
+        """Trainable numbers, the tied output layer counted once and the vocabulary's padding not at all."""
+        padding = (self.config.padded_vocab - (self.config.vocab_size or 0)) * self.config.n_embd
+        return sum(p.numel() for p in self.parameters()) - padding
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        *,
+        doc_ids: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        last_only: bool = False,
+    ) -> torch.Tensor:
+        """Logits of the next token, or the mean loss of predicting the targets.
+
+        Args:
+            tokens: int64 (B, T); with a cache, the tokens that follow those in it.
+            targets: int64 (B, T), -100 where a position does not count.
+            doc_ids: integer (B, T): attention stays within a document.
+            cache: keys and values of earlier tokens; extended in place.
+            last_only: logits of the last position alone.
+
+        Returns:
+            float32 scalar in nats with targets; otherwise logits (B, T or 1, V).
+
+        Raises:
+            ValueError: more tokens than block_size.
+        """
+        x = self.hidden(tokens, doc_ids, cache)
+        if targets is not None:
+            return self.ops.linear_cross_entropy(
+                x, self.wte.weight, targets, valid_vocab=self.config.vocab_size
+            )
+        return F.linear(x[:, -1:] if last_only else x, self.wte.weight[: self.config.vocab_size])
+
+    def hidden(
+        self, tokens: torch.Tensor, doc_ids: torch.Tensor | None = None, cache: Cache | None = None
+    ) -> torch.Tensor:
+        """The last layer's normalized states, (B, T) -> (B, T, C)."""
+        T, start = tokens.shape[1], cache.length if cache is not None else 0
+        if start + T > self.config.block_size:
+            raise ValueError(f"{start + T} tokens do not fit in block_size {self.config.block_size}")
+        x, rotation = self.embed(tokens, start)
+        x = F.dropout(x, self.config.dropout, self.training)
+        dropping = self.training and self.config.dropout > 0
+        seeds = torch.randint(2**62, (len(self.h),), device=x.device) if dropping else None
+        branch = None
+        for layer, block in enumerate(self.h):
+            seed = seeds[layer] if seeds is not None else None
+            x, branch = block(x, branch, rotation, seed, doc_ids, cache)
+        if cache is not None:
+            cache.advance(T)
+        return add_norm(self.ops, x, branch, self.ln_f)[1]
+
+    def embed(self, tokens: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Tokens (B, T) at positions from `start` on -> (B, T, C), and the rotation of rotary positions."""
+        x, here = self.wte(tokens), slice(start, start + tokens.shape[1])
+        if self.wpe is not None:
+            return x + self.wpe.weight[here], None
+        if self.table is None:
+            return x, None
+        if self.config.position == "sinusoidal":
+            return x + self.table[here], None
+        return x, self.table[here]
+
+
+def add_norm(
+    ops: Ops, x: torch.Tensor, branch: torch.Tensor | None, norm: Norm
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add the branch to the stream, where there is one, and normalize: (stream, its norm)."""
+    if branch is None:
+        return x, ops.layer_norm(x, norm.weight, norm.bias)
+    return ops.add_layer_norm(x, branch, norm.weight, norm.bias)
+
+
+def position_table(config: ModelConfig) -> torch.Tensor | None:
+    """What the fixed kinds of position add or turn by, float32; None for learned and none.
+
+    sinusoidal: (block_size, C), sines in the even channels, cosines in the odd ones (Vaswani et al., 2017, 3.5).
+    rotary: (block_size, D / 2, 2), cosine and sine of each pair's angle (Su et al., 2021, 3.4.2).
+    """
+    if config.position not in ("sinusoidal", "rotary"):
+        return None
+    width = config.n_embd if config.position == "sinusoidal" else config.head_size
+    frequency = 10000.0 ** (-torch.arange(0, width, 2) / width)
+    angle = torch.arange(config.block_size)[:, None] * frequency
+    if config.position == "rotary":
+        return torch.stack([angle.cos(), angle.sin()], dim=-1)
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)
+
+
+def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    """Turn the two halves of each head, channel i with channel i + D/2: (B, T, heads, D) -> the same."""
+    cos, sin = rotation[:, None].unbind(-1)  # each (T, 1, D / 2)
+    left, right = x.float().chunk(2, dim=-1)
+    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1).to(x.dtype)

@@ -1,0 +1,73 @@
+"""Attention dropout whose mask is a pure function of a seed and a position, the same in every column.
+
+The bits come from Philox 4x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with 7
+rounds, the fewest that pass BigCrush there. One call gives eight 16-bit numbers, for eight neighbouring columns:
+
+    counter = (column // 8, row, batch * H + head, 0)      key = (seed's low word, seed's high word)
+    number  = half (column % 2, low half first) of word (column % 8) // 2
+    kept    = number >= round(p * 65536)
+
+A kernel reproduces it tile by tile, because no tile enters. Offered here: `dropout_mask`, `apply_dropout`.
+"""
+
+import torch
+
+ROUNDS = 7
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+WORD = 0xFFFFFFFF
+COLUMNS_PER_CALL = 8
+# Counters handled at once outside torch.compile: a few int64 temporaries of this length stay in the L2 cache.
+CHUNK = 1 << 15
+
+
+def dropout_mask(seed: torch.Tensor, B: int, H: int, Tq: int, Tk: int, p: float) -> torch.Tensor:
+    """Which attention weights are kept: bool (B, H, Tq, Tk), each True with probability 1 - p (to 2**-16).
+
+    Args:
+        seed: int64 scalar tensor on the device that the mask is wanted on.
+        Tq, Tk: the queries are the last Tq of Tk positions, so row i is position Tk - Tq + i.
+        p: dropout rate, 0 <= p < 1.
+    """
+    threshold = round(p * 65536)
+    calls = -(-Tk // COLUMNS_PER_CALL)
+    column = torch.arange(calls, device=seed.device)
+    row = torch.arange(Tk - Tq, Tk, device=seed.device)[:, None]
+    heads = torch.arange(B * H, device=seed.device)[:, None, None]
+    if torch.compiler.is_compiling():
+        keep = _keep(seed, column, row, heads, threshold)
+    else:
+        size = max(1, CHUNK // max(1, Tq * calls))
+        parts = [_keep(seed, column, row, part, threshold) for part in heads.split(size)]
+        keep = torch.cat(parts) if parts else heads.new_zeros(0, dtype=torch.bool)
+    return keep.view(B, H, Tq, calls * COLUMNS_PER_CALL)[..., :Tk]
+
+
+def apply_dropout(weights: torch.Tensor, seed: torch.Tensor | None, p: float) -> torch.Tensor:
+    """Drop and rescale attention weights (B, H, Tq, Tk) by the mask of `seed`."""
+    if p == 0.0:
+        return weights
+    if seed is None:
+        raise ValueError(f"causal_attention: dropout_p={p} needs a seed, an int64 scalar tensor")
+    keep = dropout_mask(seed, *weights.shape, p)
+    return weights * keep * (1.0 / (1.0 - p))
+
+
+def _keep(seed: torch.Tensor, column: torch.Tensor, row: torch.Tensor, head: torch.Tensor, threshold: int):
+    """Kept or not, (heads, Tq, calls, 8), for counters that broadcast to (heads, Tq, calls)."""
+    words = _philox(seed, column, row, head)
+    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+    return torch.stack([half >= threshold for half in halves], dim=-1)
+
+
+def _philox(seed: torch.Tensor, c0: torch.Tensor, c1: torch.Tensor, c2: torch.Tensor) -> list[torch.Tensor]:
+    """Four 32-bit words, in int64 tensors, for each counter (c0, c1, c2, 0)."""
+    k0, k1 = seed & WORD, (seed >> 32) & WORD
+    c3 = torch.zeros_like(seed)
+    for _ in range(ROUNDS):
+        # An int64 product wraps, and its 64 bits are still those of the unsigned one.
+        left, right = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
+        c0, c1 = ((right >> 32) & WORD) ^ c1 ^ k0, right & WORD
+        c2, c3 = ((left >> 32) & WORD) ^ c3 ^ k1, left & WORD
+        k0, k1 = (k0 + KEY_STEPS[0]) & WORD, (k1 + KEY_STEPS[1]) & WORD
+    return list(torch.broadcast_tensors(c0, c1, c2, c3))

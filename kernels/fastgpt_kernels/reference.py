@@ -1,0 +1,107 @@
+"""Every operation as readable math in plain PyTorch: what the other columns are checked against.
+
+Letters: B batch, Tq queries, Tk keys, H heads, Hkv key/value heads, D head size, C channels, V vocabulary.
+Each function takes any floating dtype and computes in it; call it in float64 for a ground truth.
+"""
+
+import torch
+
+from fastgpt_kernels.dropout import apply_dropout
+
+
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, eps: float = 1e-5
+) -> torch.Tensor:
+    """Layer normalization over the last dimension (Ba et al., 2016): (..., C) -> (..., C)."""
+    mean = x.mean(-1, keepdim=True)
+    variance = (x - mean).square().mean(-1, keepdim=True)
+    y = (x - mean) / (variance + eps).sqrt() * weight
+    return y if bias is None else y + bias
+
+
+def add_layer_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The residual stream and its norm: (x + residual, layer_norm(x + residual)), each (..., C)."""
+    total = x + residual
+    return total, layer_norm(total, weight, bias, eps=eps)
+
+
+def causal_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
+    scale: float | None = None,
+    doc_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal attention, aligned at the end: query i sees the keys up to Tk - Tq + i (Vaswani et al., 2017).
+
+    Args:
+        q: (B, Tq, H, D), with Tq <= Tk.
+        k, v: (B, Tk, Hkv, D); head h of q reads head h // (H / Hkv) (grouped queries, Ainslie et al., 2023).
+        dropout_p, seed: drop attention weights by `dropout.dropout_mask`.
+        scale: of the scores; default D ** -0.5.
+        doc_ids: integer (B, Tk); a query sees only keys of its own document.
+
+    Returns:
+        (B, Tq, H, D), in q's dtype.
+    """
+    (_, Tq, H, D), (_, Tk, Hkv, _) = q.shape, k.shape
+    k, v = (t.repeat_interleave(H // Hkv, dim=2) for t in (k, v))
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * (D**-0.5 if scale is None else scale)
+    scores = scores.masked_fill(~visible(Tq, Tk, doc_ids, q.device), float("-inf"))
+    weights = apply_dropout(scores.softmax(-1), seed, dropout_p)
+    return torch.einsum("bhij,bjhd->bihd", weights, v)
+
+
+def visible(Tq: int, Tk: int, doc_ids: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    """Which keys each query sees: bool, (Tq, Tk), or (B, 1, Tq, Tk) with `doc_ids` (B, Tk)."""
+    position = torch.arange(Tk, device=device)
+    causal = position <= position[Tk - Tq :, None]
+    if doc_ids is None:
+        return causal
+    same = doc_ids[:, Tk - Tq :, None] == doc_ids[:, None, :]
+    return (causal & same)[:, None]
+
+
+def linear_cross_entropy(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    ignore_index: int = -100,
+    valid_vocab: int | None = None,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """Cross-entropy of the logits x @ weight.T against the targets, in nats.
+
+    Args:
+        x: (..., C). weight: (V, C). targets: integer (...), each below valid_vocab or ignore_index.
+        ignore_index: rows with this target have loss 0 and count for nothing.
+        valid_vocab: columns from here on are padding and stay out of the softmax; default V.
+        reduction: "mean" over the rows that count (0 where none does), "sum", or "none" for (...).
+    """
+    logits = x @ weight[:valid_vocab].t()
+    counted = targets != ignore_index
+    chosen = targets.where(counted, 0)
+    nll = -logits.log_softmax(-1).gather(-1, chosen[..., None]).squeeze(-1)
+    return reduce(nll.where(counted, 0.0), counted, reduction)
+
+
+def reduce(losses: torch.Tensor, counted: torch.Tensor, reduction: str) -> torch.Tensor:
+    """Each row's loss, zero where it does not count, to what `reduction` asks for."""
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    if reduction == "mean":
+        return losses.sum() / counted.sum().clamp(min=1)
+    raise ValueError(f"reduction {reduction!r} is not one of mean, sum, none")
