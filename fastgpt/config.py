@@ -139,13 +139,9 @@ class TrainConfig(ModelConfig):
 
 
 @dataclass(frozen=True)
-class GenerateConfig:
-    """Generation from a trained run."""
+class SamplingParams:
+    """How a continuation is drawn, and where it ends."""
 
-    out_dir: str = option("out", "folder of the run")
-    checkpoint: str = option("best", "best, latest, or a step's folder name such as step-000500")
-    prompt: str = option("", "text to continue; FILE:path reads a file, - reads stdin", alias=("start",))
-    num_samples: int = option(1, "continuations to write", low=1)
     max_new_tokens: int = option(500, "tokens in a continuation", low=0)
     temperature: float = option(0.8, "0 takes the likeliest token; higher is more varied", low=0)
     top_k: int | None = option(200, "sample among the k likeliest tokens; 0: all", low=0)
@@ -153,9 +149,19 @@ class GenerateConfig:
         None, "sample among the likeliest tokens that hold this share", above=0, high=1
     )
     min_p: float | None = option(None, "drop tokens below this share of the likeliest one's", low=0, high=1)
-    repetition_penalty: float = option(1.0, "above 1: divide the score of what has been said", above=0)
-    stop: tuple[str, ...] = option((), "end a continuation before this text; may be given several times")
+    repetition_penalty: float = option(1.0, "above 1: lower the score of what has been said", above=0)
+    stop: tuple[str, ...] = option((), "end before this text; may be given several times")
     seed: int = option(1337, "the same seed gives the same text", low=0, high=2**63 - 1)
+
+
+@dataclass(frozen=True)
+class GenerateConfig(SamplingParams):
+    """Generation from a trained run."""
+
+    out_dir: str = option("out", "folder of the run")
+    checkpoint: str = option("best", "best, latest, or a step's folder name such as step-000500")
+    prompt: str = option("", "text to continue; FILE:path reads a file, - reads stdin", alias=("start",))
+    num_samples: int = option(1, "continuations to write; the seed of each is one higher", low=1)
     cache: str = option(
         "dense", "keys and values of earlier tokens: recomputed or kept", choices=("none", "dense")
     )
@@ -164,6 +170,10 @@ class GenerateConfig:
         "auto", "weights and arithmetic; auto: float32 on a CPU, else bfloat16", choices=DTYPES
     )
     kernels: str = option("auto", "the table's column: see fastgpt/dispatch.py", choices=KERNELS)
+
+    def sampling(self) -> SamplingParams:
+        """The part that says how to draw."""
+        return SamplingParams(**{f.name: getattr(self, f.name) for f in dataclasses.fields(SamplingParams)})
 
 
 def _preset(

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from fastgpt_kernels import reference, stock
 
 from fastgpt.errors import UsageError
+from fastgpt_kernels import reference, stock
 
 
 class Row(NamedTuple):

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from fastgpt import dispatch
 from fastgpt.config import ModelConfig
 from fastgpt.dispatch import Ops
+from fastgpt.errors import CorruptCheckpoint
+from fastgpt.linear import Linear, linear
 
 
 class Cache(Protocol):
@@ -45,8 +47,8 @@ class Attention(nn.Module):
         super().__init__()
         C, self.H, self.Hkv, self.D = config.n_embd, config.n_head, config.kv_heads, config.head_size
         self.ops, self.layer, self.dropout = ops, layer, config.dropout
-        self.c_attn = nn.Linear(C, (self.H + 2 * self.Hkv) * self.D, bias=config.bias)
-        self.c_proj = nn.Linear(C, C, bias=config.bias)
+        self.c_attn = Linear(C, (self.H + 2 * self.Hkv) * self.D, bias=config.bias)
+        self.c_proj = Linear(C, C, bias=config.bias)
 
     def forward(
         self,
@@ -73,8 +75,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
@@ -132,6 +134,36 @@ class GPT(nn.Module):
         padding = (self.config.padded_vocab - (self.config.vocab_size or 0)) * self.config.n_embd
         return sum(p.numel() for p in self.parameters()) - padding
 
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Every parameter by GPT-2's name, without the vocabulary's padding."""
+        return {name: self.unpad(name, p.detach()) for name, p in self.named_parameters()}
+
+    @torch.no_grad()
+    def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        """Copy in what `weights` gave. Raises `CorruptCheckpoint` where a name or a shape differs."""
+        own = self.weights()
+        if missing := own.keys() ^ weights.keys():
+            raise CorruptCheckpoint(
+                f"the checkpoint's weights are not this model's: {', '.join(sorted(missing))}"
+            )
+        for name, parameter in self.named_parameters():
+            if weights[name].shape != own[name].shape:
+                raise CorruptCheckpoint(
+                    f"the checkpoint's {name} is {tuple(weights[name].shape)}, and the run's configuration and "
+                    f"vocabulary need {tuple(own[name].shape)}"
+                )
+            parameter.copy_(self.pad(name, weights[name]))
+
+    def unpad(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A parameter's tensor without the vocabulary's padding, which only the embedding has."""
+        return tensor[: self.config.vocab_size].contiguous() if name == "wte.weight" else tensor
+
+    def pad(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The inverse of `unpad`, with zeros."""
+        if name != "wte.weight":
+            return tensor
+        return F.pad(tensor, (0, 0, 0, self.config.padded_vocab - len(tensor)))
+
     def forward(
         self,
         tokens: torch.Tensor,
@@ -161,7 +193,8 @@ class GPT(nn.Module):
             return self.ops.linear_cross_entropy(
                 x, self.wte.weight, targets, valid_vocab=self.config.vocab_size
             )
-        return F.linear(x[:, -1:] if last_only else x, self.wte.weight[: self.config.vocab_size])
+        logits = linear(x[:, -1:] if last_only else x, self.wte.weight)
+        return logits[..., : self.config.vocab_size]
 
     def hidden(
         self, tokens: torch.Tensor, doc_ids: torch.Tensor | None = None, cache: Cache | None = None

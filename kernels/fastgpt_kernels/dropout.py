@@ -49,7 +49,8 @@ def apply_dropout(weights: torch.Tensor, seed: torch.Tensor | None, p: float) ->
         return weights
     if seed is None:
         raise ValueError(f"causal_attention: dropout_p={p} needs a seed, an int64 scalar tensor")
-    keep = dropout_mask(seed, *weights.shape, p)
+    B, H, Tq, Tk = weights.shape
+    keep = dropout_mask(seed, B, H, Tq, Tk, p)
     return weights * keep * (1.0 / (1.0 - p))
 
 
