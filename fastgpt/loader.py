@@ -1,0 +1,81 @@
+"""Batches out of a token file. Which tokens a step sees is a pure function of (seed, step)."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from fastgpt.errors import UsageError
+
+IGNORED = -100  # the target of a position that does not count
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+class Loader:
+    """Draws (inputs, targets), each int64 (B, block_size), from a one-dimensional array of tokens.
+
+    Step s of seed r always sees the same global batch, into however many micro-batches it is cut, so a resumed
+    run sees what the uninterrupted one would have seen.
+
+    Raises:
+        UsageError: fewer than block_size + 1 tokens; in a batch: a token outside the vocabulary.
+    """
+
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        block_size: int,
+        vocab_size: int,
+        *,
+        seed: int,
+        device: torch.device,
+        name: str,
+    ):
+        if len(tokens) < block_size + 1:
+            shortest = f"--block_size {len(tokens) - 1}" if len(tokens) > 1 else "a longer text"
+            raise UsageError(
+                f"{name} holds {len(tokens)} tokens, and --block_size {block_size} needs at least "
+                f"{block_size + 1}; try {shortest}"
+            )
+        self.tokens, self.block_size, self.vocab_size = tokens, block_size, vocab_size
+        self.seed, self.device, self.name = seed, device, name
+
+    def batch(self, step: int, micro: int, micro_batches: int, batch_size: int) -> Batch:
+        """Micro-batch number `micro` of the `micro_batches` that make up the step's global batch."""
+        random = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, 0, step]))
+        last = len(self.tokens) - self.block_size
+        starts = random.integers(0, last, size=micro_batches * batch_size)
+        return self._gather(starts[micro * batch_size : (micro + 1) * batch_size])
+
+    def fixed(self, batches: int, batch_size: int) -> Iterator[Batch]:
+        """The same random batches at every call, for evaluations that can be compared."""
+        random = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, 1, 0]))
+        last = len(self.tokens) - self.block_size
+        for _ in range(batches):
+            yield self._gather(random.integers(0, last, size=batch_size))
+
+    def whole(self, batch_size: int) -> Iterator[Batch]:
+        """Every token but the first as a target exactly once, in windows laid end to end.
+
+        The last window may be short and the last batch may lack rows; targets there are `IGNORED`.
+        """
+        T, count = self.block_size, len(self.tokens) - 1
+        for first in range(0, count, T * batch_size):
+            part = np.asarray(self.tokens[first : first + T * batch_size + 1]).astype(np.int64)
+            x, y = np.zeros(T * batch_size, np.int64), np.full(T * batch_size, IGNORED, np.int64)
+            x[: len(part) - 1], y[: len(part) - 1] = part[:-1], part[1:]
+            yield self._to_device(x.reshape(batch_size, T)), self._to_device(y.reshape(batch_size, T))
+
+    def _gather(self, starts: np.ndarray) -> Batch:
+        windows = self.tokens[starts[:, None] + np.arange(self.block_size + 1)].astype(np.int64)
+        return self._to_device(windows[:, :-1]), self._to_device(windows[:, 1:])
+
+    def _to_device(self, tokens: np.ndarray) -> torch.Tensor:
+        if (top := tokens.max()) >= self.vocab_size:
+            raise UsageError(
+                f"{self.name} holds token {top}, but its vocabulary has {self.vocab_size}; prepare it again"
+            )
+        tensor = torch.from_numpy(np.ascontiguousarray(tokens))
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)

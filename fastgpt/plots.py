@@ -1,0 +1,30 @@
+"""The curves of a run, as pictures in its folder."""
+
+from pathlib import Path
+
+from fastgpt.metrics import read_metrics
+
+
+def plot_loss(out_dir: Path) -> Path:
+    """Draw `plots/loss.png`: training and validation loss against steps (below) and tokens (above)."""
+    from matplotlib.figure import Figure
+
+    records = read_metrics(out_dir / "metrics.jsonl")
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for key, label, style in (("loss", "train", "-"), ("val_loss", "val", "o-")):
+        points = [(r["step"], r[key]) for r in records if key in r]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.2, markersize=3.5)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    if records:
+        per_step = records[-1]["tokens"] / records[-1]["step"]
+        above = axes.secondary_xaxis("top", functions=(lambda s: s * per_step, lambda t: t / per_step))
+        above.set_xlabel("tokens")
+    path = out_dir / "plots" / "loss.png"
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path)
+    return path
