@@ -1,0 +1,373 @@
+"""Corpora: text becomes train.bin, val.bin and meta.json, once.
+
+`prepare` finds the text, tokenizes it in two streaming passes and returns a `Corpus`; a folder that is
+already there and whose source has not changed is reused. `load` opens a prepared folder, ours or nanoGPT's.
+"""
+
+import difflib
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastgpt import nanogpt, sources, tokenizer
+from fastgpt.errors import UsageError
+from fastgpt.sources import Source
+from fastgpt.tokenizer import BpeTokenizer, ByteTokenizer, CharTokenizer, Gpt2Tokenizer, Tokenizer
+
+NAMES = ("pydocs", "shakespeare")
+DEFAULT_BPE = 1024
+TRAIN_SHARE = 0.9
+FORMAT = 1  # of meta.json
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A prepared folder.
+
+    Attributes:
+        dtype: of the token files, "uint16" or "uint32".
+        source_sha256: of the UTF-8 text; "" for a folder that nanoGPT prepared.
+        val_bytes: UTF-8 bytes of the val text, for bits per byte; like `characters` and `bytes`, which are
+            those of the whole text, None for a folder that nanoGPT prepared.
+    """
+
+    path: Path
+    name: str
+    tokenizer: Tokenizer
+    dtype: str
+    source_sha256: str
+    train_tokens: int
+    val_tokens: int
+    val_bytes: int | None
+    characters: int | None
+    bytes: int | None
+
+    def train(self) -> np.memmap:
+        """The training tokens, (train_tokens,) of `dtype`, as a read-only memory map."""
+        return np.memmap(self.path / "train.bin", dtype=self.dtype, mode="r")
+
+    def val(self) -> np.memmap:
+        """The validation tokens, (val_tokens,) of `dtype`, as a read-only memory map."""
+        return np.memmap(self.path / "val.bin", dtype=self.dtype, mode="r")
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What the first pass over a text finds: `chars` are its distinct characters in code point order."""
+
+    sha256: str
+    characters: int
+    bytes: int
+    chars: str
+
+
+def prepare(
+    dataset: str = "pydocs",
+    *,
+    tokenizer: str = "char",
+    vocab_size: int | None = None,
+    corpus_file: str | None = None,
+    gpt2_vocab: str | None = None,
+    data_dir: str = "data",
+    quiet: bool = False,
+) -> Corpus:
+    """Tokenize a corpus into `data_dir`, or find it there, and open it.
+
+    The first 90 % of the characters are for training, the rest for validation, tokenized apart.
+
+    Args:
+        dataset: pydocs, shakespeare, a text file, a folder of text files, a prepared folder, or the name of a
+            prepared folder in `data_dir`; tried in that order.
+        tokenizer: char, byte, gpt2 or bpe. A prepared folder keeps its own; only char, the default, and the
+            folder's own kind are accepted for it.
+        vocab_size: largest vocabulary of a bpe, default 1024; otherwise None or the tokenizer's own size.
+        corpus_file: a local copy of tiny Shakespeare; for shakespeare only.
+        gpt2_vocab: folder with GPT-2's vocab.bpe and encoder.json.
+        quiet: do not say on stderr what was prepared.
+
+    Raises:
+        UsageError: anything about the arguments, the text or the folder that a user can mend.
+    """
+    _check_arguments(dataset, tokenizer, vocab_size, corpus_file)
+    if dataset == "pydocs":
+        source = sources.pydocs()
+    elif dataset == "shakespeare":
+        source = sources.shakespeare(corpus_file, quiet=quiet)
+    else:
+        path = _find(dataset, Path(data_dir))
+        if (path / "train.bin").exists():
+            corpus = load(path, gpt2_vocab)
+            _check_prepared(corpus, tokenizer, vocab_size)
+            return _announced("opened", corpus, quiet)
+        source = sources.text_files(path, skip=Path(data_dir))
+
+    statistics = _measure(source)
+    size = (vocab_size or DEFAULT_BPE) if tokenizer == "bpe" else None
+    given = Gpt2Tokenizer.from_files(gpt2_vocab) if tokenizer == "gpt2" and gpt2_vocab is not None else None
+    label = [_file_name(source.name), tokenizer, *([str(size)] if size else []), statistics.sha256[:8]]
+    target = Path(data_dir) / "-".join(label)
+    if found := _reusable(target, statistics.sha256, given):
+        return _announced("reused", found, quiet)
+    vocabulary = given or _vocabulary(tokenizer, size, source, statistics)
+    return _announced("prepared", _write(target, source, statistics, vocabulary), quiet)
+
+
+def load(path: str | Path, gpt2_vocab: str | None = None) -> Corpus:
+    """Open a prepared folder: train.bin, val.bin and meta.json, or nanoGPT's own with or without meta.pkl.
+
+    Raises:
+        UsageError: a file is missing, empty, of the wrong size or malformed.
+    """
+    path = Path(path)
+    if (path / "meta.json").exists():
+        return _load_ours(path)
+    for file in ("train.bin", "val.bin"):
+        if not (path / file).is_file():
+            raise UsageError(f"{path} has no {file}; prepare the text itself with --dataset PATH")
+    meta = path / "meta.pkl"
+    return Corpus(
+        path=path,
+        name=path.resolve().name,
+        tokenizer=nanogpt.vocabulary(meta) if meta.exists() else Gpt2Tokenizer.from_files(gpt2_vocab),
+        dtype=nanogpt.DTYPE,
+        source_sha256="",
+        train_tokens=_count_tokens(path / "train.bin", nanogpt.DTYPE),
+        val_tokens=_count_tokens(path / "val.bin", nanogpt.DTYPE),
+        val_bytes=None,
+        characters=None,
+        bytes=None,
+    )
+
+
+def _load_ours(path: Path) -> Corpus:
+    try:
+        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+        if meta["format"] != FORMAT:
+            raise ValueError(f"its format is {meta['format']!r}, this fastgpt reads {FORMAT}")
+        corpus = Corpus(
+            path=path,
+            name=str(meta["dataset"]),
+            tokenizer=tokenizer.from_json(meta["tokenizer"]),
+            dtype=_dtype(meta["vocab_size"]),
+            source_sha256=str(meta["source_sha256"]),
+            train_tokens=int(meta["train"]["tokens"]),
+            val_tokens=int(meta["val"]["tokens"]),
+            val_bytes=int(meta["val"]["bytes"]),
+            characters=int(meta["characters"]),
+            bytes=int(meta["bytes"]),
+        )
+        if (corpus.tokenizer.vocab_size, corpus.dtype) != (meta["vocab_size"], meta["dtype"]):
+            raise ValueError("vocab_size and dtype are not the tokenizer's")
+    except OSError as error:
+        raise UsageError(f"{path / 'meta.json'} cannot be read: {error.strerror}") from None
+    except UsageError as error:
+        raise UsageError(f"{path / 'meta.json'}: {error}") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{path / 'meta.json'} is damaged: {error}; delete {path} and prepare it again") from None
+    for file, tokens in (("train.bin", corpus.train_tokens), ("val.bin", corpus.val_tokens)):
+        found = _count_tokens(path / file, corpus.dtype)
+        if found != tokens:
+            raise UsageError(
+                f"{path / file} holds {found:,} tokens and meta.json says {tokens:,}; "
+                f"delete {path} and prepare it again"
+            )
+    return corpus
+
+
+def _count_tokens(path: Path, dtype: str) -> int:
+    width = np.dtype(dtype).itemsize
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}; prepare the corpus again") from None
+    if size == 0 or size % width:
+        raise UsageError(
+            f"{path} has {size:,} bytes, which is no whole number of {dtype} tokens; prepare the corpus again"
+        )
+    return size // width
+
+
+def _dtype(vocab_size: int) -> str:
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def _check_arguments(dataset: str, kind: str, vocab_size: int | None, corpus_file: str | None) -> None:
+    if kind not in tokenizer.KINDS:
+        raise UsageError(f"--tokenizer {kind!r} is not one of {', '.join(tokenizer.KINDS)}")
+    if vocab_size is not None and kind != "bpe" and vocab_size != tokenizer.FIXED_SIZES.get(kind):
+        raise UsageError(
+            f"--vocab_size {vocab_size} is for --tokenizer bpe; --tokenizer {kind} has its own, leave it out"
+        )
+    if vocab_size is not None and kind == "bpe":
+        tokenizer.check_bpe_size(vocab_size)
+    if corpus_file is not None and dataset != "shakespeare":
+        raise UsageError(
+            f"--corpus_file {corpus_file} is a copy of tiny Shakespeare, and --dataset is {dataset}; "
+            f"for your own text use --dataset {corpus_file}"
+        )
+
+
+def _check_prepared(corpus: Corpus, kind: str, vocab_size: int | None) -> None:
+    own = corpus.tokenizer
+    if kind not in ("char", own.kind) or vocab_size not in (None, own.vocab_size):
+        asked = f"--tokenizer {kind}" + (f" --vocab_size {vocab_size}" if vocab_size else "")
+        raise UsageError(
+            f"{asked}: {corpus.path} is already prepared with {own.kind}, {own.vocab_size:,} tokens; "
+            "leave it out, or give --dataset the text itself"
+        )
+
+
+def _find(dataset: str, data_dir: Path) -> Path:
+    """The file or folder that `dataset` means, when it is none of `NAMES`."""
+    prepared = data_dir / dataset
+    try:
+        if dataset and Path(dataset).exists():
+            return Path(dataset)
+        if dataset and (prepared / "train.bin").exists():
+            return prepared
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise UsageError(f"--dataset {dataset!r} cannot be read: {error.strerror}") from None
+    known = [*NAMES, *sorted(p.parent.name for p in data_dir.glob("[!.]*/train.bin"))]
+    nearest = difflib.get_close_matches(dataset, known, n=1, cutoff=0.5)
+    hint = f"; did you mean {nearest[0]}?" if nearest else ""
+    more = f" and {len(known) - 8} more in {data_dir}" if len(known) > 8 else ""
+    raise UsageError(
+        f"--dataset {dataset!r} is no file or folder and no known name ({', '.join(known[:8])}{more}){hint}"
+    )
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", name)[:40].strip(".") or "corpus"
+
+
+def _announced(verb: str, corpus: Corpus, quiet: bool) -> Corpus:
+    if not quiet:
+        tokens = corpus.train_tokens + corpus.val_tokens
+        amount = f"{tokens:,} tokens" if corpus.characters is None else f"{corpus.characters:,} characters"
+        print(
+            f"{verb} {corpus.name}: {amount}, {corpus.tokenizer.vocab_size:,} tokens in the vocabulary "
+            f"-> {corpus.path}",
+            file=sys.stderr,
+        )
+    return corpus
+
+
+def _measure(source: Source) -> Statistics:
+    """The first pass. Raises `UsageError` when the text is too short to have a training and a val part."""
+    digest, characters, length = hashlib.sha256(), 0, 0
+    seen = np.zeros(sys.maxunicode + 1, dtype=bool)
+    for text in source.texts():
+        data = text.encode()
+        digest.update(data)
+        characters += len(text)
+        length += len(data)
+        seen[np.frombuffer(text.encode("utf-32-le"), dtype="<u4")] = True
+    if characters < 2:
+        what = "is empty" if characters == 0 else "has 1 character"
+        raise UsageError(
+            f"--dataset {source.name} {what}; a corpus needs at least 2 characters, "
+            "one to train on and one to validate with"
+        )
+    chars = "".join(map(chr, np.flatnonzero(seen)))
+    return Statistics(digest.hexdigest(), characters, length, chars)
+
+
+def _vocabulary(kind: str, size: int | None, source: Source, statistics: Statistics) -> Tokenizer:
+    if kind == "char":
+        return CharTokenizer(statistics.chars)
+    if kind == "byte":
+        return ByteTokenizer()
+    if kind == "gpt2":
+        return Gpt2Tokenizer.from_files()
+    train_end = int(TRAIN_SHARE * statistics.characters)
+    return BpeTokenizer.train(sources.chunks(sources.span(source.texts(), 0, train_end)), size or DEFAULT_BPE)
+
+
+def _reusable(target: Path, sha256: str, vocabulary: Tokenizer | None) -> Corpus | None:
+    """The corpus at `target`; None when it is missing, damaged, or of another text or given vocabulary."""
+    if not target.exists():
+        return None
+    try:
+        corpus = load(target)
+    except UsageError:
+        return None
+    same = corpus.source_sha256 == sha256 and vocabulary in (None, corpus.tokenizer)
+    return corpus if same else None
+
+
+def _write(target: Path, source: Source, statistics: Statistics, vocabulary: Tokenizer) -> Corpus:
+    """The second pass, into a hidden sibling of `target` that takes its place when it is whole."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    train_end, dtype = int(TRAIN_SHARE * statistics.characters), _dtype(vocabulary.vocab_size)
+    try:
+        temporary.mkdir(parents=True)
+        train = _write_tokens(temporary / "train.bin", sources.span(source.texts(), 0, train_end), vocabulary, dtype)
+        val = _write_tokens(temporary / "val.bin", sources.span(source.texts(), train_end), vocabulary, dtype)
+        if train["bytes"] + val["bytes"] != statistics.bytes:
+            raise UsageError(f"--dataset {source.name} changed while it was read; run again when it is complete")
+        meta = {
+            "format": FORMAT,
+            "dataset": source.name,
+            "source_sha256": statistics.sha256,
+            "characters": statistics.characters,
+            "bytes": statistics.bytes,
+            "vocab_size": vocabulary.vocab_size,
+            "dtype": dtype,
+            "train": train,
+            "val": val,
+            "tokenizer": vocabulary.to_json(),
+        }
+        _write_synced(temporary / "meta.json", [json.dumps(meta, indent=1).encode()])
+        _publish(temporary, target, statistics.sha256, vocabulary)
+    except OSError as error:
+        raise UsageError(f"--data_dir {target.parent}: cannot write {target.name}: {error.strerror}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return load(target)
+
+
+def _write_tokens(path: Path, texts: Iterable[str], vocabulary: Tokenizer, dtype: str) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    counts = {"tokens": 0, "bytes": 0}
+
+    def blocks() -> Iterator[bytes]:
+        for chunk in sources.chunks(texts):
+            data = vocabulary.encode(chunk).astype(dtype).tobytes()
+            digest.update(data)
+            counts["tokens"] += len(data) // np.dtype(dtype).itemsize
+            counts["bytes"] += len(chunk.encode())
+            yield data
+
+    _write_synced(path, blocks())
+    return counts | {"sha256": digest.hexdigest()}
+
+
+def _write_synced(path: Path, blocks: Iterable[bytes]) -> None:
+    with path.open("wb") as file:
+        for block in blocks:
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _publish(temporary: Path, target: Path, sha256: str, vocabulary: Tokenizer) -> None:
+    """Rename `temporary` to `target`; what another process has finished there meanwhile is kept."""
+    try:
+        temporary.rename(target)
+    except OSError:
+        if _reusable(target, sha256, vocabulary) is not None:
+            return
+        damaged = temporary.with_name(temporary.name + ".damaged")
+        target.rename(damaged)
+        temporary.rename(target)
+        shutil.rmtree(damaged, ignore_errors=True)
