@@ -93,7 +93,7 @@ class Run:
         self.watch = Stopwatch()
         self.peak = peak_flops(self.device, self.dtype)
         self.flops = flops_per_token(self.config, self.model.num_parameters())
-        self._write_folder()
+        self._write_folder(config)
 
     def train(self) -> RunSummary:
         config, began = self.config, time.monotonic()
@@ -223,12 +223,13 @@ class Run:
                 f"continue with a larger one, such as --max_iters {2 * self.step}"
             )
 
-    def _write_folder(self) -> None:
+    def _write_folder(self, config: TrainConfig) -> None:
+        """Save the configuration as it was asked for, and what was resolved beside it."""
         try:
             self.out_dir.mkdir(parents=True, exist_ok=True)
             checkpoint.save_run(
                 self.out_dir,
-                self.config,
+                config,
                 columns=self.model.ops.columns,
                 device=self.device.type,
                 corpus={"name": self.data.name, "source_sha256": self.data.source_sha256},
@@ -328,9 +329,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             out_dir = given.get("out_dir", "out")
             saved, _ = checkpoint.load_run(Path(out_dir))
             why = f"resume: the settings of the run in {out_dir}, changed by what was given"
-            # The tokenizer sets the vocabulary's size, save for bpe, whose size is asked for.
-            vocab_size = saved.vocab_size if saved.tokenizer == "bpe" else None
-            return dataclasses.replace(saved, out_dir=out_dir, vocab_size=vocab_size)
+            return dataclasses.replace(saved, out_dir=out_dir)
         kind = resolve_device(given.get("device", "auto")).type
         fitting = "baby" if kind == "cuda" else "cpu"
         why = f"preset {preset or fitting}" + (
