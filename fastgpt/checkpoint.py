@@ -31,9 +31,7 @@ RUN_FILES = ("config.json", "tokenizer.json", "metrics.jsonl", "latest", "best",
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
-def save(
-    out_dir: Path, step: int, model: GPT, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
-) -> Path:
+def save(out_dir: Path, step: int, model: GPT, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> Path:
     """Write `out_dir/step-NNNNNN` and point `latest` at it. Returns the folder.
 
     Args:
@@ -96,9 +94,7 @@ def find(out_dir: Path, name: str) -> Path:
     if name == "best" and not (out_dir / name).exists():
         name = "latest"  # the run has not been evaluated yet
     if not (out_dir / name).exists():
-        raise UsageError(
-            f"--out_dir {out_dir} holds a run without a checkpoint yet; start it with --overwrite"
-        )
+        raise UsageError(f"--out_dir {out_dir} holds a run without a checkpoint yet; start it with --overwrite")
     folder = out_dir / Path((out_dir / name).read_text(encoding="utf-8", errors="replace").strip()).name
     if folder == out_dir or not folder.is_dir():
         raise CorruptCheckpoint(f"{out_dir / name} names {folder.name!r}, which is missing from {out_dir}")

@@ -50,16 +50,20 @@ def parse(
         UsageError: an unknown flag or key (the nearest is named) or a value outside its limits.
     """
     parser = _parser(kind, prog, description, presets)
-    given = vars(parser.parse_args(_normalize(sys.argv[1:] if argv is None else argv, kind, presets)))
+    words = _normalize(sys.argv[1:] if argv is None else argv, kind, presets)
+    try:
+        given = vars(parser.parse_args(words))
+    except argparse.ArgumentError as error:
+        raise UsageError(error.message) from None
     file = given.pop("config", None)
-    given = (_read_toml(Path(file), kind) if file else {}) | given
+    given = (_read_toml(Path(file), kind) if file is not None else {}) | given
     preset = given.pop("preset", None)
     if preset is not None and preset not in (presets or {}):
         raise UsageError(
             f"--preset {preset!r} is not one of {', '.join(presets or {})}{nearest(preset, presets or {})}"
         )
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    base = start(preset, given) if start else kind()
+    base = start(preset, given) if start else (presets or {}).get(preset or "", kind())
     result = dataclasses.replace(typing.cast(Any, base), **given)
     configuration.validate(result)
     return result
@@ -97,7 +101,11 @@ def _flags(kind: type) -> dict[str, dataclasses.Field]:
 
 def _parser(kind: type, prog: str, description: str, presets: Mapping[str, Any] | None) -> _Parser:
     parser = _Parser(
-        prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS
+        prog=prog,
+        description=description,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        exit_on_error=False,
     )
     if presets is not None:
         parser.add_argument("--preset", metavar="NAME", help=f"starting point: {', '.join(presets)}")
@@ -134,12 +142,14 @@ def _converter(name: str, hint: Any) -> Callable[[str], Any]:
         if kind is bool:
             if text.lower() in TRUE + FALSE:
                 return text.lower() in TRUE
-            raise UsageError(f"--{name} {text!r} is neither true nor false; pass --{name} or --no-{name}")
+            raise argparse.ArgumentTypeError(
+                f"--{name} {text!r} is neither true nor false; pass --{name} or --no-{name}"
+            )
         try:
             return kind(text)
         except ValueError:
             what = {int: "a whole number", float: "a number"}.get(kind, f"a {kind.__name__}")
-            raise UsageError(f"--{name} {text!r} is not {what}") from None
+            raise argparse.ArgumentTypeError(f"--{name} {text!r} is not {what}") from None
 
     return convert
 
@@ -147,7 +157,9 @@ def _converter(name: str, hint: Any) -> Callable[[str], Any]:
 def _normalize(argv: Sequence[str], kind: type, presets: Mapping[str, Any] | None) -> list[str]:
     """Spell every flag as --its_name, switches as --name=true|false, and name the nearest of an unknown one."""
     spelled, hints = _flags(kind), typing.get_type_hints(kind)
-    known = [*spelled, "help"] + (["preset", "config"] if presets is not None else [])
+    switches = [name for name, field in spelled.items() if hints[field.name] is bool]
+    known = [*spelled, *(f"no_{name}" for name in switches), "help"]
+    known += ["preset", "config"] if presets is not None else []
     result, words = [], list(argv)
     while words:
         word = words.pop(0)
@@ -158,8 +170,7 @@ def _normalize(argv: Sequence[str], kind: type, presets: Mapping[str, Any] | Non
             continue
         name, equals, value = word[2:].partition("=")
         name = name.replace("-", "_")
-        switch = name in spelled and hints[spelled[name].name] is bool
-        if name.startswith("no_") and name[3:] in spelled and hints[spelled[name[3:]].name] is bool:
+        if name.startswith("no_") and name[3:] in switches:
             if equals:
                 raise UsageError(f"{word!r}: --no-{name[3:]} takes no value; pass --{name[3:]}={value}")
             result.append(f"--{name[3:]}=false")
@@ -167,7 +178,7 @@ def _normalize(argv: Sequence[str], kind: type, presets: Mapping[str, Any] | Non
             raise UsageError(f"unknown flag --{name}{nearest('--' + name, [f'--{k}' for k in known])}")
         elif equals or name == "help":
             result.append(f"--{name}={value}" if equals else "--help")
-        elif switch:
+        elif name in switches:
             taken = bool(words) and words[0].lower() in TRUE + FALSE
             result.append(f"--{name}={words.pop(0) if taken else 'true'}")
         elif not words:
@@ -190,4 +201,6 @@ def _read_toml(path: Path, kind: type) -> dict[str, Any]:
     for key in table:
         if key not in spelled and key != "preset":
             raise UsageError(f"--config {path}: unknown key {key!r}{nearest(key, spelled)}")
+    if not isinstance(table.get("preset", ""), str):
+        raise UsageError(f"--config {path}: preset {table['preset']!r} is not a preset's name")
     return {spelled[key].name if key in spelled else key: value for key, value in table.items()}

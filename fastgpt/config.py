@@ -50,9 +50,7 @@ class ModelConfig:
     n_embd: int = option(768, "width of the residual stream", low=1)
     dropout: float = option(0.0, "dropout rate of embeddings, attention and residuals", low=0, below=1)
     bias: bool = option(True, "biases in the linear layers and LayerNorms, as GPT-2 has them")
-    position: str = option(
-        "learned", "how positions enter", choices=("learned", "sinusoidal", "rotary", "none")
-    )
+    position: str = option("learned", "how positions enter", choices=("learned", "sinusoidal", "rotary", "none"))
 
     @property
     def head_size(self) -> int:
@@ -101,9 +99,7 @@ class TrainConfig(ModelConfig):
 
     # Optimizer: AdamW
     learning_rate: float = option(6e-4, "peak learning rate", above=0)
-    schedule: str = option(
-        "cosine", "shape of the learning rate", choices=("cosine", "linear", "constant", "wsd")
-    )
+    schedule: str = option("cosine", "shape of the learning rate", choices=("cosine", "linear", "constant", "wsd"))
     decay_lr: bool = option(True, "follow the schedule; off is the same as --schedule constant")
     warmup_iters: int = option(2000, "steps of linear warm-up", low=0)
     lr_decay_iters: int | None = option(None, "step at which min_lr is reached; default max_iters", low=1)
@@ -145,9 +141,7 @@ class SamplingParams:
     max_new_tokens: int = option(500, "tokens in a continuation", low=0)
     temperature: float = option(0.8, "0 takes the likeliest token; higher is more varied", low=0)
     top_k: int | None = option(200, "sample among the k likeliest tokens; 0: all", low=0)
-    top_p: float | None = option(
-        None, "sample among the likeliest tokens that hold this share", above=0, high=1
-    )
+    top_p: float | None = option(None, "sample among the likeliest tokens that hold this share", above=0, high=1)
     min_p: float | None = option(None, "drop tokens below this share of the likeliest one's", low=0, high=1)
     repetition_penalty: float = option(1.0, "above 1: lower the score of what has been said", above=0)
     stop: tuple[str, ...] = option((), "end before this text; may be given several times")
@@ -162,13 +156,9 @@ class GenerateConfig(SamplingParams):
     checkpoint: str = option("best", "best, latest, or a step's folder name such as step-000500")
     prompt: str = option("", "text to continue; FILE:path reads a file, - reads stdin", alias=("start",))
     num_samples: int = option(1, "continuations to write; the seed of each is one higher", low=1)
-    cache: str = option(
-        "dense", "keys and values of earlier tokens: recomputed or kept", choices=("none", "dense")
-    )
+    cache: str = option("dense", "keys and values of earlier tokens: recomputed or kept", choices=("none", "dense"))
     device: str = option("auto", "auto, cpu, mps, cuda or cuda:N")
-    dtype: str = option(
-        "auto", "weights and arithmetic; auto: float32 on a CPU, else bfloat16", choices=DTYPES
-    )
+    dtype: str = option("auto", "weights and arithmetic; auto: float32 on a CPU, else bfloat16", choices=DTYPES)
     kernels: str = option("auto", "the table's column: see fastgpt/dispatch.py", choices=KERNELS)
 
     def sampling(self) -> SamplingParams:
@@ -176,9 +166,7 @@ class GenerateConfig(SamplingParams):
         return SamplingParams(**{f.name: getattr(self, f.name) for f in dataclasses.fields(SamplingParams)})
 
 
-def _preset(
-    L: int, H: int, C: int, block: int, batch: int, lr: float, iters: int, **rest: Any
-) -> TrainConfig:
+def _preset(L: int, H: int, C: int, block: int, batch: int, lr: float, iters: int, **rest: Any) -> TrainConfig:
     sizes = {"n_layer": L, "n_head": H, "n_embd": C, "block_size": block, "batch_size": batch}
     return TrainConfig(**sizes, learning_rate=lr, max_iters=iters, **rest)
 
@@ -219,6 +207,8 @@ def _check_field(field: dataclasses.Field, hint: Any, value: Any) -> None:
     if not fits and not (number and float in accepted):
         wanted = next(t for t in accepted if t is not type(None)).__name__
         raise UsageError(f"{flag} {value!r} is not of type {wanted}")
+    if isinstance(value, tuple) and not all(isinstance(v, str) for v in value):
+        raise UsageError(f"{flag} {list(value)} is not a list of text")
     if isinstance(value, float) and not math.isfinite(value):
         raise UsageError(f"{flag} {value} is not a finite number")
     if meta.get("choices") and value not in meta["choices"]:
@@ -254,8 +244,6 @@ def _check_heads(config: ModelConfig) -> None:
 
 def _check_training(config: TrainConfig) -> None:
     if config.final_lr > config.learning_rate:
-        raise UsageError(
-            f"--min_lr {config.final_lr:g} is above --learning_rate {config.learning_rate:g}; lower it"
-        )
+        raise UsageError(f"--min_lr {config.final_lr:g} is above --learning_rate {config.learning_rate:g}; lower it")
     if config.overwrite and config.init_from == "resume":
         raise UsageError("--overwrite deletes the run that --init_from resume would continue; pass only one")

@@ -67,11 +67,9 @@ def resolve(
     """
     device = torch.device(device)
     if kernels == "auto" and recorded is not None:
-        return _ops(recorded, "as this run began")
+        return _ops(dict.fromkeys(TABLE, "torch") | dict(recorded), "as this run began")
     if kernels == "auto":
-        return _ops(
-            dict.fromkeys(TABLE, "torch"), f"auto: PyTorch's own kernels are the best here on {device.type}"
-        )
+        return _ops(dict.fromkeys(TABLE, "torch"), f"auto: PyTorch's own kernels are the best here on {device.type}")
     if kernels not in Row._fields:
         raise UsageError(f"--kernels {kernels!r} is not one of auto, {', '.join(Row._fields)}")
     missing = [op for op, row in TABLE.items() if getattr(row, kernels) is None]
@@ -84,9 +82,7 @@ def resolve(
 
 def _ops(columns: Mapping[str, str], reason: str) -> Ops:
     for op, column in columns.items():
-        if op not in TABLE or getattr(TABLE[op], column, None) is None:
-            raise UsageError(
-                f"the run was made with {column} for {op}, which this version has not; pass --kernels"
-            )
+        if op not in TABLE or column not in Row._fields or getattr(TABLE[op], column) is None:
+            raise UsageError(f"the run was made with {column} for {op}, which this version has not; pass --kernels")
     chosen = {op: getattr(TABLE[op], column) for op, column in columns.items()}
     return Ops(**chosen, columns=dict(columns), reason=reason)

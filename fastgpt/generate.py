@@ -76,9 +76,7 @@ class Generation:
         weight = self.model.wte.weight
         tokens = torch.tensor([self.prompt], device=weight.device)
         sampler = Sampler(self.params, tokens, self.tokenizer.vocab_size)
-        cache = (
-            DenseCache(self.model.config, device=weight.device, dtype=weight.dtype) if self.cached else None
-        )
+        cache = DenseCache(self.model.config, device=weight.device, dtype=weight.dtype) if self.cached else None
         for i in range(self.params.max_new_tokens):
             began = time.perf_counter()
             with torch.inference_mode():
@@ -152,9 +150,7 @@ def load(
     config, about = checkpoint.load_run(out_dir)
     tokenizer = tokenizers.load(out_dir / "tokenizer.json")
     where = resolve_device(device)
-    ops = dispatch.resolve(
-        kernels, where, recorded=about.get("columns") if where.type == about.get("device") else None
-    )
+    ops = dispatch.resolve(kernels, where, recorded=about.get("columns") if where.type == about.get("device") else None)
     model_config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
     model = checkpoint.model_of(model_config, step_dir, ops, where)
     if dtype == "auto":
@@ -179,9 +175,7 @@ def _decode(content: bytes, name: str) -> str:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UsageError(
-            f"--prompt: {name} is not UTF-8: byte {error.start} is 0x{content[error.start]:02x}"
-        ) from None
+        raise UsageError(f"--prompt: {name} is not UTF-8: byte {error.start} is 0x{content[error.start]:02x}") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

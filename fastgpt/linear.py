@@ -4,7 +4,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-MOST_SLICES = 64
 FEWEST_WEIGHTS = 1 << 16  # below, the product is too short to share out
 
 
@@ -24,20 +23,20 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     slices = one_row_slices(x, weight)
     if slices == 1:
         return F.linear(x, weight, bias)
-    parts = weight.view(slices, -1, weight.shape[1]).transpose(1, 2)  # (slices, I, O / slices), a view
-    y = torch.bmm(x.reshape(1, 1, -1).expand(slices, 1, -1), parts).view(*x.shape[:-1], -1)
-    return y if bias is None else y + bias
+    rows = x.reshape(1, 1, -1).expand(slices, 1, -1)
+    parts = weight.view(slices, -1, weight.shape[1]).mT  # (slices, I, O / slices), a view
+    if bias is None:
+        y = torch.bmm(rows, parts)
+    else:
+        y = torch.baddbmm(bias.view(slices, 1, -1), rows, parts)
+    return y.view(*x.shape[:-1], -1)
 
 
 def one_row_slices(x: torch.Tensor, weight: torch.Tensor) -> int:
     """How many slices of outputs to cut the product into; 1 leaves it to PyTorch."""
     one_row = x.numel() == x.shape[-1] and x.device.type == "cpu" and x.dtype == torch.float32
-    if (
-        not one_row
-        or torch.is_grad_enabled()
-        or torch.get_num_threads() == 1
-        or weight.numel() < FEWEST_WEIGHTS
-    ):
+    if not one_row or torch.is_grad_enabled() or torch.get_num_threads() == 1 or weight.numel() < FEWEST_WEIGHTS:
         return 1
+    wanted = 1 << (2 * torch.get_num_threads() - 1).bit_length()  # two or more a core, a power of two
     outputs = weight.shape[0]
-    return min(MOST_SLICES, outputs & -outputs)  # the largest power of two that divides them
+    return min(wanted, outputs & -outputs)  # and one that divides the outputs

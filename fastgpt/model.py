@@ -143,9 +143,7 @@ class GPT(nn.Module):
         """Copy in what `weights` gave. Raises `CorruptCheckpoint` where a name or a shape differs."""
         own = self.weights()
         if missing := own.keys() ^ weights.keys():
-            raise CorruptCheckpoint(
-                f"the checkpoint's weights are not this model's: {', '.join(sorted(missing))}"
-            )
+            raise CorruptCheckpoint(f"the checkpoint's weights are not this model's: {', '.join(sorted(missing))}")
         for name, parameter in self.named_parameters():
             if weights[name].shape != own[name].shape:
                 raise CorruptCheckpoint(
@@ -190,9 +188,7 @@ class GPT(nn.Module):
         """
         x = self.hidden(tokens, doc_ids, cache)
         if targets is not None:
-            return self.ops.linear_cross_entropy(
-                x, self.wte.weight, targets, valid_vocab=self.config.vocab_size
-            )
+            return self.ops.linear_cross_entropy(x, self.wte.weight, targets, valid_vocab=self.config.vocab_size)
         logits = linear(x[:, -1:] if last_only else x, self.wte.weight)
         return logits[..., : self.config.vocab_size]
 
@@ -227,9 +223,7 @@ class GPT(nn.Module):
         return x, self.table[here]
 
 
-def add_norm(
-    ops: Ops, x: torch.Tensor, branch: torch.Tensor | None, norm: Norm
-) -> tuple[torch.Tensor, torch.Tensor]:
+def add_norm(ops: Ops, x: torch.Tensor, branch: torch.Tensor | None, norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
     """Add the branch to the stream, where there is one, and normalize: (stream, its norm)."""
     if branch is None:
         return x, ops.layer_norm(x, norm.weight, norm.bias)

@@ -110,9 +110,7 @@ class Run:
                     synchronize(self.device)
                     self.watch.stop(0)
                     self.watch, warm = Stopwatch(), True
-                last = (
-                    self.step == config.max_iters or time.monotonic() - began > limit or bool(signals.caught)
-                )
+                last = self.step == config.max_iters or time.monotonic() - began > limit or bool(signals.caught)
                 if self.step % config.log_interval == 0 or last:
                     self._log(metrics, display, loss.item(), norm.item(), rate)
                 else:
@@ -190,9 +188,7 @@ class Run:
         self.val_loss = display.val_loss = total.item() / count
         if self.val_loss < self.best_val_loss:
             self.best_val_loss, self.best_step = self.val_loss, self.step
-        metrics.write(
-            {"step": self.step, "tokens": self.step * config.tokens_per_step, "val_loss": self.val_loss}
-        )
+        metrics.write({"step": self.step, "tokens": self.step * config.tokens_per_step, "val_loss": self.val_loss})
 
     def _save(self, display: Display) -> None:
         state = {
@@ -300,9 +296,7 @@ def _check_resume(
     for name in FIXED_SHAPE:
         asked, had = getattr(config, name), getattr(saved, name)
         if asked != had:
-            raise UsageError(
-                f"--{name} {asked}: the run in {out_dir} has {had}, and a resume keeps it; leave it out"
-            )
+            raise UsageError(f"--{name} {asked}: the run in {out_dir} has {had}, and a resume keeps it; leave it out")
     if data.tokenizer != tokenizer.load(out_dir / "tokenizer.json"):
         raise UsageError(
             f"--dataset {config.dataset}: its vocabulary is not that of the run in {out_dir}; "
@@ -323,18 +317,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         nonlocal why
         if given.get("init_from") == "resume":
             if preset is not None:
-                raise UsageError(
-                    f"--preset {preset}: --init_from resume keeps the run's own settings; leave it out"
-                )
+                raise UsageError(f"--preset {preset}: --init_from resume keeps the run's own settings; leave it out")
             out_dir = given.get("out_dir", "out")
             saved, _ = checkpoint.load_run(Path(out_dir))
             why = f"resume: the settings of the run in {out_dir}, changed by what was given"
             return dataclasses.replace(saved, out_dir=out_dir)
         kind = resolve_device(given.get("device", "auto")).type
         fitting = "baby" if kind == "cuda" else "cpu"
-        why = f"preset {preset or fitting}" + (
-            "" if preset else f": it fits a {kind} device (others: --preset NAME)"
-        )
+        why = f"preset {preset or fitting}" + ("" if preset else f": it fits a {kind} device (others: --preset NAME)")
         config = PRESETS[preset or fitting]
         return dataclasses.replace(config, vocab_size=None) if "tokenizer" in given else config
 

@@ -17,7 +17,7 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 WORD = 0xFFFFFFFF
 COLUMNS_PER_CALL = 8
-# Counters handled at once outside torch.compile: a few int64 temporaries of this length stay in the L2 cache.
+# Counters handled at once on a CPU: a few int64 temporaries of this length stay in its L2 cache.
 CHUNK = 1 << 15
 
 
@@ -30,17 +30,11 @@ def dropout_mask(seed: torch.Tensor, B: int, H: int, Tq: int, Tk: int, p: float)
         p: dropout rate, 0 <= p < 1.
     """
     threshold = round(p * 65536)
-    calls = -(-Tk // COLUMNS_PER_CALL)
-    column = torch.arange(calls, device=seed.device)
-    row = torch.arange(Tk - Tq, Tk, device=seed.device)[:, None]
-    heads = torch.arange(B * H, device=seed.device)[:, None, None]
-    if torch.compiler.is_compiling():
-        keep = _keep(seed, column, row, heads, threshold)
+    if seed.device.type == "cpu":
+        keep = _mask_by_chunks(seed, B * H, Tq, Tk, threshold)
     else:
-        size = max(1, CHUNK // max(1, Tq * calls))
-        parts = [_keep(seed, column, row, part, threshold) for part in heads.split(size)]
-        keep = torch.cat(parts) if parts else heads.new_zeros(0, dtype=torch.bool)
-    return keep.view(B, H, Tq, calls * COLUMNS_PER_CALL)[..., :Tk]
+        keep = _keep(seed, *_counters(seed, B * H, Tq, Tk), threshold)
+    return keep.flatten(2)[..., :Tk].view(B, H, Tq, Tk)
 
 
 def apply_dropout(weights: torch.Tensor, seed: torch.Tensor | None, p: float) -> torch.Tensor:
@@ -52,6 +46,31 @@ def apply_dropout(weights: torch.Tensor, seed: torch.Tensor | None, p: float) ->
     B, H, Tq, Tk = weights.shape
     keep = dropout_mask(seed, B, H, Tq, Tk, p)
     return weights * keep * (1.0 / (1.0 - p))
+
+
+@torch.library.custom_op("fastgpt::dropout_mask", mutates_args=())
+def _mask_by_chunks(seed: torch.Tensor, heads: int, Tq: int, Tk: int, threshold: int) -> torch.Tensor:
+    """Kept or not, (heads, Tq, calls, 8), a few heads at a time so that what is computed stays in the cache.
+
+    One opaque operation, because compiled code would compute it twice as slowly.
+    """
+    column, row, head = _counters(seed, heads, Tq, Tk)
+    size = max(1, CHUNK // max(1, Tq * len(column)))
+    parts = [_keep(seed, column, row, part, threshold) for part in head.split(size)]
+    return torch.cat(parts) if heads else _mask_shape(seed, heads, Tq, Tk, threshold)
+
+
+@_mask_by_chunks.register_fake
+def _mask_shape(seed: torch.Tensor, heads: int, Tq: int, Tk: int, threshold: int) -> torch.Tensor:
+    return seed.new_empty(heads, Tq, -(-Tk // COLUMNS_PER_CALL), COLUMNS_PER_CALL, dtype=torch.bool)
+
+
+def _counters(seed: torch.Tensor, heads: int, Tq: int, Tk: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The parts of the counters: column // 8 (calls), row (Tq, 1) and head (heads, 1, 1)."""
+    calls = -(-Tk // COLUMNS_PER_CALL)
+    column = torch.arange(calls, device=seed.device)
+    row = torch.arange(Tk - Tq, Tk, device=seed.device)[:, None]
+    return column, row, torch.arange(heads, device=seed.device)[:, None, None]
 
 
 def _keep(seed: torch.Tensor, column: torch.Tensor, row: torch.Tensor, head: torch.Tensor, threshold: int):

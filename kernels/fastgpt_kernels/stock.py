@@ -46,9 +46,7 @@ def causal_attention(
     triangle = Tq == Tk and doc_ids is None
     sees_all = Tq == 1 and doc_ids is None
     mask = None if triangle or sees_all else visible(Tq, Tk, doc_ids, q.device)
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=triangle, scale=scale, enable_gqa=Hkv != H
-    )
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=triangle, scale=scale, enable_gqa=Hkv != H)
     return out.transpose(1, 2)
 
 
