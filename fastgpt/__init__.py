@@ -7,27 +7,37 @@ The names below are imported when first used, so that `import fastgpt` costs not
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastgpt.config import PRESETS, ModelConfig, SamplingParams, TrainConfig
+    from fastgpt.errors import CorruptCheckpoint, UsageError
+    from fastgpt.generate import TextGenerator, load
+    from fastgpt.model import GPT
 
 __version__ = "0.1.0"
+__all__ = [
+    "GPT",
+    "PRESETS",
+    "CorruptCheckpoint",
+    "ModelConfig",
+    "SamplingParams",
+    "TextGenerator",
+    "TrainConfig",
+    "UsageError",
+    "load",
+]
 
-_HOMES = {
-    "load": "fastgpt.generate",
-    "TextGenerator": "fastgpt.generate",
-    "GPT": "fastgpt.model",
-    "ModelConfig": "fastgpt.config",
-    "PRESETS": "fastgpt.config",
-    "TrainConfig": "fastgpt.config",
-    "UsageError": "fastgpt.errors",
+_MODULES = {
+    "fastgpt.config": ("PRESETS", "ModelConfig", "SamplingParams", "TrainConfig"),
+    "fastgpt.errors": ("CorruptCheckpoint", "UsageError"),
+    "fastgpt.generate": ("TextGenerator", "load"),
+    "fastgpt.model": ("GPT",),
 }
-__all__ = sorted(_HOMES)
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _HOME:
         raise AttributeError(f"module 'fastgpt' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
-
-
-def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+    return getattr(importlib.import_module(_HOME[name]), name)

@@ -25,10 +25,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         return F.linear(x, weight, bias)
     rows = x.reshape(1, 1, -1).expand(slices, 1, -1)
     parts = weight.view(slices, -1, weight.shape[1]).mT  # (slices, I, O / slices), a view
-    if bias is None:
-        y = torch.bmm(rows, parts)
-    else:
-        y = torch.baddbmm(bias.view(slices, 1, -1), rows, parts)
+    y = torch.bmm(rows, parts) if bias is None else torch.baddbmm(bias.view(slices, 1, -1), rows, parts)
     return y.view(*x.shape[:-1], -1)
 
 

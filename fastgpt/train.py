@@ -23,7 +23,6 @@ from fastgpt.config import PRESETS, TrainConfig
 from fastgpt.corpus import Corpus
 from fastgpt.device import (
     autocast,
-    describe,
     peak_flops,
     peak_memory,
     resolve_device,
@@ -33,7 +32,7 @@ from fastgpt.device import (
 from fastgpt.errors import UsageError
 from fastgpt.generate import TextGenerator
 from fastgpt.loader import IGNORED, Loader
-from fastgpt.metrics import Display, MetricsFile, Stopwatch, flops_per_token, format_bytes, format_seconds
+from fastgpt.metrics import Display, MetricsFile, Stopwatch, flops_per_token
 from fastgpt.model import GPT
 from fastgpt.optim import learning_rate, make_optimizer, set_learning_rate
 from fastgpt.report import RunSummary

@@ -1,7 +1,8 @@
-"""What every test shares: no network but loopback, one thread, and a skip of `gpu` tests where there is none."""
+"""What every test shares: no network but loopback, its own cache, one thread, and `gpu` tests skipped without one."""
 
 import os
 import socket
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,3 +43,11 @@ def one_thread() -> None:
     """Toy sizes run fastest on one thread, and a second one only waits for a busy core."""
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder, so that no test sees or fills the user's."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("FASTGPT_CACHE", str(folder))
+    return folder

@@ -40,14 +40,6 @@ every_kind = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache folder, so that no test sees or fills the user's."""
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("FASTGPT_CACHE", str(folder))
-    return folder
-
-
 @pytest.fixture
 def text_file(tmp_path: Path) -> Path:
     path = tmp_path / "my text.txt"
