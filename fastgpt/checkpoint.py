@@ -147,7 +147,9 @@ def load_state(step_dir: Path) -> dict[str, Any]:
 
 
 def holds_run(out_dir: Path) -> bool:
-    return (out_dir / "config.json").exists() or any(out_dir.glob("step-*"))
+    """Whether there is a run that would be lost: a checkpoint, or the record of a step."""
+    record = out_dir / "metrics.jsonl"
+    return any(out_dir.glob("step-*")) or (record.exists() and record.stat().st_size > 0)
 
 
 def delete_run(out_dir: Path) -> None:

@@ -202,13 +202,13 @@ def _check_field(field: dataclasses.Field, hint: Any, value: Any) -> None:
     if value is None and type(None) in allowed:
         return
     accepted = tuple(typing.get_origin(t) or t for t in allowed)
+    if tuple in accepted and not (isinstance(value, tuple) and all(isinstance(v, str) for v in value)):
+        raise UsageError(f"{flag} {value!r} is not a list of text")
     number = isinstance(value, int) and not isinstance(value, bool)
     fits = isinstance(value, accepted) and (not isinstance(value, bool) or bool in accepted)
     if not fits and not (number and float in accepted):
         wanted = next(t for t in accepted if t is not type(None)).__name__
         raise UsageError(f"{flag} {value!r} is not of type {wanted}")
-    if isinstance(value, tuple) and not all(isinstance(v, str) for v in value):
-        raise UsageError(f"{flag} {list(value)} is not a list of text")
     if isinstance(value, float) and not math.isfinite(value):
         raise UsageError(f"{flag} {value} is not a finite number")
     if meta.get("choices") and value not in meta["choices"]:

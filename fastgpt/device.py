@@ -21,7 +21,8 @@ def resolve_device(name: str) -> torch.device:
         cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
         return torch.device("cuda" if cuda else "mps" if mps else "cpu")
     kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda", "mps") or (index and not index.isdecimal()):
+    numbered = kind == "cuda" and index.isdecimal()
+    if kind not in ("cpu", "cuda", "mps") or (name != kind and not numbered):
         raise UsageError(f"--device {name!r} is not one of auto, cpu, mps, cuda, cuda:N")
     if kind == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device {name}: PyTorch finds no CUDA GPU here; use --device auto or cpu")

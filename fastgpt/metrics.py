@@ -1,11 +1,12 @@
 """What a run says about itself: `metrics.jsonl`, the progress display, and the curves.
 
 A line of `metrics.jsonl` is a JSON object with `step` (optimizer steps done) and `tokens` (seen so far), and either
-`loss`, `lr`, `grad_norm`, `ms` (a step), `tokens_per_second`, `mfu` (share of the chip's peak, or null) and
-`memory` (peak bytes), or `val_loss`.
+`loss`, `lr`, `grad_norm`, `ms` (a step), `tokens_per_second`, `mfu` (share of the chip's peak) and `memory` (peak
+bytes), or `val_loss`. Null is what is not known: the speed of the first step, the peak of a CPU.
 """
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,9 @@ class MetricsFile:
         self.file = path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
-        self.file.write(json.dumps(record) + "\n")
+        """Append a record, with null for a number that JSON has not (the norm of a step that float16 skipped)."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self.file.write(json.dumps(finite) + "\n")
         self.file.flush()
 
     def close(self) -> None:
@@ -72,18 +75,19 @@ class Display:
 
     def show(self, record: Record) -> None:
         """A training record, with the time left at its speed."""
-        left = (self.total - record["step"]) * record["ms"] / 1e3
         parts = [
             f"loss {record['loss']:.4f}",
             f"val {self.val_loss:.4f}" if self.val_loss is not None else "val -",
             f"lr {record['lr']:.2e}",
             f"norm {record['grad_norm']:.2f}",
-            f"{record['ms']:.1f} ms",
-            f"{record['tokens_per_second']:,.0f} tokens/s",
-            f"MFU {record['mfu']:.1%}" if record["mfu"] is not None else "MFU none",
-            format_bytes(record["memory"]),
-            f"{format_seconds(left)} left",
         ]
+        if record["ms"] is not None:  # the first step is not timed
+            parts += [f"{record['ms']:.1f} ms", f"{record['tokens_per_second']:,.0f} tokens/s"]
+        if record["mfu"] is not None:
+            parts.append(f"MFU {record['mfu']:.1%}")
+        parts.append(format_bytes(record["memory"]))
+        if record["ms"] is not None:
+            parts.append(f"{format_seconds((self.total - record['step']) * record['ms'] / 1e3)} left")
         if self.live:
             self.live.update(self.task, completed=record["step"], status="  ".join(parts))
         else:
@@ -121,9 +125,9 @@ class Stopwatch:
             self.lap_seconds, self.lap_steps = self.lap_seconds + seconds, self.lap_steps + steps
         self.lap_began = None
 
-    def lap(self) -> float:
-        """Seconds a step since the last lap, or 0 where none was counted."""
-        average = self.lap_seconds / self.lap_steps if self.lap_steps else 0.0
+    def lap(self) -> float | None:
+        """Seconds a step since the last lap, or None where none was timed."""
+        average = self.lap_seconds / self.lap_steps if self.lap_steps else None
         self.lap_seconds, self.lap_steps = 0.0, 0
         return average
 

@@ -13,13 +13,14 @@ def plot_loss(out_dir: Path) -> Path:
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.subplots()
     for key, label, style in (("loss", "train", "-"), ("val_loss", "val", "o-")):
-        points = [(r["step"], r[key]) for r in records if key in r]
+        points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.2, markersize=3.5)
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     if records:
         per_step = records[-1]["tokens"] / records[-1]["step"]
         above = axes.secondary_xaxis("top", functions=(lambda s: s * per_step, lambda t: t / per_step))

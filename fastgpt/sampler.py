@@ -31,7 +31,10 @@ class Sampler:
         if self.params.temperature == 0:
             token = logits.argmax(-1, keepdim=True)
         else:
-            probabilities = keep_likely(logits / self.params.temperature, self.params).softmax(-1)
+            # Only differences count, and from the top they cannot overflow however low the temperature.
+            logits = logits - logits.amax(-1, keepdim=True)
+            temperature = max(self.params.temperature, torch.finfo(logits.dtype).tiny)
+            probabilities = keep_likely(logits / temperature, self.params).softmax(-1)
             # The largest p / e with e ~ Exp(1) falls on a token with its probability p, without a host sync.
             noise = torch.empty_like(probabilities).exponential_(generator=self.generator)
             noise.clamp_(min=torch.finfo(noise.dtype).tiny)  # a dropped token's 0 / 0 would win
@@ -50,6 +53,7 @@ def keep_likely(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
         ordered, order = logits.sort(descending=True)
         share = ordered.softmax(-1)
         beyond = share.cumsum(-1) - share >= params.top_p  # what stands before it already holds top_p
+        beyond[:, 0] = False  # where top_p rounds to 0 in float32
         logits = logits.masked_fill(beyond.scatter(1, order, beyond), float("-inf"))
     if params.min_p:
         share = logits.softmax(-1)

@@ -103,11 +103,11 @@ class Run:
             warm = False
             while self.step < config.max_iters:
                 self.watch.start()
-                loss, norm, rate = self._train_step()
-                if not warm:
+                if warm:
+                    loss, norm, rate = self._train_step()
+                else:
                     # The first step compiles and allocates; it is done, but not timed.
-                    synchronize(self.device)
-                    self.watch.stop(0)
+                    loss, norm, rate = self._first_step()
                     self.watch, warm = Stopwatch(), True
                 last = self.step == config.max_iters or time.monotonic() - began > limit or bool(signals.caught)
                 if self.step % config.log_interval == 0 or last:
@@ -125,6 +125,17 @@ class Run:
                     break
         metrics.close()
         return self._finish(signals.caught)
+
+    def _first_step(self) -> tuple[torch.Tensor, torch.Tensor, float]:
+        try:
+            result = self._train_step()
+        except RuntimeError as error:
+            if not isinstance(error, _compiler_errors(self.config.compile)):
+                raise
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise UsageError(f"--compile failed: {reason}; install a C++ compiler, or pass --no-compile") from error
+        synchronize(self.device)
+        return result
 
     def _train_step(self) -> tuple[torch.Tensor, torch.Tensor, float]:
         """One optimizer step: (mean loss of its micro-batches, gradient norm, learning rate)."""
@@ -152,16 +163,16 @@ class Run:
     def _log(self, metrics: MetricsFile, display: Display, loss: float, norm: float, rate: float) -> None:
         self.watch.stop(1)
         seconds = self.watch.lap()
-        speed = self.config.tokens_per_step / seconds if seconds else 0.0
+        speed = self.config.tokens_per_step / seconds if seconds else None
         record = {
             "step": self.step,
             "tokens": self.step * self.config.tokens_per_step,
             "loss": loss,
             "lr": rate,
             "grad_norm": norm,
-            "ms": seconds * 1e3,
+            "ms": seconds * 1e3 if seconds else None,
             "tokens_per_second": speed,
-            "mfu": self.flops * speed / self.peak if self.peak else None,
+            "mfu": self.flops * speed / self.peak if self.peak and speed else None,
             "memory": peak_memory(self.device),
         }
         metrics.write(record)
@@ -272,6 +283,15 @@ class Run:
             print(f"--- sample after step {self.step}\n{self._sample()}\n---")
         report.conclude(summary, self.out_dir, picture)
         return summary
+
+
+def _compiler_errors(compiling: bool) -> tuple[type[Exception], ...]:
+    """What torch.compile raises, whose module is slow to import and so is left alone without it."""
+    if not compiling:
+        return ()
+    from torch._dynamo.exc import TorchDynamoException
+
+    return (TorchDynamoException,)
 
 
 def _claim(out_dir: Path, overwrite: bool) -> None:
