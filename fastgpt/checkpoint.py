@@ -11,8 +11,10 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from fastgpt.model import GPT
 FORMAT = 1
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optim.safetensors", "state.json", "manifest.json"
 TEMPORARY = ".tmp-"
-RUN_FILES = ("config.json", "tokenizer.json", "metrics.jsonl", "latest", "best", "plots")
+RUN_FILES = ("config.json", "tokenizer.json", "metrics.jsonl", "latest", "best", "plots/loss.png")
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -69,10 +71,15 @@ def point(out_dir: Path, name: str, folder: Path) -> None:
 def prune(out_dir: Path) -> None:
     """Delete the step folders that neither `latest` nor `best` names, and what a killed save left behind."""
     kept = {find(out_dir, name) for name in ("latest", "best") if (out_dir / name).exists()}
-    for folder in out_dir.iterdir():
-        stale = folder.name.startswith("step-") and folder not in kept
-        if folder.is_dir() and (stale or folder.name.startswith(TEMPORARY)):
-            shutil.rmtree(folder)
+    left = [path for path in out_dir.glob(f"{TEMPORARY}*") if path.is_dir()]
+    for folder in [*left, *(step for step in steps(out_dir) if step not in kept)]:
+        shutil.rmtree(folder)
+
+
+def steps(out_dir: Path) -> list[Path]:
+    """The step folders of a run, the earliest first; what only resembles one is not ours."""
+    folders = [path for path in out_dir.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name) and path.is_dir()]
+    return sorted(folders, key=lambda path: int(path.name[5:]))
 
 
 def find(out_dir: Path, name: str) -> Path:
@@ -88,8 +95,8 @@ def find(out_dir: Path, name: str) -> Path:
     if name not in ("latest", "best"):
         folder = out_dir / Path(name).name
         if not folder.is_dir():
-            steps = ", ".join(sorted(p.name for p in out_dir.glob("step-*"))) or "none"
-            raise UsageError(f"--checkpoint {name!r} is not in {out_dir}; there are: latest, best, {steps}")
+            known = ", ".join(["latest", "best", *(step.name for step in steps(out_dir))])
+            raise UsageError(f"--checkpoint {name!r} is not in {out_dir}; there are: {known}")
         return folder
     if name == "best" and not (out_dir / name).exists():
         name = "latest"  # the run has not been evaluated yet
@@ -108,11 +115,12 @@ def verify(step_dir: Path | str) -> None:
         CorruptCheckpoint: naming the file that is missing, truncated or altered.
     """
     step_dir = Path(step_dir)
-    files = _read_json(step_dir / MANIFEST).get("files")
-    if not isinstance(files, dict) or not {MODEL, OPTIMIZER, STATE} <= files.keys():
-        raise CorruptCheckpoint(f"{step_dir / MANIFEST} does not list the checkpoint's files")
-    for name in (MODEL, OPTIMIZER, STATE):
-        path, expected = step_dir / name, files[name]
+    manifest = _read_json(step_dir / MANIFEST)
+    files, names = manifest.get("files"), {MODEL, OPTIMIZER, STATE}
+    if manifest != {"format": FORMAT, "files": files} or not isinstance(files, dict) or files.keys() != names:
+        raise CorruptCheckpoint(f"{step_dir / MANIFEST} is not the list of this version's checkpoint files")
+    for name, expected in files.items():
+        path = step_dir / name
         if not path.is_file():
             raise CorruptCheckpoint(f"{path} is missing; use another checkpoint of the run (--checkpoint)")
         if _digest(path) != expected:
@@ -149,16 +157,18 @@ def load_state(step_dir: Path) -> dict[str, Any]:
 def holds_run(out_dir: Path) -> bool:
     """Whether there is a run that would be lost: a checkpoint, or the record of a step."""
     record = out_dir / "metrics.jsonl"
-    return any(out_dir.glob("step-*")) or (record.exists() and record.stat().st_size > 0)
+    return bool(steps(out_dir)) or (record.exists() and record.stat().st_size > 0)
 
 
 def delete_run(out_dir: Path) -> None:
     """Delete a run's own files and folders, and nothing else that its folder may hold."""
-    for path in [*out_dir.glob("step-*"), *out_dir.glob(f"{TEMPORARY}*"), *(out_dir / f for f in RUN_FILES)]:
+    for path in [*steps(out_dir), *out_dir.glob(f"{TEMPORARY}*"), *(out_dir / f for f in RUN_FILES)]:
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+    with suppress(OSError):  # it holds something else, or is not there
+        (out_dir / "plots").rmdir()
 
 
 def save_run(out_dir: Path, config: TrainConfig, **about: Any) -> None:
@@ -221,7 +231,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise CorruptCheckpoint(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise CorruptCheckpoint(f"{path} is not JSON: it is truncated or altered") from None
     if not isinstance(content, dict):
         raise CorruptCheckpoint(f"{path} holds no JSON object")

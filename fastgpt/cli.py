@@ -63,6 +63,7 @@ def parse(
             f"--preset {preset!r} is not one of {', '.join(presets or {})}{nearest(preset, presets or {})}"
         )
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    configuration.validate_fields(kind, given)
     base = start(preset, given) if start else (presets or {}).get(preset or "", kind())
     result = dataclasses.replace(typing.cast(Any, base), **given)
     configuration.validate(result)

@@ -8,6 +8,7 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +48,7 @@ class ModelConfig:
     n_kv_head: int | None = option(
         None, "key and value heads (grouped queries); must divide n_head; default n_head", low=1
     )
-    n_embd: int = option(768, "width of the residual stream", low=1)
+    n_embd: int = option(768, "width of the residual stream", low=1, high=65_536)
     dropout: float = option(0.0, "dropout rate of embeddings, attention and residuals", low=0, below=1)
     bias: bool = option(True, "biases in the linear layers and LayerNorms, as GPT-2 has them")
     position: str = option("learned", "how positions enter", choices=("learned", "sinusoidal", "rotary", "none"))
@@ -187,13 +188,19 @@ PRESETS: dict[str, TrainConfig] = {
 
 def validate(config: Any) -> None:
     """Check each field's type, choices and limits, then what concerns several fields. Raises `UsageError`."""
-    hints = typing.get_type_hints(type(config))
-    for field in dataclasses.fields(config):
-        _check_field(field, hints[field.name], getattr(config, field.name))
+    validate_fields(type(config), vars(config))
     if isinstance(config, ModelConfig):
         _check_heads(config)
     if isinstance(config, TrainConfig):
         _check_training(config)
+
+
+def validate_fields(kind: type, values: Mapping[str, Any]) -> None:
+    """Check the values that were given for some of a dataclass's fields, each by itself."""
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        if field.name in values:
+            _check_field(field, hints[field.name], values[field.name])
 
 
 def _check_field(field: dataclasses.Field, hint: Any, value: Any) -> None:

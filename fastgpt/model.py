@@ -176,16 +176,18 @@ class GPT(nn.Module):
         Args:
             tokens: int64 (B, T); with a cache, the tokens that follow those in it.
             targets: int64 (B, T), -100 where a position does not count.
-            doc_ids: integer (B, T): attention stays within a document.
+            doc_ids: integer (B, T): attention stays within a document; not with a cache.
             cache: keys and values of earlier tokens; extended in place.
             last_only: logits of the last position alone.
 
         Returns:
-            float32 scalar in nats with targets; otherwise logits (B, T or 1, V).
+            A scalar in nats with targets, float32 for float32 or autocast weights; otherwise logits (B, T or 1, V).
 
         Raises:
-            ValueError: more tokens than block_size.
+            ValueError: more tokens than block_size, or doc_ids together with a cache.
         """
+        if doc_ids is not None and cache is not None:
+            raise ValueError("doc_ids cannot go with a cache, which does not keep the documents of earlier tokens")
         x = self.hidden(tokens, doc_ids, cache)
         if targets is not None:
             return self.ops.linear_cross_entropy(x, self.wte.weight, targets, valid_vocab=self.config.vocab_size)

@@ -1,6 +1,7 @@
 """What a run prints for people: before the first step what it is, after the last how it went and what comes next."""
 
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,7 @@ def conclude(summary: RunSummary, out_dir: Path, picture: Path) -> None:
     if not summary.best_step:
         del facts["best val loss"]  # stopped before the first evaluation
     _print_facts(Console(), facts)
-    where = "" if out_dir == Path("out") else f" --out_dir {out_dir}"
+    where = "" if out_dir == Path("out") else f" --out_dir {shlex.quote(str(out_dir))}"
     if summary.stopped_by is not None:
         print(f"stopped at step {summary.steps}, saved in {out_dir}")
         print(f"next:  python -m fastgpt.train --init_from resume{where}")

@@ -92,6 +92,8 @@ class Run:
         self.watch = Stopwatch()
         self.peak = peak_flops(self.device, self.dtype)
         self.flops = flops_per_token(self.config, self.model.num_parameters())
+        if saved is None and config.overwrite and checkpoint.holds_run(self.out_dir):
+            checkpoint.delete_run(self.out_dir)  # only now that nothing refuses the new run any more
         self._write_folder(config)
 
     def train(self) -> RunSummary:
@@ -115,10 +117,11 @@ class Run:
                 else:
                     self.watch.stop(1)
                 due = self.step % config.eval_interval == 0 or last
-                if due and signals.caught is None:
-                    self._evaluate(metrics, display)
                 if due:
-                    self._save(display)
+                    evaluated = signals.caught is None
+                    if evaluated:
+                        self._evaluate(metrics, display)
+                    self._save(display, evaluated)
                 if config.sample_interval and self.step % config.sample_interval == 0 and not last:
                     display.product(f"--- sample at step {self.step}\n{self._sample()}\n---")
                 if last:
@@ -200,10 +203,10 @@ class Run:
             self.best_val_loss, self.best_step = self.val_loss, self.step
         metrics.write({"step": self.step, "tokens": self.step * config.tokens_per_step, "val_loss": self.val_loss})
 
-    def _save(self, display: Display) -> None:
+    def _save(self, display: Display, evaluated: bool) -> None:
+        losses = {"val_loss": self.val_loss, "best_val_loss": self.best_val_loss}
         state = {
-            "val_loss": self.val_loss,
-            "best_val_loss": self.best_val_loss,
+            **{name: loss for name, loss in losses.items() if math.isfinite(loss)},  # JSON has no infinity
             "best_step": self.best_step,
             "scaler": self.scaler.state_dict(),
         }
@@ -212,7 +215,8 @@ class Run:
             checkpoint.point(self.out_dir, "best", folder)
         checkpoint.prune(self.out_dir)
         best = "the best so far" if self.best_step == self.step else f"the best is {self.best_val_loss:.4f}"
-        display.say(f"step {self.step}: val loss {self.val_loss:.4f}, {best}; saved {folder}")
+        how = f"val loss {self.val_loss:.4f}, {best}" if evaluated else "stopped before an evaluation"
+        display.say(f"step {self.step}: {how}; saved {folder}")
 
     def _restore(self) -> None:
         folder = checkpoint.find(self.out_dir, "latest")
@@ -220,8 +224,8 @@ class Run:
         checkpoint.load_model(folder, self.model)
         checkpoint.load_optimizer(folder, self.model, self.optimizer)
         state = checkpoint.load_state(folder)
-        self.step, self.val_loss = state["step"], state["val_loss"]
-        self.best_val_loss, self.best_step = state["best_val_loss"], state["best_step"]
+        self.step, self.val_loss = state["step"], state.get("val_loss", math.inf)
+        self.best_val_loss, self.best_step = state.get("best_val_loss", math.inf), state["best_step"]
         self.scaler.load_state_dict(state["scaler"])
         if self.step >= self.config.max_iters:
             raise UsageError(
@@ -298,14 +302,11 @@ def _claim(out_dir: Path, overwrite: bool) -> None:
     """Make sure that out_dir holds no run that would be lost or mixed."""
     if out_dir.exists() and not out_dir.is_dir():
         raise UsageError(f"--out_dir {out_dir} is a file; name a folder")
-    if not checkpoint.holds_run(out_dir):
-        return
-    if not overwrite:
+    if checkpoint.holds_run(out_dir) and not overwrite:
         raise UsageError(
             f"--out_dir {out_dir} already holds a run; continue it with --init_from resume, "
             "keep it and name another --out_dir, or delete it with --overwrite"
         )
-    checkpoint.delete_run(out_dir)
 
 
 def _check_resume(

@@ -1,0 +1,258 @@
+"""The command line: spellings, who wins, one-line errors that name the way out, and exit codes."""
+
+import subprocess
+import sys
+
+import pytest
+
+from fastgpt import cli
+from fastgpt.config import PRESETS, GenerateConfig, TrainConfig
+from fastgpt.errors import UsageError
+
+
+def parse(*words, kind=TrainConfig, presets=PRESETS, **more):
+    return cli.parse(kind, words, prog="program", description="A program.", presets=presets, **more)
+
+
+def generate(*words):
+    return parse(*words, kind=GenerateConfig, presets=None)
+
+
+def toml(folder, text):
+    file = folder / "run.toml"
+    file.write_text(text, encoding="utf-8")
+    return f"--config={file}"
+
+
+def refused(*words, saying, kind=TrainConfig):
+    with pytest.raises(UsageError) as caught:
+        parse(*words, kind=kind)
+    assert "\n" not in str(caught.value)
+    for part in saying:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "words", ["--n_layer 7", "--n_layer=7", "--n-layer 7", "--n-layer=7", "--n_layer 3 --n-layer 7"]
+)
+def test_every_spelling_of_a_flag_works(words):
+    assert parse(*words.split()).n_layer == 7
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--compile", True),
+        ("--compile=True", True),
+        ("--compile true", True),
+        ("--compile on", True),
+        ("--no-compile --compile", True),
+        ("--no-compile", False),
+        ("--no_compile", False),
+        ("--compile=False", False),
+        ("--compile false", False),
+        ("--compile=1 --no-compile", False),
+    ],
+)
+def test_every_spelling_of_a_switch_works(words, expected):
+    assert parse(*words.split()).compile is expected
+
+
+def test_a_switch_leaves_the_next_flag_alone():
+    config = parse("--compile", "--n_layer", "7", "--no-bias", "--overwrite")
+    assert (config.compile, config.n_layer, config.bias, config.overwrite) == (True, 7, False, True)
+
+
+def test_nothing_given_is_the_defaults():
+    assert parse() == TrainConfig()
+    assert generate() == GenerateConfig()
+
+
+def test_values_get_their_fields_type():
+    config = parse("--learning_rate", "1", "--max_iters", "1_000", "--min_lr=1e-4", "--out_dir", "7")
+    assert (config.learning_rate, config.max_iters, config.min_lr, config.out_dir) == (1.0, 1000, 1e-4, "7")
+    assert isinstance(config.learning_rate, float)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_is_the_starting_point(preset):
+    assert parse("--preset", preset) == PRESETS[preset]
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path):
+    file = toml(tmp_path, 'preset = "baby"\nn_layer = 3\nbatch_size = 5\n')
+    config = parse("--batch_size", "9", file)
+    assert (config.n_embd, config.n_layer, config.batch_size) == (384, 3, 9)
+    config = parse(file, "--preset", "cpu")
+    assert (config.n_embd, config.n_layer, config.batch_size) == (128, 3, 5)
+
+
+def test_start_gets_the_preset_and_what_was_given(tmp_path):
+    seen = []
+
+    def start(preset, given):
+        seen.append((preset, dict(given)))
+        return PRESETS["mini"]
+
+    config = parse("--n-layer", "2", toml(tmp_path, "batch_size = 5"), start=start)
+    assert seen == [(None, {"n_layer": 2, "batch_size": 5})]
+    assert (config.n_layer, config.batch_size, config.n_embd) == (2, 5, 64)
+
+
+def test_toml_holds_every_type(tmp_path):
+    config = parse(toml(tmp_path, 'n_layer = 3\nlearning_rate = 1e-3\ncompile = true\nout_dir = "a"\ndropout = 0'))
+    assert (config.n_layer, config.learning_rate, config.compile) == (3, 1e-3, True)
+    assert (config.out_dir, config.dropout) == ("a", 0)
+
+
+def test_toml_lists_become_tuples_and_aliases_work(tmp_path):
+    config = parse(toml(tmp_path, 'start = "Once"\nstop = ["a", "b"]'), kind=GenerateConfig)
+    assert (config.prompt, config.stop) == ("Once", ("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("text", "saying"),
+    [
+        ("n_layr = 3", ["unknown key 'n_layr'", "did you mean n_layer?", "run.toml"]),
+        ("qqqqqqqq = 3", ["unknown key 'qqqqqqqq'"]),
+        ("[model]\nn_layer = 3", ["unknown key 'model'"]),
+        ("seed = 1\nn_layer = x", ["run.toml", "is not TOML", "line 2"]),
+        ("n_layer = 'x'", ["--n_layer 'x' is not of type int"]),
+        ("n_layer = [1]", ["--n_layer", "is not of type int"]),
+        ("n_layer = 0", ["--n_layer 0 must be at least 1"]),
+        ("preset = 'bbay'", ["--preset 'bbay'", "did you mean baby?"]),
+        ("preset = 3", ["preset 3"]),
+        ("preset = ['baby']", ["preset ['baby']"]),
+    ],
+)
+def test_a_bad_toml_file_is_refused_and_the_nearest_named(text, saying, tmp_path):
+    refused(toml(tmp_path, text), saying=saying)
+
+
+def test_a_toml_file_that_cannot_be_read_is_refused(tmp_path):
+    refused("--config", str(tmp_path / "no.toml"), saying=["--config", "no.toml", "No such file"])
+    refused("--config", str(tmp_path), saying=["--config", "directory"])
+    refused("--config=", saying=["--config"])
+    (tmp_path / "latin.toml").write_bytes(b"out_dir = '\xe9'")
+    refused("--config", str(tmp_path / "latin.toml"), saying=["latin.toml", "is not TOML"])
+
+
+@pytest.mark.parametrize(
+    ("words", "saying"),
+    [
+        (["--n_layr", "3"], ["unknown flag --n_layr", "did you mean --n_layer?"]),
+        (["--lerning-rate=3"], ["unknown flag --lerning_rate", "did you mean --learning_rate?"]),
+        (["--no-compil"], ["unknown flag --no_compil", "did you mean --no_compile?"]),
+        (["--n_lay", "3"], ["unknown flag --n_lay;"]),
+        (["--qqqqqqqqqq", "3"], ["unknown flag --qqqqqqqqqq"]),
+        (["--no-n_layer"], ["unknown flag --no_n_layer"]),
+        (["--preset", "bbay"], ["--preset 'bbay'", "mini, cpu, baby", "did you mean baby?"]),
+        (["--n_layer"], ["--n_layer needs a value"]),
+        (["--n_layer", "--n_head", "3"], ["--n_layer needs a value", "--n_head is the next flag"]),
+        (["--out_dir", "--no-compile"], ["--out_dir needs a value", "--no-compile is the next flag"]),
+        (["--out_dir", "--seed=3"], ["--out_dir needs a value"]),
+        (["--n_layer", "x"], ["--n_layer 'x' is not a whole number"]),
+        (["--n_layer="], ["--n_layer '' is not a whole number"]),
+        (["--n_layer", "6.5"], ["--n_layer '6.5' is not a whole number"]),
+        (["--dropout", "much"], ["--dropout 'much' is not a number"]),
+        (["--learning_rate", "-1"], ["--learning_rate -1.0 must be above 0"]),
+        (["--n_layer", "-3"], ["--n_layer -3 must be at least 1"]),
+        (["--learning_rate", "nan"], ["--learning_rate nan is not a finite number"]),
+        (["--compile=maybe"], ["--compile 'maybe' is neither true nor false", "--no-compile"]),
+        (["--compile", "maybe"], ["'maybe' is not a flag"]),
+        (["--no-compile=true"], ["--no-compile takes no value"]),
+        (["--no-compile", "true"], ["'true' is not a flag"]),
+        (["train.py"], ["'train.py' is not a flag"]),
+        (["--n_layer", "3", "4"], ["'4' is not a flag"]),
+        (["-n", "3"], ["'-n' is not a flag"]),
+        (["--"], ["unknown flag"]),
+        (["--n_head", "7", "--n_embd", "100"], ["--n_head 7", "--n_embd 100", "try --n_head 5"]),
+    ],
+)
+def test_a_bad_command_line_is_one_line_that_names_the_way_out(words, saying):
+    refused(*words, saying=saying)
+
+
+def test_preset_and_config_exist_only_where_there_are_presets():
+    for flag in ("--preset", "--config"):
+        with pytest.raises(UsageError, match=f"unknown flag {flag}"):
+            generate(flag, "mini")
+
+
+def test_a_value_may_start_with_a_dash():
+    assert generate("--prompt=--stop it").prompt == "--stop it"
+    assert generate("--prompt=--seed=3").prompt == "--seed=3"
+    assert generate("--prompt", "-").prompt == "-"
+    assert generate("--prompt", "- a list").prompt == "- a list"
+    assert generate("--prompt", "a=b").prompt == "a=b"
+
+
+def test_start_is_another_name_of_prompt():
+    assert generate("--start", "FILE:a.txt").prompt == "FILE:a.txt"
+
+
+def test_a_repeated_stop_accumulates():
+    assert generate("--stop", "a", "--stop=", "--stop", "b c").stop == ("a", "", "b c")
+    assert generate().stop == ()
+
+
+@pytest.mark.parametrize("none", ["none", "None"])
+def test_none_empties_an_optional_field(none):
+    config = generate("--top_k", none, f"--top_p={none}", "--prompt", none)
+    assert (config.top_k, config.top_p, config.prompt) == (None, None, none)
+    refused("--n_layer", none, saying=[f"--n_layer '{none}' is not a whole number"])
+
+
+def test_help_lists_every_flag_and_ends_well(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse("--help")
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    for name in (*TrainConfig.__dataclass_fields__, "preset", "config"):
+        assert f"--{name} " in text
+
+
+def test_run_returns_what_main_returns_and_passes_the_arguments(capsys):
+    assert cli.run(lambda argv: len(argv), ["a", "b"]) == 2
+    assert cli.run(lambda argv: 0, []) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_run_turns_a_usage_error_into_one_line_and_code_2(capsys):
+    assert cli.run(lambda argv: parse(*argv), ["--n_layer", "x"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == "error: --n_layer 'x' is not a whole number\n"
+
+
+def test_an_error_stays_on_one_line_whatever_was_typed(capsys):
+    assert cli.run(lambda argv: parse(*argv), ["--n\nlayer", "3"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("error: unknown flag --n layer")
+
+
+def test_run_turns_an_interrupt_into_130(capsys):
+    def main(argv):
+        raise KeyboardInterrupt
+
+    assert cli.run(main, []) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_run_hides_no_other_failure():
+    with pytest.raises(ZeroDivisionError):
+        cli.run(lambda argv: 1 // 0, [])
+
+
+def test_a_reader_that_leaves_early_is_no_traceback():
+    code = (
+        "from fastgpt import cli\ndef main(argv):\n  while True: print('y' * 1000)\nraise SystemExit(cli.run(main, []))"
+    )
+    paths = [path for path in sys.path if path]
+    program = [sys.executable, "-c", f"import sys; sys.path[:0] = {paths}\n{code}"]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.read(10)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(10) == 1

@@ -1,0 +1,114 @@
+"""The table: one signature a row, and one place where a column is chosen."""
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastgpt import dispatch
+from fastgpt.dispatch import TABLE, Row
+from fastgpt.errors import UsageError
+
+EMPTY = inspect.Parameter.empty
+# What a model may pass: the positional arguments, then those by keyword, with their defaults.
+SIGNATURES = {
+    "layer_norm": ({"x": EMPTY, "weight": EMPTY, "bias": None}, {"eps": 1e-5}),
+    "add_layer_norm": ({"x": EMPTY, "residual": EMPTY, "weight": EMPTY, "bias": None}, {"eps": 1e-5}),
+    "causal_attention": (
+        {"q": EMPTY, "k": EMPTY, "v": EMPTY},
+        {"dropout_p": 0.0, "seed": None, "scale": None, "doc_ids": None},
+    ),
+    "linear_cross_entropy": (
+        {"x": EMPTY, "weight": EMPTY, "targets": EMPTY},
+        {"ignore_index": -100, "valid_vocab": None, "reduction": "mean"},
+    ),
+}
+CELLS = [(op, column) for op, row in TABLE.items() for column in Row._fields if getattr(row, column) is not None]
+
+
+def test_every_operation_has_a_reference_and_a_torch_column():
+    assert SIGNATURES.keys() <= TABLE.keys()
+    assert {(op, column) for op in SIGNATURES for column in ("reference", "torch")} <= set(CELLS)
+
+
+@pytest.mark.parametrize(("op", "column"), CELLS)
+def test_every_column_has_the_signature_of_its_row(op, column):
+    signature = inspect.signature(getattr(TABLE[op], column))
+    assert signature == inspect.signature(TABLE[op].reference)
+
+
+@pytest.mark.parametrize("op", SIGNATURES)
+def test_signatures_are_those_of_the_design(op):
+    parameters = inspect.signature(TABLE[op].reference).parameters.values()
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    by_kind = [{p.name: p.default for p in parameters if p.kind is kind} for kind in kinds]
+    assert by_kind == list(SIGNATURES[op])
+    assert [list(names) for names in by_kind] == [list(names) for names in SIGNATURES[op]]  # in this order
+
+
+@pytest.mark.parametrize("column", ["reference", "torch"])
+def test_a_named_column_is_used_for_every_operation(column):
+    ops = dispatch.resolve(column)
+    assert ops.columns == dict.fromkeys(TABLE, column)
+    for op, row in TABLE.items():
+        assert getattr(ops, op) is getattr(row, column)
+    assert str(ops) == f"{column} (--kernels {column})"
+
+
+def test_auto_takes_torch_on_a_cpu_and_says_why():
+    ops = dispatch.resolve("auto", torch.device("cpu"))
+    assert ops.columns == dict.fromkeys(TABLE, "torch")
+    assert "cpu" in ops.reason
+
+
+def test_triton_on_a_cpu_is_one_line_that_says_what_to_pass_instead(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(UsageError, match="--kernels auto") as caught:
+        dispatch.resolve("triton", "cpu")
+    assert str(caught.value).startswith("--kernels triton")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_column_is_an_error_that_lists_the_known():
+    with pytest.raises(UsageError, match="--kernels 'cuda' is not one of auto, reference, torch, triton"):
+        dispatch.resolve("cuda")
+
+
+RECORDED = {**dict.fromkeys(TABLE, "torch"), "layer_norm": "reference"}
+
+
+def test_auto_keeps_the_recorded_columns_of_a_resumed_run():
+    ops = dispatch.resolve("auto", recorded=RECORDED)
+    assert ops.columns == RECORDED
+    assert ops.layer_norm is TABLE["layer_norm"].reference
+    assert ops.causal_attention is TABLE["causal_attention"].torch
+    assert "layer_norm=reference" in str(ops)
+
+
+def test_a_named_column_wins_over_the_recorded_ones():
+    assert dispatch.resolve("torch", recorded=RECORDED).columns == dict.fromkeys(TABLE, "torch")
+
+
+def test_an_operation_that_the_record_lacks_is_chosen_as_in_a_new_run():
+    assert dispatch.resolve("auto", recorded={"layer_norm": "reference"}).columns == RECORDED
+
+
+@pytest.mark.parametrize("recorded", [{"layer_norm": "cuda"}, {"layer_norm": "index"}, {"convolution": "torch"}])
+def test_a_recorded_column_that_is_gone_is_an_error(recorded):
+    with pytest.raises(UsageError, match="pass --kernels"):
+        dispatch.resolve("auto", recorded=recorded)
+
+
+def test_the_model_runs_where_triton_is_not_installed():
+    code = """
+import sys
+sys.modules["triton"] = None  # an import of it now fails
+import torch
+from fastgpt.config import ModelConfig
+from fastgpt.model import GPT
+GPT(ModelConfig(vocab_size=5, block_size=4, n_layer=1, n_head=1, n_embd=4))(torch.zeros(1, 4, dtype=torch.long))
+"""
+    paths = [path for path in sys.path if path]
+    subprocess.run([sys.executable, "-c", f"import sys; sys.path[:0] = {paths}\n{code}"], check=True)

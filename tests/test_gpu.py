@@ -1,0 +1,59 @@
+"""What only a GPU can show of the PyTorch column, the model and the loop: `pytest -m gpu`."""
+
+import pytest
+import torch
+
+from fastgpt import generate
+from fastgpt.config import TrainConfig
+from fastgpt.train import train
+from fastgpt_kernels import reference, stock
+from fastgpt_kernels.dropout import dropout_mask
+
+pytestmark = pytest.mark.gpu
+
+
+def test_dropout_mask_is_that_of_the_cpu():
+    seed = torch.tensor(2**61 + 12345)
+    shape = (2, 3, 65, 129, 0.3)
+    assert torch.equal(dropout_mask(seed.cuda(), *shape).cpu(), dropout_mask(seed, *shape))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+@pytest.mark.parametrize(("Tq", "Tk", "Hkv"), [(65, 65, 4), (1, 65, 2), (3, 65, 4)])
+def test_attention_in_bfloat16_is_as_near_the_truth_as_the_reference_in_bfloat16(Tq, Tk, Hkv, dropout_p):
+    q, k, v = (torch.randn(2, T, H, 64, device="cuda") for T, H in ((Tq, 4), (Tk, Hkv), (Tk, Hkv)))
+    seed = torch.tensor(7, device="cuda")
+
+    def error(column, dtype) -> float:
+        out = column.causal_attention(*(t.to(dtype) for t in (q, k, v)), dropout_p=dropout_p, seed=seed)
+        return ((out.double() - truth).norm() / truth.norm()).item()
+
+    truth = reference.causal_attention(q.double(), k.double(), v.double(), dropout_p=dropout_p, seed=seed)
+    assert error(stock, torch.float32) < 1e-3  # TF32, where it is on
+    assert error(stock, torch.bfloat16) < 2 * error(reference, torch.bfloat16)
+
+
+def test_training_in_bfloat16_learns_and_generates(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 200)
+    config = TrainConfig(
+        dataset=str(text),
+        out_dir=str(tmp_path / "out"),
+        data_dir=str(tmp_path / "data"),
+        n_layer=2,
+        n_head=2,
+        n_embd=64,
+        block_size=32,
+        dropout=0.1,
+        batch_size=16,
+        gradient_accumulation_steps=2,
+        max_iters=200,
+        warmup_iters=10,
+        eval_interval=100,
+        eval_iters=0,
+        learning_rate=3e-3,
+        device="cuda",
+    )
+    summary = train(config)
+    assert summary.best_val_loss < 1.0
+    assert "fox" in generate.load(tmp_path / "out").generate("the quick brown ", max_new_tokens=30, temperature=0)

@@ -1,0 +1,209 @@
+"""The torch column against the reference in float64: outputs and every gradient, on awkward inputs."""
+
+import pytest
+import torch
+
+from fastgpt_kernels import reference, stock
+
+DTYPES = [torch.float32, torch.bfloat16]
+U = 2**-8  # the most that one rounding to bfloat16 changes a number, relatively
+
+# For ||a - b|| / ||b|| and for max|a - b| / max|b|. A value passes through at most four tensors of 16 bits in a
+# row (scores, weights, their gradient, the result; a sum, its norm, a gradient), hence 4 U in the norm. A score
+# or logit s is off by |s| U, which multiplies its weight by 1 + |s| U; with |s| up to 4 a lone number is off by
+# twice as much, hence 8 U.
+BOUNDS = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (4 * U, 8 * U)}
+
+# How grad_out lies in memory: each takes its shape, and a function that makes a dense tensor of a shape.
+LAYOUTS = {
+    "dense": lambda shape, make: make(shape),
+    "transposed": lambda shape, make: make(shape[::-1]).permute([*reversed(range(len(shape)))]),
+    "expanded": lambda shape, make: make(shape[-1:]).expand(shape),
+}
+layouts = pytest.mark.parametrize("layout", LAYOUTS)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+
+
+def outputs_and_gradients(column, op, leaves, views, dtype, rounded, layout, arguments):
+    """Every output of an op and every input's gradient, computed in `dtype` from numbers exact in `rounded`."""
+    torch.manual_seed(1)
+    inputs = views(*(leaf.to(rounded).to(dtype).requires_grad_() for leaf in leaves))
+    out = getattr(column, op)(*inputs, **arguments)
+    out = out if isinstance(out, tuple) else (out,)
+    grads = [LAYOUTS[layout](o.shape, lambda shape, o=o: torch.randn(shape).to(rounded).to(o.dtype)) for o in out]
+    return *out, *torch.autograd.grad(out, inputs, grads)
+
+
+def assert_parity(op, leaves, views=lambda *leaves: leaves, *, dtype, layout="dense", **arguments):
+    expected = outputs_and_gradients(reference, op, leaves, views, torch.float64, dtype, layout, arguments)
+    got = outputs_and_gradients(stock, op, leaves, views, dtype, dtype, layout, arguments)
+    for a, b in zip(got, expected, strict=True):
+        assert_near(a, b, dtype)
+
+
+def assert_near(a, b, dtype):
+    assert a.shape == b.shape
+    assert a.isfinite().all()
+    if b.numel():
+        assert (a - b).norm() <= BOUNDS[dtype][0] * b.norm()
+        assert (a - b).abs().max() <= BOUNDS[dtype][1] * b.abs().max()
+
+
+def packed(H, Hkv, Tq):
+    """q, k and v as views of one (B, Tk, H + 2 Hkv, D), as the model's c_attn gives them; the last Tq queries."""
+    return lambda qkv: (qkv[:, qkv.shape[1] - Tq :, :H], *qkv[:, :, H:].split(Hkv, dim=2))
+
+
+def attention_arguments(names, Tk):
+    every = {
+        "scale": {"scale": 0.3},
+        "dropout": {"dropout_p": 0.25, "seed": torch.tensor(3)},
+        "documents": {"doc_ids": torch.stack([torch.arange(Tk) // 3, torch.arange(Tk) // 40])},
+    }
+    return {key: value for name in names.split() for key, value in every[name].items()}
+
+
+# Both sides of the switch in stock._prefers_products, one token, odd lengths, and queries on top of a cache.
+LENGTHS = [(1, 1, 3, 3), (7, 7, 3, 1), (64, 64, 3, 3), (65, 65, 6, 2)]  # Tq, Tk, H, Hkv
+LENGTHS += [(1, 6, 3, 3), (3, 7, 6, 2), (1, 70, 6, 2), (3, 70, 3, 3)]
+lengths = pytest.mark.parametrize(("Tq", "Tk", "H", "Hkv"), LENGTHS)
+names = pytest.mark.parametrize("names", ["", "scale", "dropout", "documents", "scale dropout documents"])
+
+
+@dtypes
+@layouts
+@names
+@lengths
+def test_attention_and_its_gradients_agree(Tq, Tk, H, Hkv, names, layout, dtype):
+    torch.manual_seed(0)
+    qkv, arguments = torch.randn(2, Tk, H + 2 * Hkv, 5), attention_arguments(names, Tk)
+    assert_parity("causal_attention", [qkv], packed(H, Hkv, Tq), dtype=dtype, layout=layout, **arguments)
+
+
+@dtypes
+@names
+@lengths
+def test_attention_without_gradients_agrees(Tq, Tk, H, Hkv, names, dtype):
+    torch.manual_seed(0)
+    inputs, arguments = packed(H, Hkv, Tq)(torch.randn(2, Tk, H + 2 * Hkv, 5)), attention_arguments(names, Tk)
+    rounded = [t.to(dtype) for t in inputs]
+    expected = reference.causal_attention(*(t.double() for t in rounded), **arguments)
+    assert_near(stock.causal_attention(*rounded, **arguments), expected, dtype)
+
+
+@pytest.mark.parametrize("names", ["", "documents"])
+def test_attention_agrees_where_only_keys_and_values_are_trained(names):
+    torch.manual_seed(0)
+    q, arguments = torch.randn(2, 3, 6, 5), attention_arguments(names, 7)
+    kv = [torch.randn(2, 7, 2, 5, requires_grad=True) for _ in range(2)]
+    expected = reference.causal_attention(q.double(), *(t.double() for t in kv), **arguments)
+    got = stock.causal_attention(q, *kv, **arguments)
+    assert_near(got, expected, torch.float32)
+    grad = torch.randn_like(got)
+    pairs = zip(torch.autograd.grad(got, kv, grad), torch.autograd.grad(expected, kv, grad.double()), strict=True)
+    for a, b in pairs:
+        assert_near(a, b.double(), torch.float32)
+
+
+@pytest.mark.parametrize("names", ["", "dropout", "documents"])
+@pytest.mark.parametrize(("Tq", "Tk"), [(5, 5), (1, 5), (70, 70)])
+def test_attention_of_an_empty_batch_is_empty(Tq, Tk, names):
+    arguments = attention_arguments(names, Tk)
+    arguments |= {"doc_ids": arguments["doc_ids"][:0]} if "doc_ids" in arguments else {}
+    assert_parity("causal_attention", [torch.randn(0, Tk, 9, 5)], packed(3, 3, Tq), dtype=torch.float32, **arguments)
+
+
+@pytest.mark.parametrize(("dtype", "longest"), [(torch.float32, 64), (torch.bfloat16, 1024)])
+def test_products_serve_short_training_on_a_cpu(dtype, longest):
+    q = torch.zeros(1, 1, 1, 4, dtype=dtype, requires_grad=True)
+    assert stock._prefers_products(q, longest)
+    assert not stock._prefers_products(q, longest + 1)
+    assert not stock._prefers_products(q.detach(), 1)
+    with torch.no_grad():
+        assert not stock._prefers_products(q, 1)
+
+
+@dtypes
+@layouts
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("op", ["layer_norm", "add_layer_norm"])
+@pytest.mark.parametrize("shape", [(3, 5, 33), (7, 4), (0, 5, 33)])
+def test_layer_norms_and_their_gradients_agree(shape, op, bias, layout, dtype):
+    torch.manual_seed(0)
+    streams = [torch.randn(shape[::-1]) for _ in range(1 if op == "layer_norm" else 2)]
+    affine = [torch.randn(shape[-1]) for _ in range(2 if bias else 1)]
+
+    def views(*leaves):
+        return *(leaf.permute([*reversed(range(leaf.dim()))]) for leaf in leaves[: len(streams)]), *leaves[
+            len(streams) :
+        ]
+
+    assert_parity(op, streams + affine, views, dtype=dtype, layout=layout, eps=1e-3)
+
+
+@dtypes
+@layouts
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("valid", [None, 11, 13])
+@pytest.mark.parametrize("shape", [(3, 5), (7,), (0, 5)])
+def test_cross_entropy_and_its_gradients_agree(shape, valid, reduction, layout, dtype):
+    torch.manual_seed(0)
+    targets = torch.randint(11, shape)
+    targets[:1] = -7
+    assert_parity(
+        "linear_cross_entropy",
+        [torch.randn(*shape[:-1], 9, shape[-1]), torch.randn(9, 13)],
+        lambda x, weight: (x.mT if x.dim() > 2 else x.t(), weight.t()),
+        dtype=dtype,
+        layout=layout,
+        targets=targets,
+        ignore_index=-7,
+        valid_vocab=valid,
+        reduction=reduction,
+    )
+
+
+columns = pytest.mark.parametrize("column", [reference, stock], ids=["reference", "torch"])
+
+
+@columns
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_loss_of_ignored_rows_alone_is_zero_with_zero_gradients(column, reduction):
+    x, weight = torch.randn(2, 3, 4, requires_grad=True), torch.randn(6, 4, requires_grad=True)
+    loss = column.linear_cross_entropy(x, weight, torch.full((2, 3), -100), valid_vocab=5, reduction=reduction)
+    assert loss == 0
+    for gradient in torch.autograd.grad(loss, (x, weight)):
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+@columns
+def test_an_ignored_row_gets_no_gradient_and_does_not_count(column):
+    x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(6, 4)
+    loss = column.linear_cross_entropy(x, weight, torch.tensor([2, -100, 5]))
+    torch.testing.assert_close(loss, column.linear_cross_entropy(x[[0, 2]], weight, torch.tensor([2, 5])))
+    (gradient,) = torch.autograd.grad(loss, x)
+    assert (gradient != 0).any(-1).tolist() == [True, False, True]
+
+
+@columns
+def test_padding_columns_have_no_influence_and_no_gradient(column):
+    torch.manual_seed(0)
+    x, weight, targets = torch.randn(2, 3, 4), torch.randn(8, 4), torch.randint(5, (2, 3))
+    weight[5:] = 1e4
+    weight.requires_grad_()
+    loss = column.linear_cross_entropy(x, weight, targets, valid_vocab=5)
+    torch.testing.assert_close(loss, column.linear_cross_entropy(x, weight[:5], targets))
+    (gradient,) = torch.autograd.grad(loss, weight)
+    assert (gradient != 0).any(-1).tolist() == [True] * 5 + [False] * 3
+
+
+@columns
+def test_an_unknown_reduction_is_an_error_that_lists_the_known(column):
+    with pytest.raises(ValueError, match="'average' is not one of mean, sum, none"):
+        column.linear_cross_entropy(torch.randn(2, 4), torch.randn(3, 4), torch.tensor([0, 1]), reduction="average")
+
+
+@columns
+def test_dropout_without_a_seed_is_an_error(column):
+    with pytest.raises(ValueError, match="needs a seed"):
+        column.causal_attention(*torch.randn(3, 1, 4, 2, 5), dropout_p=0.1)
