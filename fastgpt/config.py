@@ -15,6 +15,7 @@ from typing import Any
 from fastgpt.errors import UsageError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+CACHES = ("none", "dense")
 KERNELS = ("auto", "torch", "reference", "triton")
 
 
@@ -157,7 +158,7 @@ class GenerateConfig(SamplingParams):
     checkpoint: str = option("best", "best, latest, or a step's folder name such as step-000500")
     prompt: str = option("", "text to continue; FILE:path reads a file, - reads stdin", alias=("start",))
     num_samples: int = option(1, "continuations to write; the seed of each is one higher", low=1)
-    cache: str = option("dense", "keys and values of earlier tokens: recomputed or kept", choices=("none", "dense"))
+    cache: str = option("dense", "keys and values of earlier tokens: recomputed or kept", choices=CACHES)
     device: str = option("auto", "auto, cpu, mps, cuda or cuda:N")
     dtype: str = option("auto", "weights and arithmetic; auto: float32 on a CPU, else bfloat16", choices=DTYPES)
     kernels: str = option("auto", "the table's column: see fastgpt/dispatch.py", choices=KERNELS)

@@ -17,7 +17,7 @@ import torch
 
 from fastgpt import checkpoint, cli, dispatch
 from fastgpt import tokenizer as tokenizers
-from fastgpt.config import GenerateConfig, SamplingParams, validate
+from fastgpt.config import CACHES, GenerateConfig, SamplingParams, validate
 from fastgpt.device import resolve_device, synchronize
 from fastgpt.errors import UsageError
 from fastgpt.kv_cache import DenseCache
@@ -49,6 +49,8 @@ class TextGenerator:
         """
         params = SamplingParams(**settings)
         validate(params)
+        if cache not in CACHES:
+            raise UsageError(f"cache {cache!r} is not one of {', '.join(CACHES)}")
         return Generation(self, prompt, params, cache)
 
 

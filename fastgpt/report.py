@@ -13,8 +13,10 @@ from rich.markup import escape
 from fastgpt.config import TrainConfig
 from fastgpt.corpus import Corpus
 from fastgpt.device import describe
+from fastgpt.errors import UsageError
 from fastgpt.metrics import format_bytes, format_seconds
 from fastgpt.model import GPT
+from fastgpt.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def introduce(
     _print_facts(console, facts)
 
 
-def conclude(summary: RunSummary, out_dir: Path, picture: Path) -> None:
+def conclude(summary: RunSummary, out_dir: Path, picture: Path, data: Corpus) -> None:
     """The result, where it lies, and the command that comes next, on stdout."""
     bits = "" if summary.bits_per_byte is None else f", {summary.bits_per_byte:.4f} bits per byte"
     spent = format_seconds(summary.train_seconds)
@@ -74,7 +76,16 @@ def conclude(summary: RunSummary, out_dir: Path, picture: Path) -> None:
         print(f"stopped at step {summary.steps}, saved in {out_dir}")
         print(f"next:  python -m fastgpt.train --init_from resume{where}")
     else:
-        print(f'next:  python -m fastgpt.generate{where} --prompt "The "')
+        print(f"next:  python -m fastgpt.generate{where}{_opening(data.tokenizer)}")
+
+
+def _opening(tokenizer: Tokenizer) -> str:
+    """The flag of a prompt, where the vocabulary can spell it."""
+    try:
+        tokenizer.encode("The ")
+    except UsageError:
+        return ""
+    return ' --prompt "The "'
 
 
 def bits_per_byte(loss: float, data: Corpus) -> float | None:

@@ -285,7 +285,7 @@ class Run:
         )
         if stopped_by is None:
             print(f"--- sample after step {self.step}\n{self._sample()}\n---")
-        report.conclude(summary, self.out_dir, picture)
+        report.conclude(summary, self.out_dir, picture, self.data)
         return summary
 
 
