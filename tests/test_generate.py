@@ -1,0 +1,229 @@
+"""Generation: the cache changes nothing, no part of a stop text leaks, and the command prints text and nothing else."""
+
+import io
+import random
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+import fastgpt
+from fastgpt import checkpoint, cli, generate, train
+from fastgpt.config import ModelConfig, SamplingParams
+from fastgpt.errors import UsageError
+from fastgpt.generate import Generation, TextGenerator
+from fastgpt.model import GPT
+from fastgpt.tokenizer import ByteTokenizer, CharTokenizer
+
+WORDS = "The quick brown fox jumps over a lazy dog while nine wise cats watch from trees"
+TEXT = " ".join(random.Random(0).choices(WORDS.split(" "), k=600))
+BLOCK = 8
+
+
+def fresh(position: str = "learned", *, chars: str | None = "\nabcdefghij", **shape) -> TextGenerator:
+    """An untrained model with large weights, so that it does not only repeat itself; of bytes without `chars`."""
+    tokenizer = ByteTokenizer() if chars is None else CharTokenizer(chars)
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": BLOCK} | shape
+    torch.manual_seed(3)
+    model = GPT(ModelConfig(vocab_size=tokenizer.vocab_size, position=position, **sizes)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(30.0 if ".c_" in name else 4.0)
+    return TextGenerator(model, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory) -> Path:
+    """A short run whose best checkpoint is not its last: it goes on at a rate that ruins it."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    flags = [
+        *shlex.split("--device cpu --dtype float32 --n_layer 1 --n_head 2 --n_embd 16 --block_size 8 --batch_size 8"),
+        *shlex.split(
+            "--learning_rate 2e-2 --warmup_iters 2 --schedule constant --eval_interval 40 --sample_interval 0"
+        ),
+        *("--dataset", str(folder / "text.txt"), "--data_dir", str(folder / "data")),
+    ]
+    run = ["--out_dir", str(folder / "out")]
+    assert cli.run(train.main, [*flags, *run, "--max_iters", "40"]) == 0
+    assert cli.run(train.main, [*run, "--init_from", "resume", "--max_iters", "42", "--learning_rate", "9"]) == 0
+    return folder / "out"
+
+
+def command(out: Path, *flags: str) -> int:
+    return cli.run(generate.main, ["--out_dir", str(out), *flags])
+
+
+def plain(generator: TextGenerator, prompt: str, count: int) -> list[int]:
+    """Greedy decoding as a plain loop over whole forward passes."""
+    tokens = generator.tokenizer.encode(prompt).tolist()
+    for _ in range(count):
+        with torch.no_grad():
+            logits = generator.model(torch.tensor([tokens[-BLOCK:]]))
+        tokens.append(int(logits[0, -1].argmax()))
+    return tokens[-count:]
+
+
+@pytest.mark.parametrize("position", ["learned", "sinusoidal", "rotary", "none"])
+@pytest.mark.parametrize("prompt", ["a", "abcdefg", "abcdefgh", "abcdefghijabcdefghij"])
+def test_both_caches_are_a_plain_loop_also_past_the_block_size(position: str, prompt: str):
+    generator = fresh(position)
+    wanted = plain(generator, prompt, 3 * BLOCK)
+    assert len(set(wanted)) > 1
+    for cache in ("none", "dense"):
+        greedy = generator.stream(prompt, cache=cache, temperature=0, max_new_tokens=3 * BLOCK)
+        assert list(greedy.tokens()) == wanted, cache
+
+
+@pytest.mark.parametrize("position", ["learned", "sinusoidal", "rotary", "none"])
+@pytest.mark.parametrize("shape", [{}, {"n_head": 4, "n_kv_head": 2}, {"bias": False, "n_layer": 1}], ids=str)
+def test_both_caches_draw_the_same_tokens(position: str, shape: dict):
+    generator = fresh(position, **shape)
+    drawn = [
+        list(generator.stream("ab", cache=cache, max_new_tokens=3 * BLOCK, repetition_penalty=1.1).tokens())
+        for cache in ("none", "dense")
+    ]
+    assert drawn[0] == drawn[1]
+
+
+def test_pieces_join_to_the_text_and_the_counters_are_right_at_every_moment():
+    generator = fresh()
+    stream = generator.stream("abc", max_new_tokens=9)
+    pieces = []
+    for piece in stream:
+        pieces.append(piece)
+        assert (stream.prefill_tokens, stream.decode_tokens) == (3, len(pieces) - 1)
+        assert stream.prefill_seconds > 0
+        assert (stream.decode_seconds > 0) == (len(pieces) > 1)
+    assert len(pieces) == 9
+    assert "".join(pieces) == generator.generate("abc", max_new_tokens=9)
+
+
+def test_no_new_tokens_are_no_text():
+    for cache in ("none", "dense"):
+        assert fresh().generate("abc", max_new_tokens=0, cache=cache) == ""
+
+
+@pytest.mark.parametrize("chars", ["\nabc", "abc"])
+def test_an_empty_prompt_starts_at_the_start_token(chars: str):
+    generator = fresh(chars=chars)
+    assert generator.generate("", max_new_tokens=12) == generator.generate(chars[0], max_new_tokens=12)
+
+
+def test_seeds_and_narrow_settings():
+    generator = fresh()
+    texts = {seed: generator.generate("a", seed=seed, max_new_tokens=40, temperature=3.0) for seed in (1, 2)}
+    assert texts[1] == generator.generate("a", seed=1, max_new_tokens=40, temperature=3.0) != texts[2]
+    greedy = generator.generate("a", temperature=0, max_new_tokens=20)
+    for narrow in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"temperature": 1e-6}):
+        assert generator.generate("a", max_new_tokens=20, **narrow) == greedy
+    assert generator.generate("a", temperature=0, max_new_tokens=20, repetition_penalty=5.0) != greedy
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"stop": "x"}, {"cache": "dens"}], ids=str)
+def test_a_setting_outside_its_limits_is_refused(wrong: dict):
+    with pytest.raises(UsageError, match=next(iter(wrong))):
+        fresh().generate("a", **wrong)
+
+
+def scripted(monkeypatch, ids: list[int], **settings) -> list[str]:
+    """The pieces of a byte model that says these bytes."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Generation, "tokens", lambda self: iter(ids))
+        params = SamplingParams(**settings)
+        return list(Generation(TextGenerator(fresh().model, ByteTokenizer()), "", params, "dense"))
+
+
+@settings(deadline=None, max_examples=200)
+@given(text=st.text("abé", max_size=12), stops=st.lists(st.text("abé", min_size=1, max_size=4), max_size=3))
+def test_text_ends_before_the_first_stop_text_and_no_part_of_it_leaks(text: str, stops: list[str]):
+    ends = [end for end in range(len(text) + 1) if any(stop in text[:end] for stop in stops)]
+    said = text[: ends[0]] if ends else text
+    wanted = said[: min(said.find(stop) for stop in stops if stop in said)] if ends else said
+    pieces = scripted(pytest.MonkeyPatch(), list(text.encode()), stop=tuple(stops))
+    assert "".join(pieces) == wanted
+
+
+def test_characters_of_many_bytes_come_whole(monkeypatch):
+    text = "aß€😀 é"
+    assert scripted(monkeypatch, list(text.encode())) == [*text[:4], *text[4:]]
+    assert scripted(monkeypatch, [0x61, 0xE2, 0x82]) == ["a", "\ufffd"]
+    assert scripted(monkeypatch, [0xC3, 0x61]) == ["\ufffda"]
+
+
+def test_a_byte_models_pieces_are_the_decoding_of_its_tokens():
+    generator = fresh(chars=None)
+    tokens = list(generator.stream("ä", max_new_tokens=80, temperature=2.0).tokens())
+    assert generator.generate("ä", max_new_tokens=80, temperature=2.0) == generator.tokenizer.decode(tokens)
+
+
+def test_the_best_checkpoint_is_used_unless_told_otherwise(out: Path, capsys):
+    assert checkpoint.find(out, "best").name == "step-000040" != checkpoint.find(out, "latest").name
+    weight = load_file(checkpoint.find(out, "best") / checkpoint.MODEL)["wte.weight"]
+    assert torch.equal(fastgpt.load(out, device="cpu").model.weights()["wte.weight"], weight)
+    printed = []
+    for name in ("best", "latest", "step-000042"):
+        assert command(out, "--checkpoint", name, "--prompt", "The ", "--max_new_tokens", "30") == 0
+        printed.append(capsys.readouterr().out)
+    assert command(out, "--prompt", "The ", "--max_new_tokens", "30") == 0
+    assert printed[0] == capsys.readouterr().out != printed[1] == printed[2]
+
+
+def test_stdout_is_the_prompt_and_the_text_and_stderr_ends_with_both_speeds(out: Path, capsys):
+    assert command(out, "--prompt", "The cat", "--max_new_tokens", "30", "--seed", "5") == 0
+    captured = capsys.readouterr()
+    text = fastgpt.load(str(out)).generate("The cat", max_new_tokens=30, seed=5)
+    assert isinstance(text, str)
+    assert captured.out == f"The cat{text}\n"
+    last = captured.err.splitlines()[-1]
+    assert re.fullmatch(r"\[prefill 7 tokens at [\d,]+ tokens/s, decode 29 tokens at [\d,]+ tokens/s\]", last), last
+
+
+@pytest.mark.parametrize("flag", ["--prompt", "--start", "--prompt=", "file", "stdin"])
+def test_the_prompt_comes_from_the_flag_a_file_or_stdin(out: Path, capsys, monkeypatch, tmp_path: Path, flag: str):
+    prompt = "The wise "
+    (tmp_path / "my prompt.txt").write_bytes(prompt.encode())
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(prompt.encode())))
+    flags = {
+        "file": ["--prompt", f"FILE:{tmp_path / 'my prompt.txt'}"],
+        "stdin": ["--prompt", "-"],
+        "--prompt=": [f"--prompt={prompt}"],
+    }.get(flag, [flag, prompt])
+    assert command(out, *flags, "--max_new_tokens", "4") == 0
+    text = fastgpt.load(out).generate(prompt, max_new_tokens=4)
+    assert capsys.readouterr().out == f"{prompt}{text}\n"
+
+
+def test_samples_have_seeds_one_apart(out: Path, capsys):
+    assert command(out, "--num_samples", "2", "--seed", "8", "--prompt", "a", "--max_new_tokens", "9") == 0
+    texts = [fastgpt.load(out).generate("a", seed=seed, max_new_tokens=9) for seed in (8, 9)]
+    assert texts[0] != texts[1]
+    assert capsys.readouterr().out == f"--- sample 1 of 2\na{texts[0]}\n--- sample 2 of 2\na{texts[1]}\n"
+
+
+def test_every_setting_reaches_the_text(out: Path, capsys):
+    def printed(*flags: str) -> str:
+        assert command(out, "--prompt", "The ", "--max_new_tokens", "40", *flags) == 0
+        return capsys.readouterr().out
+
+    greedy, usual = printed("--temperature", "0"), printed()
+    assert printed("--top_k", "1") == printed("--top_p", "1e-6") == printed("--min_p", "1") == greedy != usual
+    others = ("--seed 2", "--temperature 2", "--top_k 3", "--top_p 0.5", "--min_p 0.3", "--repetition_penalty 2")
+    assert usual not in [printed(*other.split()) for other in others]
+    assert printed("--cache", "none") == usual
+    stop = usual[8:11]
+    cut = usual[: usual.index(stop, 4)]
+    assert printed("--stop", "absent", "--stop", stop) == cut + "\n"
+    assert printed("--max_new_tokens", "0") == "The \n"
+    assert printed("--prompt", "") == fastgpt.load(out).generate(max_new_tokens=40) + "\n"
+
+
+@pytest.mark.parametrize("settings", [{"dtype": "bfloat16"}, {"kernels": "reference"}, {"device": "cpu"}], ids=str)
+def test_a_run_loads_with_other_arithmetic_and_columns(out: Path, settings: dict):
+    assert len(fastgpt.load(out, **settings).generate("The ", max_new_tokens=20)) == 20

@@ -1,0 +1,44 @@
+"""What importing loads, seen from fresh processes."""
+
+import subprocess
+import sys
+
+import pytest
+
+import fastgpt
+from fastgpt import errors
+
+HEAVY = ("torch", "numpy", "triton", "matplotlib", "rich", "safetensors", "tiktoken", "tokenizers")
+OPTIONAL = ("triton", "matplotlib", "tiktoken", "tokenizers")
+
+
+def loaded_after(code: str, names: tuple[str, ...]) -> set[str]:
+    """Which of the packages a fresh process has loaded after running the code."""
+    show = f"import sys; print(*(name for name in {names!r} if name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", f"{code}\n{show}"], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    return set(done.stdout.split())
+
+
+def test_importing_fastgpt_imports_nothing_heavy():
+    assert loaded_after("import fastgpt; dir(fastgpt)", HEAVY) == set()
+
+
+def test_the_engine_runs_without_triton_and_optional_packages():
+    # A package that is None in sys.modules cannot be imported.
+    hide = "import sys; sys.modules |= dict.fromkeys(['triton', 'tiktoken', 'tokenizers']); "
+    code = "import fastgpt.model, fastgpt.train, fastgpt.generate, fastgpt.corpus"
+    assert loaded_after(code, OPTIONAL) <= loaded_after("import torch", OPTIONAL)
+    loaded_after(hide + code, ())
+
+
+def test_every_public_name_is_found_where_it_is_said_to_be():
+    for name in fastgpt.__all__:
+        assert getattr(fastgpt, name) is not None
+    assert fastgpt.UsageError is errors.UsageError
+    assert fastgpt.__version__
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="'fastgpt' has no attribute 'lod'"):
+        _ = fastgpt.lod

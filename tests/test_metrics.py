@@ -1,0 +1,187 @@
+"""metrics.jsonl, the progress display, the stopwatch, the formulas, and the picture."""
+
+import io
+import json
+import math
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from fastgpt import metrics
+from fastgpt.config import ModelConfig
+from fastgpt.metrics import Display, MetricsFile, Stopwatch, flops_per_token, format_bytes, format_seconds, read_metrics
+from fastgpt.model import GPT
+from fastgpt.plots import plot_loss
+
+RECORD = {
+    "step": 30,
+    "tokens": 960,
+    "loss": 2.34567,
+    "lr": 9.9e-4,
+    "grad_norm": 1.234,
+    "ms": 50.0,
+    "tokens_per_second": 12345.6,
+    "mfu": 0.4213,
+    "memory": 3 << 20,
+}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "metrics.jsonl"
+
+
+def lines(path: Path) -> list[dict]:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_every_line_is_on_disk_as_soon_as_it_is_written(path: Path):
+    file = MetricsFile(path, 0)
+    for step in (1, 2):
+        file.write(RECORD | {"step": step})
+        assert [line["step"] for line in lines(path)] == list(range(1, step + 1))
+    file.close()
+    assert read_metrics(path) == [RECORD | {"step": 1}, RECORD | {"step": 2}]
+
+
+def test_reopening_forgets_the_steps_that_are_done_again(path: Path):
+    path.write_text("".join(json.dumps({"step": step, "tokens": 0}) + "\n" for step in (10, 20, 20, 30)))
+    file = MetricsFile(path, 20)
+    file.write({"step": 30, "tokens": 1})
+    file.close()
+    assert [line["step"] for line in lines(path)] == [10, 20, 20, 30]
+    assert list(path.parent.iterdir()) == [path]
+
+
+@given(cut=st.integers(0, 60))
+def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path_factory, cut: int):
+    path = tmp_path_factory.mktemp("cut") / "metrics.jsonl"
+    text = "".join(json.dumps({"step": step, "loss": 1.5}) + "\n" for step in (1, 2))
+    path.write_text(text[: len(text) - 1 - cut])
+    whole = len(text[: len(text) - 1 - cut].split("}")) - 1
+    assert [record["step"] for record in read_metrics(path)] == [1, 2][:whole]
+    MetricsFile(path, 2).close()
+    assert len(lines(path)) == whole
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_number_that_json_lacks_is_null(path: Path, value: float):
+    file = MetricsFile(path, 0)
+    file.write(RECORD | {"grad_norm": value})
+    file.close()
+    assert lines(path) == [RECORD | {"grad_norm": None}]
+
+
+def test_no_file_has_no_records(path: Path):
+    assert read_metrics(path) == []
+
+
+def shown(record: dict, *, total: int = 90, val_loss: float | None = None) -> list[str]:
+    out = io.StringIO()
+    with Display(Console(file=out, width=40), 0, total) as display:
+        display.val_loss = val_loss
+        display.show(record)
+    return out.getvalue().splitlines()
+
+
+def test_progress_is_one_plain_line_however_narrow_the_pipe():
+    assert shown(RECORD, val_loss=2.5) == [
+        "step 30/90  loss 2.3457  val 2.5000  lr 9.90e-04  norm 1.23  50.0 ms  12,346 tokens/s  MFU 42.1%  3 MiB  "
+        "0:03 left"
+    ]
+
+
+def test_what_is_not_known_is_said_to_be_unknown():
+    (line,) = shown(RECORD | {"mfu": None, "memory": None})
+    assert "val -" in line
+    assert "MFU" not in line  # no peak is known
+    assert "memory unknown" in line
+
+
+def test_a_step_that_was_not_timed_says_nothing_of_time():
+    (line,) = shown(RECORD | {"ms": None, "tokens_per_second": None, "mfu": None})
+    assert line == "step 30/90  loss 2.3457  val -  lr 9.90e-04  norm 1.23  3 MiB"
+
+
+def test_a_terminal_gets_a_live_line_and_samples_as_they_are(capsys):
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=200)
+    with Display(console, 0, 90) as display:
+        display.show(RECORD)
+        display.product("[bold]sampled[/bold]")
+    assert "30/90" in out.getvalue()
+    assert "loss 2.3457" in out.getvalue()
+    assert capsys.readouterr().out == "[bold]sampled[/bold]\n"
+
+
+@pytest.fixture
+def clock(monkeypatch) -> list[float]:
+    now = [100.0]
+    monkeypatch.setattr(metrics, "time", type("Clock", (), {"perf_counter": staticmethod(lambda: now[0])}))
+    assert time.perf_counter() != 100.0  # only the module's own clock is replaced
+    return now
+
+
+def test_the_stopwatch_counts_steps_and_not_what_lies_between(clock: list[float]):
+    watch = Stopwatch()
+    for seconds in (1.0, 3.0):
+        watch.start()
+        clock[0] += seconds
+        watch.stop(1)
+        clock[0] += 50  # an evaluation
+    assert watch.lap() == 2.0
+    watch.start()
+    clock[0] += 5
+    watch.stop(1)
+    assert (watch.lap(), watch.total, watch.steps) == (5.0, 9.0, 3)
+
+
+def test_an_empty_lap_has_no_time_and_a_stopped_watch_stays_stopped(clock: list[float]):
+    watch = Stopwatch()
+    watch.stop(1)
+    assert (watch.lap(), watch.total, watch.steps) == (None, 0.0, 0)
+
+
+@pytest.mark.parametrize("position", ["learned", "rotary"])
+def test_flops_are_six_a_weight_and_attention_at_half(position: str):
+    config = ModelConfig(vocab_size=30, block_size=16, n_layer=2, n_head=2, n_embd=8, bias=False, position=position)
+    C, T, L, V = 8, 16, 2, 30
+    matrices = L * 12 * C * C + V * C + (2 * L + 1) * C  # attention 4, MLP 8; embedding; LayerNorms
+    scores = L * 2 * 2 * T * C * 3 // 2  # QK^T and PV, forward and twice backward, half of them masked
+    assert flops_per_token(config, GPT(config).num_parameters()) == 6 * matrices + scores
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0:00"), (59.6, "1:00"), (61, "1:01"), (3599.4, "59:59"), (3600, "1:00:00"), (90061, "25:01:01")],
+)
+def test_seconds_are_written_as_a_clock(seconds: float, text: str):
+    assert format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize(("count", "text"), [(None, "memory unknown"), (5 << 20, "5 MiB"), (3 << 29, "1.5 GiB")])
+def test_bytes_are_written_in_binary_units(count: int | None, text: str):
+    assert format_bytes(count) == text
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5])
+def test_the_curves_are_a_png_however_short_the_run(path: Path, steps: int):
+    file = MetricsFile(path, 0)
+    for step in range(1, steps + 1):
+        file.write({"step": step, "tokens": step * 32, "loss": 3.0 / step})
+        file.write({"step": step, "tokens": step * 32, "val_loss": math.nan if step == 2 else 3.1})
+    file.close()
+    picture = plot_loss(path.parent)
+    assert picture == path.parent / "plots" / "loss.png"
+    content = picture.read_bytes()
+    assert content.startswith(b"\x89PNG\r\n\x1a\n")
+    assert content.endswith(b"IEND\xaeB`\x82")
+    width, height = (int.from_bytes(content[at : at + 4], "big") for at in (16, 20))
+    assert (width, height) == (960, 600)
