@@ -7,14 +7,10 @@ A checkpoint is written into a temporary sibling, synced and renamed, and `lates
 so whenever the process dies they name whole checkpoints. `manifest.json` holds every file's size and sha256.
 """
 
-import dataclasses
-import hashlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +18,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fastgpt.config import ModelConfig, TrainConfig, validate
 from fastgpt.errors import CorruptCheckpoint, UsageError
+from fastgpt.files import TEMPORARY, sha256, sync, temporary_sibling, write_atomic
 from fastgpt.model import GPT
+from fastgpt.tokenizer import Tokenizer
 
 FORMAT = 1
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optim.safetensors", "state.json", "manifest.json"
-TEMPORARY = ".tmp-"
-RUN_FILES = ("config.json", "tokenizer.json", "metrics.jsonl", "latest", "best", "plots/loss.png")
+FILES = (MODEL, OPTIMIZER, STATE)  # what the manifest lists
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -40,39 +36,39 @@ def save(out_dir: Path, step: int, model: GPT, optimizer: torch.optim.Optimizer,
         state: what JSON can hold; `step` and the format are added.
     """
     final = out_dir / f"step-{step:06d}"
-    folder = out_dir / f"{TEMPORARY}{final.name}-{os.getpid()}"
+    folder = temporary_sibling(final)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    save_file(model.weights(), folder / MODEL, metadata={"format": "pt"})
-    save_file(_moments(model, optimizer), folder / OPTIMIZER)
-    write_json(folder / STATE, {"format": FORMAT, "step": step, **state})
-    files = {name: _digest(folder / name) for name in (MODEL, OPTIMIZER, STATE)}
-    write_json(folder / MANIFEST, {"format": FORMAT, "files": files})
-    for file in folder.iterdir():
-        _sync(file)
-    _sync(folder)
+    _write_json(folder / STATE, {"format": FORMAT, "step": step, **state})
+    for name, tensors in ((MODEL, model.weights()), (OPTIMIZER, _moments(model, optimizer))):
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        shutil.copymode(folder / STATE, folder / name)  # safetensors lets nobody else read
+        sync(folder / name)
+    _write_json(folder / MANIFEST, {"format": FORMAT, "files": {name: _identity(folder / name) for name in FILES}})
+    sync(folder)
     if final.exists():  # the same step of the same run, saved again after a resume
-        final.rename(out_dir / f"{TEMPORARY}old-{final.name}-{os.getpid()}")
+        final.rename(temporary_sibling(out_dir / f"old-{final.name}"))
     folder.rename(final)
-    _sync(out_dir)
+    sync(out_dir)
     point(out_dir, "latest", final)
     return final
 
 
 def point(out_dir: Path, name: str, folder: Path) -> None:
     """Make the one-line file `name` (latest or best) name a step's folder, atomically."""
-    temporary = out_dir / f"{TEMPORARY}{name}-{os.getpid()}"
-    temporary.write_text(folder.name + "\n", encoding="utf-8")
-    _sync(temporary)
-    temporary.replace(out_dir / name)
-    _sync(out_dir)
+    write_atomic(out_dir / name, folder.name + "\n")
 
 
 def prune(out_dir: Path) -> None:
     """Delete the step folders that neither `latest` nor `best` names, and what a killed save left behind."""
-    kept = {find(out_dir, name) for name in ("latest", "best") if (out_dir / name).exists()}
-    left = [path for path in out_dir.glob(f"{TEMPORARY}*") if path.is_dir()]
-    for folder in [*left, *(step for step in steps(out_dir) if step not in kept)]:
+    kept = [_named_by(out_dir / name) for name in ("latest", "best")]
+    for folder in [*_unfinished(out_dir), *(step for step in steps(out_dir) if step not in kept)]:
+        shutil.rmtree(folder)
+
+
+def delete(out_dir: Path) -> None:
+    """Delete every checkpoint of a run, and what a killed save left behind."""
+    for folder in [*_unfinished(out_dir), *steps(out_dir)]:
         shutil.rmtree(folder)
 
 
@@ -80,6 +76,12 @@ def steps(out_dir: Path) -> list[Path]:
     """The step folders of a run, the earliest first; what only resembles one is not ours."""
     folders = [path for path in out_dir.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name) and path.is_dir()]
     return sorted(folders, key=lambda path: int(path.name[5:]))
+
+
+def holds_run(out_dir: Path) -> bool:
+    """Whether there is a run that would be lost: a checkpoint, or the record of a step."""
+    record = out_dir / "metrics.jsonl"
+    return bool(steps(out_dir)) or (record.exists() and record.stat().st_size > 0)
 
 
 def find(out_dir: Path, name: str) -> Path:
@@ -102,113 +104,99 @@ def find(out_dir: Path, name: str) -> Path:
         name = "latest"  # the run has not been evaluated yet
     if not (out_dir / name).exists():
         raise UsageError(f"--out_dir {out_dir} holds a run without a checkpoint yet; start it with --overwrite")
-    folder = out_dir / Path((out_dir / name).read_text(encoding="utf-8", errors="replace").strip()).name
-    if folder == out_dir or not folder.is_dir():
-        raise CorruptCheckpoint(f"{out_dir / name} names {folder.name!r}, which is missing from {out_dir}")
+    folder = _named_by(out_dir / name)
+    if folder is None or not folder.is_dir():
+        missing = folder.name if folder else ""
+        raise CorruptCheckpoint(f"{out_dir / name} names {missing!r}, which is missing from {out_dir}")
     return folder
 
 
-def verify(step_dir: Path | str) -> None:
-    """Check every file of a checkpoint against its manifest.
+def verify(step_dir: Path | str, names: Sequence[str] = FILES) -> None:
+    """Check a checkpoint's files, all of them or those about to be read, against its manifest.
 
     Raises:
         CorruptCheckpoint: naming the file that is missing, truncated or altered.
     """
     step_dir = Path(step_dir)
-    manifest = _read_json(step_dir / MANIFEST)
-    files, names = manifest.get("files"), {MODEL, OPTIMIZER, STATE}
-    if manifest != {"format": FORMAT, "files": files} or not isinstance(files, dict) or files.keys() != names:
+    manifest = read_json(step_dir / MANIFEST)
+    files = manifest.get("files")
+    if manifest != {"format": FORMAT, "files": files} or not isinstance(files, dict) or files.keys() != set(FILES):
         raise CorruptCheckpoint(f"{step_dir / MANIFEST} is not the list of this version's checkpoint files")
-    for name, expected in files.items():
+    ways_out = f"put back a copy of {step_dir.name}, or use another checkpoint"
+    for name in names:
         path = step_dir / name
         if not path.is_file():
-            raise CorruptCheckpoint(f"{path} is missing; use another checkpoint of the run (--checkpoint)")
-        if _digest(path) != expected:
-            raise CorruptCheckpoint(
-                f"{path} is not what was saved (its size or sha256 differs from {MANIFEST}); "
-                "use another checkpoint of the run (--checkpoint)"
-            )
+            raise CorruptCheckpoint(f"{path} is missing; {ways_out}")
+        if _identity(path) != files[name]:
+            raise CorruptCheckpoint(f"{path} is not what was saved (see {MANIFEST}); {ways_out}")
 
 
-def load_model(step_dir: Path, model: GPT) -> None:
-    """Fill the model's weights. Raises `CorruptCheckpoint` where names or shapes are not the model's."""
-    model.load_weights(_read_tensors(step_dir / MODEL))
+def load_weights(step_dir: Path) -> dict[str, torch.Tensor]:
+    """The model's weights by name, for `GPT.load_weights`. Raises `CorruptCheckpoint`."""
+    return _read_tensors(step_dir / MODEL)
 
 
 def load_optimizer(step_dir: Path, model: GPT, optimizer: torch.optim.Optimizer) -> None:
-    """Fill the optimizer's moments, by the parameters' names."""
+    """Fill the optimizer's moments, by the parameters' names. Raises `CorruptCheckpoint`."""
     tensors = _read_tensors(step_dir / OPTIMIZER)
     for name, parameter in model.named_parameters():
         moments = {kind: tensors.get(f"{kind}.{name}") for kind in MOMENTS}
         if any(value is None for value in moments.values()):
             raise CorruptCheckpoint(f"{step_dir / OPTIMIZER} has no moments of {name}")
+        # A copy: what was read is a map of a file that the next checkpoint deletes.
         optimizer.state[parameter] = {
-            kind: (value if kind == "step" else model.pad(name, value)).to(parameter.device)
+            kind: (value if kind == "step" else model.pad(name, value)).to(parameter.device, copy=True)
             for kind, value in moments.items()
             if value is not None
         }
 
 
 def load_state(step_dir: Path) -> dict[str, Any]:
-    """What `save` was given as state, with `step`."""
-    return _read_json(step_dir / STATE)
+    """What `save` was given as state, with `step`. Raises `CorruptCheckpoint`."""
+    return read_json(step_dir / STATE)
 
 
-def holds_run(out_dir: Path) -> bool:
-    """Whether there is a run that would be lost: a checkpoint, or the record of a step."""
-    record = out_dir / "metrics.jsonl"
-    return bool(steps(out_dir)) or (record.exists() and record.stat().st_size > 0)
+def check_vocabulary(step_dir: Path, vocabulary: Tokenizer) -> None:
+    """Raises `CorruptCheckpoint` where the checkpoint was trained with another vocabulary."""
+    if load_state(step_dir).get("vocabulary") != vocabulary.sha256():
+        raise CorruptCheckpoint(
+            f"{step_dir} was trained with another vocabulary than {step_dir.parent / 'tokenizer.json'} holds; "
+            "put the run's own tokenizer.json back"
+        )
 
 
-def delete_run(out_dir: Path) -> None:
-    """Delete a run's own files and folders, and nothing else that its folder may hold."""
-    for path in [*steps(out_dir), *out_dir.glob(f"{TEMPORARY}*"), *(out_dir / f for f in RUN_FILES)]:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-    with suppress(OSError):  # it holds something else, or is not there
-        (out_dir / "plots").rmdir()
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file of a run holds. Raises `CorruptCheckpoint`."""
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CorruptCheckpoint(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise CorruptCheckpoint(f"{path} is not JSON: it is truncated or altered") from None
+    if not isinstance(content, dict):
+        raise CorruptCheckpoint(f"{path} holds no JSON object")
+    return content
 
 
-def save_run(out_dir: Path, config: TrainConfig, **about: Any) -> None:
-    """Write `config.json`: the resolved configuration and what else must stay the same through the run."""
-    write_json(out_dir / "config.json", {"format": FORMAT, "config": dataclasses.asdict(config), **about})
+def _unfinished(out_dir: Path) -> list[Path]:
+    """The folders that a killed save left behind."""
+    return [path for path in out_dir.glob(f"{TEMPORARY}*") if path.is_dir()]
 
 
-def load_run(out_dir: Path) -> tuple[TrainConfig, dict[str, Any]]:
-    """The configuration of a run, and the whole of its `config.json`.
-
-    Raises:
-        UsageError: no run there, or a file that is not one of ours.
-    """
-    if not holds_run(out_dir):
-        find(out_dir, "latest")
-    path = out_dir / "config.json"
-    content = _read_json(path)
-    known = {field.name for field in dataclasses.fields(TrainConfig)}
-    saved = content.get("config")
-    if not isinstance(saved, dict) or not saved.keys() <= known:
-        raise CorruptCheckpoint(f"{path} is not the configuration of a run of this version")
-    config = TrainConfig(**saved)
-    validate(config)
-    return config, content
+def _named_by(pointer: Path) -> Path | None:
+    """The folder that `latest` or `best` names, there or not; None where nothing is named."""
+    if not pointer.is_file():
+        return None
+    name = Path(pointer.read_text(encoding="utf-8", errors="replace").strip()).name
+    return pointer.parent / name if name else None
 
 
-def model_of(config: ModelConfig, step_dir: Path, ops: Any, device: torch.device) -> GPT:
-    """The verified model of a checkpoint, on a device, ready to evaluate."""
-    verify(step_dir)
-    model = GPT(config, ops).to(device)
-    load_model(step_dir, model)
-    return model.eval()
+def _identity(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": sha256(path)}
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON by way of a temporary sibling, so that `path` is never half written."""
-    temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    _sync(temporary)
-    temporary.replace(path)
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    write_atomic(path, json.dumps(content, indent=1) + "\n")
 
 
 def _moments(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -224,31 +212,3 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise CorruptCheckpoint(f"{path} cannot be read: {error}") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CorruptCheckpoint(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        raise CorruptCheckpoint(f"{path} is not JSON: it is truncated or altered") from None
-    if not isinstance(content, dict):
-        raise CorruptCheckpoint(f"{path} holds no JSON object")
-    return content
-
-
-def _digest(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _sync(path: Path) -> None:
-    """Force a file, or a folder's entries, to the disk."""
-    if os.name == "nt" and path.is_dir():
-        return  # Windows syncs no folders
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

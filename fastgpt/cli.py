@@ -1,18 +1,19 @@
 """The command line: a dataclass becomes flags, an error becomes one line and an exit code.
 
-`parse` reads presets, then `--config file.toml`, then flags, the later wins. `run` calls a main function and
+Presets come first, then `--config file.toml`, then flags; the later wins. `run` calls a main function and
 turns what it raises into exit codes: 0 done, 1 failed, 2 bad usage or input, 130 and 143 stopped by a signal.
 """
 
 import argparse
 import dataclasses
 import difflib
+import io
 import os
 import sys
 import tomllib
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -36,15 +37,26 @@ def parse(
     prog: str,
     description: str,
     presets: Mapping[str, Config] | None = None,
-    start: Callable[[str | None, Mapping[str, Any]], Config] | None = None,
 ) -> Config:
-    """Read a configuration of the given dataclass from flags and TOML files, and validate it.
+    """A configuration of the given dataclass: its defaults or a preset, changed by what was given. See `read`."""
+    preset, given = read(kind, argv, prog=prog, description=description, presets=presets)
+    return change(kind() if preset is None or presets is None else presets[preset], given)
+
+
+def read(
+    kind: type,
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str,
+    description: str,
+    presets: Mapping[str, Any] | None = None,
+) -> tuple[str | None, dict[str, Any]]:
+    """The named preset, and the fields that `--config file.toml` or flags give, each within its own limits.
 
     Args:
         kind: a frozen dataclass whose fields were made by `config.option`.
         argv: the arguments, without the program's name; default `sys.argv[1:]`.
         presets: named starting points, which add `--preset` and `--config`.
-        start: makes the starting point from the preset's name (None: none named) and what was given.
 
     Raises:
         UsageError: an unknown flag or key (the nearest is named) or a value outside its limits.
@@ -59,19 +71,25 @@ def parse(
     given = (_read_toml(Path(file), kind) if file is not None else {}) | given
     preset = given.pop("preset", None)
     if preset is not None and preset not in (presets or {}):
-        raise UsageError(
-            f"--preset {preset!r} is not one of {', '.join(presets or {})}{nearest(preset, presets or {})}"
-        )
+        known = presets or {}
+        raise UsageError(f"--preset {preset!r} is not one of {', '.join(known)}{nearest(preset, known)}")
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     configuration.validate_fields(kind, given)
-    base = start(preset, given) if start else (presets or {}).get(preset or "", kind())
-    result = dataclasses.replace(typing.cast(Any, base), **given)
+    return preset, given
+
+
+def change(start: Config, given: Mapping[str, Any]) -> Config:
+    """The starting point with the given fields, validated as a whole. Raises `UsageError`."""
+    result = dataclasses.replace(typing.cast(Any, start), **given)
     configuration.validate(result)
     return result
 
 
 def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
     """Call `main(argv)` and return its exit code; an error that the user can mend is one line on stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a character is no reason to stop
     try:
         return main(argv)
     except UsageError as error:
@@ -103,6 +121,7 @@ def _flags(kind: type) -> dict[str, dataclasses.Field]:
 def _parser(kind: type, prog: str, description: str, presets: Mapping[str, Any] | None) -> _Parser:
     parser = _Parser(
         prog=prog,
+        usage=f"{prog} [--flag value ...]",
         description=description,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
@@ -112,19 +131,40 @@ def _parser(kind: type, prog: str, description: str, presets: Mapping[str, Any] 
         parser.add_argument("--preset", metavar="NAME", help=f"starting point: {', '.join(presets)}")
         parser.add_argument("--config", metavar="FILE.toml", help="a TOML file of these flags")
     hints = typing.get_type_hints(kind)
-    for field in dataclasses.fields(kind):
-        hint, choices = hints[field.name], field.metadata["choices"]
-        help = field.metadata["help"].replace("%", "%%")
-        if choices:
-            help += f" ({', '.join(choices)})"
-        if field.default not in (None, (), ""):
-            help += f" [{field.default}]"
-        names = [f"--{name}" for name in (field.name, *field.metadata["alias"])]
-        convert = _converter(field.name, hint)
-        action = "append" if typing.get_origin(hint) is tuple else "store"
-        metavar = (choices and "NAME") or _base_type(hint).__name__.upper()
-        parser.add_argument(*names, dest=field.name, action=action, type=convert, metavar=metavar, help=help)
+    for title, fields in _groups(kind):
+        group = parser.add_argument_group(title)
+        for field in fields:
+            base = _base_type(hints[field.name])
+            metavar = "NAME" if field.metadata["choices"] else {bool: "", str: "TEXT"}.get(base, base.__name__.upper())
+            group.add_argument(
+                *(f"--{name}" for name in (field.name, *field.metadata["alias"])),
+                dest=field.name,
+                action="append" if typing.get_origin(hints[field.name]) is tuple else "store",
+                type=_converter(field.name, hints[field.name]),
+                metavar=metavar,
+                help=_help(field, base is bool, presets),
+            )
     return parser
+
+
+def _groups(kind: type) -> Iterator[tuple[str, list[dataclasses.Field]]]:
+    """The dataclasses that `kind` inherits from, and itself: the first line about each, and its own fields."""
+    known: set[str] = set()
+    for part in reversed([c for c in kind.__mro__ if dataclasses.is_dataclass(c)]):
+        own = [field for field in dataclasses.fields(part) if field.name not in known]
+        known.update(field.name for field in own)
+        yield (part.__doc__ or part.__name__).splitlines()[0].rstrip("."), own
+
+
+def _help(field: dataclasses.Field, switch: bool, presets: Mapping[str, Any] | None) -> str:
+    text, choices = field.metadata["help"].replace("%", "%%"), field.metadata["choices"]
+    if choices:
+        text += f" ({', '.join(choices)})"
+    if switch:
+        text += f"; or --no-{field.name}"
+    if len({getattr(preset, field.name) for preset in (presets or {}).values()}) > 1:
+        return text + " [by preset]"
+    return text + (f" [{field.default}]" if field.default not in (None, (), "") else "")
 
 
 def _base_type(hint: Any) -> type:

@@ -38,7 +38,10 @@ def option(
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a GPT. The defaults are GPT-2's smallest size."""
+    """The shape of a GPT.
+
+    The defaults are GPT-2's smallest size.
+    """
 
     vocab_size: int | None = option(
         None, "tokens in the vocabulary; with --tokenizer bpe its size, otherwise the tokenizer's", low=1
@@ -69,7 +72,7 @@ class ModelConfig:
             raise UsageError("vocab_size is not set: take it from the tokenizer, or pass one")
         return -(-self.vocab_size // 128) * 128
 
-    def model(self) -> "ModelConfig":
+    def architecture(self) -> "ModelConfig":
         """The model's part of a larger configuration."""
         return ModelConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(ModelConfig)})
 
@@ -113,7 +116,9 @@ class TrainConfig(ModelConfig):
 
     # Evaluation, logging, samples
     eval_interval: int = option(2000, "steps between evaluations, each followed by a checkpoint", low=1)
-    eval_iters: int = option(200, "batches an evaluation, always the same; 0: the whole val split", low=0)
+    eval_iters: int | None = option(
+        None, "batches of an evaluation, always the same; 0: the whole val split; none: that up to 1M tokens", low=0
+    )
     log_interval: int = option(10, "steps between log lines", low=1)
     sample_interval: int = option(0, "steps between printed samples; 0: only at the end", low=0)
 
@@ -173,8 +178,8 @@ def _preset(L: int, H: int, C: int, block: int, batch: int, lr: float, iters: in
     return TrainConfig(**sizes, learning_rate=lr, max_iters=iters, **rest)
 
 
-_SMALL = {"gradient_accumulation_steps": 1, "warmup_iters": 100, "eval_interval": 250, "eval_iters": 0}
-_GPT2 = {"vocab_size": 50257, "tokenizer": "gpt2"}
+_SMALL = {"gradient_accumulation_steps": 1, "warmup_iters": 100, "eval_interval": 250}
+_GPT2 = {"vocab_size": 50257, "tokenizer": "gpt2", "eval_iters": 200}
 
 PRESETS: dict[str, TrainConfig] = {
     "mini": _preset(4, 4, 64, 128, 16, 1e-3, 1_000, beta2=0.99, sample_interval=500, **_SMALL),

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from fastgpt import nanogpt, sources, tokenizer
+from fastgpt import files, nanogpt, sources, tokenizer
 from fastgpt.errors import UsageError
 from fastgpt.sources import Source
 from fastgpt.tokenizer import BpeTokenizer, ByteTokenizer, CharTokenizer, Gpt2Tokenizer, Tokenizer
@@ -36,7 +36,7 @@ class Corpus:
 
     Attributes:
         dtype: of the token files, "uint16" or "uint32".
-        source_sha256: of the UTF-8 text; "" for a folder that nanoGPT prepared.
+        source_sha256: of the UTF-8 text; for a folder that nanoGPT prepared, of its two token files.
         val_bytes: UTF-8 bytes of the val text, for bits per byte; like `characters` and `bytes`, which are
             those of the whole text, None for a folder that nanoGPT prepared.
     """
@@ -140,7 +140,7 @@ def load(path: str | Path, gpt2_vocab: str | None = None) -> Corpus:
         name=path.resolve().name,
         tokenizer=nanogpt.vocabulary(meta) if meta.exists() else Gpt2Tokenizer.from_files(gpt2_vocab),
         dtype=nanogpt.DTYPE,
-        source_sha256="",
+        source_sha256=files.sha256(path / "train.bin", path / "val.bin"),
         train_tokens=_count_tokens(path / "train.bin", nanogpt.DTYPE),
         val_tokens=_count_tokens(path / "val.bin", nanogpt.DTYPE),
         val_bytes=None,

@@ -5,10 +5,22 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from fastgpt.config import DTYPES
 from fastgpt.errors import UsageError
 
-# Dense 16-bit tensor-core peaks in FLOP/s, by a part of the device's name; from the makers' data sheets.
-PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+# Dense 16-bit tensor-core peaks in FLOP/s, by the name that the driver gives; from NVIDIA's data sheets.
+PEAK_FLOPS = {
+    "NVIDIA B200": 2250e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+}
 
 
 def resolve_device(name: str) -> torch.device:
@@ -35,7 +47,13 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The arithmetic that --dtype names; auto takes bfloat16 where the chip multiplies it fast, else float32."""
+    """The arithmetic that --dtype names; auto takes bfloat16 where the chip multiplies it fast, else float32.
+
+    Raises:
+        UsageError: an unknown name.
+    """
+    if name not in DTYPES:
+        raise UsageError(f"--dtype {name!r} is not one of {', '.join(DTYPES)}")
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
@@ -43,6 +61,14 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     else:
         fast = device.type == "cpu" and cpu_has_bfloat16()
     return torch.bfloat16 if fast else torch.float32
+
+
+def resolve_weights_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of the weights for generation: as `resolve_dtype`, but auto keeps float32 on a CPU.
+
+    There one row at a time is a matter of memory, and float32 gives the same tokens with and without a cache.
+    """
+    return resolve_dtype("float32" if name == "auto" and device.type == "cpu" else name, device)
 
 
 def cpu_has_bfloat16() -> bool:
@@ -66,8 +92,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """The chip's dense peak in FLOP/s, or None where it is not known."""
     if device.type != "cuda" or dtype == torch.float32:
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    return PEAK_FLOPS.get(torch.cuda.get_device_name(device))
 
 
 def peak_memory(device: torch.device) -> int | None:

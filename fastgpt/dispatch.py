@@ -69,7 +69,7 @@ def resolve(
     if kernels == "auto" and recorded is not None:
         return _ops(dict.fromkeys(TABLE, "torch") | dict(recorded), "as this run began")
     if kernels == "auto":
-        return _ops(dict.fromkeys(TABLE, "torch"), f"auto: PyTorch's own kernels are the best here on {device.type}")
+        return _ops(dict.fromkeys(TABLE, "torch"), f"auto: the fast column of this version on {device.type}")
     if kernels not in Row._fields:
         raise UsageError(f"--kernels {kernels!r} is not one of auto, {', '.join(Row._fields)}")
     missing = [op for op, row in TABLE.items() if getattr(row, kernels) is None]

@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 
-from fastgpt import checkpoint, cli, dispatch
-from fastgpt import tokenizer as tokenizers
+from fastgpt import checkpoint, cli, dispatch, run_folder, tokenizer
 from fastgpt.config import CACHES, GenerateConfig, SamplingParams, validate
-from fastgpt.device import resolve_device, synchronize
+from fastgpt.device import resolve_device, resolve_weights_dtype, synchronize
 from fastgpt.errors import UsageError
 from fastgpt.kv_cache import DenseCache
 from fastgpt.model import GPT
@@ -42,11 +41,15 @@ class TextGenerator:
         Args:
             prompt: any text; an empty one starts at the tokenizer's start token.
             cache: "dense" keeps keys and values, "none" computes them anew for every token.
-            settings: fields of `SamplingParams`.
+            settings: fields of `SamplingParams`; `stop` may be one text or several.
 
         Raises:
             UsageError: a setting outside its limits, or a character that the tokenizer does not know.
         """
+        if isinstance(stop := settings.get("stop", ()), str):
+            settings["stop"] = (stop,)
+        elif isinstance(stop, list):
+            settings["stop"] = tuple(stop)
         params = SamplingParams(**settings)
         validate(params)
         if cache not in CACHES:
@@ -58,7 +61,7 @@ class Generation:
     """One continuation under way: iterate for its pieces of text; the counters are right at every moment.
 
     Attributes:
-        prefill_tokens, prefill_seconds: of the prompt.
+        prefill_tokens, prefill_seconds: of the prompt, or of its end that fits in block_size.
         decode_tokens, decode_seconds: of the new tokens after the first, which the prefill yields.
     """
 
@@ -66,7 +69,7 @@ class Generation:
         self.model, self.tokenizer, self.params = generator.model, generator.tokenizer, params
         self.cached = cache == "dense"
         self.prompt = self.tokenizer.encode(prompt).tolist() or [self.tokenizer.start_token]
-        self.prefill_tokens, self.prefill_seconds = len(self.prompt), 0.0
+        self.prefill_tokens, self.prefill_seconds = min(len(self.prompt), self.model.config.block_size), 0.0
         self.decode_tokens, self.decode_seconds = 0, 0.0
         self._pieces = self._text()
 
@@ -147,17 +150,17 @@ def load(
     Raises:
         UsageError: no run there, a corrupt checkpoint, or an unknown device.
     """
-    out_dir = Path(out_dir)
+    out_dir, where = Path(out_dir), resolve_device(device)
     step_dir = checkpoint.find(out_dir, checkpoint_name)
-    config, about = checkpoint.load_run(out_dir)
-    tokenizer = tokenizers.load(out_dir / "tokenizer.json")
-    where = resolve_device(device)
-    ops = dispatch.resolve(kernels, where, recorded=about.get("columns") if where.type == about.get("device") else None)
-    model_config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
-    model = checkpoint.model_of(model_config, step_dir, ops, where)
-    if dtype == "auto":
-        dtype = "float32" if where.type == "cpu" else "bfloat16"
-    return TextGenerator(model.to(getattr(torch, dtype)), tokenizer)
+    config, about = run_folder.load(out_dir)
+    recorded = about.get("columns") if about.get("device") == where.type else None
+    ops = dispatch.resolve(kernels, where, recorded=recorded)
+    vocabulary = tokenizer.load(out_dir / "tokenizer.json")
+    checkpoint.verify(step_dir, (checkpoint.MODEL, checkpoint.STATE))
+    checkpoint.check_vocabulary(step_dir, vocabulary)
+    config = dataclasses.replace(config, vocab_size=vocabulary.vocab_size)
+    weights = checkpoint.load_weights(step_dir)
+    return TextGenerator(GPT.from_weights(config, ops, weights, where, resolve_weights_dtype(dtype, where)), vocabulary)
 
 
 def read_prompt(text: str) -> str:
@@ -206,8 +209,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _print_sample(generation: Generation, prompt: str) -> None:
     """Stream one continuation to stdout, and its speed to stderr."""
     block = generation.model.config.block_size
-    if generation.prefill_tokens + generation.params.max_new_tokens > block:
-        print(f"[past {block} tokens the window slides: the model sees the last {block}]", file=sys.stderr)
+    if len(generation.prompt) + generation.params.max_new_tokens - 1 > block:
+        print(f"[past {block} tokens the window slides, and each token costs a prefill of {block}]", file=sys.stderr)
     print(prompt, end="", flush=True)
     for piece in generation:
         print(piece, end="", flush=True)

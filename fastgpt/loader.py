@@ -9,6 +9,7 @@ from fastgpt.errors import UsageError
 
 IGNORED = -100  # the target of a position that does not count
 Batch = tuple[torch.Tensor, torch.Tensor]
+Counted = tuple[torch.Tensor, torch.Tensor, int]  # a batch, and how many of its targets count
 
 
 class Loader:
@@ -47,14 +48,14 @@ class Loader:
         starts = random.integers(0, last, size=micro_batches * batch_size)
         return self._gather(starts[micro * batch_size : (micro + 1) * batch_size])
 
-    def fixed(self, batches: int, batch_size: int) -> Iterator[Batch]:
+    def fixed(self, batches: int, batch_size: int) -> Iterator[Counted]:
         """The same random batches at every call, for evaluations that can be compared."""
         random = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, 1, 0]))
         last = len(self.tokens) - self.block_size
         for _ in range(batches):
-            yield self._gather(random.integers(0, last, size=batch_size))
+            yield *self._gather(random.integers(0, last, size=batch_size)), batch_size * self.block_size
 
-    def whole(self, batch_size: int) -> Iterator[Batch]:
+    def whole(self, batch_size: int) -> Iterator[Counted]:
         """Every token but the first as a target exactly once, in windows laid end to end.
 
         The last window may be short and the last batch may lack rows; targets there are `IGNORED`.
@@ -64,7 +65,8 @@ class Loader:
             part = np.asarray(self.tokens[first : first + T * batch_size + 1]).astype(np.int64)
             x, y = np.zeros(T * batch_size, np.int64), np.full(T * batch_size, IGNORED, np.int64)
             x[: len(part) - 1], y[: len(part) - 1] = part[:-1], part[1:]
-            yield self._to_device(x.reshape(batch_size, T)), self._to_device(y.reshape(batch_size, T))
+            x, y = (self._to_device(tokens.reshape(batch_size, T)) for tokens in (x, y))
+            yield x, y, len(part) - 1
 
     def _gather(self, starts: np.ndarray) -> Batch:
         windows = self.tokens[starts[:, None] + np.arange(self.block_size + 1)].astype(np.int64)

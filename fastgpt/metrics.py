@@ -7,15 +7,24 @@ bytes), or `val_loss`. Null is what is not known: the speed of the first step, t
 
 import json
 import math
+import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 from fastgpt.config import ModelConfig
+from fastgpt.device import synchronize
+from fastgpt.files import write_atomic
 
+BAR_WIDTH = 16
 Record = dict[str, Any]
 
 
@@ -23,20 +32,21 @@ class MetricsFile:
     """`metrics.jsonl`, to which whole lines are appended. Opening it forgets what lies beyond `step`."""
 
     def __init__(self, path: Path, step: int):
-        kept = [line for line in read_metrics(path) if line["step"] <= step]
-        temporary = path.with_name(f".tmp-{path.name}")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        temporary.replace(path)
+        kept = [record for record in read_metrics(path) if record["step"] <= step]
+        write_atomic(path, "".join(json.dumps(record) + "\n" for record in kept))
         self.file = path.open("a", encoding="utf-8")
+
+    def __enter__(self) -> "MetricsFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
 
     def write(self, record: Record) -> None:
         """Append a record, with null for a number that JSON has not (the norm of a step that float16 skipped)."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self.file.write(json.dumps(finite) + "\n")
         self.file.flush()
-
-    def close(self) -> None:
-        self.file.close()
 
 
 def read_metrics(path: Path) -> list[Record]:
@@ -53,16 +63,11 @@ def read_metrics(path: Path) -> list[Record]:
 
 
 class Display:
-    """Progress on stderr: one live line on a terminal, plain lines elsewhere."""
+    """Progress on stderr: one live line on a terminal, plain lines elsewhere. Samples go to stdout."""
 
-    def __init__(self, console: Console, step: int, total: int):
+    def __init__(self, console: Console, total: int):
         self.console, self.total = console, total
-        self.val_loss: float | None = None
-        self.live = None
-        if console.is_terminal:
-            columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}")
-            self.live = Progress(*columns, console=console, redirect_stdout=False, redirect_stderr=False)
-            self.task = self.live.add_task("", total=total, completed=step, status="starting")
+        self.live = Live(console=console, redirect_stdout=False, redirect_stderr=False) if console.is_terminal else None
 
     def __enter__(self) -> "Display":
         if self.live:
@@ -73,25 +78,26 @@ class Display:
         if self.live:
             self.live.stop()
 
-    def show(self, record: Record) -> None:
-        """A training record, with the time left at its speed."""
-        parts = [
-            f"loss {record['loss']:.4f}",
-            f"val {self.val_loss:.4f}" if self.val_loss is not None else "val -",
-            f"lr {record['lr']:.2e}",
-            f"norm {record['grad_norm']:.2f}",
-        ]
-        if record["ms"] is not None:  # the first step is not timed
-            parts += [f"{record['ms']:.1f} ms", f"{record['tokens_per_second']:,.0f} tokens/s"]
+    def show(self, record: Record, val_loss: float | None) -> None:
+        """A training record beside the latest val loss, what matters most first: a narrow terminal cuts the end."""
+        step, speed = record["step"], record["tokens_per_second"]
+        parts = [f"step {step}/{self.total}", f"loss {record['loss']:.4f}"]
+        parts.append("val -" if val_loss is None else f"val {val_loss:.4f}")
+        if speed is not None:  # the first step is not timed
+            parts.append(f"{format_seconds((self.total - step) * record['ms'] / 1e3)} left")
+            parts += [f"{speed:,.0f} tokens/s", f"{record['ms']:.1f} ms"]
+        parts += [f"lr {record['lr']:.2e}", f"norm {record['grad_norm']:.2f}"]
         if record["mfu"] is not None:
             parts.append(f"MFU {record['mfu']:.1%}")
         parts.append(format_bytes(record["memory"]))
-        if record["ms"] is not None:
-            parts.append(f"{format_seconds((self.total - record['step']) * record['ms'] / 1e3)} left")
         if self.live:
-            self.live.update(self.task, completed=record["step"], status="  ".join(parts))
+            line = Table.grid(padding=(0, 1))
+            line.add_column(width=BAR_WIDTH)
+            line.add_column(no_wrap=True, overflow="ellipsis")
+            line.add_row(ProgressBar(self.total, step, width=BAR_WIDTH), Text("  ".join(parts)))
+            self.live.update(line)
         else:
-            self.say("  ".join([f"step {record['step']}/{self.total}", *parts]))
+            self.say("  ".join(parts))
 
     def say(self, text: str) -> None:
         """A line that stays."""
@@ -101,33 +107,42 @@ class Display:
         """Text for stdout, with the live line out of the way."""
         if self.live:
             self.live.stop()
-        print(text, flush=True)
+        print_product(text)
         if self.live:
             self.live.start()
 
 
-class Stopwatch:
-    """Seconds spent in steps: stopped while the run evaluates, saves, samples or compiles."""
+def print_product(text: str) -> None:
+    """Print to stdout; once its reader is gone, to nowhere, because a run outlives whoever watches it."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-    def __init__(self):
-        self.total, self.steps = 0.0, 0
-        self.lap_began: float | None = None
+
+class Stopwatch:
+    """Seconds spent in steps: `with watch: step()`. The first, which compiles and allocates, is not counted."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.first = device, True
+        self.seconds, self.steps = 0.0, 0
         self.lap_seconds, self.lap_steps = 0.0, 0
 
-    def start(self) -> None:
-        self.lap_began = time.perf_counter()
+    def __enter__(self) -> None:
+        self.began = time.perf_counter()
 
-    def stop(self, steps: int) -> None:
-        """Count the time since `start` for that many steps."""
-        if self.lap_began is not None:
-            seconds = time.perf_counter() - self.lap_began
-            self.total, self.steps = self.total + seconds, self.steps + steps
-            self.lap_seconds, self.lap_steps = self.lap_seconds + seconds, self.lap_steps + steps
-        self.lap_began = None
+    def __exit__(self, *_: object) -> None:
+        if self.first:
+            synchronize(self.device)  # or the second step would wait for it
+            self.first = False
+            return
+        self.lap_seconds += time.perf_counter() - self.began
+        self.lap_steps += 1
 
     def lap(self) -> float | None:
-        """Seconds a step since the last lap, or None where none was timed."""
+        """Seconds a step since the last lap, or None where none was counted; call it when the device is idle."""
         average = self.lap_seconds / self.lap_steps if self.lap_steps else None
+        self.seconds, self.steps = self.seconds + self.lap_seconds, self.steps + self.lap_steps
         self.lap_seconds, self.lap_steps = 0.0, 0
         return average
 

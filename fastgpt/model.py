@@ -92,11 +92,17 @@ class Block(nn.Module):
         self.attn, self.mlp = Attention(config, ops, layer), MLP(config)
 
     def forward(
-        self, x: torch.Tensor, branch: torch.Tensor | None, *attention: object
+        self,
+        x: torch.Tensor,
+        branch: torch.Tensor | None,
+        rotation: torch.Tensor | None,
+        seed: torch.Tensor | None,
+        doc_ids: torch.Tensor | None,
+        cache: Cache | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(stream, branch still to be added) -> the same, one block later; each (B, T, C)."""
         x, y = add_norm(self.ops, x, branch, self.ln_1)
-        branch = F.dropout(self.attn(y, *attention), self.dropout, self.training)
+        branch = F.dropout(self.attn(y, rotation, seed, doc_ids, cache), self.dropout, self.training)
         x, y = self.ops.add_layer_norm(x, branch, self.ln_2.weight, self.ln_2.bias)
         return x, F.dropout(self.mlp(y), self.dropout, self.training)
 
@@ -106,15 +112,14 @@ class GPT(nn.Module):
 
     def __init__(self, config: ModelConfig, ops: Ops | None = None):
         super().__init__()
-        self.config = config.model()
+        self.config = config.architecture()
         self.ops = ops or dispatch.resolve("torch")
         C, block = config.n_embd, config.block_size
         self.wte = nn.Embedding(config.padded_vocab, C)
         self.wpe = nn.Embedding(block, C) if config.position == "learned" else None
         self.h = nn.ModuleList(Block(config, self.ops, layer) for layer in range(config.n_layer))
         self.ln_f = Norm(C, config.bias)
-        table = position_table(config)
-        self.register_buffer("table", table, persistent=False)
+        self.register_buffer("table", position_table(config), persistent=False)
         self.table: torch.Tensor | None
         self.reset_parameters()
 
@@ -137,6 +142,23 @@ class GPT(nn.Module):
     def weights(self) -> dict[str, torch.Tensor]:
         """Every parameter by GPT-2's name, without the vocabulary's padding."""
         return {name: self.unpad(name, p.detach()) for name, p in self.named_parameters()}
+
+    @classmethod
+    def from_weights(
+        cls, config: ModelConfig, ops: Ops, weights: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype
+    ) -> "GPT":
+        """A model ready to evaluate, its parameters in `dtype`, without drawing weights first.
+
+        Raises:
+            CorruptCheckpoint: the weights' names or shapes are not this model's.
+        """
+        with torch.device("meta"):
+            model = cls(config, ops)
+        model.to(dtype).to_empty(device=device)
+        with device:
+            model.table = position_table(config)  # float32 in every dtype, as in training
+        model.load_weights(weights)
+        return model.eval()
 
     @torch.no_grad()
     def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
@@ -204,7 +226,7 @@ class GPT(nn.Module):
         x, rotation = self.embed(tokens, start)
         x = F.dropout(x, self.config.dropout, self.training)
         dropping = self.training and self.config.dropout > 0
-        seeds = torch.randint(2**62, (len(self.h),), device=x.device) if dropping else None
+        seeds = torch.randint(2**31 - 1, (len(self.h),), device=x.device) if dropping else None
         branch = None
         for layer, block in enumerate(self.h):
             seed = seeds[layer] if seeds is not None else None
@@ -221,7 +243,7 @@ class GPT(nn.Module):
         if self.table is None:
             return x, None
         if self.config.position == "sinusoidal":
-            return x + self.table[here], None
+            return x + self.table[here].to(x.dtype), None
         return x, self.table[here]
 
 

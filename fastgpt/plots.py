@@ -1,6 +1,9 @@
 """The curves of a run, as pictures in its folder."""
 
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from fastgpt.metrics import read_metrics
 
@@ -22,9 +25,16 @@ def plot_loss(out_dir: Path) -> Path:
     if axes.lines:
         axes.legend()
     if records:
-        per_step = records[-1]["tokens"] / records[-1]["step"]
-        above = axes.secondary_xaxis("top", functions=(lambda s: s * per_step, lambda t: t / per_step))
-        above.set_xlabel("tokens")
+        last = records[-1]
+        steps, tokens = ([-last[key], 0, *(r[key] for r in records), 2 * last[key]] for key in ("step", "tokens"))
+
+        def to_tokens(step: Any) -> Any:
+            return np.interp(step, steps, tokens)
+
+        def to_steps(token: Any) -> Any:
+            return np.interp(token, tokens, steps)
+
+        axes.secondary_xaxis("top", functions=(to_tokens, to_steps)).set_xlabel("tokens")
     path = out_dir / "plots" / "loss.png"
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path)

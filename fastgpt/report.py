@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
+from fastgpt import evaluate
 from fastgpt.config import TrainConfig
 from fastgpt.corpus import Corpus
 from fastgpt.device import describe
@@ -24,12 +25,13 @@ class RunSummary:
     """How a run ended. Seconds and tokens/s are of the steps alone, without compiling, evaluating and saving."""
 
     steps: int
+    finished: bool
     best_step: int
-    best_val_loss: float
-    val_loss: float
+    best_val_loss: float | None
+    val_loss: float | None
     bits_per_byte: float | None
     train_seconds: float
-    tokens_per_second: float
+    tokens_per_second: float | None
     peak_memory: int | None
     stopped_by: int | None = None
 
@@ -48,35 +50,49 @@ def introduce(
     tokens = f"{data.train_tokens:,} train and {data.val_tokens:,} val tokens"
     arithmetic = str(dtype).removeprefix("torch.") + (", compiled" if config.compile else "")
     steps = f"{config.max_iters - step:,} steps of {config.tokens_per_step:,} tokens"
+    batches = evaluate.plan(config, data.val_tokens)
+    evaluation = f"{batches} batches of the val split, always the same" if batches else "the whole val split"
     facts = {
         "model": f"{model.num_parameters():,} parameters: {shape}",
         "data": f"{data.name}: {tokens}, vocabulary {data.tokenizer.vocab_size:,} ({data.tokenizer.kind})",
         "machine": f"{describe(device)}, {arithmetic}",
         "kernels": str(model.ops),
+        "evaluation": f"{evaluation}, every {config.eval_interval:,} steps",
         "run": f"{steps}{f', continuing at step {step}' if step else ''} -> {config.out_dir}",
     }
-    _print_facts(console, facts)
+    console.print(_lines(facts, bold=True), highlight=False, soft_wrap=True)
 
 
-def conclude(summary: RunSummary, out_dir: Path, picture: Path, data: Corpus) -> None:
-    """The result, where it lies, and the command that comes next, on stdout."""
-    bits = "" if summary.bits_per_byte is None else f", {summary.bits_per_byte:.4f} bits per byte"
-    spent = format_seconds(summary.train_seconds)
-    facts = {
-        "best val loss": f"{summary.best_val_loss:.4f} at step {summary.best_step}{bits}",
-        "speed": f"{summary.tokens_per_second:,.0f} tokens/s; {spent} in steps, without compiling and evaluating",
-        "peak memory": format_bytes(summary.peak_memory),
-        "curves": str(picture),
-    }
-    if not summary.best_step:
-        del facts["best val loss"]  # stopped before the first evaluation
-    _print_facts(Console(), facts)
-    where = "" if out_dir == Path("out") else f" --out_dir {shlex.quote(str(out_dir))}"
-    if summary.stopped_by is not None:
-        print(f"stopped at step {summary.steps}, saved in {out_dir}")
-        print(f"next:  python -m fastgpt.train --init_from resume{where}")
-    else:
-        print(f"next:  python -m fastgpt.generate{where}{_opening(data.tokenizer)}")
+def saved(step: int, folder: Path, best_val_loss: float | None, val_loss: float | None) -> str:
+    """One line about a checkpoint; `val_loss` is None where the run was stopped before an evaluation."""
+    if val_loss is None or best_val_loss is None:
+        return f"step {step}: stopped before an evaluation; saved {folder}"
+    best = "the best so far" if val_loss == best_val_loss else f"the best is {best_val_loss:.4f}"
+    return f"step {step}: val loss {val_loss:.4f}, {best}; saved {folder}"
+
+
+def conclude(summary: RunSummary, config: TrainConfig, picture: Path, data: Corpus) -> str:
+    """The result, where it lies, and the command that comes next."""
+    facts = {}
+    if summary.best_val_loss is not None:
+        bits = "" if summary.bits_per_byte is None else f", {summary.bits_per_byte:.4f} bits per byte"
+        facts["best val loss"] = f"{summary.best_val_loss:.4f} at step {summary.best_step}{bits}"
+    if summary.tokens_per_second is not None:
+        spent = format_seconds(summary.train_seconds)
+        facts["speed"] = (
+            f"{summary.tokens_per_second:,.0f} tokens/s; {spent} in steps, without compiling and evaluating"
+        )
+    facts["peak memory"] = format_bytes(summary.peak_memory)
+    facts["curves"] = str(picture)
+    where = "" if config.out_dir == "out" else f" --out_dir {shlex.quote(config.out_dir)}"
+    lines = [_lines(facts)]
+    if not summary.finished:
+        what = "stopped" if summary.stopped_by is not None else f"--max_minutes {config.max_minutes} are over: stopped"
+        lines.append(f"{what} at step {summary.steps} of {config.max_iters}, saved in {config.out_dir}")
+        lines.append(f"go on:  python -m fastgpt.train --init_from resume{where}")
+    if summary.stopped_by is None:
+        lines.append(f"next:  python -m fastgpt.generate{where}{_opening(data.tokenizer)}")
+    return "\n".join(lines)
 
 
 def _opening(tokenizer: Tokenizer) -> str:
@@ -88,13 +104,16 @@ def _opening(tokenizer: Tokenizer) -> str:
     return ' --prompt "The "'
 
 
-def bits_per_byte(loss: float, data: Corpus) -> float | None:
-    """Nats a token to bits a byte of UTF-8, which tokenizers share; None where the bytes are not known."""
-    return loss / math.log(2) * data.val_tokens / data.val_bytes if data.val_bytes else None
+def bits_per_byte(loss: float | None, data: Corpus) -> float | None:
+    """Nats a token to bits a byte of UTF-8, which tokenizers share; None where loss or bytes are not known."""
+    if loss is None or not data.val_bytes:
+        return None
+    return loss / math.log(2) * data.val_tokens / data.val_bytes
 
 
-def _print_facts(console: Console, facts: Mapping[str, str]) -> None:
-    """Names and values, a line each, aligned."""
+def _lines(facts: Mapping[str, str], bold: bool = False) -> str:
+    """Names and values, a line each, aligned; with rich's markup around bold names."""
     width = max(map(len, facts))
-    for name, value in facts.items():
-        console.print(f"[bold]{name:<{width}}[/]  {escape(value)}", highlight=False, soft_wrap=True)
+    if bold:
+        return "\n".join(f"[bold]{name:<{width}}[/]  {escape(value)}" for name, value in facts.items())
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in facts.items())

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from fastgpt.errors import UsageError
+from fastgpt.files import write_atomic
 from fastgpt.tokenizer import cache_dir
 
 READ_BYTES = 1 << 20
@@ -225,8 +226,6 @@ def _download(path: Path, quiet: bool) -> None:
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_bytes(data)
-        temporary.replace(path)
+        write_atomic(path, bytes(data))
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}; set FASTGPT_CACHE, or {ways_out}") from None

@@ -7,6 +7,7 @@ for every valid text. Each saves itself whole (`to_json`), so that a run's folde
 
 import base64
 import functools
+import hashlib
 import importlib.util
 import json
 import os
@@ -19,6 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from fastgpt.errors import UsageError
+from fastgpt.files import write_atomic
 
 KINDS = ("char", "byte", "gpt2", "bpe")
 SMALLEST_BPE = 257
@@ -81,10 +83,11 @@ class Tokenizer(ABC):
 
     def save(self, path: str | Path) -> None:
         """Write `to_json` to a file, replacing it in one step."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(self.to_json()), encoding="utf-8")
-        temporary.replace(path)
+        write_atomic(Path(path), json.dumps(self.to_json()))
+
+    def sha256(self) -> str:
+        """The hash of the vocabulary, by which a checkpoint knows its own."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Tokenizer) and self.to_json() == other.to_json()

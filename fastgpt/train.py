@@ -1,6 +1,6 @@
 """Train a GPT.
 
-    python -m fastgpt.train                                       # fits the machine, about two minutes on a CPU
+    python -m fastgpt.train                                       # fits the machine, about a minute on a CPU
     python -m fastgpt.train --preset baby --dataset shakespeare
     python -m fastgpt.train --init_from resume --max_iters 4000
 
@@ -12,35 +12,25 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 
-from fastgpt import checkpoint, cli, corpus, dispatch, report, tokenizer
-from fastgpt.config import PRESETS, TrainConfig
-from fastgpt.corpus import Corpus
-from fastgpt.device import (
-    autocast,
-    peak_flops,
-    peak_memory,
-    resolve_device,
-    resolve_dtype,
-    synchronize,
-)
+from fastgpt import checkpoint, cli, corpus, dispatch, evaluate, report, run_folder
+from fastgpt.config import PRESETS, TrainConfig, validate
+from fastgpt.device import autocast, peak_flops, peak_memory, resolve_device, resolve_dtype
 from fastgpt.errors import UsageError
 from fastgpt.generate import TextGenerator
-from fastgpt.loader import IGNORED, Loader
-from fastgpt.metrics import Display, MetricsFile, Stopwatch, flops_per_token
+from fastgpt.loader import Loader
+from fastgpt.metrics import Display, MetricsFile, Stopwatch, flops_per_token, print_product
 from fastgpt.model import GPT
 from fastgpt.optim import learning_rate, make_optimizer, set_learning_rate
 from fastgpt.report import RunSummary
 from fastgpt.signals import Signals
 
 SAMPLE_TOKENS = 200
-EVAL_TOKENS = 8192  # in a batch of an evaluation, at least
-FIXED_SHAPE = ("block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "bias", "position", "tokenizer")
 
 
 def train(config: TrainConfig) -> RunSummary:
@@ -49,24 +39,41 @@ def train(config: TrainConfig) -> RunSummary:
     Raises:
         UsageError: anything in the flags, the data or the folder that makes the run impossible; nothing was lost.
     """
-    return Run(config).train()
+    validate(config)
+    run = Run(config)
+    with run_folder.locked(run.out_dir):
+        run.open()
+        return run.train()
+
+
+@dataclass
+class Progress:
+    """How far a run is: what `state.json` says beside the weights. Losses are None before the first evaluation."""
+
+    step: int = 0
+    tokens: int = 0
+    val_loss: float | None = None
+    best_val_loss: float | None = None
+    best_step: int = 0
 
 
 class Run:
-    """A run under way: everything that `out_dir` holds, and what is on the device."""
+    """A run: made without writing into its folder, then opened, then trained."""
 
     def __init__(self, config: TrainConfig):
         resuming = config.init_from == "resume"
-        self.console = Console(stderr=True)
-        self.out_dir = Path(config.out_dir)
+        self.asked, self.out_dir = config, Path(config.out_dir)
         self.device = resolve_device(config.device)
-        self.dtype = resolve_dtype(config.dtype, self.device)
-        saved, about = checkpoint.load_run(self.out_dir) if resuming else (None, {})
-        if saved is None:
-            _claim(self.out_dir, config.overwrite)
-        recorded = about.get("columns") if about.get("device") == self.device.type else None
-        ops = dispatch.resolve(config.kernels, self.device, recorded=recorded)
-        data = corpus.prepare(
+        if resuming:
+            checkpoint.find(self.out_dir, "latest")
+        else:
+            run_folder.claim(self.out_dir, config.overwrite)
+        about = run_folder.load(self.out_dir)[1] if resuming else {}
+        same = about.get("device") == self.device.type  # as the run began on: then its choices are kept
+        recorded = about.get("dtype", "auto") if same else "auto"
+        self.dtype = resolve_dtype(recorded if config.dtype == "auto" else config.dtype, self.device)
+        ops = dispatch.resolve(config.kernels, self.device, recorded=about.get("columns") if same else None)
+        self.data = corpus.prepare(
             config.dataset,
             tokenizer=config.tokenizer,
             vocab_size=config.vocab_size,
@@ -74,85 +81,72 @@ class Run:
             gpt2_vocab=config.gpt2_vocab,
             data_dir=config.data_dir,
         )
-        if saved is not None:
-            _check_resume(self.out_dir, config, saved, about, data)
-        self.config = dataclasses.replace(config, vocab_size=data.tokenizer.vocab_size)
-        self.data = data
-        self.train_loader = self._loader(data.train(), "train")
-        self.val_loader = self._loader(data.val(), "val")
+        if resuming:
+            run_folder.check_resume(self.out_dir, config, self.data)
+        self.config = dataclasses.replace(config, vocab_size=self.data.tokenizer.vocab_size)
+        self.train_loader, self.val_loader = self._loaders()
         torch.manual_seed(config.seed)
         with self.device:
             self.model = GPT(self.config, ops)
+        self.compiled = torch.compile(self.model) if config.compile else self.model
         self.optimizer = make_optimizer(self.model, self.config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.step, self.best_val_loss, self.best_step, self.val_loss = 0, math.inf, 0, math.inf
-        if resuming:
+        self.progress = Progress()
+        self.watch = Stopwatch(self.device)
+        self.console = Console(stderr=True)
+
+    def open(self) -> None:
+        """Take the folder, which is now this process's: restore what is resumed, or make room for what is new."""
+        if self.config.init_from == "resume":
             self._restore()
-        self.compiled = torch.compile(self.model) if config.compile else self.model
-        self.watch = Stopwatch()
-        self.peak = peak_flops(self.device, self.dtype)
-        self.flops = flops_per_token(self.config, self.model.num_parameters())
-        if saved is None and config.overwrite and checkpoint.holds_run(self.out_dir):
-            checkpoint.delete_run(self.out_dir)  # only now that nothing refuses the new run any more
-        self._write_folder(config)
+            return
+        run_folder.claim(self.out_dir, self.config.overwrite)
+        if self.config.overwrite:
+            run_folder.delete(self.out_dir)
 
     def train(self) -> RunSummary:
-        config, began = self.config, time.monotonic()
-        report.introduce(self.console, config, self.model, self.data, self.device, self.dtype, self.step)
-        metrics = MetricsFile(self.out_dir / "metrics.jsonl", self.step)
-        limit = math.inf if config.max_minutes is None else config.max_minutes * 60
-        with Signals() as signals, Display(self.console, self.step, config.max_iters) as display:
-            warm = False
-            while self.step < config.max_iters:
-                self.watch.start()
-                if warm:
+        config, progress = self.config, self.progress
+        report.introduce(self.console, config, self.model, self.data, self.device, self.dtype, progress.step)
+        deadline = time.monotonic() + 60 * (config.max_minutes or math.inf)
+        metrics = MetricsFile(self.out_dir / "metrics.jsonl", progress.step)
+        with Signals() as signals, metrics, Display(self.console, config.max_iters) as display:
+            while True:
+                with self.watch:
                     loss, norm, rate = self._train_step()
-                else:
-                    # The first step compiles and allocates; it is done, but not timed.
-                    loss, norm, rate = self._first_step()
-                    self.watch, warm = Stopwatch(), True
-                last = self.step == config.max_iters or time.monotonic() - began > limit or bool(signals.caught)
-                if self.step % config.log_interval == 0 or last:
-                    self._log(metrics, display, loss.item(), norm.item(), rate)
-                else:
-                    self.watch.stop(1)
-                due = self.step % config.eval_interval == 0 or last
+                    finished, signal = progress.step == config.max_iters, signals.caught
+                    last = finished or signal is not None or time.monotonic() > deadline
+                    due = last or progress.step % config.eval_interval == 0
+                    logged = None
+                    if due or progress.step % config.log_interval == 0:
+                        logged = loss.item(), norm.item(), rate  # waits for the device
+                if logged:
+                    record = self._record(*logged)
+                    metrics.write(record)
+                    display.show(record, progress.val_loss)
                 if due:
-                    evaluated = signals.caught is None
-                    if evaluated:
-                        self._evaluate(metrics, display)
-                    self._save(display, evaluated)
-                if config.sample_interval and self.step % config.sample_interval == 0 and not last:
-                    display.product(f"--- sample at step {self.step}\n{self._sample()}\n---")
+                    # A finished run is evaluated whatever happens; a stopped one saves at once.
+                    val_loss = self._evaluate(metrics, signals, finished)
+                    folder = self._save()
+                    display.say(report.saved(progress.step, folder, progress.best_val_loss, val_loss))
                 if last:
                     break
-        metrics.close()
-        return self._finish(signals.caught)
-
-    def _first_step(self) -> tuple[torch.Tensor, torch.Tensor, float]:
-        try:
-            result = self._train_step()
-        except RuntimeError as error:
-            if not isinstance(error, _compiler_errors(self.config.compile)):
-                raise
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise UsageError(f"--compile failed: {reason}; install a C++ compiler, or pass --no-compile") from error
-        synchronize(self.device)
-        return result
+                if config.sample_interval and progress.step % config.sample_interval == 0:
+                    display.product(f"--- sample at step {progress.step}\n{self._sample()}\n---")
+        return self._finish(None if finished else signal)
 
     def _train_step(self) -> tuple[torch.Tensor, torch.Tensor, float]:
         """One optimizer step: (mean loss of its micro-batches, gradient norm, learning rate)."""
-        config = self.config
+        config, progress = self.config, self.progress
         # Dropout is a pure function of (seed, step), so a resumed run repeats it.
-        torch.manual_seed((config.seed + (self.step + 1) * 0x9E3779B97F4A7C15) % 2**64)
-        rate = learning_rate(self.step, config)
+        torch.manual_seed((config.seed + (progress.step + 1) * 0x9E3779B97F4A7C15) % 2**64)
+        rate = learning_rate(progress.step, config)
         set_learning_rate(self.optimizer, rate)
         micros = config.gradient_accumulation_steps
         total = torch.zeros((), device=self.device)
         with autocast(self.device, self.dtype):  # around all micro-batches: the weights are cast once
             for micro in range(micros):
-                x, y = self.train_loader.batch(self.step, micro, micros, config.batch_size)
-                loss = self.compiled(x, y) / micros
+                x, y = self.train_loader.batch(progress.step, micro, micros, config.batch_size)
+                loss = self._loss(x, y) / micros
                 self.scaler.scale(loss).backward()
                 total += loss.detach()
         self.scaler.unscale_(self.optimizer)
@@ -160,202 +154,182 @@ class Run:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
+        progress.step += 1
+        progress.tokens += config.tokens_per_step
         return total, norm, rate
 
-    def _log(self, metrics: MetricsFile, display: Display, loss: float, norm: float, rate: float) -> None:
-        self.watch.stop(1)
+    def _loss(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if not self.config.compile:
+            return self.model(x, y)
+        from torch._dynamo.exc import TorchDynamoException  # slow to import, so only with --compile
+
+        try:
+            return self.compiled(x, y)
+        except TorchDynamoException as error:
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise UsageError(f"--compile failed: {reason}; mend that, or pass --no-compile") from error
+
+    def _record(self, loss: float, norm: float, rate: float) -> dict[str, float | int | None]:
+        """A line of `metrics.jsonl` about the steps since the last one."""
         seconds = self.watch.lap()
         speed = self.config.tokens_per_step / seconds if seconds else None
-        record = {
-            "step": self.step,
-            "tokens": self.step * self.config.tokens_per_step,
+        peak = peak_flops(self.device, self.dtype)
+        flops = flops_per_token(self.config, self.model.num_parameters())
+        return {
+            "step": self.progress.step,
+            "tokens": self.progress.tokens,
             "loss": loss,
             "lr": rate,
             "grad_norm": norm,
             "ms": seconds * 1e3 if seconds else None,
             "tokens_per_second": speed,
-            "mfu": self.flops * speed / self.peak if self.peak and speed else None,
+            "mfu": flops * speed / peak if peak and speed else None,
             "memory": peak_memory(self.device),
         }
-        metrics.write(record)
-        display.show(record)
 
-    @torch.no_grad()
-    def _evaluate(self, metrics: MetricsFile, display: Display) -> None:
-        """Mean loss over the val split, or over fixed batches of it."""
-        config = self.config
-        self.model.eval()
-        rows = max(config.batch_size, EVAL_TOKENS // config.block_size)
-        if config.eval_iters:
-            batches = self.val_loader.fixed(config.eval_iters, config.batch_size)
-        else:
-            batches = self.val_loader.whole(rows)
-        total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0
-        with autocast(self.device, self.dtype):
-            for x, y in batches:
-                counted = int((y != IGNORED).sum())
-                total += self.model(x, y).double() * counted
-                count += counted
-        self.model.train()
-        self.val_loss = display.val_loss = total.item() / count
-        if self.val_loss < self.best_val_loss:
-            self.best_val_loss, self.best_step = self.val_loss, self.step
-        metrics.write({"step": self.step, "tokens": self.step * config.tokens_per_step, "val_loss": self.val_loss})
+    def _evaluate(self, metrics: MetricsFile, signals: Signals, finished: bool) -> float | None:
+        """The val loss, or None where a signal came first."""
+        progress = self.progress
+        batches = evaluate.batches(self.val_loader, self.config)
+        loss = evaluate.mean_loss(
+            self.model,
+            batches,
+            autocast(self.device, self.dtype),
+            stopping=lambda: signals.caught is not None and not finished,
+        )
+        if loss is None:
+            return None
+        progress.val_loss = loss
+        if progress.best_val_loss is None or loss < progress.best_val_loss:
+            progress.best_val_loss, progress.best_step = loss, progress.step
+        metrics.write({"step": progress.step, "tokens": progress.tokens, "val_loss": loss})
+        return loss
 
-    def _save(self, display: Display, evaluated: bool) -> None:
-        losses = {"val_loss": self.val_loss, "best_val_loss": self.best_val_loss}
+    def _save(self) -> Path:
+        """Write a checkpoint, and before the first of this process what the run is made from."""
+        run_folder.save(
+            self.out_dir,
+            self.asked,
+            self.data.tokenizer,
+            {
+                "columns": self.model.ops.columns,
+                "device": self.device.type,
+                "dtype": str(self.dtype).removeprefix("torch."),
+                "corpus": {"name": self.data.name, "source_sha256": self.data.source_sha256},
+                "torch": torch.__version__,
+            },
+        )
         state = {
-            **{name: loss for name, loss in losses.items() if math.isfinite(loss)},  # JSON has no infinity
-            "best_step": self.best_step,
+            "progress": dataclasses.asdict(self.progress),
             "scaler": self.scaler.state_dict(),
+            "vocabulary": self.data.tokenizer.sha256(),
         }
-        folder = checkpoint.save(self.out_dir, self.step, self.model, self.optimizer, state)
-        if self.best_step == self.step:
+        folder = checkpoint.save(self.out_dir, self.progress.step, self.model, self.optimizer, state)
+        if self.progress.best_step == self.progress.step:
             checkpoint.point(self.out_dir, "best", folder)
         checkpoint.prune(self.out_dir)
-        best = "the best so far" if self.best_step == self.step else f"the best is {self.best_val_loss:.4f}"
-        how = f"val loss {self.val_loss:.4f}, {best}" if evaluated else "stopped before an evaluation"
-        display.say(f"step {self.step}: {how}; saved {folder}")
+        return folder
 
     def _restore(self) -> None:
         folder = checkpoint.find(self.out_dir, "latest")
         checkpoint.verify(folder)
-        checkpoint.load_model(folder, self.model)
-        checkpoint.load_optimizer(folder, self.model, self.optimizer)
         state = checkpoint.load_state(folder)
-        self.step, self.val_loss = state["step"], state.get("val_loss", math.inf)
-        self.best_val_loss, self.best_step = state.get("best_val_loss", math.inf), state["best_step"]
-        self.scaler.load_state_dict(state["scaler"])
-        if self.step >= self.config.max_iters:
+        checkpoint.check_vocabulary(folder, self.data.tokenizer)
+        self.model.load_weights(checkpoint.load_weights(folder))
+        checkpoint.load_optimizer(folder, self.model, self.optimizer)
+        if state["scaler"]:  # empty where the run was not in float16 until now
+            self.scaler.load_state_dict(state["scaler"])
+        self.progress = Progress(**state["progress"])
+        step = self.progress.step
+        if step >= self.config.max_iters:
             raise UsageError(
-                f"--max_iters {self.config.max_iters}: {self.out_dir} is already at step {self.step}; "
-                f"continue with a larger one, such as --max_iters {2 * self.step}"
+                f"--max_iters {self.config.max_iters}: {self.out_dir} is already at step {step}; "
+                f"continue with a larger one, such as --max_iters {2 * step}"
             )
+        if self.progress.best_step == step:
+            checkpoint.point(self.out_dir, "best", folder)  # a crash may have come between `latest` and `best`
 
-    def _write_folder(self, config: TrainConfig) -> None:
-        """Save the configuration as it was asked for, and what was resolved beside it."""
-        try:
-            self.out_dir.mkdir(parents=True, exist_ok=True)
-            checkpoint.save_run(
-                self.out_dir,
-                config,
-                columns=self.model.ops.columns,
-                device=self.device.type,
-                corpus={"name": self.data.name, "source_sha256": self.data.source_sha256},
-                torch=torch.__version__,
+    def _loaders(self) -> tuple[Loader, Loader]:
+        """Of the train and the val split."""
+        needed, shortest = self.config.block_size + 1, min(self.data.train_tokens, self.data.val_tokens)
+        if shortest < needed:
+            fix = f"try --block_size {shortest - 1}, or " if shortest > 1 else ""
+            raise UsageError(
+                f"--block_size {self.config.block_size} needs {needed:,} tokens in each split, and {self.data.name} "
+                f"has {self.data.train_tokens:,} to train on and {self.data.val_tokens:,} to validate on; "
+                f"{fix}use a longer text"
             )
-            self.data.tokenizer.save(self.out_dir / "tokenizer.json")
-        except OSError as error:
-            raise UsageError(f"--out_dir {self.out_dir} cannot be written: {error.strerror}") from None
-
-    def _loader(self, tokens: Any, split: str) -> Loader:
-        return Loader(
-            tokens,
-            self.config.block_size,
-            self.data.tokenizer.vocab_size,
-            seed=self.config.seed,
-            device=self.device,
-            name=f"{self.data.name}'s {split} split",
+        splits = {"train": self.data.train(), "val": self.data.val()}
+        train_loader, val_loader = (
+            Loader(
+                tokens,
+                self.config.block_size,
+                self.data.tokenizer.vocab_size,
+                seed=self.config.seed,
+                device=self.device,
+                name=f"{self.data.name}'s {split} split",
+            )
+            for split, tokens in splits.items()
         )
+        return train_loader, val_loader
 
     def _sample(self) -> str:
         self.model.eval()
-        text = TextGenerator(self.model, self.data.tokenizer).generate(
-            max_new_tokens=SAMPLE_TOKENS, seed=self.config.seed
-        )
+        generator = TextGenerator(self.model, self.data.tokenizer)
+        text = generator.generate(max_new_tokens=SAMPLE_TOKENS, seed=self.config.seed)
         self.model.train()
         return text
 
     def _finish(self, stopped_by: int | None) -> RunSummary:
         from fastgpt.plots import plot_loss  # matplotlib, which the first step need not wait for
 
+        progress, watch = self.progress, self.watch
         picture = plot_loss(self.out_dir)
-        speed = self.watch.steps * self.config.tokens_per_step / self.watch.total if self.watch.steps else 0.0
         summary = RunSummary(
-            steps=self.step,
-            best_step=self.best_step,
-            best_val_loss=self.best_val_loss,
-            val_loss=self.val_loss,
-            bits_per_byte=report.bits_per_byte(self.best_val_loss, self.data),
-            train_seconds=self.watch.total,
-            tokens_per_second=speed,
+            steps=progress.step,
+            finished=progress.step == self.config.max_iters,
+            best_step=progress.best_step,
+            best_val_loss=progress.best_val_loss,
+            val_loss=progress.val_loss,
+            bits_per_byte=report.bits_per_byte(progress.best_val_loss, self.data),
+            train_seconds=watch.seconds,
+            tokens_per_second=watch.steps * self.config.tokens_per_step / watch.seconds if watch.steps else None,
             peak_memory=peak_memory(self.device),
             stopped_by=stopped_by,
         )
         if stopped_by is None:
-            print(f"--- sample after step {self.step}\n{self._sample()}\n---")
-        report.conclude(summary, self.out_dir, picture, self.data)
+            print_product(f"--- sample after step {progress.step}\n{self._sample()}\n---")
+        print_product(report.conclude(summary, self.config, picture, self.data))
         return summary
 
 
-def _compiler_errors(compiling: bool) -> tuple[type[Exception], ...]:
-    """What torch.compile raises, whose module is slow to import and so is left alone without it."""
-    if not compiling:
-        return ()
-    from torch._dynamo.exc import TorchDynamoException
+def starting_point(preset: str | None, given: Mapping[str, object]) -> tuple[TrainConfig, str]:
+    """The configuration that the given flags change, and why it is this one.
 
-    return (TorchDynamoException,)
-
-
-def _claim(out_dir: Path, overwrite: bool) -> None:
-    """Make sure that out_dir holds no run that would be lost or mixed."""
-    if out_dir.exists() and not out_dir.is_dir():
-        raise UsageError(f"--out_dir {out_dir} is a file; name a folder")
-    if checkpoint.holds_run(out_dir) and not overwrite:
-        raise UsageError(
-            f"--out_dir {out_dir} already holds a run; continue it with --init_from resume, "
-            "keep it and name another --out_dir, or delete it with --overwrite"
-        )
-
-
-def _check_resume(
-    out_dir: Path, config: TrainConfig, saved: TrainConfig, about: Mapping[str, Any], data: Corpus
-) -> None:
-    """A resumed run keeps its shape, its vocabulary and its text."""
-    for name in FIXED_SHAPE:
-        asked, had = getattr(config, name), getattr(saved, name)
-        if asked != had:
-            raise UsageError(f"--{name} {asked}: the run in {out_dir} has {had}, and a resume keeps it; leave it out")
-    if data.tokenizer != tokenizer.load(out_dir / "tokenizer.json"):
-        raise UsageError(
-            f"--dataset {config.dataset}: its vocabulary is not that of the run in {out_dir}; "
-            "resume with the run's own data, or start another --out_dir"
-        )
-    sha256 = about.get("corpus", {}).get("source_sha256")
-    if data.source_sha256 != sha256:
-        raise UsageError(
-            f"--dataset {config.dataset}: the text changed since the run in {out_dir} began (sha256 "
-            f"{data.source_sha256[:8]}, then {str(sha256)[:8]}); restore it, or start another --out_dir"
-        )
+    A resume continues with the run's own settings; otherwise it is the named preset, or the one that fits the device.
+    """
+    if given.get("init_from") == "resume":
+        if preset is not None:
+            raise UsageError(f"--preset {preset}: --init_from resume keeps the run's own settings; leave it out")
+        out_dir = str(given.get("out_dir", "out"))
+        checkpoint.find(Path(out_dir), "latest")
+        saved, _ = run_folder.load(Path(out_dir))
+        why = f"resume: the settings of the run in {out_dir}, changed by what was given"
+        return dataclasses.replace(saved, out_dir=out_dir), why
+    kind = resolve_device(str(given.get("device", "auto"))).type
+    fitting = "baby" if kind == "cuda" else "cpu"
+    why = f"preset {preset}" if preset else f"preset {fitting}: it fits a {kind} device (others: --preset NAME)"
+    config = PRESETS[preset or fitting]
+    # Another tokenizer than the preset's brings its own vocabulary.
+    return (dataclasses.replace(config, vocab_size=None) if "tokenizer" in given else config), why
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    why = ""
-
-    def start(preset: str | None, given: Mapping[str, Any]) -> TrainConfig:
-        nonlocal why
-        if given.get("init_from") == "resume":
-            if preset is not None:
-                raise UsageError(f"--preset {preset}: --init_from resume keeps the run's own settings; leave it out")
-            out_dir = given.get("out_dir", "out")
-            saved, _ = checkpoint.load_run(Path(out_dir))
-            why = f"resume: the settings of the run in {out_dir}, changed by what was given"
-            return dataclasses.replace(saved, out_dir=out_dir)
-        kind = resolve_device(given.get("device", "auto")).type
-        fitting = "baby" if kind == "cuda" else "cpu"
-        why = f"preset {preset or fitting}" + ("" if preset else f": it fits a {kind} device (others: --preset NAME)")
-        config = PRESETS[preset or fitting]
-        return dataclasses.replace(config, vocab_size=None) if "tokenizer" in given else config
-
-    config = cli.parse(
-        TrainConfig,
-        argv,
-        prog="python -m fastgpt.train",
-        description="Train a GPT on text.",
-        presets=PRESETS,
-        start=start,
+    preset, given = cli.read(
+        TrainConfig, argv, prog="python -m fastgpt.train", description="Train a GPT on text.", presets=PRESETS
     )
+    start, why = starting_point(preset, given)
+    config = cli.change(start, given)
     print(why, file=sys.stderr)
     summary = train(config)
     return 0 if summary.stopped_by is None else 128 + summary.stopped_by

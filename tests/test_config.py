@@ -82,7 +82,7 @@ def test_vocabulary_is_padded_to_a_multiple_of_128(vocab_size, padded):
 
 def test_a_runs_model_is_its_part_of_the_configuration():
     run = dataclasses.replace(PRESETS["baby"], vocab_size=65)
-    assert run.model() == ModelConfig(65, 256, 6, 6, None, 384, 0.2)
+    assert run.architecture() == ModelConfig(65, 256, 6, 6, None, 384, 0.2)
 
 
 def test_configurations_do_not_change():
