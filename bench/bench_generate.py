@@ -4,6 +4,7 @@ import dataclasses
 
 import torch
 
+from fastgpt import dispatch
 from fastgpt.config import PRESETS
 from fastgpt.generate import TextGenerator
 from fastgpt.model import GPT
@@ -16,11 +17,14 @@ NEW_TOKENS = 240
 def test_dense_cache(against):
     torch.manual_seed(0)
     config = dataclasses.replace(PRESETS["baby"], vocab_size=256)
-    generator = TextGenerator(GPT(config).eval(), ByteTokenizer())
+    cpu, ops = torch.device("cpu"), dispatch.resolve("torch")
+    weights = GPT(config).weights()
+    generator = TextGenerator(GPT.from_weights(config, ops, weights, cpu, torch.float32), ByteTokenizer())
 
     def decode(cache: str) -> None:
         text = generator.stream(PROMPT, cache=cache, max_new_tokens=NEW_TOKENS)
         for _ in text.tokens():
             pass
 
-    against(lambda: decode("dense"), lambda: decode("none"), rounds=5, units=NEW_TOKENS, peer="without a cache", aim=10)
+    ours, peer = (lambda: decode("dense")), (lambda: decode("none"))
+    against(ours, peer, rounds=5, units=NEW_TOKENS, peer_name="without a cache", aim=10)

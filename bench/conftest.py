@@ -73,6 +73,6 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     for row in rows:
         info = row.extra_info
         terminalreporter.write_line(
-            f"{row.name:<44} {info['tokens_per_second']:>10,.0f} tokens/s   {info['peer']}: "
+            f"{row.name:<44} {info['tokens_per_second']:>10,.0f} tokens/s   {info['peer_name']}: "
             f"{info['peer_tokens_per_second']:,.0f}   ratio {info['ratio']:.2f} (aim {info['aim']})"
         )

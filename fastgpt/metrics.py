@@ -113,11 +113,33 @@ class Display:
 
 
 def print_product(text: str) -> None:
-    """Print to stdout; once its reader is gone, to nowhere, because a run outlives whoever watches it."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Print to stdout, for as long as somebody reads it."""
+    print(text, file=Lasting(sys.stdout), flush=True)
+
+
+class Lasting:
+    """A standard stream that leads nowhere once its pipe or terminal is closed: a run outlives whoever watches it."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        try:
+            self.stream.write(text)
+        except OSError:
+            self._lead_nowhere()
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError:
+            self._lead_nowhere()
+
+    def _lead_nowhere(self) -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 class Stopwatch:

@@ -18,7 +18,7 @@ from fastgpt import dispatch
 from fastgpt.config import ModelConfig
 from fastgpt.dispatch import Ops
 from fastgpt.errors import CorruptCheckpoint
-from fastgpt.linear import Linear, linear
+from fastgpt.linear import Linear, linear, store_by_columns
 
 
 class Cache(Protocol):
@@ -158,6 +158,7 @@ class GPT(nn.Module):
         with device:
             model.table = position_table(config)  # float32 in every dtype, as in training
         model.load_weights(weights)
+        store_by_columns(model)
         return model.eval()
 
     @torch.no_grad()

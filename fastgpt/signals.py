@@ -2,6 +2,7 @@
 
 import os
 import signal
+from contextlib import suppress
 from types import FrameType
 
 
@@ -34,5 +35,6 @@ class Signals:
         if self.caught is not None:
             raise SystemExit(128 + number)
         self.caught = number
-        # Not print: the signal may have come while the buffer of stderr was being written.
-        os.write(2, b"\nstopping after this step, then saving; once more stops at once\n")
+        with suppress(OSError):  # a closed terminal, which is what SIGHUP tells
+            # Not print: the signal may have come while the buffer of stderr was being written.
+            os.write(2, b"\nstopping after this step, then saving; once more stops at once\n")

@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -24,7 +25,7 @@ from fastgpt.device import autocast, peak_flops, peak_memory, resolve_device, re
 from fastgpt.errors import UsageError
 from fastgpt.generate import TextGenerator
 from fastgpt.loader import Loader
-from fastgpt.metrics import Display, MetricsFile, Stopwatch, flops_per_token, print_product
+from fastgpt.metrics import Display, Lasting, MetricsFile, Stopwatch, flops_per_token, print_product
 from fastgpt.model import GPT
 from fastgpt.optim import learning_rate, make_optimizer, set_learning_rate
 from fastgpt.report import RunSummary
@@ -88,12 +89,14 @@ class Run:
         torch.manual_seed(config.seed)
         with self.device:
             self.model = GPT(self.config, ops)
-        self.compiled = torch.compile(self.model) if config.compile else self.model
+        # On a CPU Inductor's own random numbers are slower than PyTorch's, and are other ones than without --compile.
+        options: dict[str, Any] = {"fallback_random": self.device.type == "cpu"}
+        self.compiled = torch.compile(self.model, options=options) if config.compile else self.model
         self.optimizer = make_optimizer(self.model, self.config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.progress = Progress()
         self.watch = Stopwatch(self.device)
-        self.console = Console(stderr=True)
+        self.console = Console(file=Lasting(sys.stderr))
 
     def open(self) -> None:
         """Take the folder, which is now this process's: restore what is resumed, or make room for what is new."""

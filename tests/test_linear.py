@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from fastgpt.linear import FEWEST_WEIGHTS, Linear, linear, one_row_slices
+from fastgpt.linear import FEWEST_WEIGHTS, Linear, linear, one_row_slices, store_by_columns
 
 SIZES = [(256, 300), (384, 257), (1000, 999), (513, 131), (2, 1 << 15), (64, 1024), (50304, 32)]  # (O, I)
 
@@ -75,11 +75,26 @@ def test_the_cut_product_is_what_linear_computes(monkeypatch):
 
 @pytest.mark.usefixtures("two_threads")
 def test_weights_and_rows_may_be_views():
-    weight, x = draw(512, 256).t(), draw(512, 3)[:, 1]
-    assert not weight.is_contiguous()
+    by_columns, by_rows, bias = draw(512, 256).t(), draw(256, 512), draw(256)
     with torch.no_grad():
-        assert one_row_slices(x, weight) > 1
-        torch.testing.assert_close(linear(x, weight), F.linear(x, weight), rtol=1e-4, atol=1e-4)
+        for weight in (by_columns, by_rows):
+            for x in (draw(1, 1, 512), draw(512, 3)[:, 1]):
+                assert (one_row_slices(x, weight) > 1) == x.is_contiguous()
+                expected = F.linear(x.double(), weight.double(), bias.double())
+                torch.testing.assert_close(linear(x, weight, bias).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_storing_by_columns_keeps_the_values_and_cuts_the_inputs():
+    layer = Linear(512, 256)
+    before = layer.weight.detach().clone()
+    store_by_columns(nn.Sequential(layer))
+    assert torch.equal(layer.weight, before)
+    assert layer.weight.stride() == (1, 256)
+    x = draw(1, 512)
+    with torch.no_grad():
+        assert one_row_slices(x, layer.weight) > 1
+        torch.testing.assert_close(layer(x), F.linear(x, before, layer.bias), rtol=1e-4, atol=1e-4)
 
 
 def test_the_layer_is_nn_linear_with_gradients():

@@ -12,7 +12,7 @@ from fastgpt_kernels.reference import reduce, visible
 def layer_norm(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, eps: float = 1e-5
 ) -> torch.Tensor:
-    return F.layer_norm(x, weight.shape, weight, bias, eps)
+    return torch.layer_norm(x, weight.shape, weight, bias, eps)
 
 
 def add_layer_norm(
@@ -24,7 +24,7 @@ def add_layer_norm(
     eps: float = 1e-5,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     total = x + residual
-    return total, F.layer_norm(total, weight.shape, weight, bias, eps)
+    return total, torch.layer_norm(total, weight.shape, weight, bias, eps)
 
 
 def causal_attention(
@@ -91,11 +91,16 @@ def linear_cross_entropy(
     valid_vocab: int | None = None,
     reduction: str = "mean",
 ) -> torch.Tensor:
-    # The product keeps the padded width, which fast matrix kernels want; the padding is masked afterwards.
+    if valid_vocab is not None and x.device.type == "cpu":
+        weight, valid_vocab = weight[:valid_vocab], None
     logits = F.linear(x, weight)
     if valid_vocab is not None:
+        # A GPU's matrix kernels want the padded width; the padding is masked afterwards.
         logits[..., valid_vocab:] = float("-inf")
     # float32 for 16-bit logits, and float64 stays what it is
     logits = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
+    if reduction == "mean":
+        total = F.cross_entropy(logits, targets.flatten(), ignore_index=ignore_index, reduction="sum")
+        return total / (targets != ignore_index).sum().clamp(min=1)
     losses = F.cross_entropy(logits, targets.flatten(), ignore_index=ignore_index, reduction="none")
     return reduce(losses.view(targets.shape), targets != ignore_index, reduction)
