@@ -1,13 +1,14 @@
 """What every test shares: no network but loopback, its own cache, one thread, and `gpu` tests skipped without one."""
 
 import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 
-LOOPBACK = ("127.", "localhost", "::1")
+from fastgpt import train
+from tests import runs
+from tests.offline import sitecustomize as offline
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -19,23 +20,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
 
 
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Refuse every connection and look-up that leaves this machine."""
-    connect, look_up = socket.socket.connect, socket.getaddrinfo
-
-    def guarded_connect(self, address, *rest):
-        if self.family != socket.AF_UNIX and not str(address[0]).startswith(LOOPBACK):
-            raise OSError(f"the tests may not reach the network, and something called {address}")
-        return connect(self, address, *rest)
-
-    def guarded_look_up(host, *rest, **more):
-        if host is not None and not str(host).startswith(LOOPBACK):
-            raise socket.gaierror(f"the tests may not reach the network, and something looked up {host}")
-        return look_up(host, *rest, **more)
-
-    monkeypatch.setattr(socket.socket, "connect", guarded_connect)
-    monkeypatch.setattr(socket, "getaddrinfo", guarded_look_up)
+@pytest.fixture(autouse=True, scope="session")
+def no_network() -> None:
+    """Refuse every connection and look-up that leaves this machine, here and in the processes that tests start."""
+    offline.guard()
+    others = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(offline.__file__).parent), *([others] if others else [])])
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -51,3 +41,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("FASTGPT_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder of the test's own, which holds text.txt; samples in it are short."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "SAMPLE_TOKENS", 20)
+    (tmp_path / "text.txt").write_text(runs.TEXT, encoding="utf-8")
+    return tmp_path

@@ -18,6 +18,7 @@ from fastgpt.config import TrainConfig
 from fastgpt.errors import CorruptCheckpoint, UsageError
 from fastgpt.model import GPT
 from fastgpt.optim import make_optimizer
+from fastgpt.tokenizer import CharTokenizer
 
 FILES = (MODEL, OPTIMIZER, STATE, MANIFEST)
 CONFIG = TrainConfig(vocab_size=11, block_size=8, n_layer=1, n_head=2, n_embd=8, learning_rate=0.01)
@@ -83,7 +84,7 @@ def test_the_vocabularys_padding_is_not_saved(saved: Path):
 def test_loading_gives_back_every_bit(saved: Path):
     model, optimizer = trained()
     other, others = trained(steps=1, seed=9)
-    checkpoint.load_model(saved, other)
+    other.load_weights(checkpoint.load_weights(saved))
     checkpoint.load_optimizer(saved, other, others)
     for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(mine, theirs)
@@ -175,9 +176,9 @@ def test_another_steps_file_is_found(step_dir: Path, tmp_path: Path):
 
 def test_weights_of_another_shape_are_named(saved: Path):
     with pytest.raises(CorruptCheckpoint, match=r"wte\.weight is \(11, 8\).*need \(12, 8\)"):
-        checkpoint.load_model(saved, GPT(TrainConfig(**(vars(CONFIG) | {"vocab_size": 12}))))
+        GPT(TrainConfig(**(vars(CONFIG) | {"vocab_size": 12}))).load_weights(checkpoint.load_weights(saved))
     with pytest.raises(CorruptCheckpoint, match=r"h\.1\."):
-        checkpoint.load_model(saved, GPT(TrainConfig(**(vars(CONFIG) | {"n_layer": 2}))))
+        GPT(TrainConfig(**(vars(CONFIG) | {"n_layer": 2}))).load_weights(checkpoint.load_weights(saved))
 
 
 class Killed(Exception):
@@ -288,28 +289,57 @@ def test_a_pointer_to_nothing_is_corrupt(step_dir: Path, content: str):
         verify(checkpoint.find(step_dir.parent, "latest"))
 
 
-def test_json_is_replaced_whole_or_not_at_all(tmp_path: Path, killer: list[float]):
-    path = tmp_path / "state.json"
-    checkpoint.write_json(path, {"a": 1})
-    for survived in (0, 1):
-        killer[0] = survived
-        with pytest.raises(Killed):
-            checkpoint.write_json(path, {"a": 2})
-        assert json.loads(path.read_text()) == {"a": 1}
-    killer[0] = math.inf
-    checkpoint.write_json(path, {"a": "é"})
-    assert json.loads(path.read_text(encoding="utf-8")) == {"a": "é"}
+def test_only_the_named_files_are_checked(step_dir: Path):
+    (step_dir / OPTIMIZER).write_bytes(b"")
+    verify(step_dir, (MODEL, STATE))
+    damaged(step_dir, OPTIMIZER)
+    with pytest.raises(CorruptCheckpoint, match=OPTIMIZER):
+        verify(step_dir, (OPTIMIZER,))
 
 
-def test_deleting_a_run_leaves_foreign_files(step_dir: Path):
+def test_a_checkpoint_knows_its_vocabulary(tmp_path: Path):
+    ours, theirs = CharTokenizer("abc"), CharTokenizer("abd")
+    folder = checkpoint.save(tmp_path, 1, *trained(), {"vocabulary": ours.sha256()})
+    checkpoint.check_vocabulary(folder, ours)
+    with pytest.raises(CorruptCheckpoint, match=r"another vocabulary than .*tokenizer\.json"):
+        checkpoint.check_vocabulary(folder, theirs)
+
+
+def test_what_was_loaded_is_no_map_of_the_file(step_dir: Path):
+    model, optimizer = trained()
+    other, others = trained(steps=1, seed=9)
+    other.load_weights(checkpoint.load_weights(step_dir))
+    checkpoint.load_optimizer(step_dir, other, others)
+    for name in (MODEL, OPTIMIZER):
+        with (step_dir / name).open("r+b") as file:
+            file.write(bytes((step_dir / name).stat().st_size))
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+        assert all(torch.equal(value, others.state[theirs][kind]) for kind, value in optimizer.state[mine].items())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_whom_the_umask_lets_read_can_read_every_file(tmp_path: Path, umask: int):
+    before = os.umask(umask)
+    try:
+        folder = checkpoint.save(tmp_path, 1, *trained(), {})
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in [*folder.iterdir(), tmp_path / "latest"]}
+    assert modes == dict.fromkeys([*FILES, "latest"], 0o666 & ~umask)
+    assert folder.stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+def test_deleting_checkpoints_leaves_everything_else(step_dir: Path):
     run = step_dir.parent
-    for name in ("config.json", "tokenizer.json", "metrics.jsonl", "best", "plots/loss.png", ".tmp-step-000003-7/a"):
-        (run / name).parent.mkdir(exist_ok=True)
-        (run / name).write_text("ours")
-    foreign = ["notes.txt", "step-by-step.md", "plots/mine.png", "sub/config.json"]
+    (run / ".tmp-step-000003-7").mkdir()
+    foreign = ["notes.txt", "step-by-step.md", "step-000002-copy/a", "config.json"]
     for name in foreign:
         (run / name).parent.mkdir(exist_ok=True)
         (run / name).write_text("theirs")
-    checkpoint.delete_run(run)
-    assert sorted(str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()) == sorted(foreign)
+    checkpoint.delete(run)
+    left = sorted(str(path.relative_to(run)) for path in run.rglob("*") if path.is_file())
+    assert left == sorted([*foreign, "latest"])  # the pointers are the run folder's to delete
     assert not checkpoint.holds_run(run)
+    assert not (run / ".tmp-step-000003-7").exists()

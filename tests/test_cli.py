@@ -87,16 +87,23 @@ def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path):
     assert (config.n_embd, config.n_layer, config.batch_size) == (128, 3, 5)
 
 
-def test_start_gets_the_preset_and_what_was_given(tmp_path):
-    seen = []
-
-    def start(preset, given):
-        seen.append((preset, dict(given)))
-        return PRESETS["mini"]
-
-    config = parse("--n-layer", "2", toml(tmp_path, "batch_size = 5"), start=start)
-    assert seen == [(None, {"n_layer": 2, "batch_size": 5})]
+def test_reading_gives_the_preset_and_what_was_given_and_changing_puts_it_on_top(tmp_path):
+    words = ["--n-layer", "2", toml(tmp_path, "batch_size = 5\nn_layer = 9")]
+    preset, given = cli.read(TrainConfig, words, prog="program", description="A program.", presets=PRESETS)
+    assert (preset, given) == (None, {"n_layer": 2, "batch_size": 5})
+    config = cli.change(PRESETS["mini"], given)
     assert (config.n_layer, config.batch_size, config.n_embd) == (2, 5, 64)
+    words += ["--preset", "baby"]
+    assert cli.read(TrainConfig, words, prog="program", description="A program.", presets=PRESETS) == ("baby", given)
+
+
+def test_what_was_given_is_judged_alone_when_read_and_together_when_it_changes_a_start():
+    words = ["--n_head", "5"]
+    given = cli.read(TrainConfig, words, prog="program", description="A program.", presets=PRESETS)[1]
+    with pytest.raises(UsageError, match="--n_head 5 does not divide --n_embd 64"):
+        cli.change(PRESETS["mini"], given)
+    with pytest.raises(UsageError, match="--n_head 0 must be at least 1"):
+        cli.read(TrainConfig, ["--n_head", "0"], prog="program", description="A program.", presets=PRESETS)
 
 
 def test_toml_holds_every_type(tmp_path):
@@ -106,7 +113,8 @@ def test_toml_holds_every_type(tmp_path):
 
 
 def test_toml_lists_become_tuples_and_aliases_work(tmp_path):
-    config = parse(toml(tmp_path, 'start = "Once"\nstop = ["a", "b"]'), kind=GenerateConfig)
+    file = toml(tmp_path, 'start = "Once"\nstop = ["a", "b"]')
+    config = parse(file, kind=GenerateConfig, presets={"plain": GenerateConfig()})
     assert (config.prompt, config.stop) == ("Once", ("a", "b"))
 
 
@@ -210,6 +218,12 @@ def test_help_lists_every_flag_and_ends_well(capsys):
     text = capsys.readouterr().out
     for name in (*TrainConfig.__dataclass_fields__, "preset", "config"):
         assert f"--{name} " in text
+    groups = [line for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert groups[-2:] == ["The shape of a GPT:", "A training run:"]
+    flags = {part.split()[0]: " ".join(part.split()) for part in text.split("\n  --")[1:]}
+    assert flags["n_layer"].endswith("[by preset]")
+    assert flags["seed"].endswith("[1337]")
+    assert "[by preset]" not in flags["position"]
 
 
 def test_run_returns_what_main_returns_and_passes_the_arguments(capsys):

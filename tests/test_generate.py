@@ -105,6 +105,13 @@ def test_pieces_join_to_the_text_and_the_counters_are_right_at_every_moment():
     assert "".join(pieces) == generator.generate("abc", max_new_tokens=9)
 
 
+@pytest.mark.parametrize("prompt", ["abcdefgh", "abcdefghij" * 3])
+def test_a_prefill_has_no_more_tokens_than_fit(prompt: str):
+    stream = fresh().stream(prompt, max_new_tokens=2)
+    list(stream)
+    assert (stream.prefill_tokens, stream.decode_tokens) == (BLOCK, 1)
+
+
 def test_no_new_tokens_are_no_text():
     for cache in ("none", "dense"):
         assert fresh().generate("abc", max_new_tokens=0, cache=cache) == ""
@@ -126,7 +133,7 @@ def test_seeds_and_narrow_settings():
     assert generator.generate("a", temperature=0, max_new_tokens=20, repetition_penalty=5.0) != greedy
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"stop": "x"}, {"cache": "dens"}], ids=str)
+@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"stop": (1,)}, {"cache": "dens"}], ids=str)
 def test_a_setting_outside_its_limits_is_refused(wrong: dict):
     with pytest.raises(UsageError, match=next(iter(wrong))):
         fresh().generate("a", **wrong)
@@ -148,6 +155,14 @@ def test_text_ends_before_the_first_stop_text_and_no_part_of_it_leaks(text: str,
     wanted = said[: min(said.find(stop) for stop in stops if stop in said)] if ends else said
     pieces = scripted(pytest.MonkeyPatch(), list(text.encode()), stop=tuple(stops))
     assert "".join(pieces) == wanted
+
+
+def test_in_python_stop_may_be_one_text_or_several():
+    generator = fresh()
+    said = generator.generate("a", max_new_tokens=40)
+    assert generator.generate("a", max_new_tokens=40, stop="absent") == said
+    for stop in (said[9:11], (said[9:11],), ["absent", said[9:11]]):
+        assert generator.generate("a", max_new_tokens=40, stop=stop) == said[: said.index(said[9:11])]
 
 
 def test_characters_of_many_bytes_come_whole(monkeypatch):
@@ -227,3 +242,34 @@ def test_every_setting_reaches_the_text(out: Path, capsys):
 @pytest.mark.parametrize("settings", [{"dtype": "bfloat16"}, {"kernels": "reference"}, {"device": "cpu"}], ids=str)
 def test_a_run_loads_with_other_arithmetic_and_columns(out: Path, settings: dict):
     assert len(fastgpt.load(out, **settings).generate("The ", max_new_tokens=20)) == 20
+
+
+def test_an_unknown_arithmetic_is_refused(out: Path):
+    with pytest.raises(UsageError, match="--dtype 'x' is not one of auto, float32"):
+        fastgpt.load(out, dtype="x")
+
+
+@pytest.mark.parametrize("position", ["learned", "sinusoidal", "rotary"])
+def test_a_16_bit_model_keeps_its_position_table_in_float32(position: str):
+    model, bfloat16 = fresh(position).model, torch.bfloat16
+    half = GPT.from_weights(model.config, model.ops, model.weights(), torch.device("cpu"), bfloat16)
+    assert not half.training
+    assert {name: p.dtype for name, p in half.named_parameters()} == dict.fromkeys(model.weights(), bfloat16)
+    assert all(torch.equal(half.weights()[name], weight.to(bfloat16)) for name, weight in model.weights().items())
+    if position == "learned":
+        assert half.table is None
+    else:
+        assert half.table.dtype == torch.float32
+        assert torch.equal(half.table, model.table)
+
+
+def test_a_model_is_made_of_weights_without_drawing_any(monkeypatch):
+    model = fresh().model
+    torch.manual_seed(0)
+    wanted = torch.rand(3)
+    torch.manual_seed(0)
+    made = GPT.from_weights(model.config, model.ops, model.weights(), torch.device("cpu"), torch.float32)
+    assert torch.equal(torch.rand(3), wanted)
+    tokens = torch.arange(6)[None]
+    assert torch.equal(made(tokens), model(tokens))
+    assert not made.wte.weight[model.config.vocab_size :].any()

@@ -66,7 +66,8 @@ def test_fixed_batches_are_the_same_at_every_call():
     loader = make()
     first, second = list(loader.fixed(3, 4)), list(loader.fixed(3, 4))
     assert len(first) == 3
-    for (x, y), (again_x, again_y) in zip(first, second, strict=True):
+    for (x, y, counted), (again_x, again_y, again) in zip(first, second, strict=True):
+        assert counted == again == 4 * 8
         assert torch.equal(x, again_x)
         assert torch.equal(y, again_y)
     assert not torch.equal(first[0][0], first[1][0])
@@ -76,9 +77,10 @@ def test_fixed_batches_are_the_same_at_every_call():
 @given(count=st.integers(9, 200), batch_size=st.integers(1, 7))
 def test_the_whole_split_has_every_token_but_the_first_as_a_target_once(count: int, batch_size: int):
     targets = []
-    for x, y in make(count=count).whole(batch_size):
+    for x, y, counted in make(count=count).whole(batch_size):
         assert x.shape == y.shape == (batch_size, 8)
         counts = y != IGNORED
+        assert counts.sum() == counted
         assert torch.equal(y[counts], x[counts] + 1)
         targets += y[counts].tolist()
     assert targets == list(range(1, count))

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -43,19 +44,18 @@ def lines(path: Path) -> list[dict]:
 
 
 def test_every_line_is_on_disk_as_soon_as_it_is_written(path: Path):
-    file = MetricsFile(path, 0)
-    for step in (1, 2):
-        file.write(RECORD | {"step": step})
-        assert [line["step"] for line in lines(path)] == list(range(1, step + 1))
-    file.close()
+    with MetricsFile(path, 0) as file:
+        for step in (1, 2):
+            file.write(RECORD | {"step": step})
+            assert [line["step"] for line in lines(path)] == list(range(1, step + 1))
+    assert file.file.closed
     assert read_metrics(path) == [RECORD | {"step": 1}, RECORD | {"step": 2}]
 
 
 def test_reopening_forgets_the_steps_that_are_done_again(path: Path):
     path.write_text("".join(json.dumps({"step": step, "tokens": 0}) + "\n" for step in (10, 20, 20, 30)))
-    file = MetricsFile(path, 20)
-    file.write({"step": 30, "tokens": 1})
-    file.close()
+    with MetricsFile(path, 20) as file:
+        file.write({"step": 30, "tokens": 1})
     assert [line["step"] for line in lines(path)] == [10, 20, 20, 30]
     assert list(path.parent.iterdir()) == [path]
 
@@ -67,15 +67,15 @@ def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path_factory, cut: int):
     path.write_text(text[: len(text) - 1 - cut])
     whole = len(text[: len(text) - 1 - cut].split("}")) - 1
     assert [record["step"] for record in read_metrics(path)] == [1, 2][:whole]
-    MetricsFile(path, 2).close()
+    with MetricsFile(path, 2):
+        pass
     assert len(lines(path)) == whole
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_number_that_json_lacks_is_null(path: Path, value: float):
-    file = MetricsFile(path, 0)
-    file.write(RECORD | {"grad_norm": value})
-    file.close()
+    with MetricsFile(path, 0) as file:
+        file.write(RECORD | {"grad_norm": value})
     assert lines(path) == [RECORD | {"grad_norm": None}]
 
 
@@ -85,16 +85,15 @@ def test_no_file_has_no_records(path: Path):
 
 def shown(record: dict, *, total: int = 90, val_loss: float | None = None) -> list[str]:
     out = io.StringIO()
-    with Display(Console(file=out, width=40), 0, total) as display:
-        display.val_loss = val_loss
-        display.show(record)
+    with Display(Console(file=out, width=40), total) as display:
+        display.show(record, val_loss)
     return out.getvalue().splitlines()
 
 
 def test_progress_is_one_plain_line_however_narrow_the_pipe():
     assert shown(RECORD, val_loss=2.5) == [
-        "step 30/90  loss 2.3457  val 2.5000  lr 9.90e-04  norm 1.23  50.0 ms  12,346 tokens/s  MFU 42.1%  3 MiB  "
-        "0:03 left"
+        "step 30/90  loss 2.3457  val 2.5000  0:03 left  12,346 tokens/s  50.0 ms  lr 9.90e-04  norm 1.23  MFU 42.1%  "
+        "3 MiB"
     ]
 
 
@@ -113,12 +112,22 @@ def test_a_step_that_was_not_timed_says_nothing_of_time():
 def test_a_terminal_gets_a_live_line_and_samples_as_they_are(capsys):
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=200)
-    with Display(console, 0, 90) as display:
-        display.show(RECORD)
+    with Display(console, 90) as display:
+        display.show(RECORD, None)
         display.product("[bold]sampled[/bold]")
     assert "30/90" in out.getvalue()
     assert "loss 2.3457" in out.getvalue()
     assert capsys.readouterr().out == "[bold]sampled[/bold]\n"
+
+
+def test_a_narrow_terminal_cuts_the_end_of_the_line():
+    out = io.StringIO()
+    with Display(Console(file=out, force_terminal=True, width=60), 90) as display:
+        display.show(RECORD, 2.5)
+    shown = [line for line in out.getvalue().splitlines() if "30/90" in line][-1]
+    assert "step 30/90  loss 2.3457  val 2.5000" in shown
+    assert "…" in shown
+    assert "MiB" not in shown
 
 
 @pytest.fixture
@@ -130,23 +139,33 @@ def clock(monkeypatch) -> list[float]:
 
 
 def test_the_stopwatch_counts_steps_and_not_what_lies_between(clock: list[float]):
-    watch = Stopwatch()
-    for seconds in (1.0, 3.0):
-        watch.start()
-        clock[0] += seconds
-        watch.stop(1)
+    watch = Stopwatch(torch.device("cpu"))
+    for seconds in (70.0, 1.0, 3.0):  # the first is not counted
+        with watch:
+            clock[0] += seconds
         clock[0] += 50  # an evaluation
     assert watch.lap() == 2.0
-    watch.start()
-    clock[0] += 5
-    watch.stop(1)
-    assert (watch.lap(), watch.total, watch.steps) == (5.0, 9.0, 3)
+    with watch:
+        clock[0] += 5
+    assert (watch.lap(), watch.seconds, watch.steps) == (5.0, 9.0, 3)
 
 
-def test_an_empty_lap_has_no_time_and_a_stopped_watch_stays_stopped(clock: list[float]):
-    watch = Stopwatch()
-    watch.stop(1)
-    assert (watch.lap(), watch.total, watch.steps) == (None, 0.0, 0)
+def test_an_empty_lap_has_no_time(clock: list[float]):
+    watch = Stopwatch(torch.device("cpu"))
+    assert (watch.lap(), watch.seconds, watch.steps) == (None, 0.0, 0)
+    with watch:
+        clock[0] += 70
+    assert (watch.lap(), watch.seconds, watch.steps) == (None, 0.0, 0)
+
+
+def test_the_first_step_is_waited_for_so_that_the_second_need_not(monkeypatch):
+    waited = []
+    monkeypatch.setattr(metrics, "synchronize", waited.append)
+    watch = Stopwatch(torch.device("cpu"))
+    for _ in range(3):
+        with watch:
+            pass
+    assert waited == [torch.device("cpu")]
 
 
 @pytest.mark.parametrize("position", ["learned", "rotary"])
@@ -173,11 +192,10 @@ def test_bytes_are_written_in_binary_units(count: int | None, text: str):
 
 @pytest.mark.parametrize("steps", [0, 1, 5])
 def test_the_curves_are_a_png_however_short_the_run(path: Path, steps: int):
-    file = MetricsFile(path, 0)
-    for step in range(1, steps + 1):
-        file.write({"step": step, "tokens": step * 32, "loss": 3.0 / step})
-        file.write({"step": step, "tokens": step * 32, "val_loss": math.nan if step == 2 else 3.1})
-    file.close()
+    with MetricsFile(path, 0) as file:
+        for step in range(1, steps + 1):
+            file.write({"step": step, "tokens": step * 32, "loss": 3.0 / step})
+            file.write({"step": step, "tokens": step * 32, "val_loss": math.nan if step == 2 else 3.1})
     picture = plot_loss(path.parent)
     assert picture == path.parent / "plots" / "loss.png"
     content = picture.read_bytes()

@@ -1,89 +1,24 @@
 """A training run from its flags to its folder: the numbers against plain loops, and what it prints and leaves."""
 
 import json
-import math
-import os
-import random
 import re
-import shlex
-import signal
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from fastgpt import checkpoint, cli, generate, train
-from fastgpt import tokenizer as tokenizers
-from fastgpt.loader import Loader
-from fastgpt.model import GPT
+from fastgpt import checkpoint, run_folder, train
+from fastgpt.config import PRESETS, TrainConfig
+from fastgpt.errors import UsageError
 from fastgpt.optim import learning_rate
-from fastgpt.signals import Signals
+from tests.runs import parts, records, run, tensors
 
-WORDS = "The quick brown fox jumps over a lazy dog while nine wise cats watch from häuser and trees"
-TEXT = " ".join(random.Random(0).choices(WORDS.split(" "), k=900)) + " the end"
-FLAGS = shlex.split(
-    "--dataset text.txt --device cpu --dtype float32 --n_layer 2 --n_head 2 --n_embd 16 --block_size 8 --dropout 0 "
-    "--batch_size 4 --gradient_accumulation_steps 2 --learning_rate 1e-2 --warmup_iters 2 --max_iters 6 "
-    "--eval_interval 3 --eval_iters 2 --log_interval 1 --sample_interval 0"
-)
-
-
-@pytest.fixture(autouse=True)
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Every test trains in a folder of its own, which holds text.txt."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "SAMPLE_TOKENS", 20)
-    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
-    return tmp_path
-
-
-def run(flags: str = "", out_dir: str = "out") -> Path:
-    """Train with the usual flags, changed by some; the run's folder."""
-    assert cli.run(train.main, [*FLAGS, "--out_dir", out_dir, *shlex.split(flags)]) == 0
-    return Path(out_dir)
-
-
-def records(out_dir: Path, key: str = "loss") -> dict[int, float]:
-    """{step: value} of metrics.jsonl, every line of which must be whole and strict JSON."""
-
-    def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is not JSON")
-
-    lines = (out_dir / "metrics.jsonl").read_text().split("\n")
-    assert lines.pop() == ""
-    found = [(r["step"], r[key]) for line in lines if key in (r := json.loads(line, parse_constant=refuse))]
-    assert len(dict(found)) == len(found), "a step stands there twice"
-    return dict(found)
-
-
-def tensors(out_dir: Path, file: str = checkpoint.MODEL, name: str = "latest") -> dict[str, torch.Tensor]:
-    return load_file(checkpoint.find(out_dir, name) / file)
+pytestmark = pytest.mark.usefixtures("workplace")
 
 
 def gradients(out_dir: Path) -> torch.Tensor:
     """All gradients of a run of one step, after clipping, from AdamW's first moment."""
     return torch.cat([v.flatten() / 0.1 for k, v in tensors(out_dir, checkpoint.OPTIMIZER).items() if "avg." in k])
-
-
-def parts(out_dir: Path, name: str) -> tuple[GPT, Loader, Loader]:
-    """The model of a checkpoint, and loaders over the two splits made anew from the text."""
-    config, _ = checkpoint.load_run(out_dir)
-    tokenizer, cut = tokenizers.load(out_dir / "tokenizer.json"), int(0.9 * len(TEXT))
-    generator = generate.load(out_dir, checkpoint_name=name, device="cpu")
-    loaders = [
-        Loader(
-            tokenizer.encode(text).astype(np.uint16),
-            config.block_size,
-            tokenizer.vocab_size,
-            seed=config.seed,
-            device=torch.device("cpu"),
-            name="the text",
-        )
-        for text in (TEXT[:cut], TEXT[cut:])
-    ]
-    return generator.model, *loaders
 
 
 def test_two_micro_batches_of_four_are_one_batch_of_eight():
@@ -116,7 +51,7 @@ def test_gradients_are_clipped_to_the_norm_and_logged_before_it():
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
 def test_every_step_is_taken_at_the_schedules_rate(schedule: str):
     out = run(f"--schedule {schedule} --max_iters 10 --lr_decay_iters 8 --eval_interval 10")
-    config, _ = checkpoint.load_run(out)
+    config, _ = run_folder.load(out)
     assert records(out, "lr") == {step: learning_rate(step - 1, config) for step in range(1, 11)}
 
 
@@ -152,28 +87,6 @@ def test_a_compiled_run_is_the_same_run():
     assert records(compiled) == pytest.approx(records(eager), rel=1e-4)
 
 
-def test_a_fixed_evaluation_is_the_mean_over_the_same_batches():
-    out = run("--eval_iters 3 --max_iters 5 --eval_interval 5 --dropout 0.2")
-    model, _, loader = parts(out, "latest")
-    with torch.no_grad():
-        losses = [model(*batch).item() for batch in loader.fixed(3, 4)]
-    assert records(out, "val_loss") == {5: pytest.approx(sum(losses) / 3, rel=1e-6)}
-
-
-def test_an_evaluation_of_the_whole_split_is_a_plain_loop_over_its_windows():
-    out = run("--eval_iters 0 --max_iters 5 --eval_interval 5 --dropout 0.2")
-    model, _, loader = parts(out, "latest")
-    text, T = torch.from_numpy(loader.tokens.astype(np.int64)), 8
-    assert (len(text) - 1) % T, "the last window should be short"
-    total = 0.0
-    with torch.no_grad():
-        for first in range(0, len(text) - 1, T):
-            window = text[first : first + T + 1]
-            logits = model(window[None, :-1])[0].double()
-            total += torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").item()
-    assert records(out, "val_loss") == {5: pytest.approx(total / (len(text) - 1), rel=1e-6)}
-
-
 def test_evaluating_sampling_and_logging_do_not_change_the_run():
     often = run("--dropout 0.2 --eval_interval 1 --sample_interval 1", "often")
     rarely = run("--dropout 0.2 --eval_interval 6 --log_interval 3", "rarely")
@@ -196,13 +109,13 @@ def test_the_best_and_the_last_checkpoint_are_kept_and_no_other():
     assert checkpoint.find(out, "best").name == f"step-{best:06d}"
     assert [path.name for path in checkpoint.steps(out)] == [f"step-{best:06d}", "step-000060"]
     state = checkpoint.load_state(checkpoint.find(out, "latest"))
-    assert (state["best_step"], state["best_val_loss"], state["val_loss"]) == (best, losses[best], losses[60])
-
-
-def test_max_minutes_stops_evaluates_and_saves():
-    out = run("--max_minutes 1e-9 --max_iters 1000")
-    assert checkpoint.find(out, "latest").name == "step-000001"
-    assert list(records(out)) == list(records(out, "val_loss")) == [1]
+    assert state["progress"] == {
+        "step": 60,
+        "tokens": 60 * 2 * 4 * 8,
+        "val_loss": losses[60],
+        "best_val_loss": losses[best],
+        "best_step": best,
+    }
 
 
 def test_progress_is_plain_lines_with_everything_in_them(capsys):
@@ -210,86 +123,59 @@ def test_progress_is_plain_lines_with_everything_in_them(capsys):
     lines = [line for line in capsys.readouterr().err.splitlines() if re.match(r"step \d+/6 ", line)]
     number, rest = (
         r"[\d.,]+",
-        r"lr \d\.\d\de-\d\d  norm {0}  {0} ms  {0} tokens/s  (MFU {0}%  )?{0} [MG]iB  \d+:\d\d left",
+        r"\d+:\d\d left  {0} tokens/s  {0} ms  lr \d\.\d\de-\d\d  norm {0}  (MFU {0}%  )?{0} [MG]iB",
     )
-    for line, (step, val) in zip(lines, [(2, "-"), (4, number), (6, number)], strict=True):
+    for line, (step, val) in zip(lines, [(2, "-"), (3, "-"), (4, number), (6, number)], strict=True):
         assert re.fullmatch(rf"step {step}/6  loss {number}  val {val}  " + rest.format(number), line), line
 
 
-def test_metrics_have_a_line_a_log_interval_and_one_an_evaluation():
-    out = run("--max_iters 7 --log_interval 2 --eval_interval 4")
-    assert list(records(out)) == [2, 4, 6, 7]
-    assert list(records(out, "val_loss")) == [4, 7]
+def test_metrics_have_a_line_a_log_interval_and_two_an_evaluation():
+    out = run("--max_iters 7 --log_interval 2 --eval_interval 3")
+    assert list(records(out)) == [2, 3, 4, 6, 7]
+    assert list(records(out, "val_loss")) == [3, 6, 7]
     for line in (out / "metrics.jsonl").read_text().splitlines():
         assert (record := json.loads(line))["tokens"] == record["step"] * 2 * 4 * 8
 
 
-def test_samples_and_the_summary_go_to_stdout(capsys):
-    out = run("--sample_interval 2 --eval_iters 0")
-    text = capsys.readouterr().out
-    assert re.findall(r"^--- sample (.*)$", text, re.M) == ["at step 2", "at step 4", "after step 6"]
-    best = min(records(out, "val_loss").values())
-    val = TEXT[int(0.9 * len(TEXT)) :]
-    bits = best / math.log(2) * len(val) / len(val.encode())
-    assert len(val.encode()) > len(val)
-    assert f"{best:.4f} at step 6, {bits:.4f} bits per byte" in text
-    assert re.search(r"^speed +[\d,]+ tokens/s", text, re.M)
-    assert re.search(r"^peak memory +[\d.]+ [MG]iB$", text, re.M)
-    assert (out / "plots" / "loss.png").read_bytes().startswith(b"\x89PNG\r\n")
-    assert "\r" not in text
+def test_the_first_step_is_not_timed_and_a_run_of_one_step_has_no_speed():
+    out = run("--max_iters 3")
+    assert records(out, "ms")[1] is None is records(out, "tokens_per_second")[1]
+    assert all(records(out, "ms")[step] > 0 for step in (2, 3))
+    config = TrainConfig(**vars(run_folder.load(out)[0]) | {"max_iters": 1, "out_dir": "one"})
+    assert train.train(config).tokens_per_second is None
 
 
-@pytest.mark.parametrize("out_dir", ["out", "my run"])
-@pytest.mark.parametrize("text", [TEXT, TEXT.lower()])
-def test_the_next_command_runs(capsys, out_dir: str, text: str):
-    Path("text.txt").write_text(text, encoding="utf-8")
-    run(out_dir=out_dir)
-    (command,) = re.findall(r"^next:  python -m fastgpt\.generate(.*)$", capsys.readouterr().out, re.M)
-    assert cli.run(generate.main, [*shlex.split(command), "--max_new_tokens", "3"]) == 0
+def test_a_configuration_made_in_python_is_validated():
+    with pytest.raises(UsageError, match="--n_head 5 does not divide --n_embd 32"):
+        train.train(TrainConfig(n_head=5, n_embd=32))
+    assert not Path("out").exists()
 
 
-def test_a_signal_is_noted_and_a_second_one_ends_at_once(capsys):
-    handler = signal.getsignal(signal.SIGINT)
-    with Signals() as signals:
-        assert signals.caught is None
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert signals.caught == signal.SIGTERM
-        with pytest.raises(SystemExit) as stopped:
-            os.kill(os.getpid(), signal.SIGINT)
-    assert stopped.value.code == 130
-    assert signal.getsignal(signal.SIGINT) == handler
-    assert "once more stops at once" in capsys.readouterr().err
+def test_a_summary_says_how_the_run_ended():
+    config, _ = run_folder.load(run())
+    summary = train.train(TrainConfig(**vars(config) | {"out_dir": "again"}))
+    losses = records(Path("again"), "val_loss")
+    assert (summary.steps, summary.finished, summary.stopped_by) == (6, True, None)
+    assert (summary.val_loss, summary.best_val_loss) == (losses[6], min(losses.values()))
+    assert summary.bits_per_byte > 0 < summary.tokens_per_second
 
 
-def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """Every file's bytes and time of change."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+class TestStartingPoint:
+    @pytest.mark.parametrize(("kind", "fitting"), [("cpu", "cpu"), ("cuda", "baby")])
+    def test_without_a_preset_the_device_decides(self, monkeypatch, kind: str, fitting: str):
+        monkeypatch.setattr(train, "resolve_device", lambda name: torch.device(kind))
+        start, why = train.starting_point(None, {})
+        assert start == PRESETS[fitting]
+        assert fitting in why
 
+    def test_another_tokenizer_brings_its_own_vocabulary(self):
+        assert train.starting_point("gpt2", {})[0].vocab_size == 50257
+        assert train.starting_point("gpt2", {"tokenizer": "byte"})[0].vocab_size is None
 
-def test_a_folder_that_holds_a_run_is_refused_and_stays_as_it_was(capsys):
-    out = run()
-    before = contents(out)
-    assert cli.run(train.main, [*FLAGS, "--max_iters", "9"]) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: --out_dir out already holds a run")
-    assert all(way in error for way in ("--init_from resume", "another --out_dir", "--overwrite"))
-    assert contents(out) == before
-
-
-def test_overwrite_deletes_the_runs_files_and_no_others():
-    out = run()
-    for name in ("notes.txt", "step-by-step.md", "plots/mine.png"):
-        (out / name).write_text("mine")
-    run("--overwrite --max_iters 2 --n_layer 1")
-    assert [path.name for path in checkpoint.steps(out)] == ["step-000002"]
-    assert list(records(out)) == [1, 2]
-    assert all((out / name).read_text() == "mine" for name in ("notes.txt", "step-by-step.md", "plots/mine.png"))
-
-
-@pytest.mark.parametrize("mistake", ["--dataset nowhere.txt", "--block_size 100000", "--tokenizer bpe --vocab_size 3"])
-def test_overwrite_deletes_nothing_when_the_new_run_cannot_start(mistake: str):
-    out = run()
-    before = contents(out)
-    assert cli.run(train.main, [*FLAGS, "--overwrite", *shlex.split(mistake)]) == 2
-    assert contents(out) == before
+    def test_a_resume_starts_at_the_runs_own_settings(self):
+        run("--beta1 0.8", "mine")
+        start, why = train.starting_point(None, {"init_from": "resume", "out_dir": "mine"})
+        assert (start.beta1, start.out_dir, start.init_from) == (0.8, "mine", "scratch")
+        assert "mine" in why
+        with pytest.raises(UsageError, match="--preset mini: --init_from resume keeps the run's own settings"):
+            train.starting_point("mini", {"init_from": "resume", "out_dir": "mine"})
