@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from rich.console import Console
@@ -96,7 +96,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.progress = Progress()
         self.watch = Stopwatch(self.device)
-        self.console = Console(file=Lasting(sys.stderr))
+        self.console = Console(file=cast(IO[str], Lasting(sys.stderr)))
 
     def open(self) -> None:
         """Take the folder, which is now this process's: restore what is resumed, or make room for what is new."""
