@@ -19,7 +19,8 @@ from fastgpt.files import TEMPORARY, write_atomic
 
 FORMAT = 1
 LOCK = ".lock"
-RUN_FILES = ("config.json", "tokenizer.json", "metrics.jsonl", "latest", "best", "plots/loss.png")
+# Deleted in this order: config.json, by which `claim` knows that the others are a run's, goes last.
+RUN_FILES = ("tokenizer.json", "metrics.jsonl", "latest", "best", "plots/loss.png", "config.json")
 COMMANDS = ("init_from", "overwrite")  # of one start, not of the run
 FIXED = ("block_size", "n_layer", "n_head", "kv_heads", "n_embd", "bias", "position", "tokenizer")
 
@@ -87,7 +88,7 @@ def claim(out_dir: Path, overwrite: bool) -> None:
 def _is_ours(out_dir: Path) -> bool:
     try:
         return load(out_dir)[1]["format"] == FORMAT
-    except CorruptCheckpoint:
+    except UsageError:
         return False
 
 

@@ -209,7 +209,7 @@ class Run:
         return loss
 
     def _save(self) -> Path:
-        """Write a checkpoint, and before the first of this process what the run is made from."""
+        """Write what the run is made from, and a checkpoint."""
         run_folder.save(
             self.out_dir,
             self.asked,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgpt import train
+from fastgpt import plots, train
 from tests import runs
 from tests.offline import sitecustomize as offline
 
@@ -50,3 +50,9 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(train, "SAMPLE_TOKENS", 20)
     (tmp_path / "text.txt").write_text(runs.TEXT, encoding="utf-8")
     return tmp_path
+
+
+@pytest.fixture
+def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the picture of the curves, which takes longer than the steps of a small run."""
+    monkeypatch.setattr(plots, "plot_loss", lambda out_dir: out_dir / "plots" / "loss.png")

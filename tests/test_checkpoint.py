@@ -316,30 +316,3 @@ def test_what_was_loaded_is_no_map_of_the_file(step_dir: Path):
     for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(mine, theirs)
         assert all(torch.equal(value, others.state[theirs][kind]) for kind, value in optimizer.state[mine].items())
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
-@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
-def test_whom_the_umask_lets_read_can_read_every_file(tmp_path: Path, umask: int):
-    before = os.umask(umask)
-    try:
-        folder = checkpoint.save(tmp_path, 1, *trained(), {})
-    finally:
-        os.umask(before)
-    modes = {path.name: path.stat().st_mode & 0o777 for path in [*folder.iterdir(), tmp_path / "latest"]}
-    assert modes == dict.fromkeys([*FILES, "latest"], 0o666 & ~umask)
-    assert folder.stat().st_mode & 0o777 == 0o777 & ~umask
-
-
-def test_deleting_checkpoints_leaves_everything_else(step_dir: Path):
-    run = step_dir.parent
-    (run / ".tmp-step-000003-7").mkdir()
-    foreign = ["notes.txt", "step-by-step.md", "step-000002-copy/a", "config.json"]
-    for name in foreign:
-        (run / name).parent.mkdir(exist_ok=True)
-        (run / name).write_text("theirs")
-    checkpoint.delete(run)
-    left = sorted(str(path.relative_to(run)) for path in run.rglob("*") if path.is_file())
-    assert left == sorted([*foreign, "latest"])  # the pointers are the run folder's to delete
-    assert not checkpoint.holds_run(run)
-    assert not (run / ".tmp-step-000003-7").exists()

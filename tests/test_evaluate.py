@@ -13,7 +13,7 @@ from fastgpt.loader import Loader
 from fastgpt.model import GPT
 from tests.runs import parts, records, run
 
-pytestmark = pytest.mark.usefixtures("workplace")
+pytestmark = pytest.mark.usefixtures("workplace", "no_picture")
 LIMIT = evaluate.WHOLE_SPLIT_LIMIT
 
 

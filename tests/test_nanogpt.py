@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from fastgpt import nanogpt
+from fastgpt.files import sha256
 from fastgpt.tokenizer import CharTokenizer, Gpt2Tokenizer
 from tests.corpora import needs_gpt2, prepare, refused, text_of
 
@@ -42,6 +43,7 @@ class TestNanogptFolders:
             assert prepared.tokenizer == CharTokenizer("zéa")
             assert (prepared.name, prepared.dtype) == ("foreign_char", "uint16")
             assert (prepared.train_tokens, prepared.val_tokens, prepared.val_bytes) == (4, 2, None)
+            assert prepared.source_sha256 == sha256(foreign / "train.bin", foreign / "val.bin")
             assert text_of(prepared) == "azéé" + "za"
 
     @needs_gpt2

@@ -12,7 +12,7 @@ import pytest
 from fastgpt import checkpoint, cli, generate, run_folder, train
 from tests.runs import FLAGS, TEXT, contents, resume, run
 
-pytestmark = pytest.mark.usefixtures("workplace")
+pytestmark = pytest.mark.usefixtures("workplace", "no_picture")
 HARDER = (
     "--dropout 0.2 --batch_size 2 --gradient_accumulation_steps 3 --warmup_iters 5 --lr_decay_iters 40 "
     "--eval_interval 10 --log_interval 4"

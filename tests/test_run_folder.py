@@ -3,10 +3,11 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -83,7 +84,7 @@ class TestClaim:
         assert [path.name for path in Path("out").iterdir()] == [name]
 
     def test_foreign_files_of_other_names_are_no_obstacle_and_stay(self):
-        names = ("notes.txt", "step-by-step.md", "plots/mine.png", "sub/config.json", "model.safetensors")
+        names = ("notes.txt", "step-by-step.md", "plots/mine.png", "sub/config.json", "step-000002-copy/a", "step-2/a")
         for name in names:
             (Path("out") / name).parent.mkdir(parents=True, exist_ok=True)
             (Path("out") / name).write_text("mine")
@@ -92,8 +93,35 @@ class TestClaim:
         assert [path.name for path in checkpoint.steps(out)] == ["step-000002"]
         assert list(records(out)) == [1, 2]
         assert all((out / name).read_text() == "mine" for name in names)
+        (out / ".tmp-step-000003-7").mkdir()
+        (out / ".tmp-config.json-7").touch()
         run_folder.delete(out)
+        assert not list(out.glob(".tmp-*"))
         assert sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()) == sorted([*names, ".lock"])
+
+    def test_a_deletion_that_dies_anywhere_is_no_obstacle(self, monkeypatch):
+        out, unlink = run("--max_iters 1"), Path.unlink
+        kept = shutil.copytree(out, "kept")
+        for survived in range(9):
+            shutil.rmtree(out)
+            shutil.copytree(kept, out)
+            allowed = iter(range(survived))
+
+            def deadly(self: Path, missing_ok: bool = False, allowed=allowed) -> None:
+                if next(allowed, None) is None:
+                    raise KeyboardInterrupt
+                unlink(self, missing_ok)
+
+            with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+                patch.setattr(Path, "unlink", deadly)
+                run_folder.delete(out)
+            run_folder.claim(out, overwrite=True)
+        assert not checkpoint.holds_run(out)
+
+    def test_a_configuration_that_is_out_of_its_limits_is_not_ours(self, tmp_path: Path):
+        (tmp_path / "config.json").write_text('{"format": 1, "config": {"n_layer": 0}}')
+        with pytest.raises(UsageError, match=r"has a config\.json that is not a run's"):
+            run_folder.claim(tmp_path, overwrite=True)
 
     def test_a_file_is_no_folder(self):
         Path("out").write_text("mine")
@@ -137,6 +165,18 @@ class TestClaim:
 
 
 class TestConfiguration:
+    @pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+    @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+    def test_whom_the_umask_lets_read_can_read_every_file(self, umask: int):
+        before = os.umask(umask)
+        try:
+            out = run("--max_iters 1")
+        finally:
+            os.umask(before)
+        modes = {str(path): path.stat().st_mode & 0o777 for path in out.rglob("*")}
+        assert len(modes) == 13
+        assert modes == {name: (0o777 if Path(name).is_dir() else 0o666) & ~umask for name in modes}
+
     def test_what_was_asked_for_and_what_came_of_it_are_saved(self, tmp_path: Path):
         config, about = TrainConfig(out_dir="x", n_layer=3, overwrite=True), {"dtype": "float32", "device": "cpu"}
         run_folder.save(tmp_path, config, CharTokenizer("añ"), about)

@@ -13,7 +13,7 @@ from fastgpt.errors import UsageError
 from fastgpt.optim import learning_rate
 from tests.runs import parts, records, run, tensors
 
-pytestmark = pytest.mark.usefixtures("workplace")
+pytestmark = pytest.mark.usefixtures("workplace", "no_picture")
 
 
 def gradients(out_dir: Path) -> torch.Tensor:
