@@ -53,8 +53,7 @@ def causal_attention(
 def _prefers_products(q: torch.Tensor, Tk: int) -> bool:
     """Whether plain matrix products beat the fused SDPA: with gradients, on a CPU, in 16 bits they do.
 
-    SDPA's backward is slow in bfloat16 there; forward and backward by products took 0.13x of its time at T = 64,
-    0.35x at T = 256 and 0.66x at T = 1024 (one core with AVX512-BF16). Above that, memory decides for SDPA.
+    SDPA's backward is slow in bfloat16 there. Products need memory for all weights, so long contexts go to SDPA.
     """
     if q.device.type != "cpu" or not (q.requires_grad and torch.is_grad_enabled()):
         return False
