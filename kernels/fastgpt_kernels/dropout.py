@@ -1,13 +1,16 @@
 """Attention dropout whose mask is a pure function of a seed and a position, the same in every column.
 
 The bits come from Philox 4x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with 7
-rounds, the fewest that pass BigCrush there. One call gives eight 16-bit numbers, for eight neighbouring columns:
+rounds, the fewest that pass BigCrush there. One call gives eight 16-bit numbers, four calls serve 32 columns:
 
-    counter = (column // 8, row, batch * H + head, 0)      key = (seed's low word, seed's high word)
-    number  = half (column % 2, low half first) of word (column % 8) // 2
+    counter = (column // 32 * 4 + column % 8 // 2, row, batch * H + head, 0)
+    key     = (seed's low word, seed's high word)
+    number  = half (column % 2, low half first) of word column % 32 // 8
     kept    = number >= round(p * 65536)
 
-A kernel reproduces it tile by tile, because no tile enters. Offered here: `dropout_mask`, `apply_dropout`.
+A kernel reproduces it tile by tile, because no tile enters. A call's columns, two in each group of 8, are those that
+one thread holds of a row in the tensor cores' accumulators, so that a kernel uses its numbers where they arise.
+Offered here: `dropout_mask`, `apply_dropout`.
 """
 
 import torch
@@ -16,7 +19,8 @@ ROUNDS = 7
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 WORD = 0xFFFFFFFF
-COLUMNS_PER_CALL = 8
+COLUMNS_PER_BLOCK = 32
+CALLS_PER_BLOCK = 4
 # Counters handled at once on a CPU: a few int64 temporaries of this length stay in its L2 cache.
 CHUNK = 1 << 15
 
@@ -50,7 +54,7 @@ def apply_dropout(weights: torch.Tensor, seed: torch.Tensor | None, p: float) ->
 
 @torch.library.custom_op("fastgpt::dropout_mask", mutates_args=())
 def _mask_by_chunks(seed: torch.Tensor, heads: int, Tq: int, Tk: int, threshold: int) -> torch.Tensor:
-    """Kept or not, (heads, Tq, calls, 8), a few heads at a time so that what is computed stays in the cache.
+    """Kept or not, (heads, Tq, blocks, 32), a few heads at a time so that what is computed stays in the cache.
 
     One opaque operation, because compiled code would compute it twice as slowly.
     """
@@ -62,22 +66,25 @@ def _mask_by_chunks(seed: torch.Tensor, heads: int, Tq: int, Tk: int, threshold:
 
 @_mask_by_chunks.register_fake
 def _mask_shape(seed: torch.Tensor, heads: int, Tq: int, Tk: int, threshold: int) -> torch.Tensor:
-    return seed.new_empty(heads, Tq, -(-Tk // COLUMNS_PER_CALL), COLUMNS_PER_CALL, dtype=torch.bool)
+    return seed.new_empty(heads, Tq, _blocks(Tk), COLUMNS_PER_BLOCK, dtype=torch.bool)
+
+
+def _blocks(Tk: int) -> int:
+    return -(-Tk // COLUMNS_PER_BLOCK)
 
 
 def _counters(seed: torch.Tensor, heads: int, Tq: int, Tk: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The parts of the counters: column // 8 (calls), row (Tq, 1) and head (heads, 1, 1)."""
-    calls = -(-Tk // COLUMNS_PER_CALL)
-    column = torch.arange(calls, device=seed.device)
+    """The parts of the counters: of the column (calls), row (Tq, 1) and head (heads, 1, 1)."""
+    column = torch.arange(_blocks(Tk) * CALLS_PER_BLOCK, device=seed.device)
     row = torch.arange(Tk - Tq, Tk, device=seed.device)[:, None]
     return column, row, torch.arange(heads, device=seed.device)[:, None, None]
 
 
 def _keep(seed: torch.Tensor, column: torch.Tensor, row: torch.Tensor, head: torch.Tensor, threshold: int):
-    """Kept or not, (heads, Tq, calls, 8), for counters that broadcast to (heads, Tq, calls)."""
-    words = _philox(seed, column, row, head)
-    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
-    return torch.stack([half >= threshold for half in halves], dim=-1)
+    """Kept or not, (heads, Tq, blocks, 32), for counters that broadcast to (heads, Tq, calls)."""
+    words = [word.unflatten(-1, (-1, CALLS_PER_BLOCK)) for word in _philox(seed, column, row, head)]
+    pairs = [torch.stack([(word & 0xFFFF) >= threshold, (word >> 16) >= threshold], dim=-1) for word in words]
+    return torch.stack(pairs, dim=-3).flatten(-3)  # (heads, Tq, blocks, 4 words, 4 calls, 2 halves) before
 
 
 def _philox(seed: torch.Tensor, c0: torch.Tensor, c1: torch.Tensor, c2: torch.Tensor) -> list[torch.Tensor]:
