@@ -44,7 +44,7 @@ def assert_parity(op, leaves, views=lambda *leaves: leaves, *, dtype, layout="de
 def assert_near(a, b, dtype):
     assert a.shape == b.shape
     assert a.isfinite().all()
-    if b.numel() and not b.any():  # with one key nothing depends on the scores: what is left is rounding of numbers near 1
+    if b.numel() and not b.any():  # with one key nothing depends on the scores: rounding of numbers near 1 is left
         assert a.abs().max() <= BOUNDS[dtype][1]
     elif b.numel():
         assert (a - b).norm() <= BOUNDS[dtype][0] * b.norm()
