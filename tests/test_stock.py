@@ -59,6 +59,7 @@ def packed(H, Hkv, Tq):
 def attention_arguments(names, Tk):
     every = {
         "scale": {"scale": 0.3},
+        "negative": {"scale": -0.3},
         "dropout": {"dropout_p": 0.25, "seed": torch.tensor(3)},
         "documents": {"doc_ids": torch.stack([torch.arange(Tk) // 3, torch.arange(Tk) // 40])},
     }
@@ -69,7 +70,7 @@ def attention_arguments(names, Tk):
 LENGTHS = [(1, 1, 3, 3), (7, 7, 3, 1), (64, 64, 3, 3), (65, 65, 6, 2)]  # Tq, Tk, H, Hkv
 LENGTHS += [(1, 6, 3, 3), (3, 7, 6, 2), (1, 70, 6, 2), (3, 70, 3, 3)]
 lengths = pytest.mark.parametrize(("Tq", "Tk", "H", "Hkv"), LENGTHS)
-names = pytest.mark.parametrize("names", ["", "scale", "dropout", "documents", "scale dropout documents"])
+names = pytest.mark.parametrize("names", ["", "scale", "negative", "dropout", "documents", "scale dropout documents"])
 
 
 @dtypes

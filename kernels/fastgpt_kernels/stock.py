@@ -39,6 +39,8 @@ def causal_attention(
 ) -> torch.Tensor:
     (_, Tq, H, D), (_, Tk, Hkv, _) = q.shape, k.shape
     scale = 1 / math.sqrt(D) if scale is None else scale
+    if scale < 0:  # which would turn SDPA's mask of -inf into +inf
+        q, scale = -q, -scale
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # each (B, heads, T, D)
     if dropout_p > 0 or _prefers_products(q, Tk):
         k, v = (t.repeat_interleave(H // Hkv, dim=1) if Hkv != H else t for t in (k, v))
