@@ -1,4 +1,7 @@
-"""What every test shares: no network but loopback, its own cache, one thread, and `gpu` tests skipped without one."""
+"""What every test shares: no network but loopback, its own cache, one thread, and `gpu` tests skipped without one.
+
+Without a GPU the kernels run in Triton's interpreter.
+"""
 
 import os
 from pathlib import Path
@@ -9,6 +12,10 @@ import torch
 from fastgpt import plots, train
 from tests import runs
 from tests.offline import sitecustomize as offline
+
+# Triton reads this when it is imported, which nothing above does.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
