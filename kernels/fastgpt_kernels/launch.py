@@ -1,24 +1,25 @@
 """How kernels are launched: one table of tiles, warps and stages, and the checks of what comes in.
 
 A row is found by (kernel, architecture, dtype, width), where the width is a head size or a number of columns and each
-row serves widths up to its own. The same rows are what `python -m fastgpt_kernels.aot` compiles, so nothing is
-launched that was not compiled before. Nothing here asks the device, tunes or waits: a device is looked up once.
+row serves widths up to its own. The same rows are what `python -m fastgpt_kernels.aot` compiles, so no row is launched
+that was not compiled before. Nothing here asks the device, tunes or waits: a device is looked up once.
 """
 
+import contextlib
 import functools
 import os
 import re
 from typing import Any, NamedTuple
 
 import torch
-import triton
+from triton import knobs
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # Waits for the GPU in order to check what only the data can show, such as targets out of range.
 DEBUG = os.environ.get("FASTGPT_DEBUG") == "1"
 # Whether the kernels run in Triton's interpreter, on the CPU: settled when triton is imported.
-INTERPRETED = triton.knobs.runtime.interpret
+INTERPRETED = knobs.runtime.interpret
 
 
 class Config(NamedTuple):
@@ -47,7 +48,10 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
 
     def __call__(self) -> None:
-        self.kernel[self.grid](*self.args, **self.constants)
+        device = next(arg.device for arg in self.args if isinstance(arg, torch.Tensor))
+        # Triton launches on the current device, which need not be the tensors'.
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            self.kernel[self.grid](*self.args, **self.constants)
 
 
 Rows = dict[int, Config]
@@ -87,7 +91,7 @@ TABLE: dict[str, dict[tuple[str, str], Rows]] = {
             128: Config(16, 128, 4),
             256: Config(8, 256, 4),
             512: Config(4, 512, 4),
-            1024: Config(4, 1024, 8),
+            1024: Config(2, 1024, 4),
             2048: Config(2, 2048, 8),
             4096: Config(1, 4096, 8),
             8192: Config(1, 8192, 16),
@@ -103,81 +107,81 @@ TABLE: dict[str, dict[tuple[str, str], Rows]] = {
     "scale": _everywhere({1 << 62: Config(1, 1024, 4)}),
     "attention_forward": {
         ("sm_80", "16-bit"): _by_head("128x128 w8 s2", "128x64 w8 s3", "128x32 w8 s3", "64x32 w8 s2"),
-        ("sm_80", "tf32"): _by_head("64x32 w8 s2", "64x32 w8 s2", "64x32 w8 s2"),
-        ("sm_80", "float32"): _by_head("64x32 w8 s2", "64x32 w8 s2", "64x32 w8 s2"),
+        ("sm_80", "tf32"): _by_head("128x32 w8 s2", "64x32 w8 s2", "32x32 w8 s1"),
+        ("sm_80", "float32"): _by_head("32x32 w8 s1", "16x32 w8 s1"),
         ("sm_90", "16-bit"): _by_head("128x64 w8 s3", "128x64 w8 s3", "128x64 w8 s3", "128x32 w8 s3"),
-        ("sm_90", "tf32"): _by_head("64x32 w8 s2", "64x32 w8 s2", "64x32 w8 s2"),
-        ("sm_90", "float32"): _by_head("32x32 w4 s2", "32x32 w8 s1", "16x32 w8 s1"),
+        ("sm_90", "tf32"): _by_head("128x32 w8 s3", "128x32 w8 s3", "64x32 w8 s2"),
+        ("sm_90", "float32"): _by_head("32x32 w8 s1", "16x32 w8 s1"),
         ("sm_100", "16-bit"): _by_head("128x64 w8 s3", "128x64 w8 s3", "128x64 w8 s3", "128x32 w8 s3"),
-        ("sm_100", "tf32"): _by_head("64x32 w8 s2", "64x32 w8 s2", "64x32 w8 s2"),
-        ("sm_100", "float32"): _by_head("64x32 w8 s2", "64x32 w8 s2", "64x32 w8 s2"),
+        ("sm_100", "tf32"): _by_head("128x32 w8 s3", "128x32 w8 s3", "64x32 w8 s2"),
+        ("sm_100", "float32"): _by_head("32x32 w8 s1", "16x32 w8 s1"),
         ("gfx942", "16-bit"): _by_head("128x64 w4 s3", "128x64 w4 s3", "64x64 w4 s2", "64x32 w4 s2"),
-        ("gfx942", "float32"): _by_head("64x32 w8 s2", "64x32 w8 s2", "64x32 w8 s2"),
+        ("gfx942", "float32"): _by_head("32x32 w4 s1", "16x32 w4 s1"),
     },
     "attention_forward_dropout": {
         ("sm_80", "16-bit"): _by_head("128x128 w8 s2", "128x64 w8 s3", "128x32 w8 s3", "64x32 w8 s2"),
-        ("sm_80", "tf32"): _by_head("64x32 w8 s2", "64x32 w8 s2", "64x32 w8 s2"),
-        ("sm_80", "float32"): _by_head("64x32 w8 s2", "64x32 w8 s2", "64x32 w8 s2"),
+        ("sm_80", "tf32"): _by_head("128x32 w8 s2", "64x32 w8 s2", "32x32 w8 s1"),
+        ("sm_80", "float32"): _by_head("16x32 w8 s2", "16x32 w8 s2"),
         ("sm_90", "16-bit"): _by_head("128x64 w8 s3", "128x64 w8 s3", "128x64 w8 s3", "128x32 w8 s3"),
-        ("sm_90", "tf32"): _by_head("64x32 w8 s2", "64x32 w8 s2", "64x32 w8 s2"),
-        ("sm_90", "float32"): _by_head("32x32 w4 s2", "32x32 w8 s1", "16x32 w8 s1"),
-        ("sm_100", "16-bit"): _by_head("128x64 w8 s3", "128x64 w8 s3", "128x64 w8 s3", "128x32 w8 s3"),
-        ("sm_100", "tf32"): _by_head("64x32 w8 s2", "64x32 w8 s2", "64x32 w8 s2"),
-        ("sm_100", "float32"): _by_head("64x32 w8 s2", "64x32 w8 s2", "64x32 w8 s2"),
+        ("sm_90", "tf32"): _by_head("128x32 w8 s3", "128x32 w8 s3", "32x32 w8 s2"),
+        ("sm_90", "float32"): _by_head("16x32 w8 s2", "16x32 w8 s2"),
+        ("sm_100", "16-bit"): _by_head("128x64 w8 s3", "128x64 w8 s3", "128x32 w8 s3", "64x32 w8 s2"),
+        ("sm_100", "tf32"): _by_head("128x32 w8 s3", "128x32 w8 s3", "32x32 w8 s2"),
+        ("sm_100", "float32"): _by_head("16x32 w8 s2", "16x32 w8 s2"),
         ("gfx942", "16-bit"): _by_head("128x64 w4 s3", "128x64 w4 s3", "64x64 w4 s2", "64x32 w4 s2"),
-        ("gfx942", "float32"): _by_head("64x32 w8 s2", "64x32 w8 s2", "64x32 w8 s2"),
+        ("gfx942", "float32"): _by_head("32x32 w4 s1", "16x32 w4 s1"),
     },
     "attention_backward_queries": {
         ("sm_80", "16-bit"): _by_head("128x64 w8 s3", "128x64 w8 s3", "64x64 w8 s2", "32x32 w4 s2"),
-        ("sm_80", "tf32"): _by_head("32x32 w8 s2", "32x32 w8 s2", "32x32 w8 s2"),
-        ("sm_80", "float32"): _by_head("32x32 w8 s2", "32x32 w8 s2", "32x32 w8 s2"),
+        ("sm_80", "tf32"): _by_head("64x32 w8 s2", "32x32 w8 s2", "16x32 w8 s2"),
+        ("sm_80", "float32"): _by_head("32x32 w8 s2", "16x32 w8 s2"),
         ("sm_90", "16-bit"): _by_head("128x64 w8 s3", "128x64 w8 s3", "128x64 w8 s3", "128x32 w8 s2"),
-        ("sm_90", "tf32"): _by_head("32x32 w8 s2", "32x32 w8 s2", "32x32 w8 s2"),
-        ("sm_90", "float32"): _by_head("32x32 w8 s2", "32x32 w8 s2", "32x32 w8 s2"),
+        ("sm_90", "tf32"): _by_head("128x32 w8 s2", "128x32 w8 s2", "32x32 w8 s2"),
+        ("sm_90", "float32"): _by_head("32x32 w8 s2", "16x32 w8 s2"),
         ("sm_100", "16-bit"): _by_head("128x64 w8 s3", "128x64 w8 s3", "128x64 w8 s3", "128x32 w8 s2"),
-        ("sm_100", "tf32"): _by_head("32x32 w8 s2", "32x32 w8 s2", "32x32 w8 s2"),
-        ("sm_100", "float32"): _by_head("32x32 w8 s2", "32x32 w8 s2", "32x32 w8 s2"),
-        ("gfx942", "16-bit"): _by_head("128x32 w8 s2", "128x32 w8 s2", "64x32 w4 s2", "32x32 w4 s2"),
-        ("gfx942", "float32"): _by_head("32x32 w8 s2", "32x32 w8 s2", "32x32 w8 s2"),
+        ("sm_100", "tf32"): _by_head("128x32 w8 s2", "128x32 w8 s2", "32x32 w8 s2"),
+        ("sm_100", "float32"): _by_head("32x32 w8 s2", "16x32 w8 s2"),
+        ("gfx942", "16-bit"): _by_head("64x32 w4 s2", "64x32 w4 s2", "64x32 w4 s2", "32x32 w4 s2"),
+        ("gfx942", "float32"): _by_head("32x32 w4 s1", "16x32 w4 s1"),
     },
     "attention_backward_queries_dropout": {
         ("sm_80", "16-bit"): _by_head("128x64 w8 s3", "128x32 w8 s2", "64x32 w8 s2", "32x32 w4 s2"),
-        ("sm_80", "tf32"): _by_head("32x32 w8 s2", "32x32 w8 s2", "32x32 w8 s2"),
-        ("sm_80", "float32"): _by_head("32x32 w8 s2", "32x32 w8 s2", "32x32 w8 s2"),
-        ("sm_90", "16-bit"): _by_head("128x32 w8 s2", "128x32 w8 s2", "128x64 w8 s3", "128x32 w8 s2"),
-        ("sm_90", "tf32"): _by_head("32x32 w8 s2", "32x32 w8 s2", "32x32 w8 s2"),
-        ("sm_90", "float32"): _by_head("32x32 w4 s2", "32x32 w8 s2", "32x32 w8 s2"),
+        ("sm_80", "tf32"): _by_head("64x32 w8 s2", "32x32 w8 s2", "16x32 w8 s2"),
+        ("sm_80", "float32"): _by_head("32x32 w8 s2", "16x32 w8 s2"),
+        ("sm_90", "16-bit"): _by_head("64x32 w4 s2", "128x32 w8 s2", "128x64 w8 s3", "128x32 w8 s2"),
+        ("sm_90", "tf32"): _by_head("128x32 w8 s2", "128x32 w8 s2", "32x32 w8 s2"),
+        ("sm_90", "float32"): _by_head("32x32 w8 s2", "16x32 w8 s2"),
         ("sm_100", "16-bit"): _by_head("128x64 w8 s3", "128x64 w8 s3", "128x64 w8 s3", "128x32 w8 s2"),
-        ("sm_100", "tf32"): _by_head("32x32 w8 s2", "32x32 w8 s2", "32x32 w8 s2"),
-        ("sm_100", "float32"): _by_head("32x32 w8 s2", "32x32 w8 s2", "32x32 w8 s2"),
-        ("gfx942", "16-bit"): _by_head("128x32 w8 s2", "128x32 w8 s2", "64x32 w4 s2", "32x32 w4 s2"),
-        ("gfx942", "float32"): _by_head("32x32 w8 s2", "32x32 w8 s2", "32x32 w8 s2"),
+        ("sm_100", "tf32"): _by_head("128x32 w8 s2", "128x32 w8 s2", "32x32 w8 s2"),
+        ("sm_100", "float32"): _by_head("32x32 w8 s2", "16x32 w8 s2"),
+        ("gfx942", "16-bit"): _by_head("64x32 w4 s2", "64x32 w4 s2", "64x32 w4 s2", "16x32 w4 s2"),
+        ("gfx942", "float32"): _by_head("32x32 w4 s1", "16x32 w4 s1"),
     },
     "attention_backward_keys": {
         ("sm_80", "16-bit"): _by_head("64x128 w8 s2", "64x128 w8 s2", "32x64 w8 s2", "32x32 w8 s2"),
-        ("sm_80", "tf32"): _by_head("32x32 w8 s2", "32x32 w8 s2", "32x32 w8 s2"),
-        ("sm_80", "float32"): _by_head("32x32 w8 s2", "32x32 w8 s2", "32x32 w8 s2"),
-        ("sm_90", "16-bit"): _by_head("64x128 w8 s2", "64x128 w8 s2", "32x128 w8 s2", "16x64 w8 s2"),
-        ("sm_90", "tf32"): _by_head("32x32 w8 s2", "32x32 w8 s2", "32x32 w8 s2"),
-        ("sm_90", "float32"): _by_head("32x32 w8 s2", "32x32 w8 s2", "32x32 w8 s2"),
-        ("sm_100", "16-bit"): _by_head("64x128 w8 s2", "64x128 w8 s2", "64x128 w8 s2", "32x64 w4 s2"),
-        ("sm_100", "tf32"): _by_head("32x32 w8 s2", "32x32 w8 s2", "32x32 w8 s2"),
-        ("sm_100", "float32"): _by_head("32x32 w8 s2", "32x32 w8 s2", "32x32 w8 s2"),
+        ("sm_80", "tf32"): _by_head("32x64 w8 s2", "32x32 w8 s2", "16x32 w8 s2"),
+        ("sm_80", "float32"): _by_head("32x32 w8 s2", "16x32 w8 s2"),
+        ("sm_90", "16-bit"): _by_head("64x64 w4 s2", "64x128 w8 s2", "32x128 w8 s2", "16x64 w8 s2"),
+        ("sm_90", "tf32"): _by_head("32x128 w8 s2", "32x32 w4 s2", "32x32 w8 s2"),
+        ("sm_90", "float32"): _by_head("32x32 w8 s2", "16x32 w8 s2"),
+        ("sm_100", "16-bit"): _by_head("64x128 w8 s2", "64x128 w8 s2", "64x128 w8 s2", "32x64 w8 s2"),
+        ("sm_100", "tf32"): _by_head("32x128 w8 s2", "32x32 w4 s2", "32x32 w8 s2"),
+        ("sm_100", "float32"): _by_head("32x32 w8 s2", "16x32 w8 s2"),
         ("gfx942", "16-bit"): _by_head("64x64 w4 s2", "32x64 w4 s2", "32x64 w4 s2", "16x32 w4 s1"),
-        ("gfx942", "float32"): _by_head("32x32 w8 s2", "32x32 w8 s2", "32x32 w8 s2"),
+        ("gfx942", "float32"): _by_head("32x32 w4 s1", "16x32 w4 s1"),
     },
     "attention_backward_keys_dropout": {
-        ("sm_80", "16-bit"): _by_head("64x128 w8 s2", "32x128 w8 s2", "64x64 w8 s2", "32x32 w8 s2"),
-        ("sm_80", "tf32"): _by_head("32x32 w8 s2", "32x32 w8 s2", "32x32 w8 s2"),
-        ("sm_80", "float32"): _by_head("32x32 w8 s2", "32x32 w8 s2", "32x32 w8 s2"),
-        ("sm_90", "16-bit"): _by_head("32x128 w8 s2", "32x128 w8 s2", "16x128 w8 s2", "32x32 w8 s2"),
-        ("sm_90", "tf32"): _by_head("32x32 w8 s2", "32x32 w8 s2", "32x32 w8 s2"),
-        ("sm_90", "float32"): _by_head("32x32 w4 s2", "32x32 w8 s2", "32x32 w8 s2"),
-        ("sm_100", "16-bit"): _by_head("64x128 w8 s2", "64x128 w8 s2", "64x128 w8 s2", "32x64 w4 s2"),
-        ("sm_100", "tf32"): _by_head("32x32 w8 s2", "32x32 w8 s2", "32x32 w8 s2"),
-        ("sm_100", "float32"): _by_head("32x32 w8 s2", "32x32 w8 s2", "32x32 w8 s2"),
+        ("sm_80", "16-bit"): _by_head("32x64 w4 s2", "32x128 w8 s2", "32x64 w8 s2", "32x32 w8 s2"),
+        ("sm_80", "tf32"): _by_head("32x64 w8 s2", "32x32 w8 s2", "16x32 w8 s2"),
+        ("sm_80", "float32"): _by_head("32x32 w8 s2", "16x32 w8 s2"),
+        ("sm_90", "16-bit"): _by_head("32x64 w4 s2", "32x128 w8 s2", "16x128 w8 s2", "32x32 w8 s2"),
+        ("sm_90", "tf32"): _by_head("32x128 w8 s2", "32x32 w4 s2", "32x32 w8 s2"),
+        ("sm_90", "float32"): _by_head("32x32 w8 s2", "16x32 w8 s2"),
+        ("sm_100", "16-bit"): _by_head("64x128 w8 s2", "64x128 w8 s2", "32x128 w8 s2", "32x64 w8 s2"),
+        ("sm_100", "tf32"): _by_head("32x128 w8 s2", "32x32 w4 s2", "32x32 w8 s2"),
+        ("sm_100", "float32"): _by_head("32x32 w8 s2", "16x32 w8 s2"),
         ("gfx942", "16-bit"): _by_head("32x64 w4 s2", "32x64 w4 s2", "32x32 w4 s2", "16x32 w4 s1"),
-        ("gfx942", "float32"): _by_head("32x32 w8 s2", "32x32 w8 s2", "32x32 w8 s2"),
+        ("gfx942", "float32"): _by_head("32x32 w4 s1", "16x32 w4 s1"),
     },
 }
 
@@ -223,7 +227,11 @@ def matmul_tuning(device: torch.device, dtype: torch.dtype) -> Tuning:
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """The target whose rows this device runs; in the interpreter those of sm_90."""
+    """The target whose rows this device runs; in the interpreter those of sm_90.
+
+    Those of sm_80 also serve other NVIDIA chips from compute capability 8.0 on, whose blocks have 99 KiB of shared
+    memory, for which only tf32 with a head size above 128 asks too much.
+    """
     if device.type == "cpu":
         return "sm_90"
     if torch.version.hip:
@@ -266,6 +274,11 @@ def check_tensors(op: str, dims: dict[str, int | None], **tensors: torch.Tensor 
         )
 
 
+def tiles(length: int, tile: int) -> int:
+    """How many tiles cover a length."""
+    return -(-length // tile)
+
+
 def as_rows(x: torch.Tensor) -> torch.Tensor:
     """(..., C) -> (rows, C) with neighbouring columns side by side; a view wherever one exists."""
     rows = x.flatten(0, -2) if x.dim() > 1 else x[None]
@@ -273,5 +286,8 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast computes in here, None where it is off."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    """What autocast computes in here, None where it is off. Raises `ValueError` where that is computed wrongly."""
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        raise ValueError("autocast is in bfloat16, which Triton's interpreter computes wrongly; expected float16")
+    return dtype

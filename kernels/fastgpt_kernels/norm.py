@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastgpt_kernels.launch import Launch, Tuning, as_rows, autocast_dtype, check_tensors, tuning
+from fastgpt_kernels.launch import Launch, Tuning, as_rows, autocast_dtype, check_tensors, tiles, tuning
 
 WIDEST = 65536
 
@@ -283,7 +283,7 @@ def forward_launch(
     return Launch(
         "norm_forward",
         _forward if row.columns >= C else _forward_in_tiles,
-        (triton.cdiv(R, row.rows),),
+        (tiles(R, row.rows),),
         (total, y, mean, rstd, x, residual, weight, bias, x.stride(0), _stride(residual), R, C, eps),
         row.constants(),
     )
@@ -305,7 +305,7 @@ def backward_launches(
     """The launches of a backward pass in their order."""
     R, C = x.shape
     row = tuning.row("norm_backward", C)
-    programs = min(tuning.programs, triton.cdiv(R, row.rows))
+    programs = min(tuning.programs, tiles(R, row.rows))
     dweights = x.new_empty(programs, C, dtype=torch.float32)
     dbiases = None if dbias is None else torch.empty_like(dweights)
     strides = _stride(dtotal), dy.stride(0), x.stride(0)
@@ -316,7 +316,7 @@ def backward_launches(
     else:
         args = (dx, dresidual, dtotal, dy, x, mean, rstd, weight, *strides, R, C)
         by_column = tuning.row("norm_weight_partials", C)
-        grid = (programs, triton.cdiv(C, by_column.columns))
+        grid = (programs, tiles(C, by_column.columns))
         partial_args = (dweights, dbiases, dy, x, mean, rstd, *strides[1:], R, C)
         launches = [
             Launch("norm_backward", _backward_in_tiles, (R,), args, row.constants()),
@@ -325,7 +325,7 @@ def backward_launches(
     last = tuning.row("sum_partials", C)
     for out, parts in ((dweight, dweights), (dbias, dbiases)):
         if out is not None:
-            grid = (triton.cdiv(C, last.columns),)
+            grid = (tiles(C, last.columns),)
             launches.append(Launch("sum_partials", _sum_partials, grid, (out, parts, programs, C), last.constants()))
     return launches
 
@@ -392,7 +392,8 @@ def _norm_backward(
         dtotal, dy, x, weight, mean, rstd, has_bias, x_dtype, residual_dtype
     )
     if x.numel() == 0:
-        dweight.zero_(), dbias.zero_()
+        dweight.zero_()
+        dbias.zero_()
         return outputs
     for launch in backward_launches(
         as_rows(dx),
