@@ -99,9 +99,10 @@ def linear_cross_entropy(
         # A GPU's matrix kernels want the padded width; the padding is masked afterwards.
         logits[..., valid_vocab:] = float("-inf")
     # float32 for 16-bit logits, and float64 stays what it is
-    logits = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits.reshape(-1, logits.shape[-1]).to(torch.promote_types(logits.dtype, torch.float32))
+    flat = targets.flatten().long()
     if reduction == "mean":
-        total = F.cross_entropy(logits, targets.flatten(), ignore_index=ignore_index, reduction="sum")
+        total = F.cross_entropy(logits, flat, ignore_index=ignore_index, reduction="sum")
         return total / (targets != ignore_index).sum().clamp(min=1)
-    losses = F.cross_entropy(logits, targets.flatten(), ignore_index=ignore_index, reduction="none")
+    losses = F.cross_entropy(logits, flat, ignore_index=ignore_index, reduction="none")
     return reduce(losses.view(targets.shape), targets != ignore_index, reduction)
