@@ -46,14 +46,20 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(kind, int(index)) if kind == "cuda" and index else torch.device(kind)
 
 
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+def resolve_dtype(name: str, device: torch.device, *, interpreted: bool = False) -> torch.dtype:
     """The arithmetic that --dtype names; auto takes bfloat16 where the chip multiplies it fast, else float32.
 
+    Triton's interpreter (`interpreted`) computes bfloat16 wrongly, so there auto is float32.
+
     Raises:
-        UsageError: an unknown name.
+        UsageError: an unknown name, or bfloat16 in the interpreter.
     """
     if name not in DTYPES:
         raise UsageError(f"--dtype {name!r} is not one of {', '.join(DTYPES)}")
+    if interpreted and name == "bfloat16":
+        raise UsageError("--dtype bfloat16: Triton's interpreter computes it wrongly; use --dtype float32")
+    if interpreted and name == "auto":
+        return torch.float32
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
@@ -63,12 +69,14 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def resolve_weights_dtype(name: str, device: torch.device) -> torch.dtype:
+def resolve_weights_dtype(name: str, device: torch.device, *, interpreted: bool = False) -> torch.dtype:
     """The dtype of the weights for generation: as `resolve_dtype`, but auto keeps float32 on a CPU.
 
     There one row at a time is a matter of memory, and float32 gives the same tokens with and without a cache.
     """
-    return resolve_dtype("float32" if name == "auto" and device.type == "cpu" else name, device)
+    return resolve_dtype(
+        "float32" if name == "auto" and device.type == "cpu" else name, device, interpreted=interpreted
+    )
 
 
 def cpu_has_bfloat16() -> bool:

@@ -3,9 +3,12 @@
     ops = dispatch.resolve("auto", torch.device("cpu"))
     model = GPT(config, ops)
 
-Nothing else decides which code runs. A run saves `ops.columns`, and a resumed run passes them back.
+Nothing else decides which code runs. A run saves `ops.columns`, and a resumed run passes them back. Triton is imported
+when its column is chosen, so that everything else works where it is not installed.
 """
 
+import importlib
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,24 +20,33 @@ from fastgpt_kernels import reference, stock
 
 
 class Row(NamedTuple):
-    """One operation: readable math, PyTorch's best path, our Triton kernel (None where there is none)."""
+    """One operation: readable math, PyTorch's best path, and the module of `fastgpt_kernels` with our Triton kernel."""
 
     reference: Callable[..., Any]
     torch: Callable[..., Any]
-    triton: Callable[..., Any] | None = None
+    triton: str
 
 
 TABLE: dict[str, Row] = {
-    "layer_norm": Row(reference.layer_norm, stock.layer_norm),
-    "add_layer_norm": Row(reference.add_layer_norm, stock.add_layer_norm),
-    "causal_attention": Row(reference.causal_attention, stock.causal_attention),
-    "linear_cross_entropy": Row(reference.linear_cross_entropy, stock.linear_cross_entropy),
+    "layer_norm": Row(reference.layer_norm, stock.layer_norm, "norm"),
+    "add_layer_norm": Row(reference.add_layer_norm, stock.add_layer_norm, "norm"),
+    "causal_attention": Row(reference.causal_attention, stock.causal_attention, "attention"),
+    "linear_cross_entropy": Row(reference.linear_cross_entropy, stock.linear_cross_entropy, "cross_entropy"),
 }
+
+
+def implementation(op: str, column: str) -> Callable[..., Any]:
+    """The function in a column of an operation's row."""
+    cell = getattr(TABLE[op], column)
+    return getattr(importlib.import_module(f"fastgpt_kernels.{cell}"), op) if column == "triton" else cell
 
 
 @dataclass(frozen=True)
 class Ops:
-    """The chosen implementation of each operation; `columns` names them and `reason` says why."""
+    """The chosen implementation of each operation; `columns` names them and `reason` says why.
+
+    `interpreted` says that Triton's kernels run in its interpreter, on the CPU: for tests and toy sizes.
+    """
 
     layer_norm: Callable[..., torch.Tensor]
     add_layer_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -42,6 +54,7 @@ class Ops:
     linear_cross_entropy: Callable[..., torch.Tensor]
     columns: Mapping[str, str]
     reason: str
+    interpreted: bool = False
 
     def __str__(self) -> str:
         used = set(self.columns.values())
@@ -66,23 +79,48 @@ def resolve(
         UsageError: the column does not exist, or cannot run on this device.
     """
     device = torch.device(device)
-    if kernels == "auto" and recorded is not None:
-        return _ops(dict.fromkeys(TABLE, "torch") | dict(recorded), "as this run began")
-    if kernels == "auto":
-        return _ops(dict.fromkeys(TABLE, "torch"), f"auto: the fast column of this version on {device.type}")
-    if kernels not in Row._fields:
+    if kernels not in ("auto", *Row._fields):
         raise UsageError(f"--kernels {kernels!r} is not one of auto, {', '.join(Row._fields)}")
-    missing = [op for op, row in TABLE.items() if getattr(row, kernels) is None]
-    if missing:
-        raise UsageError(
-            f"--kernels {kernels}: this version has no {kernels} kernel for {', '.join(missing)}; use --kernels auto"
-        )
-    return _ops(dict.fromkeys(TABLE, kernels), f"--kernels {kernels}")
-
-
-def _ops(columns: Mapping[str, str], reason: str) -> Ops:
+    columns = dict.fromkeys(TABLE, "torch" if kernels == "auto" else kernels)
+    reason, asked, instead = f"--kernels {kernels}", "--kernels triton", "use --kernels auto"
+    if kernels == "auto" and recorded is not None:
+        columns |= recorded
+        reason, asked, instead = "as this run began", "this run, made with --kernels triton,", "pass --kernels torch"
+    elif kernels == "auto":
+        reason = f"auto: the fast column of this version on {device.type}"
     for op, column in columns.items():
-        if op not in TABLE or column not in Row._fields or getattr(TABLE[op], column) is None:
+        if op not in TABLE or column not in Row._fields:
             raise UsageError(f"the run was made with {column} for {op}, which this version has not; pass --kernels")
-    chosen = {op: getattr(TABLE[op], column) for op, column in columns.items()}
-    return Ops(**chosen, columns=dict(columns), reason=reason)
+    interpreted = False
+    if "triton" in columns.values():
+        if lacking := _triton_lacks(device):
+            raise UsageError(f"{asked} needs {lacking}; {instead}")
+        if interpreted := _interpreting():
+            reason += ", in Triton's interpreter"
+    chosen = {op: implementation(op, column) for op, column in columns.items()}
+    return Ops(**chosen, columns=columns, reason=reason, interpreted=interpreted)
+
+
+def _triton_lacks(device: torch.device) -> str | None:
+    """What Triton's kernels need and do not find; None where they can run."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton, found none"
+    if _interpreting():
+        import numpy
+        import triton
+
+        # Triton 3.6's interpreter takes an array of one number for a number, which numpy has since given up.
+        old, new = triton.__version__.startswith("3.6."), tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4)
+        return f"numpy before 2.4 in Triton 3.6's interpreter, found {numpy.__version__}" if old and new else None
+    if device.type != "cuda":
+        return f"a CUDA GPU, found {device}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and major < 8:
+        return f"compute capability 8.0 or newer, found {major}.{minor}"
+    return None
+
+
+def _interpreting() -> bool:
+    from fastgpt_kernels import launch  # imports triton
+
+    return launch.INTERPRETED

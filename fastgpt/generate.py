@@ -155,12 +155,13 @@ def load(
     config, about = run_folder.load(out_dir)
     recorded = about.get("columns") if about.get("device") == where.type else None
     ops = dispatch.resolve(kernels, where, recorded=recorded)
+    weights_dtype = resolve_weights_dtype(dtype, where, interpreted=ops.interpreted)
     vocabulary = tokenizer.load(out_dir / "tokenizer.json")
     checkpoint.verify(step_dir, (checkpoint.MODEL, checkpoint.STATE))
     checkpoint.check_vocabulary(step_dir, vocabulary)
     config = dataclasses.replace(config, vocab_size=vocabulary.vocab_size)
     weights = checkpoint.load_weights(step_dir)
-    return TextGenerator(GPT.from_weights(config, ops, weights, where, resolve_weights_dtype(dtype, where)), vocabulary)
+    return TextGenerator(GPT.from_weights(config, ops, weights, where, weights_dtype), vocabulary)
 
 
 def read_prompt(text: str) -> str:

@@ -72,8 +72,9 @@ class Run:
         about = run_folder.load(self.out_dir)[1] if resuming else {}
         same = about.get("device") == self.device.type  # as the run began on: then its choices are kept
         recorded = about.get("dtype", "auto") if same else "auto"
-        self.dtype = resolve_dtype(recorded if config.dtype == "auto" else config.dtype, self.device)
         ops = dispatch.resolve(config.kernels, self.device, recorded=about.get("columns") if same else None)
+        dtype = recorded if config.dtype == "auto" else config.dtype
+        self.dtype = resolve_dtype(dtype, self.device, interpreted=ops.interpreted)
         self.data = corpus.prepare(
             config.dataset,
             tokenizer=config.tokenizer,

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fastgpt import checkpoint, cli, generate, train
+from fastgpt_kernels import launch
 
 WORDS = "The quick brown fox jumps over a lazy dog while nine wise cats watch from trees"
 TEXT = " ".join(random.Random(0).choices(WORDS.split(" "), k=200))
@@ -109,7 +110,7 @@ def error_of(capsys, main, flags: list[str]) -> str:
         ("--schedule sine", ["--schedule 'sine'", "cosine, linear, constant, wsd"]),
         ("--init_from restart", ["--init_from 'restart'", "scratch, resume"]),
         ("--kernels cuda", ["--kernels 'cuda'", "auto, torch, reference, triton"]),
-        ("--kernels triton", ["--kernels triton", "use --kernels auto"]),
+        ("--kernels triton --device cpu", ["--kernels triton needs a CUDA GPU, found cpu; use --kernels auto"]),
         ("--compile maybe", ["'maybe'"]),
         ("--preset huge", ["--preset 'huge'", "mini"]),
         ("--config nowhere.toml", ["--config nowhere.toml", "cannot be read"]),
@@ -119,7 +120,8 @@ def error_of(capsys, main, flags: list[str]) -> str:
         ("--overwrite --init_from resume --out_dir nothing", ["nothing"]),
     ],
 )
-def test_training_refuses(capsys, flags: str, words: list[str]):
+def test_training_refuses(capsys, monkeypatch, flags: str, words: list[str]):
+    monkeypatch.setattr(launch, "INTERPRETED", False)
     line = error_of(capsys, train.main, [*FLAGS, *shlex.split(flags)])
     assert [word for word in words if word not in line] == [], line
     assert not Path("out").exists()
@@ -159,11 +161,12 @@ def test_a_gpu_that_is_not_there_is_refused(capsys, out: Path, main):
         ("--device cpu:x", ["--device 'cpu:x'", "auto, cpu, mps, cuda"]),
         ("--dtype half", ["--dtype 'half'", "auto, float32, bfloat16, float16"]),
         ("--cache paged", ["--cache 'paged'", "none, dense"]),
-        ("--kernels triton --device cpu", ["--kernels triton", "use --kernels auto"]),
+        ("--kernels triton --device cpu", ["--kernels triton needs a CUDA GPU, found cpu; use --kernels auto"]),
         ("The", ["'The' is not a flag"]),
     ],
 )
 def test_generation_refuses(capsys, monkeypatch, flags: str, words: list[str]):
+    monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xff")))
     line = error_of(capsys, generate.main, shlex.split(flags))
     assert [word for word in words if word not in line] == [], line

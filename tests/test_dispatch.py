@@ -7,10 +7,13 @@ import sys
 import pytest
 import torch
 
+import fastgpt_kernels
 from fastgpt import dispatch
-from fastgpt.dispatch import TABLE, Row
+from fastgpt.dispatch import TABLE, Row, implementation
 from fastgpt.errors import UsageError
+from fastgpt_kernels import launch
 
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU kernels are compiled")
 EMPTY = inspect.Parameter.empty
 # What a model may pass: the positional arguments, then those by keyword, with their defaults.
 SIGNATURES = {
@@ -25,18 +28,33 @@ SIGNATURES = {
         {"ignore_index": -100, "valid_vocab": None, "reduction": "mean"},
     ),
 }
-CELLS = [(op, column) for op, row in TABLE.items() for column in Row._fields if getattr(row, column) is not None]
 
 
-def test_every_operation_has_a_reference_and_a_torch_column():
+def test_the_table_has_the_operations_of_the_design():
     assert SIGNATURES.keys() <= TABLE.keys()
-    assert {(op, column) for op in SIGNATURES for column in ("reference", "torch")} <= set(CELLS)
 
 
-@pytest.mark.parametrize(("op", "column"), CELLS)
+@pytest.mark.parametrize("op", TABLE)
+@pytest.mark.parametrize("column", Row._fields)
 def test_every_column_has_the_signature_of_its_row(op, column):
-    signature = inspect.signature(getattr(TABLE[op], column))
-    assert signature == inspect.signature(TABLE[op].reference)
+    assert inspect.signature(implementation(op, column)) == inspect.signature(TABLE[op].reference)
+
+
+@pytest.mark.parametrize("op", TABLE)
+def test_the_kernels_can_be_imported_from_their_package(op):
+    assert getattr(fastgpt_kernels, op) is implementation(op, "triton")
+    assert op in dir(fastgpt_kernels)
+
+
+def test_a_kernel_keeps_its_name_whatever_is_imported_first():
+    code = """
+import fastgpt_kernels.norm, fastgpt_kernels.attention, fastgpt_kernels.cross_entropy
+from fastgpt_kernels import add_layer_norm, causal_attention, layer_norm, linear_cross_entropy
+assert all(map(callable, (add_layer_norm, causal_attention, layer_norm, linear_cross_entropy)))
+"""
+    subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path[:0] = {[p for p in sys.path if p]}\n{code}"], check=True
+    )
 
 
 @pytest.mark.parametrize("op", SIGNATURES)
@@ -52,9 +70,19 @@ def test_signatures_are_those_of_the_design(op):
 def test_a_named_column_is_used_for_every_operation(column):
     ops = dispatch.resolve(column)
     assert ops.columns == dict.fromkeys(TABLE, column)
-    for op, row in TABLE.items():
-        assert getattr(ops, op) is getattr(row, column)
+    for op in TABLE:
+        assert getattr(ops, op) is implementation(op, column)
     assert str(ops) == f"{column} (--kernels {column})"
+    assert not ops.interpreted
+
+
+@interpreted
+def test_triton_runs_on_a_cpu_in_the_interpreter_and_says_so():
+    ops = dispatch.resolve("triton", "cpu")
+    assert ops.columns == dict.fromkeys(TABLE, "triton")
+    assert ops.causal_attention is fastgpt_kernels.causal_attention
+    assert ops.interpreted
+    assert str(ops) == "triton (--kernels triton, in Triton's interpreter)"
 
 
 def test_auto_takes_torch_on_a_cpu_and_says_why():
@@ -64,11 +92,33 @@ def test_auto_takes_torch_on_a_cpu_and_says_why():
 
 
 def test_triton_on_a_cpu_is_one_line_that_says_what_to_pass_instead(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(UsageError, match="--kernels auto") as caught:
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    with pytest.raises(UsageError) as caught:
         dispatch.resolve("triton", "cpu")
-    assert str(caught.value).startswith("--kernels triton")
-    assert "\n" not in str(caught.value)
+    assert str(caught.value) == "--kernels triton needs a CUDA GPU, found cpu; use --kernels auto"
+
+
+def test_triton_that_is_not_installed_is_one_line_that_says_so(monkeypatch):
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError) as caught:
+        dispatch.resolve("triton", "cuda")
+    assert str(caught.value) == "--kernels triton needs the package triton, found none; use --kernels auto"
+
+
+def test_triton_on_a_gpu_too_old_names_what_it_needs(monkeypatch):
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(UsageError, match=r"needs compute capability 8\.0 or newer, found 7\.5; use --kernels auto"):
+        dispatch.resolve("triton", "cuda")
+
+
+def test_a_run_made_with_triton_says_what_to_pass_where_triton_cannot_run(monkeypatch):
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    with pytest.raises(UsageError) as caught:
+        dispatch.resolve("auto", "cpu", recorded=dict.fromkeys(TABLE, "triton"))
+    assert (
+        str(caught.value) == "this run, made with --kernels triton, needs a CUDA GPU, found cpu; pass --kernels torch"
+    )
 
 
 def test_an_unknown_column_is_an_error_that_lists_the_known():

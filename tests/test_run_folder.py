@@ -141,7 +141,7 @@ class TestClaim:
         run()
         refused(f"--overwrite {mistake}")
 
-    @pytest.mark.parametrize("mistake", ["--dataset nowhere.txt", "--block_size 100000", "--kernels triton"])
+    @pytest.mark.parametrize("mistake", ["--dataset nowhere.txt", "--block_size 100000", "--kernels cuda"])
     def test_a_failed_start_leaves_no_folder(self, mistake: str):
         assert cli.run(train.main, [*FLAGS, *shlex.split(mistake)]) == 2
         assert not Path("out").exists()
