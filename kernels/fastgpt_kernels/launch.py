@@ -141,7 +141,7 @@ TABLE: dict[str, dict[tuple[str, str], Rows]] = {
         ("sm_100", "16-bit"): _by_head("128x64 w8 s3", "128x64 w8 s3", "128x64 w8 s3", "128x32 w8 s2"),
         ("sm_100", "tf32"): _by_head("128x32 w8 s2", "128x32 w8 s2", "32x32 w8 s2"),
         ("sm_100", "float32"): _by_head("32x32 w8 s2", "16x32 w8 s2"),
-        ("gfx942", "16-bit"): _by_head("64x32 w4 s2", "64x32 w4 s2", "64x32 w4 s2", "32x32 w4 s2"),
+        ("gfx942", "16-bit"): _by_head("64x64 w4 s2", "64x32 w4 s2", "64x32 w4 s2", "32x32 w4 s2"),
         ("gfx942", "float32"): _by_head("32x32 w4 s1", "16x32 w4 s1"),
     },
     "attention_backward_queries_dropout": {
@@ -154,11 +154,11 @@ TABLE: dict[str, dict[tuple[str, str], Rows]] = {
         ("sm_100", "16-bit"): _by_head("128x64 w8 s3", "128x64 w8 s3", "128x64 w8 s3", "128x32 w8 s2"),
         ("sm_100", "tf32"): _by_head("128x32 w8 s2", "128x32 w8 s2", "32x32 w8 s2"),
         ("sm_100", "float32"): _by_head("32x32 w8 s2", "16x32 w8 s2"),
-        ("gfx942", "16-bit"): _by_head("64x32 w4 s2", "64x32 w4 s2", "64x32 w4 s2", "16x32 w4 s2"),
+        ("gfx942", "16-bit"): _by_head("64x64 w4 s2", "64x32 w4 s2", "64x32 w4 s2", "16x32 w4 s2"),
         ("gfx942", "float32"): _by_head("32x32 w4 s1", "16x32 w4 s1"),
     },
     "attention_backward_keys": {
-        ("sm_80", "16-bit"): _by_head("64x128 w8 s2", "64x128 w8 s2", "32x64 w8 s2", "32x32 w8 s2"),
+        ("sm_80", "16-bit"): _by_head("64x128 w8 s2", "32x128 w8 s2", "32x64 w8 s2", "32x32 w8 s2"),
         ("sm_80", "tf32"): _by_head("32x64 w8 s2", "32x32 w8 s2", "16x32 w8 s2"),
         ("sm_80", "float32"): _by_head("32x32 w8 s2", "16x32 w8 s2"),
         ("sm_90", "16-bit"): _by_head("64x64 w4 s2", "64x128 w8 s2", "32x128 w8 s2", "16x64 w8 s2"),
@@ -171,7 +171,7 @@ TABLE: dict[str, dict[tuple[str, str], Rows]] = {
         ("gfx942", "float32"): _by_head("32x32 w4 s1", "16x32 w4 s1"),
     },
     "attention_backward_keys_dropout": {
-        ("sm_80", "16-bit"): _by_head("32x64 w4 s2", "32x128 w8 s2", "32x64 w8 s2", "32x32 w8 s2"),
+        ("sm_80", "16-bit"): _by_head("32x64 w4 s2", "32x128 w8 s2", "32x32 w8 s2", "32x32 w8 s2"),
         ("sm_80", "tf32"): _by_head("32x64 w8 s2", "32x32 w8 s2", "16x32 w8 s2"),
         ("sm_80", "float32"): _by_head("32x32 w8 s2", "16x32 w8 s2"),
         ("sm_90", "16-bit"): _by_head("32x64 w4 s2", "32x128 w8 s2", "16x128 w8 s2", "32x32 w8 s2"),

@@ -1,0 +1,281 @@
+"""Compiles every row of the launch table to machine code, without a GPU, and reports what came out.
+
+    python -m fastgpt_kernels.aot [--target sm_90] [--json]
+
+One line for each target, kernel and row, once `plain` and once in its `heaviest` variant, with every optional input.
+Triton's own just-in-time path compiles them, so what is reported is what runs. How to read a line:
+
+    target         the chip: sm_80 (A100; also serves sm_86, sm_89, sm_120), sm_90 (H100, H200), sm_100 (B200),
+                   gfx942 (MI300)
+    kernel         its name in the launch table
+    config         dtype, widest width served (or any), rows x columns of the tile, warps (w), stages (s), variant
+    registers      of one thread. At most 255 on NVIDIA, 512 on AMD (accumulation registers included); every step up
+                   can cost blocks_per_sm. Bad: more than before, for the same work.
+    stack          bytes of a thread's variables that lie in memory for want of registers. Bad: anything but 0.
+    spills         instructions that move them (NVIDIA: STL and LDL; AMD: the number of vector registers spilled).
+                   Bad: anything but 0; in 16 bits it is an error.
+    shared         bytes of shared memory a block asks for. Bad: above the chip's limit (sm_80 163 KiB, 99 KiB on its
+                   smaller relatives; sm_90 and sm_100 227 KiB; gfx942 64 KiB), where the launch fails.
+    blocks_per_sm  blocks that one multiprocessor holds at once, by registers, shared memory and warps. Bad: 0, which
+                   cannot be launched. With 1, nothing hides a block's start and end.
+    tensor_core    tensor-core instructions (HMMA, HGMMA, UTC*MMA and the like; v_mfma on AMD). Bad: 0 in a kernel
+                   that multiplies matrices, but for float32 with IEEE products, which NVIDIA's do not offer.
+    wide_loads     share of the instructions that read global memory which read 16 bytes a thread, or a tile at once.
+                   An instruction counts once, also in a loop; reads of one number a row (mean, rstd) count as narrow.
+                   `null`, or a dash, without such reads. Bad: near 0, in a kernel that reads matrices.
+    seconds        to compile, never from a cache; the first of a worker's includes the compiler's own start.
+
+Exit code 2, with one line on stderr, for a bad flag or in a process where TRITON_INTERPRET is set.
+"""
+
+import argparse
+import difflib
+import json
+import math
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any, NoReturn, cast
+
+import torch
+import triton
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+
+from fastgpt_kernels import attention, cross_entropy, norm
+from fastgpt_kernels.launch import INTERPRETED, TABLE, TARGETS, Config, Launch, Tuning
+from fastgpt_kernels.machine_code import CHIPS, blocks_per_sm, inspect
+
+VARIANTS = ("plain", "heaviest")
+DTYPES = {"16-bit": torch.bfloat16, "float32": torch.float32, "tf32": torch.float32}
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A tensor without memory, aligned as an allocation is."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _norm_launches(tuning: Tuning, C: int, heaviest: bool) -> list[Launch]:
+    """Forward and backward of layer_norm without a bias; heaviest: add_layer_norm, its inputs in two dtypes."""
+    R, dtype = 4096, DTYPES[tuning.kind]
+    x, weight, statistic = empty(R, C, dtype=dtype), empty(C, dtype=dtype), empty(R)
+    if not heaviest:
+        return [
+            norm.forward_launch(None, x, statistic, statistic, x, None, weight, None, 1e-5, tuning),
+            *norm.backward_launches(x, None, weight, None, None, x, x, statistic, statistic, weight, tuning),
+        ]
+    other = empty(R, C, dtype=torch.bfloat16 if dtype == torch.float32 else torch.float32)
+    total, weight = empty(R, C), empty(C)
+    return [
+        norm.forward_launch(total, total, statistic, statistic, x, other, weight, weight, 1e-5, tuning),
+        *norm.backward_launches(x, other, weight, weight, x, x, x, statistic, statistic, weight, tuning),
+    ]
+
+
+def _attention_launches(tuning: Tuning, D: int, heaviest: bool, dropout_p: float = 0.0) -> list[Launch]:
+    """Forward and backward over 1024 positions; heaviest: documents, and four queries for a key."""
+    B, T, H, dtype = 4, 1024, 12, DTYPES[tuning.kind]
+    q, lse = empty(B, T, H, D, dtype=dtype), empty(B, H, T)
+    k = empty(B, T, H // 4 if heaviest else H, D, dtype=dtype)
+    dk = empty(B, T, H, D, dtype=torch.float32 if heaviest else dtype)
+    seed = empty(dtype=torch.int64) if dropout_p else None
+    doc_ids = empty(B, T, dtype=torch.int64) if heaviest else None
+    rest = (seed, doc_ids, dropout_p, 1 / math.sqrt(D), tuning)
+    return [
+        attention.forward_launch(q, lse, q, k, k, *rest),
+        *attention.backward_launches(q, dk, dk, lse, q, q, lse, q, k, k, *rest),
+    ]
+
+
+def _dropout_launches(tuning: Tuning, D: int, heaviest: bool) -> list[Launch]:
+    """As without dropout, but with it."""
+    return _attention_launches(tuning, D, heaviest, dropout_p=0.1)
+
+
+def _cross_entropy_launches(tuning: Tuning, V: int, heaviest: bool) -> list[Launch]:
+    """The loss of up to GPT-2's padded vocabulary; heaviest: with its gradient, each row's scaled."""
+    R, V, dtype = 4096, min(V, 50304), DTYPES[tuning.kind]
+    loss, lse, targets = empty(R), empty(R, 2), empty(R, dtype=torch.int64)
+    factor, valid = (loss, V - 47) if heaviest else (None, V)
+    logits = empty(R, V, dtype=dtype)
+    return [cross_entropy.gradient_launch(logits, loss, lse, targets, factor, valid, -100, heaviest, tuning)]
+
+
+def _scale_launches(tuning: Tuning, N: int, heaviest: bool) -> list[Launch]:
+    """A gradient times a number, from float32 to the row's dtype; heaviest: more than 2^31 of them."""
+    N = min(N, 2**32 if heaviest else 2**20)
+    return [cross_entropy.scale_launch(empty(N, dtype=DTYPES[tuning.kind]), empty(N), empty(), tuning)]
+
+
+# For each kernel of the launch table: an example of its use at a width.
+EXAMPLES: dict[str, Callable[[Tuning, int, bool], list[Launch]]] = {
+    "norm_forward": _norm_launches,
+    "norm_backward": _norm_launches,
+    "norm_weight_partials": _norm_launches,
+    "sum_partials": _norm_launches,
+    "cross_entropy": _cross_entropy_launches,
+    "scale": _scale_launches,
+    "attention_forward": _attention_launches,
+    "attention_backward_queries": _attention_launches,
+    "attention_backward_keys": _attention_launches,
+    "attention_forward_dropout": _dropout_launches,
+    "attention_backward_queries_dropout": _dropout_launches,
+    "attention_backward_keys_dropout": _dropout_launches,
+}
+
+
+def example(kernel: str, tuning: Tuning, width: int, heaviest: bool) -> Launch:
+    """The launch that the row of this width gives. Raises LookupError where no example reaches the row."""
+    row = TABLE[kernel][tuning.target, tuning.kind][width]
+    if kernel in EXAMPLES:
+        for launch in EXAMPLES[kernel](tuning, width, heaviest):
+            if launch.name == kernel and row.constants().items() <= launch.constants.items():
+                return launch
+    raise LookupError(
+        f"no example in fastgpt_kernels.aot launches {kernel} {tuning.target} {tuning.kind} {width}: {row}"
+    )
+
+
+def describe(kind: str, width: int, row: Config, variant: str) -> str:
+    """The column `config`, which is unique for a target and kernel."""
+    dtype = "bfloat16" if kind == "16-bit" else kind
+    return f"{dtype} {width if width < 2**31 else 'any'} {row} {variant}"
+
+
+class Driver:
+    """Stands in for a GPU's driver, so that Triton compiles for a chip that is not there."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return str(self.target)
+
+    def get_current_stream(self, device: object) -> int:
+        return 0
+
+
+def start_worker(cache: str) -> None:
+    """Make this process compile everything anew, and write nothing to stdout, which is the report's."""
+    os.dup2(2, 1)
+    knobs.cache.dir = cache
+    knobs.compilation.always_compile = True
+
+
+def examples(target: str, kernel: str) -> list[tuple[str, Launch]]:
+    """(config, launch) for every row of a kernel on a target and every variant, in the table's order."""
+    return [
+        (
+            describe(kind, width, row, variant),
+            example(kernel, Tuning(target, kind), width, variant == "heaviest"),
+        )
+        for (of, kind), rows in TABLE[kernel].items()
+        if of == target
+        for width, row in rows.items()
+        for variant in VARIANTS
+    ]
+
+
+def compile_rows(target: str, kernel: str) -> list[dict[str, Any]]:
+    """The report's lines for all rows of a kernel on a target, in the table's order."""
+    chip = CHIPS[target]
+    triton.runtime.driver.set_active(cast(Any, Driver(chip.compiler)))
+    lines, compiled = [], []
+    for config, launch in examples(target, kernel):
+        launch.kernel.device_caches.clear()
+        start = time.perf_counter()
+        try:
+            compiled.append(launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.constants))
+        except Exception as error:
+            raise RuntimeError(f"{target} {kernel} {config} does not compile: {error}") from error
+        seconds = round(time.perf_counter() - start, 3)
+        lines.append({"target": target, "kernel": kernel, "config": config, "seconds": seconds})
+    for line, binary, found in zip(lines, compiled, inspect(chip, compiled), strict=True):
+        registers, stack, code = found
+        shared, columns = binary.metadata.shared, getattr(binary.metadata, "tmem_size", 0)
+        line |= {
+            "registers": registers,
+            "stack": stack,
+            "spills": code.spills,
+            "shared": shared,
+            "blocks_per_sm": blocks_per_sm(chip, registers, shared, binary.metadata.num_warps, columns),
+            "tensor_core": code.tensor_core,
+            "wide_loads": code.wide_loads,
+            "seconds": line.pop("seconds"),
+        }
+    return lines
+
+
+def report(targets: Sequence[str]) -> list[dict[str, Any]]:
+    """Compile every row for these targets, in as many processes as there are processors; the lines, in order."""
+    tasks = [(target, kernel) for target in targets for kernel in TABLE]
+    for task in tasks:
+        examples(*task)  # a row without an example shows at once, and not after minutes
+    workers = min(len(os.sched_getaffinity(0)), len(tasks))
+    console = Console(stderr=True)
+    with tempfile.TemporaryDirectory() as cache:
+        start = {"mp_context": multiprocessing.get_context("spawn"), "initializer": start_worker, "initargs": (cache,)}
+        with ProcessPoolExecutor(workers, **start) as pool:
+            parts = [pool.submit(compile_rows, *task) for task in tasks]
+            show = track(parts, "compiling", console=console, transient=True, disable=not console.is_terminal)
+            return [line for part in show for line in part.result()]
+
+
+def show(lines: list[dict[str, Any]], seconds: float) -> None:
+    """Print the lines as a table, bad values in red, and what they come to."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160
+    table = Table(box=None, padding=(0, 1), title=f"Triton {triton.__version__}")
+    for name in lines[0]:
+        text = name in ("target", "kernel", "config")
+        table.add_column(name.replace("_", " "), justify="left" if text else "right", overflow="fold")
+    for before, line in zip([None, *lines], lines, strict=False):
+        if before is not None and (before["target"], before["kernel"]) != (line["target"], line["kernel"]):
+            table.add_section()
+        bad = {"stack": line["stack"] > 0, "spills": line["spills"] > 0, "blocks_per_sm": line["blocks_per_sm"] == 0}
+        bad["shared"] = line["shared"] > CHIPS[line["target"]].largest_block
+        cells = {name: "-" if value is None else str(value) for name, value in line.items()}
+        table.add_row(*(f"[red]{cell}[/red]" if bad.get(name) else cell for name, cell in cells.items()))
+    console.print(table)
+    spilling = sum(line["stack"] > 0 or line["spills"] > 0 for line in lines)
+    console.print(f"{len(lines)} compiled in {seconds:.0f} s; {spilling} with stack or spills")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = _Parser(prog="python -m fastgpt_kernels.aot", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--target", metavar="|".join(TARGETS), help="only this one; default: all")
+    parser.add_argument("--json", action="store_true", help="print a list of objects instead of a table")
+    flags = parser.parse_args(argv)
+    if flags.target not in (None, *TARGETS):
+        near = difflib.get_close_matches(flags.target, TARGETS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        parser.error(f"--target {flags.target!r} is not one of {', '.join(TARGETS)}{hint}")
+    if INTERPRETED:
+        parser.error("TRITON_INTERPRET is set, and an interpreter compiles nothing; unset it for this command")
+    start = time.perf_counter()
+    lines = report([flags.target] if flags.target else TARGETS)
+    if flags.json:
+        print(json.dumps(lines, indent=1))
+    else:
+        show(lines, time.perf_counter() - start)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
