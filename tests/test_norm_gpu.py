@@ -76,3 +76,11 @@ def test_rows_past_2_to_the_31_elements_are_their_own(C):
     inputs, grads = [*tails[:2], weight, bias], tails[2:]
     truth = outputs_and_gradients(reference.add_layer_norm, [t.double() for t in inputs], [g.double() for g in grads])
     assert_parity(ours, outputs_and_gradients(stock.add_layer_norm, inputs, grads), truth)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_it_runs_on_the_tensors_gpu_and_not_on_the_current_one():
+    torch.manual_seed(0)
+    x, weight, bias = (torch.randn(shape, device="cuda:1") for shape in ((5, 33), (33,), (33,)))
+    assert torch.cuda.current_device() == 0
+    torch.testing.assert_close(norm.layer_norm(x, weight, bias), stock.layer_norm(x, weight, bias))

@@ -1,6 +1,8 @@
 """Training and generating through our own kernels, in Triton's interpreter where there is no GPU."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,3 +90,22 @@ def test_the_model_compiles_in_one_graph(dropout: float):
         losses.append([loss, *(p.grad.clone() for p in model.parameters())])
     for eager, compiled in zip(*losses, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
+
+
+def test_the_readmes_example_runs():
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(from fastgpt_kernels import .*?)```", readme, re.DOTALL)
+    B, T, H, D, V = 2, 5, 3, 8, 11
+    C = H * D
+    shapes = {"x": (B, T, C), "branch": (B, T, C), "weight": (C,), "bias": (C,), "embedding": (V, C)}
+    names = {name: torch.randn(shape, device=DEVICE, requires_grad=True) for name, shape in shapes.items()}
+    names["qkv"] = torch.randn(B, T, 3 * C, device=DEVICE, requires_grad=True)
+    leaves = list(names.values())
+    names |= {"B": B, "T": T, "H": H, "D": D, "seed": torch.tensor(1, device=DEVICE)}
+    names["doc_ids"] = torch.zeros(B, T, dtype=torch.int64, device=DEVICE)
+    names["targets"] = torch.randint(V, (B, T), device=DEVICE)
+    exec(example, names)
+    assert names["out"].shape == (B, T, H, D)
+    (names["loss"] + names["out"].sum()).backward()
+    assert names["loss"].item() > 0
+    assert all(t.grad.isfinite().all() and t.grad.any() for t in leaves)
