@@ -84,6 +84,7 @@ TABLE: dict[str, dict[tuple[str, str], Rows]] = {
             8192: Config(1, 8192, 8),
             65536: Config(1, 4096, 8),
         },
+        sm_80={8192: Config(1, 8192, 32)},
         gfx942={128: Config(8, 128, 2), 256: Config(4, 256, 2), 512: Config(2, 512, 2)},  # its warps are twice as wide
     ),
     "norm_backward": _everywhere(
@@ -115,7 +116,7 @@ TABLE: dict[str, dict[tuple[str, str], Rows]] = {
         ("sm_100", "16-bit"): _by_head("128x64 w8 s3", "128x64 w8 s3", "128x64 w8 s3", "128x32 w8 s3"),
         ("sm_100", "tf32"): _by_head("128x32 w8 s3", "128x32 w8 s3", "64x32 w8 s2"),
         ("sm_100", "float32"): _by_head("32x32 w8 s1", "16x32 w8 s1"),
-        ("gfx942", "16-bit"): _by_head("128x64 w4 s3", "128x64 w4 s3", "64x64 w4 s2", "64x32 w4 s2"),
+        ("gfx942", "16-bit"): _by_head("32x64 w4 s2", "128x64 w4 s3", "64x32 w4 s2", "64x32 w4 s2"),
         ("gfx942", "float32"): _by_head("32x32 w4 s1", "16x32 w4 s1"),
     },
     "attention_forward_dropout": {
@@ -128,7 +129,7 @@ TABLE: dict[str, dict[tuple[str, str], Rows]] = {
         ("sm_100", "16-bit"): _by_head("128x64 w8 s3", "128x64 w8 s3", "128x32 w8 s3", "64x32 w8 s2"),
         ("sm_100", "tf32"): _by_head("128x32 w8 s3", "128x32 w8 s3", "32x32 w8 s2"),
         ("sm_100", "float32"): _by_head("16x32 w8 s2", "16x32 w8 s2"),
-        ("gfx942", "16-bit"): _by_head("128x64 w4 s3", "128x64 w4 s3", "64x64 w4 s2", "64x32 w4 s2"),
+        ("gfx942", "16-bit"): _by_head("32x64 w4 s2", "128x64 w4 s3", "64x32 w4 s2", "64x32 w4 s2"),
         ("gfx942", "float32"): _by_head("32x32 w4 s1", "16x32 w4 s1"),
     },
     "attention_backward_queries": {
@@ -158,16 +159,16 @@ TABLE: dict[str, dict[tuple[str, str], Rows]] = {
         ("gfx942", "float32"): _by_head("32x32 w4 s1", "16x32 w4 s1"),
     },
     "attention_backward_keys": {
-        ("sm_80", "16-bit"): _by_head("64x128 w8 s2", "32x128 w8 s2", "32x64 w8 s2", "32x32 w8 s2"),
+        ("sm_80", "16-bit"): _by_head("32x64 w4 s2", "32x128 w8 s2", "32x64 w8 s2", "32x32 w8 s2"),
         ("sm_80", "tf32"): _by_head("32x64 w8 s2", "32x32 w8 s2", "16x32 w8 s2"),
         ("sm_80", "float32"): _by_head("32x32 w8 s2", "16x32 w8 s2"),
         ("sm_90", "16-bit"): _by_head("64x64 w4 s2", "64x128 w8 s2", "32x128 w8 s2", "16x64 w8 s2"),
         ("sm_90", "tf32"): _by_head("32x128 w8 s2", "32x32 w4 s2", "32x32 w8 s2"),
         ("sm_90", "float32"): _by_head("32x32 w8 s2", "16x32 w8 s2"),
-        ("sm_100", "16-bit"): _by_head("64x128 w8 s2", "64x128 w8 s2", "64x128 w8 s2", "32x64 w8 s2"),
+        ("sm_100", "16-bit"): _by_head("64x128 w8 s2", "64x128 w8 s2", "64x128 w8 s2", "32x64 w4 s2"),
         ("sm_100", "tf32"): _by_head("32x128 w8 s2", "32x32 w4 s2", "32x32 w8 s2"),
         ("sm_100", "float32"): _by_head("32x32 w8 s2", "16x32 w8 s2"),
-        ("gfx942", "16-bit"): _by_head("64x64 w4 s2", "32x64 w4 s2", "32x64 w4 s2", "16x32 w4 s1"),
+        ("gfx942", "16-bit"): _by_head("32x64 w4 s2", "32x64 w4 s2", "32x32 w4 s2", "16x32 w4 s1"),
         ("gfx942", "float32"): _by_head("32x32 w4 s1", "16x32 w4 s1"),
     },
     "attention_backward_keys_dropout": {
