@@ -235,7 +235,7 @@ def show(lines: list[dict[str, Any]], seconds: float) -> None:
     """Print the lines as a table, bad values in red, and what they come to."""
     console = Console()
     if not console.is_terminal:
-        console.width = 160
+        console.width = 200
     table = Table(box=None, padding=(0, 1), title=f"Triton {triton.__version__}")
     for name in lines[0]:
         text = name in ("target", "kernel", "config")
