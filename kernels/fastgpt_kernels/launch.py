@@ -129,7 +129,7 @@ TABLE: dict[str, dict[tuple[str, str], Rows]] = {
         ("sm_100", "16-bit"): _by_head("128x64 w8 s3", "128x64 w8 s3", "128x32 w8 s3", "64x32 w8 s2"),
         ("sm_100", "tf32"): _by_head("128x32 w8 s3", "128x32 w8 s3", "32x32 w8 s2"),
         ("sm_100", "float32"): _by_head("16x32 w8 s2", "16x32 w8 s2"),
-        ("gfx942", "16-bit"): _by_head("32x64 w4 s2", "128x64 w4 s3", "64x32 w4 s2", "64x32 w4 s2"),
+        ("gfx942", "16-bit"): _by_head("16x64 w4 s2", "128x64 w4 s3", "64x32 w4 s2", "64x32 w4 s2"),
         ("gfx942", "float32"): _by_head("32x32 w4 s1", "16x32 w4 s1"),
     },
     "attention_backward_queries": {
