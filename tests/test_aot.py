@@ -32,8 +32,10 @@ WIDE = {
     "sum_partials": 1.0,
     "cross_entropy": 0.3,
     "scale": 0.6,
-    **{kernel: 0.15 if "keys" in kernel else 0.5 for kernel in MATRIX},  # with keys, lse and delta in every tile
+    **dict.fromkeys(MATRIX, 0.5),
 }
+if triton.__version__.startswith("3.6."):  # it reads lse and delta, one number a row, with many instructions
+    WIDE |= {kernel: 0.15 for kernel in MATRIX if "keys" in kernel}
 GOLDEN = Path(__file__).parent / "golden" / "aot.json"
 SLACK = 8  # registers: the unit in which they are given out
 REMAKE = "see what changed, then: python tests/golden/make.py"

@@ -317,3 +317,9 @@ def test_a_cpu_is_served_by_the_interpreter_alone_and_without_bfloat16(no_launch
     message = r"^linear_cross_entropy: x \(3, 4\) is on cpu; expected a CUDA GPU .*TRITON_INTERPRET=1"
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(zeros(3, 4), zeros(7, 4), targets)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU bfloat16 is right")
+def test_autocast_in_bfloat16_is_refused_in_the_interpreter(no_launch):
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="autocast is in bfloat16, which"):
+        linear_cross_entropy(zeros(3, 4), zeros(7, 4), zeros(3, dtype=LONG))

@@ -105,6 +105,19 @@ def test_triton_that_is_not_installed_is_one_line_that_says_so(monkeypatch):
     assert str(caught.value) == "--kernels triton needs the package triton, found none; use --kernels auto"
 
 
+def test_the_old_interpreter_beside_a_new_numpy_is_one_line(monkeypatch):
+    monkeypatch.setattr(launch, "INTERPRETED", True)
+    monkeypatch.setattr("triton.__version__", "3.6.0")
+    monkeypatch.setattr("numpy.__version__", "2.3.5")
+    assert dispatch.resolve("triton", "cpu").interpreted
+    monkeypatch.setattr("numpy.__version__", "2.4.0")
+    with pytest.raises(UsageError) as caught:
+        dispatch.resolve("triton", "cpu")
+    assert str(caught.value) == (
+        "--kernels triton needs numpy before 2.4 in Triton 3.6's interpreter, found 2.4.0; use --kernels auto"
+    )
+
+
 def test_triton_on_a_gpu_too_old_names_what_it_needs(monkeypatch):
     monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
