@@ -32,6 +32,8 @@ TABLE: dict[str, Row] = {
     "add_layer_norm": Row(reference.add_layer_norm, stock.add_layer_norm, "norm"),
     "causal_attention": Row(reference.causal_attention, stock.causal_attention, "attention"),
     "linear_cross_entropy": Row(reference.linear_cross_entropy, stock.linear_cross_entropy, "cross_entropy"),
+    "paged_attention": Row(reference.paged_attention, stock.paged_attention, "paged"),
+    "kv_write": Row(reference.kv_write, stock.kv_write, "paged"),
 }
 
 
@@ -52,6 +54,8 @@ class Ops:
     add_layer_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     causal_attention: Callable[..., torch.Tensor]
     linear_cross_entropy: Callable[..., torch.Tensor]
+    paged_attention: Callable[..., torch.Tensor]
+    kv_write: Callable[..., None]
     columns: Mapping[str, str]
     reason: str
     interpreted: bool = False

@@ -1,8 +1,11 @@
 """Every operation as readable math in plain PyTorch: what the other columns are checked against.
 
-Letters: B batch, Tq queries, Tk keys, H heads, Hkv key/value heads, D head size, C channels, V vocabulary.
+Letters: B batch, Tq queries, Tk keys, H heads, Hkv key/value heads, D head size, C channels, V vocabulary; of a paged
+cache: N tokens of all sequences together, P slots a page, M pages that a sequence may have.
 Each function takes any floating dtype and computes in it; call it in float64 for a ground truth.
 """
+
+import math
 
 import torch
 
@@ -105,3 +108,57 @@ def reduce(losses: torch.Tensor, counted: torch.Tensor, reduction: str) -> torch
     if reduction == "mean":
         return losses.sum() / counted.sum().clamp(min=1)
     raise ValueError(f"reduction {reduction!r} is not one of mean, sum, none")
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    block_table: torch.Tensor,
+    lengths: torch.Tensor,
+    *,
+    starts: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Causal attention of each sequence's last tokens, over keys and values in pages (Kwon et al., 2023).
+
+    Args:
+        q: (N, H, D), the queries of B sequences one after the other; their own keys and values are in the pages.
+        k_pages, v_pages: (pages, P, Hkv, D), the pool that all sequences share.
+        block_table: int32 (B, M); entry j is the page of a sequence's positions j * P to (j + 1) * P - 1. Entries
+            past the length are never read.
+        lengths: int32 (B,), the tokens in the cache, those of q included; 0 marks an empty slot, whose output is 0.
+        starts: int32 (B + 1,), from 0 to N: sequence b has the queries starts[b] to starts[b + 1] - 1, which are its
+            last tokens, at most lengths[b]. Default: one query a sequence, so N = B.
+        scale: of the scores; default D ** -0.5.
+
+    Returns:
+        (N, H, D), in q's dtype.
+    """
+    P = k_pages.shape[1]
+    out = torch.zeros_like(q)
+    bounds = range(len(q) + 1) if starts is None else starts.tolist()
+    for b, length in enumerate(lengths.tolist()):
+        if length == 0:
+            continue
+        own = slice(bounds[b], bounds[b + 1])
+        pages = block_table[b, : math.ceil(length / P)]
+        k, v = (t[pages].flatten(0, 1)[None, :length] for t in (k_pages, v_pages))
+        out[own] = causal_attention(q[None, own], k, v, scale=scale)[0]
+    return out
+
+
+def kv_write(
+    k: torch.Tensor, v: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, slots: torch.Tensor
+) -> None:
+    """Write the keys and values of N tokens to their places in the pages, in place.
+
+    Args:
+        k, v: (N, Hkv, D).
+        k_pages, v_pages: (pages, P, Hkv, D).
+        slots: int64 (N,), page * P + the place in it, each given once; -1 is padding and is not written.
+    """
+    for token, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            k_pages.flatten(0, 1)[slot] = k[token]
+            v_pages.flatten(0, 1)[slot] = v[token]

@@ -106,3 +106,137 @@ def linear_cross_entropy(
         return total / (targets != ignore_index).sum().clamp(min=1)
     losses = F.cross_entropy(logits, flat, ignore_index=ignore_index, reduction="none")
     return reduce(losses.view(targets.shape), targets != ignore_index, reduction)
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    block_table: torch.Tensor,
+    lengths: torch.Tensor,
+    *,
+    starts: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if scale < 0:  # as above
+        q, scale = -q, -scale
+    if torch.compiler.is_compiling():
+        return torch.ops.fastgpt.paged_attention_stock(q, k_pages, v_pages, block_table, lengths, starts, scale)
+    if starts is None and q.device.type != "cpu":
+        return _decode_without_waiting(q, k_pages, v_pages, block_table, lengths, scale)
+    return _attend_one_by_one(q, k_pages, v_pages, block_table, lengths, starts, scale)
+
+
+@torch.library.custom_op("fastgpt::paged_attention_stock", mutates_args=())
+def _opaque_paged_attention(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    block_table: torch.Tensor,
+    lengths: torch.Tensor,
+    starts: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """`paged_attention` as one piece to torch.compile, which cannot trace what is read on the host."""
+    return paged_attention(q, k_pages, v_pages, block_table, lengths, starts=starts, scale=scale)
+
+
+@_opaque_paged_attention.register_fake
+def _paged_attention_shape(q, k_pages, v_pages, block_table, lengths, starts, scale):
+    return q.new_empty(q.shape)
+
+
+def _attend_one_by_one(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    block_table: torch.Tensor,
+    lengths: torch.Tensor,
+    starts: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """SDPA for each sequence at its own length: nothing is padded, and pages that lie in a row are not even copied."""
+    P, H, Hkv = k_pages.shape[1], q.shape[1], k_pages.shape[2]
+    k_slots, v_slots = k_pages.flatten(0, 1), v_pages.flatten(0, 1)  # each (pages * P, Hkv, D)
+    queries = q.transpose(0, 1)[None]  # (1, H, N, D)
+    bounds = range(len(q) + 1) if starts is None else starts.tolist()
+    outs = []
+    for b, (pages, length) in enumerate(zip(block_table.tolist(), lengths.tolist(), strict=True)):
+        first, last = bounds[b], bounds[b + 1]
+        own = queries[:, :, first:last]
+        if length == 0:
+            outs.append(torch.zeros_like(own))
+            continue
+        pages = pages[: -(-length // P)]
+        if pages == list(range(pages[0], pages[0] + len(pages))):
+            at = pages[0] * P
+            k, v = k_slots[at : at + length], v_slots[at : at + length]
+        else:
+            k, v = (t[pages].flatten(0, 1)[:length] for t in (k_pages, v_pages))
+        k, v = k.transpose(0, 1)[None], v.transpose(0, 1)[None]  # each (1, Hkv, length, D)
+        Tq = last - first
+        mask = None if Tq in (1, length) else visible(Tq, length, None, q.device)
+        triangle = Tq == length and Tq > 1
+        outs.append(
+            F.scaled_dot_product_attention(
+                own, k, v, attn_mask=mask, is_causal=triangle, scale=scale, enable_gqa=Hkv != H
+            )
+        )
+    return torch.cat(outs, dim=2)[0].transpose(0, 1) if outs else torch.empty_like(q)
+
+
+def _decode_without_waiting(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    block_table: torch.Tensor,
+    lengths: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """One query a sequence, over copies of all its pages: for a GPU, where reading the lengths would mean to wait."""
+    (_, P, Hkv, _), M = k_pages.shape, block_table.shape[1]
+    slot = torch.arange(M * P, device=q.device)
+    seen = slot < lengths[:, None]  # (B, M * P)
+    pages = block_table.where(seen[:, ::P], 0)  # what stands past the length need not be a page
+    k, v = (t[pages].flatten(1, 2).transpose(1, 2) for t in (k_pages, v_pages))  # each (B, Hkv, M * P, D)
+    v = v.where(seen[:, None, :, None], 0)  # nor need what stands in unwritten slots be finite
+    k = k.where(seen[:, None, :, None], 0)
+    mask = (seen | (lengths == 0)[:, None])[:, None, None]
+    out = F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=mask, scale=scale, enable_gqa=Hkv != q.shape[1])
+    return out[:, :, 0]
+
+
+def kv_write(
+    k: torch.Tensor, v: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, slots: torch.Tensor
+) -> None:
+    if torch.compiler.is_compiling():
+        torch.ops.fastgpt.kv_write_stock(k, v, k_pages, v_pages, slots)
+        return
+    padding = slots < 0
+    if slots.device.type == "cpu":
+        if padding.any():
+            k, v, slots = k[~padding], v[~padding], slots[~padding]
+        for t, pages in ((k, k_pages), (v, v_pages)):
+            pages.flatten(0, 1).index_copy_(0, slots, t)
+        return
+    # Without waiting for the device: padding repeats the write of a token that is none, or the page's own content.
+    last = slots.argmax()
+    token = torch.arange(len(slots), device=slots.device).where(~padding, last)
+    slots = slots[token]
+    for t, pages in ((k, k_pages), (v, v_pages)):
+        flat, place = pages.flatten(0, 1), slots.clamp(min=0)
+        flat.index_copy_(0, place, torch.where((slots >= 0)[:, None, None], t[token], flat[place]))
+
+
+@torch.library.custom_op("fastgpt::kv_write_stock", mutates_args=("k_pages", "v_pages"))
+def _opaque_kv_write(
+    k: torch.Tensor, v: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, slots: torch.Tensor
+) -> None:
+    """`kv_write` as one piece to torch.compile."""
+    kv_write(k, v, k_pages, v_pages, slots)
+
+
+@_opaque_kv_write.register_fake
+def _kv_write_shape(k, v, k_pages, v_pages, slots):
+    return None
