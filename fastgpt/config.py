@@ -15,7 +15,8 @@ from typing import Any
 from fastgpt.errors import UsageError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-CACHES = ("none", "dense")
+CACHES = ("none", "dense", "paged", "auto")
+SPECULATION = ("none", "ngram")
 KERNELS = ("auto", "torch", "reference", "triton")
 
 
@@ -150,8 +151,15 @@ class SamplingParams:
     top_k: int | None = option(200, "sample among the k likeliest tokens; 0: all", low=0)
     top_p: float | None = option(None, "sample among the likeliest tokens that hold this share", above=0, high=1)
     min_p: float | None = option(None, "drop tokens below this share of the likeliest one's", low=0, high=1)
-    repetition_penalty: float = option(1.0, "above 1: lower the score of what has been said", above=0)
+    repetition_penalty: float = option(1.0, "above 1: lower the score of what the text holds, prompt included", above=0)
+    presence_penalty: float = option(0.0, "lower the score of each token that was generated", low=-100, high=100)
+    frequency_penalty: float = option(0.0, "the same, for each time that it was generated", low=-100, high=100)
     stop: tuple[str, ...] = option((), "end before this text; may be given several times")
+    stop_tokens: tuple[int, ...] = option((), "end before this token id; may be given several times")
+    logprobs: int | None = option(
+        None, "give each token's log-probability, and those of as many of the likeliest", low=0, high=20
+    )
+    num_samples: int = option(1, "continuations of a prompt; the seed of each is one higher", low=1, high=65_536)
     seed: int = option(1337, "the same seed gives the same text", low=0, high=2**63 - 1)
 
 
@@ -162,10 +170,27 @@ class GenerateConfig(SamplingParams):
     out_dir: str = option("out", "folder of the run")
     checkpoint: str = option("best", "best, latest, or a step's folder name such as step-000500")
     prompt: str = option("", "text to continue; FILE:path reads a file, - reads stdin", alias=("start",))
-    num_samples: int = option(1, "continuations to write; the seed of each is one higher", low=1)
-    cache: str = option("dense", "keys and values of earlier tokens: recomputed or kept", choices=CACHES)
+    prompts: str | None = option(
+        None, "a file of prompts, a line each, or .jsonl with settings of their own; - reads lines from stdin"
+    )
+    output: str | None = option(None, "file for the JSON lines that --prompts writes; default stdout")
+    interactive: bool = option(False, "write in turns with the model")
+    cache: str = option(
+        "auto",
+        "keys and values of earlier tokens; auto: paged for many continuations, else dense",
+        choices=CACHES,
+    )
+    kv_memory: str | None = option(
+        None, "memory of the paged cache, such as 2GiB or 50%; default 80% of a GPU's free memory, 25% elsewhere"
+    )
+    page_size: int = option(16, "tokens in a page", low=1, high=65_536)
+    prefix_cache: bool = option(True, "compute prompts that begin alike only once")
+    max_batch: int = option(64, "continuations that run at once", low=1, high=65_536)
+    max_batch_tokens: int = option(2048, "tokens of one forward pass; longer prompts are read in chunks", low=1)
+    speculate: str = option("none", "guess tokens from the text itself and check them in one pass", choices=SPECULATION)
     device: str = option("auto", "auto, cpu, mps, cuda or cuda:N")
     dtype: str = option("auto", "weights and arithmetic; auto: float32 on a CPU, else bfloat16", choices=DTYPES)
+    compile: bool = option(False, "compile the model with torch.compile; with the paged cache")
     kernels: str = option("auto", "the table's column: see fastgpt/dispatch.py", choices=KERNELS)
 
     def sampling(self) -> SamplingParams:
@@ -215,8 +240,10 @@ def _check_field(field: dataclasses.Field, hint: Any, value: Any) -> None:
     if value is None and type(None) in allowed:
         return
     accepted = tuple(typing.get_origin(t) or t for t in allowed)
-    if tuple in accepted and not (isinstance(value, tuple) and all(isinstance(v, str) for v in value)):
-        raise UsageError(f"{flag} {value!r} is not a list of text")
+    if tuple in accepted:
+        item = typing.get_args(hint)[0]
+        if not (isinstance(value, tuple) and all(type(v) is item for v in value)):
+            raise UsageError(f"{flag} {value!r} is not a list of {'text' if item is str else 'whole numbers'}")
     number = isinstance(value, int) and not isinstance(value, bool)
     fits = isinstance(value, accepted) and (not isinstance(value, bool) or bool in accepted)
     if not fits and not (number and float in accepted):

@@ -1,7 +1,10 @@
 """The machine: which device, which arithmetic, its peak and its memory."""
 
+import os
+import re
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 
@@ -114,6 +117,58 @@ def peak_memory(device: torch.device) -> int | None:
     # Linux counts in KiB, macOS in bytes.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be had: of the GPU, or of the machine and this process's limit (its cgroup's)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    return min(_machine_memory(), _cgroup_memory())
+
+
+def parse_memory(text: str, device: torch.device) -> int:
+    """Bytes from "2GiB", "500 MB", "1000000" or "30%", which is of the free memory.
+
+    Raises:
+        UsageError: none of these.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?b|%)?", text.strip().lower())
+    if match is None:
+        raise UsageError(f"--kv_memory {text!r} is not an amount of memory such as 2GiB, 500MB or 30%")
+    number, unit = float(match[1]), match[2] or "b"
+    if unit == "%":
+        if number > 100:
+            raise UsageError(f"--kv_memory {text!r} is more than all of the free memory; pass at most 100%")
+        return int(number / 100 * free_memory(device))
+    return int(number * (1024 if "i" in unit else 1000) ** "bkmgt".index(unit[0]))
+
+
+def _machine_memory() -> int:
+    """What Linux says is available; elsewhere half of the machine's memory, or 4 GiB where even that is unknown."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        sizes = dict(line.split(":") for line in meminfo.read_text().splitlines())
+        return int(sizes["MemAvailable"].split()[0]) * 1024
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    except (AttributeError, OSError, ValueError):  # Windows has no sysconf
+        return 4 << 30
+
+
+def _cgroup_memory() -> int:
+    """What the limit of a container leaves (cgroup v2, then v1); a very large number without one."""
+    folder = Path("/sys/fs/cgroup")
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            return max(0, int((folder / limit).read_text()) - int((folder / used).read_text()))
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+    return sys.maxsize
 
 
 def synchronize(device: torch.device) -> None:

@@ -4,6 +4,8 @@ import hashlib
 import os
 from pathlib import Path
 
+from fastgpt.errors import UsageError
+
 TEMPORARY = ".tmp-"
 
 
@@ -43,3 +45,11 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def decode_utf8(content: bytes, name: str) -> str:
+    """The text of a file called `name`. Raises `UsageError` for what is not UTF-8."""
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{name} is not UTF-8: byte {error.start} is 0x{content[error.start]:02x}") from None

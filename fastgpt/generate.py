@@ -1,28 +1,30 @@
-"""Generate text from a trained run: prefill the prompt, decode token by token.
+"""Generate text from a trained run: one continuation at a time, or many at once.
 
     python -m fastgpt.generate --prompt "The with statement"
+    python -m fastgpt.generate --prompts prompts.txt --output answers.jsonl
 
-Python: `fastgpt.load("out").generate("The with statement")`.
+Python: `fastgpt.load("out").generate("The with statement")`, or `.engine()` for many prompts.
 """
 
-import codecs
 import dataclasses
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from fastgpt import checkpoint, cli, dispatch, run_folder, tokenizer
-from fastgpt.config import CACHES, GenerateConfig, SamplingParams, validate
-from fastgpt.device import resolve_device, resolve_weights_dtype, synchronize
+from fastgpt.config import GenerateConfig, SamplingParams, validate
+from fastgpt.device import parse_memory, resolve_device, resolve_weights_dtype, synchronize
 from fastgpt.errors import UsageError
-from fastgpt.kv_cache import DenseCache
+from fastgpt.files import decode_utf8
 from fastgpt.model import GPT
-from fastgpt.sampler import Sampler
+from fastgpt.single import Generation
 from fastgpt.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from fastgpt.engine import Engine
+
+SINGLE_CACHES = ("none", "dense")
 
 
 class TextGenerator:
@@ -35,7 +37,7 @@ class TextGenerator:
         """The continuation of the prompt, without the prompt itself. See `stream`."""
         return "".join(self.stream(prompt, cache=cache, **settings))
 
-    def stream(self, prompt: str = "", *, cache: str = "dense", **settings: Any) -> "Generation":
+    def stream(self, prompt: str = "", *, cache: str = "dense", **settings: Any) -> Generation:
         """The continuation piece by piece, as it comes.
 
         Args:
@@ -44,7 +46,8 @@ class TextGenerator:
             settings: fields of `SamplingParams`; `stop` may be one text or several.
 
         Raises:
-            UsageError: a setting outside its limits, or a character that the tokenizer does not know.
+            UsageError: a setting outside its limits, more than one sample, or a character that the tokenizer does not
+                know.
         """
         if isinstance(stop := settings.get("stop", ()), str):
             settings["stop"] = (stop,)
@@ -52,89 +55,17 @@ class TextGenerator:
             settings["stop"] = tuple(stop)
         params = SamplingParams(**settings)
         validate(params)
-        if cache not in CACHES:
-            raise UsageError(f"cache {cache!r} is not one of {', '.join(CACHES)}")
-        return Generation(self, prompt, params, cache)
+        if cache not in SINGLE_CACHES:
+            raise UsageError(f"cache {cache!r} is not one of {', '.join(SINGLE_CACHES)}; for paged, use engine()")
+        if params.num_samples > 1:
+            raise UsageError(f"num_samples {params.num_samples}: a stream is one continuation; use engine()")
+        return Generation(self.model, self.tokenizer, prompt, params, cache)
 
+    def engine(self, **options: Any) -> "Engine":
+        """An engine for many prompts at once; see `fastgpt.engine.Engine` for its options."""
+        from fastgpt.engine import Engine
 
-class Generation:
-    """One continuation under way: iterate for its pieces of text; the counters are right at every moment.
-
-    Attributes:
-        prefill_tokens, prefill_seconds: of the prompt, or of its end that fits in block_size.
-        decode_tokens, decode_seconds: of the new tokens after the first, which the prefill yields.
-    """
-
-    def __init__(self, generator: TextGenerator, prompt: str, params: SamplingParams, cache: str):
-        self.model, self.tokenizer, self.params = generator.model, generator.tokenizer, params
-        self.cached = cache == "dense"
-        self.prompt = self.tokenizer.encode(prompt).tolist() or [self.tokenizer.start_token]
-        self.prefill_tokens, self.prefill_seconds = min(len(self.prompt), self.model.config.block_size), 0.0
-        self.decode_tokens, self.decode_seconds = 0, 0.0
-        self._pieces = self._text()
-
-    def __iter__(self) -> Iterator[str]:
-        return self._pieces
-
-    def tokens(self) -> Iterator[int]:
-        """The new tokens, one by one, without regard to stop texts."""
-        weight = self.model.wte.weight
-        tokens = torch.tensor([self.prompt], device=weight.device)
-        sampler = Sampler(self.params, tokens, self.tokenizer.vocab_size)
-        cache = DenseCache(self.model.config, device=weight.device, dtype=weight.dtype) if self.cached else None
-        for i in range(self.params.max_new_tokens):
-            began = time.perf_counter()
-            with torch.inference_mode():
-                token = sampler(self._logits(tokens, cache))
-                # The oldest tokens are out of every window to come.
-                tokens = torch.cat([tokens, token], dim=1)[:, -self.model.config.block_size - 1 :]
-            value = int(token)
-            self._count(i, time.perf_counter() - began)
-            yield value
-
-    def _logits(self, tokens: torch.Tensor, cache: DenseCache | None) -> torch.Tensor:
-        """The next token's logits (1, V), from the last block_size tokens."""
-        block = self.model.config.block_size
-        if cache is None:
-            return self.model(tokens[:, -block:], last_only=True)[:, -1]
-        if cache.length == 0 or cache.length == block:
-            # Every token's position changes as the window slides, and with it all that is cached.
-            cache.clear()
-            return self.model(tokens[:, -block:], cache=cache, last_only=True)[:, -1]
-        return self.model(tokens[:, -1:], cache=cache, last_only=True)[:, -1]
-
-    def _count(self, index: int, seconds: float) -> None:
-        if index == 0:
-            self.prefill_seconds = seconds
-        else:
-            self.decode_tokens += 1
-            self.decode_seconds += seconds
-
-    def _text(self) -> Iterator[str]:
-        """Decode bytes to text as they become whole, and end before a stop text."""
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        pending = ""
-        for token in self.tokens():
-            pending += decoder.decode(self.tokenizer.token_bytes(token))
-            ends = [at for stop in self.params.stop if stop and (at := pending.find(stop)) >= 0]
-            if ends:
-                yield pending[: min(ends)]
-                return
-            held = _could_begin(self.params.stop, pending)
-            if ready := pending[: len(pending) - held]:
-                yield ready
-            pending = pending[len(pending) - held :]
-        if rest := pending + decoder.decode(b"", final=True):
-            yield rest
-
-
-def _could_begin(stops: Sequence[str], text: str) -> int:
-    """How many last characters of `text` may be the beginning of a stop text."""
-    longest = max((len(stop) for stop in stops), default=1) - 1
-    for length in range(min(longest, len(text)), 0, -1):
-        if any(stop.startswith(text[-length:]) for stop in stops):
-            return length
-    return 0
+        return Engine(self.model, self.tokenizer, **options)
 
 
 def load(
@@ -167,21 +98,39 @@ def load(
 def read_prompt(text: str) -> str:
     """The prompt that --prompt names: the text itself, FILE:path, or - for stdin."""
     if text == "-":
-        return _decode(sys.stdin.buffer.read(), "stdin")
+        return decode_utf8(sys.stdin.buffer.read(), "--prompt: stdin")
     if not text.startswith("FILE:"):
         return text
     path = Path(text.removeprefix("FILE:"))
     try:
-        return _decode(path.read_bytes(), str(path))
+        return decode_utf8(path.read_bytes(), f"--prompt: {path}")
     except OSError as error:
         raise UsageError(f"--prompt {text}: {path} cannot be read: {error.strerror}") from None
 
 
-def _decode(content: bytes, name: str) -> str:
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"--prompt: {name} is not UTF-8: byte {error.start} is 0x{content[error.start]:02x}") from None
+def choose_cache(config: GenerateConfig) -> str:
+    """The cache that --cache names; auto is paged for what needs it or has many continuations, else dense.
+
+    Raises:
+        UsageError: flags that do not go together.
+    """
+    needing = {
+        "--interactive": config.interactive,
+        "--compile": config.compile,
+        "--speculate": config.speculate != "none",
+    }
+    needs = [flag for flag, given in needing.items() if given]
+    if config.interactive and config.prompts is not None:
+        raise UsageError("--interactive and --prompts exclude each other; pass only one")
+    if config.output is not None and config.prompts is None:
+        raise UsageError(f"--output {config.output} is for --prompts; send the text of --prompt there with >")
+    if config.prompts is not None and config.prompt:
+        raise UsageError("--prompt and --prompts exclude each other; pass only one")
+    if config.cache in SINGLE_CACHES and needs:
+        raise UsageError(f"{needs[0]} needs the paged cache, not --cache {config.cache}; use --cache paged or auto")
+    if config.cache != "auto":
+        return config.cache
+    return "paged" if needs or config.prompts is not None or config.num_samples > 1 else "dense"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -191,43 +140,138 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m fastgpt.generate",
         description="Generate text from a trained run.",
     )
+    cache = choose_cache(config)
+    if config.prompts is not None:
+        return _answer_file(config, cache)
     prompt = read_prompt(config.prompt)
-    generator = load(
+    generator = _load(config)
+    if config.interactive:
+        from fastgpt import interactive
+
+        interactive.run(_engine(generator, config), generator.tokenizer, config.sampling(), prompt)
+    elif cache == "paged":
+        _print_samples(_engine(generator, config), prompt, config.sampling())
+    else:
+        for sample in range(config.num_samples):
+            _print_heading(sample, config.num_samples)
+            params = dataclasses.replace(config.sampling(), seed=(config.seed + sample) % 2**63)
+            _print_sample(Generation(generator.model, generator.tokenizer, prompt, params, cache), prompt)
+    return 0
+
+
+def _load(config: GenerateConfig) -> TextGenerator:
+    return load(
         config.out_dir,
         checkpoint_name=config.checkpoint,
         device=config.device,
         dtype=config.dtype,
         kernels=config.kernels,
     )
-    for sample in range(config.num_samples):
-        if config.num_samples > 1:
-            print(f"--- sample {sample + 1} of {config.num_samples}")
-        params = dataclasses.replace(config.sampling(), seed=config.seed + sample)
-        _print_sample(Generation(generator, prompt, params, config.cache), prompt)
-    return 0
+
+
+def _engine(generator: TextGenerator, config: GenerateConfig) -> "Engine":
+    """An engine with the command line's settings, whose window slides as with the other caches."""
+    device = generator.model.wte.weight.device
+    return generator.engine(
+        max_batch=config.max_batch,
+        max_batch_tokens=config.max_batch_tokens,
+        page_size=config.page_size,
+        kv_memory=None if config.kv_memory is None else parse_memory(config.kv_memory, device),
+        prefix_cache=config.prefix_cache,
+        speculate=config.speculate,
+        slide=True,
+        compile=config.compile,
+    )
+
+
+def _answer_file(config: GenerateConfig, cache: str) -> int:
+    """Continue the prompts of --prompts; 1 where one of them could not be."""
+    from fastgpt import batch
+
+    batch.check_output(config.output)
+    jobs = batch.read_prompts(config.prompts or "", config.sampling())
+    generator = _load(config)
+    engine = _engine(generator, config) if cache == "paged" else None
+    completions = (
+        batch.all_at_once(engine, jobs)
+        if engine
+        else batch.one_by_one(generator.model, generator.tokenizer, jobs, cache)
+    )
+    failed = batch.write(completions, jobs, config.output, engine)
+    if engine:
+        print(batch.summary(engine), file=sys.stderr)
+    if failed:
+        print(f"{failed:,} of {len(jobs):,} prompts could not be continued; see their error", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _print_heading(sample: int, samples: int) -> None:
+    if samples > 1:
+        print(f"--- sample {sample + 1} of {samples}")
+
+
+def _warn_of_sliding(prompt_tokens: int, params: SamplingParams, block: int) -> None:
+    if prompt_tokens + params.max_new_tokens - 1 > block:
+        print(f"[past {block} tokens the window slides, and each token costs a prefill of {block}]", file=sys.stderr)
+
+
+def _print_samples(engine: "Engine", prompt: str, params: SamplingParams) -> None:
+    """The continuations to stdout, one after the other, the first as it comes; how it went to stderr."""
+    from fastgpt import batch
+
+    tokenizer = engine.tokenizer
+    assert tokenizer is not None
+    _warn_of_sliding(len(tokenizer.encode(prompt)), params, engine.block_size)
+    texts, shown = ["" for _ in range(params.num_samples)], 0
+    ended = [False for _ in range(params.num_samples)]
+
+    def begin(sample: int) -> None:
+        _print_heading(sample, params.num_samples)
+        print(prompt, end="", flush=True)
+
+    begin(0)
+    for piece in engine.stream([prompt], params):
+        if piece.completion and piece.completion.error:
+            print(flush=True)
+            raise UsageError(piece.completion.error)
+        texts[piece.sample] += piece.text
+        ended[piece.sample] = piece.completion is not None
+        while shown < params.num_samples:
+            print(texts[shown], end="", flush=True)
+            texts[shown] = ""
+            if not ended[shown]:
+                break
+            print(flush=True)
+            shown += 1
+            if shown < params.num_samples:
+                begin(shown)
+    stats = engine.stats
+    line = speed_line(stats.prefill_tokens, stats.prefill_seconds, stats.decode_tokens, stats.decode_seconds)
+    guesses = f", {batch.acceptance(stats)}" if engine.speculate != "none" else ""
+    print(f"[{line}{guesses}]", file=sys.stderr)
 
 
 def _print_sample(generation: Generation, prompt: str) -> None:
     """Stream one continuation to stdout, and its speed to stderr."""
-    block = generation.model.config.block_size
-    if len(generation.prompt) + generation.params.max_new_tokens - 1 > block:
-        print(f"[past {block} tokens the window slides, and each token costs a prefill of {block}]", file=sys.stderr)
+    _warn_of_sliding(len(generation.prompt), generation.params, generation.model.config.block_size)
     print(prompt, end="", flush=True)
     for piece in generation:
         print(piece, end="", flush=True)
     print(flush=True)
     synchronize(generation.model.wte.weight.device)
-    print(f"[{speed_line(generation)}]", file=sys.stderr)
+    line = speed_line(
+        generation.prefill_tokens, generation.prefill_seconds, generation.decode_tokens, generation.decode_seconds
+    )
+    print(f"[{line}]", file=sys.stderr)
 
 
-def speed_line(generation: Generation) -> str:
+def speed_line(prefill: int, prefill_seconds: float, decode: int, decode_seconds: float) -> str:
     """Tokens and tokens/s of prefill and decode, apart."""
-    prefill, decode = generation.prefill_tokens, generation.decode_tokens
     parts = [f"prefill {prefill:,} tokens"]
-    if generation.prefill_seconds:
-        parts[0] += f" at {prefill / generation.prefill_seconds:,.0f} tokens/s"
+    if prefill_seconds:
+        parts[0] += f" at {prefill / prefill_seconds:,.0f} tokens/s"
     if decode:
-        parts.append(f"decode {decode:,} tokens at {decode / generation.decode_seconds:,.0f} tokens/s")
+        parts.append(f"decode {decode:,} tokens at {decode / decode_seconds:,.0f} tokens/s")
     return ", ".join(parts)
 
 

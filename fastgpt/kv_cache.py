@@ -1,8 +1,20 @@
-"""Keys and values of the tokens so far, so that a new token costs one step and not the whole context."""
+"""Keys and values of the tokens so far, so that a new token costs one step and not the whole context.
+
+`DenseCache` holds a few sequences of one length, `PagedCache` many of any lengths. The model knows neither: it asks a
+cache where its tokens stand and to attend to all that came before.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
+from fastgpt.block_allocator import BlockAllocator, BlockTable
 from fastgpt.config import ModelConfig
+
+if TYPE_CHECKING:
+    from fastgpt.dispatch import Ops
 
 
 class DenseCache:
@@ -15,20 +27,28 @@ class DenseCache:
         self.capacity = config.block_size  # S, the tokens that fit
         self.length = 0
 
+    def positions(self, T: int) -> slice:
+        """Where the next T tokens stand. Raises ValueError for more tokens than slots."""
+        end = self.length + T
+        if end > self.capacity:
+            raise ValueError(f"{end} tokens do not fit in a cache of {self.capacity}")
+        return slice(self.length, end)
+
+    def attend(self, ops: "Ops", layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Append k and v (B, T, Hkv, D) and attend to all so far: q (B, T, H, D) -> the same shape."""
+        return ops.causal_attention(q, *self.append(layer, k, v))
+
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the keys and values (B, T, Hkv, D) of the next T tokens; return views of all of them so far.
 
         Raises:
             ValueError: more tokens than slots.
         """
-        T = k.shape[1]
-        end = self.length + T
-        if end > self.capacity:
-            raise ValueError(f"{end} tokens do not fit in a cache of {self.capacity}")
+        here = self.positions(k.shape[1])
         keys, values = self.keys[layer], self.values[layer]
-        keys.narrow(1, self.length, T).copy_(k)
-        values.narrow(1, self.length, T).copy_(v)
-        return keys.narrow(1, 0, end), values.narrow(1, 0, end)
+        keys[:, here].copy_(k)
+        values[:, here].copy_(v)
+        return keys[:, : here.stop], values[:, : here.stop]
 
     def advance(self, tokens: int) -> None:
         """Count the tokens that every layer has now appended."""
@@ -37,3 +57,87 @@ class DenseCache:
     def clear(self) -> None:
         """Forget everything; the memory is kept."""
         self.length = 0
+
+
+class PagedCache:
+    """A pool of pages a layer, for keys and for values, that sequences of any lengths share: (pages, P, Hkv, D).
+
+    A sequence's pages need not lie in a row, so nothing is moved when it grows, forks or ends; `allocator` says whose
+    each page is.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        pages: int,
+        page_size: int = 16,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        prefix_cache: bool = True,
+    ):
+        self.allocator = BlockAllocator(pages, page_size, prefix_cache=prefix_cache)
+        shape = (2, config.n_layer, pages, page_size, config.kv_heads, config.head_size)
+        self._pool = torch.empty(shape, device=device, dtype=dtype)  # on a CPU, memory is taken as it is written
+        self.keys, self.values = self._pool[0].unbind(), self._pool[1].unbind()
+
+    def reserve(self, table: BlockTable, length: int, room: int = 0) -> None:
+        """`BlockAllocator.reserve`, with the copies that it asks for made."""
+        for source, page in self.allocator.reserve(table, length, room):
+            self._pool[:, :, page] = self._pool[:, :, source]
+
+
+def page_bytes(config: ModelConfig, page_size: int, dtype: torch.dtype) -> int:
+    """The memory of one page, in all layers, keys and values."""
+    return 2 * config.n_layer * page_size * config.kv_heads * config.head_size * dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some sequences of a step, whose queries stand one after the other; see `reference.paged_attention`."""
+
+    block_table: torch.Tensor  # int32 (B, M)
+    lengths: torch.Tensor  # int32 (B,)
+    starts: torch.Tensor | None = None  # int32 (B + 1,); None: one query each
+
+
+@dataclass(frozen=True)
+class PagedStep:
+    """The tokens of one forward pass, of many sequences one after the other, to the model: a batch of one, (1, N)."""
+
+    keys: tuple[torch.Tensor, ...]  # of each layer, (pages, P, Hkv, D)
+    values: tuple[torch.Tensor, ...]
+    at: torch.Tensor  # int64 (N,): each token's position in its sequence
+    slots: torch.Tensor  # int64 (N,): each token's place in the pages, -1 for padding
+    parts: tuple[Part, ...]  # together all N tokens, in order
+
+    def positions(self, T: int) -> torch.Tensor:
+        return self.at
+
+    def attend(self, ops: "Ops", layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Write k and v (1, N, Hkv, D) to their pages and attend: q (1, N, H, D) -> the same shape."""
+        keys, values = self.keys[layer], self.values[layer]
+        ops.kv_write(k[0], v[0], keys, values, self.slots)
+        if len(self.parts) == 1:
+            return self._attend(ops.paged_attention, q[0], keys, values, self.parts[0])[None]
+        # The first part has one query a sequence, the second the rest.
+        decoding = len(self.parts[0].lengths)
+        pieces = q[0].split([decoding, q.shape[1] - decoding])
+        outs = [
+            self._attend(ops.paged_attention, piece, keys, values, part)
+            for piece, part in zip(pieces, self.parts, strict=True)
+        ]
+        return torch.cat(outs)[None]
+
+    def _attend(
+        self,
+        paged_attention: Callable[..., torch.Tensor],
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        part: Part,
+    ) -> torch.Tensor:
+        return paged_attention(q, keys, values, part.block_table, part.lengths, starts=part.starts)
+
+    def advance(self, tokens: int) -> None:
+        """The block tables count their tokens themselves."""

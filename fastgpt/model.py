@@ -24,9 +24,9 @@ from fastgpt.linear import Linear, linear, store_by_columns
 class Cache(Protocol):
     """Keys and values of the tokens so far; see `fastgpt.kv_cache`."""
 
-    length: int
+    def positions(self, T: int) -> slice | torch.Tensor: ...
 
-    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def attend(self, ops: Ops, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor: ...
 
     def advance(self, tokens: int) -> None: ...
 
@@ -64,9 +64,10 @@ class Attention(nn.Module):
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
         if cache is not None:
-            k, v = cache.append(self.layer, k, v)  # each (B, S, Hkv, D)
-        dropout_p = self.dropout if self.training else 0.0
-        y = self.ops.causal_attention(q, k, v, dropout_p=dropout_p, seed=seed, doc_ids=doc_ids)
+            y = cache.attend(self.ops, self.layer, q, k, v)
+        else:
+            dropout_p = self.dropout if self.training else 0.0
+            y = self.ops.causal_attention(q, k, v, dropout_p=dropout_p, seed=seed, doc_ids=doc_ids)
         return self.c_proj(y.reshape(B, T, C))
 
 
@@ -214,17 +215,20 @@ class GPT(nn.Module):
         x = self.hidden(tokens, doc_ids, cache)
         if targets is not None:
             return self.ops.linear_cross_entropy(x, self.wte.weight, targets, valid_vocab=self.config.vocab_size)
-        logits = linear(x[:, -1:] if last_only else x, self.wte.weight)
-        return logits[..., : self.config.vocab_size]
+        return self.logits(x[:, -1:] if last_only else x)
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Scores of each token of the vocabulary as the next one: hidden states (..., C) -> (..., V)."""
+        return linear(x, self.wte.weight)[..., : self.config.vocab_size]
 
     def hidden(
         self, tokens: torch.Tensor, doc_ids: torch.Tensor | None = None, cache: Cache | None = None
     ) -> torch.Tensor:
         """The last layer's normalized states, (B, T) -> (B, T, C)."""
-        T, start = tokens.shape[1], cache.length if cache is not None else 0
-        if start + T > self.config.block_size:
-            raise ValueError(f"{start + T} tokens do not fit in block_size {self.config.block_size}")
-        x, rotation = self.embed(tokens, start)
+        T = tokens.shape[1]
+        if cache is None and self.config.block_size < T:
+            raise ValueError(f"{T} tokens do not fit in block_size {self.config.block_size}")
+        x, rotation = self.embed(tokens, slice(0, T) if cache is None else cache.positions(T))
         x = F.dropout(x, self.config.dropout, self.training)
         dropping = self.training and self.config.dropout > 0
         seeds = torch.randint(2**31 - 1, (len(self.h),), device=x.device) if dropping else None
@@ -236,9 +240,9 @@ class GPT(nn.Module):
             cache.advance(T)
         return add_norm(self.ops, x, branch, self.ln_f)[1]
 
-    def embed(self, tokens: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Tokens (B, T) at positions from `start` on -> (B, T, C), and the rotation of rotary positions."""
-        x, here = self.wte(tokens), slice(start, start + tokens.shape[1])
+    def embed(self, tokens: torch.Tensor, here: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Tokens (B, T) at the positions `here` (T,) -> (B, T, C), and the rotation of rotary positions."""
+        x = self.wte(tokens)
         if self.wpe is not None:
             return x + self.wpe.weight[here], None
         if self.table is None:

@@ -1,62 +1,292 @@
-"""Logits to tokens, on the device."""
+"""Logits to tokens, on the device: one vectorised draw for many requests, each with its own settings.
+
+`Sampler` holds the requests' settings and penalties by slot, `Sampled` is what a call drew and brings it to the
+host in one copy as `Drawn`. `penalize`, `least_kept` and `draw` are its steps.
+
+A row's token depends on its logits, its settings and one number in [0, 1), a function of (seed, index) alone. All
+rows walk the vocabulary in the same order, whichever filters are on. So a request draws the same tokens whatever
+else is in the batch, after a preemption, and under speculation.
+"""
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import NamedTuple
 
 import torch
 
 from fastgpt.config import SamplingParams
 
+FLOAT32 = torch.finfo(torch.float32)
+INF = float("inf")
+
+
+class Drawn(NamedTuple):
+    """A token on the host. `top`: (id, log-probability) of the likeliest tokens, the likeliest first."""
+
+    token: int
+    logprob: float | None = None
+    top: list[tuple[int, float]] | None = None
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What a call drew, on the device; K is the most log-probabilities that one of the rows asks for."""
+
+    tokens: torch.Tensor  # int64 (R,)
+    logprobs: torch.Tensor | None  # float32 (R,); None where no row asks
+    top_logprobs: torch.Tensor | None  # float32 (R, K)
+    top_ids: torch.Tensor | None  # int64 (R, K)
+    asked: tuple[int | None, ...]  # `SamplingParams.logprobs` of each row
+
+    def to_host(self) -> list[Drawn]:
+        """Each row's token and what it asked for, in one copy. Of a vocabulary below `asked`, `top` is all of it."""
+        if self.logprobs is None or self.top_logprobs is None or self.top_ids is None:
+            return [Drawn(token) for token in self.tokens.cpu().tolist()]
+        columns = (self.tokens[:, None], self.top_ids, self.logprobs[:, None], self.top_logprobs)
+        # Floats travel as their bits, so that one tensor holds all.
+        packed = torch.cat([c.view(torch.int32) if c.is_floating_point() else c.int() for c in columns], 1).cpu()
+        width = 1 + self.top_ids.shape[1]
+        ids, logprobs = packed[:, :width].tolist(), packed[:, width:].view(torch.float32).tolist()
+        return [
+            Drawn(i[0]) if n is None else Drawn(i[0], p[0], list(zip(i[1 : n + 1], p[1 : n + 1], strict=True)))
+            for n, i, p in zip(self.asked, ids, logprobs, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What the host knows of a slot's request."""
+
+    seed: int
+    logprobs: int | None
+    greedy: bool
+    penalized: bool
+    columns: int  # how many of the likeliest tokens its filters must see in order; 0: none
+    top_p: bool
+    min_p: bool
+    settings: tuple[float, ...]  # the first fields of `_Settings`
+
+
+class _Settings(NamedTuple):
+    """The settings of R rows on the device, float32 (R, 1) each, so that one copy brings all."""
+
+    slot: torch.Tensor
+    repetition: torch.Tensor
+    presence: torch.Tensor
+    frequency: torch.Tensor
+    temperature: torch.Tensor
+    top_k: torch.Tensor
+    top_p: torch.Tensor
+    min_p: torch.Tensor
+    number: torch.Tensor  # of `uniform`; inf where greedy
+    order: torch.Tensor  # row numbers, in the order in which `Sampler._filter` wants them
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """What the penalties know of each slot's text."""
+
+    counts: torch.Tensor  # float32 (slots, V): how often its request generated a token
+    prompted: torch.Tensor  # bool (slots, V): its prompt holds the token
+
 
 class Sampler:
-    """Draws the next token of B sequences that share their settings.
+    """Draws the next token of R rows, each with the settings of the request in its slot.
 
-    The order is: repetition penalty (Keskar et al., 2019), temperature, top-k (Fan et al., 2018), top-p
-    (Holtzman et al., 2020), min-p (Nguyen et al., 2024), draw.
+    The order is: repetition penalty (Keskar et al., 2019), presence and frequency penalties (OpenAI's API),
+    temperature, top-k (Fan et al., 2018), top-p (Holtzman et al., 2020), min-p (Nguyen et al., 2024), draw.
     """
 
-    def __init__(self, params: SamplingParams, prompt: torch.Tensor, vocab_size: int):
-        """`prompt`: int64 (B, T), the tokens that the repetition penalty counts from the start."""
-        self.params = params
-        self.generator = torch.Generator(prompt.device).manual_seed(params.seed)
-        self.seen = None
-        if params.repetition_penalty != 1.0:
-            self.seen = torch.zeros(len(prompt), vocab_size, dtype=torch.bool, device=prompt.device)
-            self.seen.scatter_(1, prompt, True)
+    def __init__(self, slots: int, vocab_size: int, device: torch.device | str = "cpu"):
+        self.slots, self.vocab_size, self.device = slots, vocab_size, torch.device(device)
+        self._requests: dict[int, _Request] = {}
+        self._texts: _Texts | None = None  # until a request has penalties
 
-    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits (B, V) -> the next tokens, int64 (B, 1)."""
-        logits = logits.float()
-        if self.seen is not None:
-            penalty = self.params.repetition_penalty
-            penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
-            logits = torch.where(self.seen, penalized, logits)
-        if self.params.temperature == 0:
-            token = logits.argmax(-1, keepdim=True)
+    def begin(self, slot: int, params: SamplingParams, prompt: Sequence[int], said: Sequence[int] = ()) -> None:
+        """Give a slot to a request, and forget the one before.
+
+        `said`: the tokens that it generated already, where it was preempted or forked. Raises `IndexError` where
+        the sampler does not have the slot.
+        """
+        if not 0 <= slot < self.slots:
+            raise IndexError(f"slot {slot} of a sampler with {self.slots}")
+        request = self._requests[slot] = self._request(slot, params)
+        if not request.penalized:
+            return
+        if self._texts is None:
+            counts = torch.zeros(self.slots, self.vocab_size, dtype=torch.float32, device=self.device)
+            self._texts = _Texts(counts, torch.zeros_like(counts, dtype=torch.bool))
+        self._texts.counts[slot] = self._send(self._count(said))
+        self._texts.prompted[slot] = self._send(self._count(prompt) > 0)
+
+    @torch.no_grad()
+    def __call__(self, logits: torch.Tensor, slots: Sequence[int], indices: Sequence[int]) -> Sampled:
+        """Row r of logits (R, V) draws token number indices[r] (0: the first new one) of the request in slots[r].
+
+        Log-probabilities are the model's: log_softmax of the logits in float32, before penalties, temperature and
+        filters. A slot may hold several rows, unless its request has penalties: they count what is drawn here.
+        Any float dtype is computed in float32. Where logits are not numbers, a row draws any valid token. Raises
+        `ValueError` on another shape, `KeyError` on a slot that no request began.
+        """
+        if logits.shape != (len(slots), self.vocab_size) or len(indices) != len(slots):
+            raise ValueError(
+                f"logits {tuple(logits.shape)} for {len(slots)} slots and {len(indices)} indices, "
+                f"where ({len(slots)}, {self.vocab_size}) and as many indices are needed"
+            )
+        requests = [self._requests[slot] for slot in slots]
+        greedy = all(q.greedy for q in requests)
+        texts = self._texts if any(q.penalized for q in requests) else None
+        if greedy and texts is None:
+            return self._with_logprobs(logits.argmax(-1), logits, requests)
+
+        # A full sort is dear: rows that have a top-k, and need only its columns, go apart from those that have not.
+        short = [r for r, q in enumerate(requests) if 0 < q.columns < self.vocab_size]
+        whole = [r for r, q in enumerate(requests) if q.columns == self.vocab_size]
+        s = self._settings(requests, indices, short + whole)
+        scores, slot = logits.float(), s.slot[:, 0].long()
+        if texts is not None:
+            told = texts.counts[slot], texts.prompted[slot]
+            scores = penalize(scores, *told, s.repetition, s.presence, s.frequency)
+        if greedy:
+            tokens = scores.argmax(-1)
         else:
             # Only differences count, and from the top they cannot overflow however low the temperature.
-            logits = logits - logits.amax(-1, keepdim=True)
-            temperature = max(self.params.temperature, torch.finfo(logits.dtype).tiny)
-            probabilities = keep_likely(logits / temperature, self.params).softmax(-1)
-            # The largest p / e with e ~ Exp(1) falls on a token with its probability p, without a host sync.
-            noise = torch.empty_like(probabilities).exponential_(generator=self.generator)
-            noise.clamp_(min=torch.finfo(noise.dtype).tiny)  # a dropped token's 0 / 0 would win
-            token = (probabilities / noise).argmax(-1, keepdim=True)
-        if self.seen is not None:
-            self.seen.scatter_(1, token, True)
-        return token
+            weights = scores - scores.amax(-1, keepdim=True)
+            weights.div_(s.temperature).exp_()  # (R, V), 1 for the likeliest
+            if short or whole or any(q.min_p for q in requests):
+                self._filter(weights, scores, requests, s, short, whole)
+            tokens = draw(scores, weights, s.number)
+        if texts is not None:
+            places = slot * self.vocab_size + tokens
+            texts.counts.view(-1).index_add_(0, places, torch.ones_like(places, dtype=torch.float32))
+        return self._with_logprobs(tokens, logits, requests)
+
+    def _filter(
+        self,
+        weights: torch.Tensor,
+        scores: torch.Tensor,
+        requests: list[_Request],
+        s: _Settings,
+        short: list[int],
+        whole: list[int],
+    ) -> None:
+        """Set to 0, in place, the weights (R, V) that a row's filters drop.
+
+        `short`, `whole`: the rows that need an order, of some columns or of all, as in `s.order`.
+        """
+        dropped, begin = weights < s.min_p, 0  # the likeliest's weight is 1
+        least = torch.full_like(s.min_p, -INF)
+        for group in (short, whole):
+            if group:
+                everything = len(group) == len(requests)
+                rows = slice(None) if everything else s.order[begin : begin + len(group), 0].long()
+                top_p = s.top_p[rows] if any(requests[r].top_p for r in group) else None
+                columns = max(requests[r].columns for r in group)
+                least[rows] = least_kept(scores[rows], weights[rows], columns, s.top_k[rows].long(), top_p)
+            begin += len(group)
+        weights.masked_fill_(dropped.logical_or_(scores < least), 0)
+
+    def _with_logprobs(self, tokens: torch.Tensor, logits: torch.Tensor, requests: list[_Request]) -> Sampled:
+        asked = tuple(q.logprobs for q in requests)
+        most = max((n for n in asked if n is not None), default=None)
+        if most is None:
+            return Sampled(tokens, None, None, None, asked)
+        logprobs = logits.float().log_softmax(-1)
+        top = logprobs.topk(min(most, self.vocab_size))
+        return Sampled(tokens, logprobs.gather(1, tokens[:, None])[:, 0], top.values, top.indices, asked)
+
+    def _request(self, slot: int, params: SamplingParams) -> _Request:
+        greedy = params.temperature == 0
+        top_k = min(params.top_k or self.vocab_size, self.vocab_size)
+        top_p = INF if params.top_p is None or params.top_p >= 1 else params.top_p
+        min_p = params.min_p or 0.0
+        repetition, presence, frequency = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
+        # Within float32's limits, and so that no score times or by them becomes infinite or NaN.
+        repetition = min(max(repetition, 1e-30), 1e30)
+        temperature = min(max(params.temperature, FLOAT32.tiny), FLOAT32.max)
+        return _Request(
+            seed=params.seed,
+            logprobs=params.logprobs,
+            greedy=greedy,
+            penalized=repetition != 1 or presence != 0 or frequency != 0,
+            columns=top_k if not greedy and (top_k < self.vocab_size or top_p < 1) else 0,
+            top_p=not greedy and top_p < 1,
+            min_p=not greedy and min_p > 0,
+            settings=(slot, repetition, presence, frequency, temperature, top_k, top_p, min_p),
+        )
+
+    def _settings(self, requests: list[_Request], indices: Sequence[int], order: list[int]) -> _Settings:
+        rows = [
+            (*q.settings, INF if q.greedy else uniform(q.seed, index), number)
+            for q, index, number in zip(requests, indices, order + [0] * (len(requests) - len(order)), strict=True)
+        ]
+        return _Settings(*self._send(torch.tensor(rows, dtype=torch.float32)).split(1, 1))
+
+    def _count(self, tokens: Sequence[int]) -> torch.Tensor:
+        """How often each token occurs, int64 (V,), on the host."""
+        return torch.bincount(torch.tensor(tokens, dtype=torch.int64), minlength=self.vocab_size)
+
+    def _send(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A host tensor on the device; the host does not wait, and pinned memory stays until the copy is done."""
+        if self.device.type != "cuda":
+            return tensor.to(self.device)
+        return tensor.pin_memory().to(self.device, non_blocking=True)
 
 
-def keep_likely(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """Logits (B, V) with -inf where top-k, top-p or min-p drop a token; the likeliest always stays."""
-    if params.top_k and params.top_k < logits.shape[-1]:
-        least = logits.topk(params.top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < least, float("-inf"))
-    if params.top_p is not None and params.top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        share = ordered.softmax(-1)
-        beyond = share.cumsum(-1) - share >= params.top_p  # what stands before it already holds top_p
-        beyond[:, 0] = False  # where top_p rounds to 0 in float32
-        logits = logits.masked_fill(beyond.scatter(1, order, beyond), float("-inf"))
-    if params.min_p:
-        share = logits.softmax(-1)
-        least = params.min_p * share.amax(-1, keepdim=True)
-        logits = logits.masked_fill(share < least, float("-inf"))
-    return logits
+def uniform(seed: int, index: int) -> float:
+    """The number in [0, 1) of a request's token: 24 bits, so that float32 holds it exactly and never rounds to 1."""
+    digest = blake2b(struct.pack("<QQ", seed, index), digest_size=3).digest()
+    return int.from_bytes(digest, "little") / 2**24
+
+
+def penalize(
+    scores: torch.Tensor,
+    counts: torch.Tensor,
+    prompted: torch.Tensor,
+    repetition: torch.Tensor,
+    presence: torch.Tensor,
+    frequency: torch.Tensor,
+) -> torch.Tensor:
+    """Scores (R, V) after the three penalties, each (R, 1).
+
+    Repetition divides a positive score and multiplies a negative one, for each token of prompt and output (Keskar
+    et al., 2019). Presence and frequency are subtracted for output tokens alone, as OpenAI's API defines them.
+    counts: float32 (R, V), of the output; prompted: bool (R, V).
+    """
+    said = counts > 0
+    repeated = torch.where(scores > 0, scores / repetition, scores * repetition)
+    return torch.where(said | prompted, repeated, scores) - frequency * counts - presence * said
+
+
+def least_kept(
+    scores: torch.Tensor, weights: torch.Tensor, columns: int, top_k: torch.Tensor, top_p: torch.Tensor | None
+) -> torch.Tensor:
+    """The least score that top-k, and then top-p, keep in each row, (R, 1); tokens that tie with it stay as well.
+
+    scores, weights: (R, V), the weights not normalised; top_k: int64 (R, 1), V where off; top_p: (R, 1), inf where
+    off, or None. `columns`: the largest top_k, all that has to be ordered.
+    """
+    ordered, ids = scores.topk(columns)  # (R, columns)
+    least = ordered.gather(1, top_k - 1)
+    if top_p is None:
+        return least
+    total = weights.masked_fill(scores < least, 0).sum(-1, keepdim=True)
+    shares = weights.gather(1, ids)
+    before = shares.cumsum(-1) - shares
+    # A token is out where those before it hold top_p; the likeliest always stays.
+    kept = ordered.where(before < top_p * total, ordered[:, :1])
+    return kept.amin(-1, keepdim=True).maximum(least)
+
+
+def draw(scores: torch.Tensor, weights: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+    """Tokens, int64 (R,), by inverse CDF: the first at which the running sum of weights passes number's share.
+
+    scores, weights: (R, V), the weights not normalised; number: (R, 1) in [0, 1), or inf for the highest score.
+    """
+    mass = weights.cumsum(-1)
+    # A parallel scan rounds each sum apart, so a sum can pass at a token without weight: it is skipped. Where no
+    # other is left, or the weights are not numbers, the highest score is drawn.
+    reached = (mass > number * mass[:, -1:]) & (weights > 0)
+    return scores.masked_fill(reached, INF).argmax(-1)  # the first of equals

@@ -160,7 +160,7 @@ def test_a_gpu_that_is_not_there_is_refused(capsys, out: Path, main):
         ("--temprature 1", ["unknown flag --temprature", "did you mean --temperature?"]),
         ("--device cpu:x", ["--device 'cpu:x'", "auto, cpu, mps, cuda"]),
         ("--dtype half", ["--dtype 'half'", "auto, float32, bfloat16, float16"]),
-        ("--cache paged", ["--cache 'paged'", "none, dense"]),
+        ("--cache pages", ["--cache 'pages'", "none, dense, paged, auto"]),
         ("--kernels triton --device cpu", ["--kernels triton needs a CUDA GPU, found cpu; use --kernels auto"]),
         ("The", ["'The' is not a flag"]),
     ],

@@ -9,15 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import fastgpt
 from fastgpt import checkpoint, cli, generate, train
-from fastgpt.config import ModelConfig, SamplingParams
+from fastgpt.config import ModelConfig
 from fastgpt.errors import UsageError
-from fastgpt.generate import Generation, TextGenerator
+from fastgpt.generate import TextGenerator
 from fastgpt.model import GPT
 from fastgpt.tokenizer import ByteTokenizer, CharTokenizer
 
@@ -139,37 +137,12 @@ def test_a_setting_outside_its_limits_is_refused(wrong: dict):
         fresh().generate("a", **wrong)
 
 
-def scripted(monkeypatch, ids: list[int], **settings) -> list[str]:
-    """The pieces of a byte model that says these bytes."""
-    with monkeypatch.context() as patch:
-        patch.setattr(Generation, "tokens", lambda self: iter(ids))
-        params = SamplingParams(**settings)
-        return list(Generation(TextGenerator(fresh().model, ByteTokenizer()), "", params, "dense"))
-
-
-@settings(deadline=None, max_examples=200)
-@given(text=st.text("abé", max_size=12), stops=st.lists(st.text("abé", min_size=1, max_size=4), max_size=3))
-def test_text_ends_before_the_first_stop_text_and_no_part_of_it_leaks(text: str, stops: list[str]):
-    ends = [end for end in range(len(text) + 1) if any(stop in text[:end] for stop in stops)]
-    said = text[: ends[0]] if ends else text
-    wanted = said[: min(said.find(stop) for stop in stops if stop in said)] if ends else said
-    pieces = scripted(pytest.MonkeyPatch(), list(text.encode()), stop=tuple(stops))
-    assert "".join(pieces) == wanted
-
-
 def test_in_python_stop_may_be_one_text_or_several():
     generator = fresh()
     said = generator.generate("a", max_new_tokens=40)
     assert generator.generate("a", max_new_tokens=40, stop="absent") == said
     for stop in (said[9:11], (said[9:11],), ["absent", said[9:11]]):
         assert generator.generate("a", max_new_tokens=40, stop=stop) == said[: said.index(said[9:11])]
-
-
-def test_characters_of_many_bytes_come_whole(monkeypatch):
-    text = "aß€😀 é"
-    assert scripted(monkeypatch, list(text.encode())) == [*text[:4], *text[4:]]
-    assert scripted(monkeypatch, [0x61, 0xE2, 0x82]) == ["a", "\ufffd"]
-    assert scripted(monkeypatch, [0xC3, 0x61]) == ["\ufffda"]
 
 
 def test_a_byte_models_pieces_are_the_decoding_of_its_tokens():

@@ -1,0 +1,203 @@
+"""Which page of a paged cache belongs to whom: reference counts, copy-on-write, and reuse of shared prefixes.
+
+Bookkeeping alone, without a tensor: `fastgpt.kv_cache.PagedCache` holds the pages themselves. Paging and sharing are
+those of Kwon et al. (2023), "Efficient Memory Management for Large Language Model Serving with PagedAttention",
+section 4. A page is in one of three states: used (some table refers to it), cached (no table does, but it still holds
+a known prefix and may be taken up again) or empty. Cached and empty pages together are free.
+"""
+
+import hashlib
+import struct
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+
+class OutOfPages(Exception):
+    """Fewer pages are free than were asked for. Nothing has changed."""
+
+
+@dataclass(eq=False)
+class BlockTable:
+    """A sequence's pages in order; position t lies in `pages[t // P]`, at place t % P.
+
+    Attributes:
+        length: positions that are written, or will be by the forward pass that is being prepared.
+        digests: for each full page that others may find, the hash of all tokens up to its end.
+        closed: released, and not to be used again.
+    """
+
+    pages: list[int] = field(default_factory=list)
+    length: int = 0
+    digests: list[bytes] = field(default_factory=list)
+    closed: bool = False
+
+
+class BlockAllocator:
+    """Hands out `pages` pages of `page_size` positions each.
+
+    Full pages are found again by a chain of SHA-256 hashes, each over the hash before it and the page's tokens, so that
+    equal hashes mean equal prefixes and not only equal pages. Of the cached pages the least recently used go first.
+
+    Attributes:
+        peak: the most pages that were in use at once.
+    """
+
+    def __init__(self, pages: int, page_size: int, *, prefix_cache: bool = True):
+        if pages < 1 or page_size < 1:
+            raise ValueError(f"a cache needs at least 1 page of 1 position, not {pages} of {page_size}")
+        self.pages, self.page_size, self.prefix_cache = pages, page_size, prefix_cache
+        self.references = [0] * pages
+        self.peak = 0
+        self._empty: OrderedDict[int, None] = OrderedDict.fromkeys(range(pages))
+        self._cached: OrderedDict[int, None] = OrderedDict()  # the least recently used first
+        self._by_digest: dict[bytes, int] = {}
+        self._digest_of: dict[int, bytes] = {}
+        self._next_start = 0
+
+    @property
+    def free(self) -> int:
+        """Pages that can be had: empty ones, and cached ones that would be given up."""
+        return len(self._empty) + len(self._cached)
+
+    @property
+    def used(self) -> int:
+        """Pages that some table refers to."""
+        return self.pages - self.free
+
+    def pages_for(self, length: int) -> int:
+        """How many pages hold this many positions."""
+        return -(-length // self.page_size)
+
+    def open(self, tokens: Sequence[int] = ()) -> BlockTable:
+        """A table for a new sequence that begins with what is cached of these tokens.
+
+        Only full pages count, and the last token never does, because it must be computed to predict what follows.
+        """
+        table = BlockTable()
+        if self.prefix_cache:
+            for digest in self._digests(tokens, b"", 0, (len(tokens) - 1) // self.page_size):
+                page = self._by_digest.get(digest)
+                if page is None:
+                    break
+                self._refer(page)
+                table.pages.append(page)
+                table.digests.append(digest)
+        table.length = len(table.pages) * self.page_size
+        return table
+
+    def reserve(self, table: BlockTable, length: int, room: int = 0) -> list[tuple[int, int]]:
+        """Make the positions from `table.length` to `length` - 1 writable by this table alone.
+
+        Args:
+            room: positions that the sequence may come to have in all; a place where they fit in a row is preferred.
+
+        Returns:
+            (from, to) pages whose contents the caller must copy before it writes (copy-on-write).
+
+        Raises:
+            OutOfPages: not enough free pages; nothing has changed.
+        """
+        self._check_open(table)
+        P, first = self.page_size, table.length // self.page_size
+        last = self.pages_for(length)
+        shared = [i for i in range(first, min(last, len(table.pages))) if self.references[table.pages[i]] > 1]
+        fresh = max(0, last - len(table.pages))
+        if len(shared) + fresh > self.free:
+            raise OutOfPages(f"{len(shared) + fresh} pages are needed and {self.free} are free")
+        copies = []
+        for i in shared:
+            source, page = table.pages[i], self._take(table.pages[i], 0)
+            if i * P < table.length:
+                copies.append((source, page))
+            self._drop(source)
+            table.pages[i] = page
+        for _ in range(fresh):
+            before = table.pages[-1] if table.pages else None
+            table.pages.append(self._take(before, self.pages_for(max(room, length))))
+        return copies
+
+    def fork(self, table: BlockTable) -> BlockTable:
+        """A second table over the same positions. Whoever first writes into a shared page gets a copy of it."""
+        self._check_open(table)
+        pages = table.pages[: self.pages_for(table.length)]
+        for page in pages:
+            self._refer(page)
+        return BlockTable(pages, table.length, list(table.digests))
+
+    def publish(self, table: BlockTable, tokens: Sequence[int]) -> None:
+        """Let others find the full pages of a sequence whose tokens, from its first on, are these."""
+        self._check_open(table)
+        if not self.prefix_cache:
+            return
+        done, full = len(table.digests), min(len(tokens), table.length) // self.page_size
+        before = table.digests[-1] if done else b""
+        for i, digest in enumerate(self._digests(tokens, before, done, full), done):
+            table.digests.append(digest)
+            if digest not in self._by_digest:
+                self._by_digest[digest] = table.pages[i]
+                self._digest_of[table.pages[i]] = digest
+
+    def truncate(self, table: BlockTable, length: int) -> None:
+        """Forget the positions from `length` on. The pages stay with the table.
+
+        Raises:
+            ValueError: a page that others can find would be written again.
+        """
+        self._check_open(table)
+        if not len(table.digests) * self.page_size <= length <= table.length:
+            raise ValueError(f"a table of {table.length} positions cannot be cut to {length}")
+        table.length = length
+
+    def release(self, table: BlockTable) -> None:
+        """Give up a sequence's pages. Raises ValueError for a table that was released before."""
+        self._check_open(table)
+        table.closed = True
+        for page in reversed(table.pages):  # the end of a prefix is of no use without its beginning: it goes first
+            self._drop(page)
+        table.pages.clear()
+
+    def forget(self) -> None:
+        """Empty every cached page, and let nobody find a used one."""
+        self._empty.update(self._cached)
+        self._cached.clear()
+        self._by_digest.clear()
+        self._digest_of.clear()
+
+    def _digests(self, tokens: Sequence[int], before: bytes, first: int, last: int) -> Iterator[bytes]:
+        """The hash of each prefix that ends with page `first`, ..., `last` - 1; `before` is the one before."""
+        P = self.page_size
+        for i in range(first, last):
+            before = hashlib.sha256(before + struct.pack(f"<{P}q", *tokens[i * P : (i + 1) * P])).digest()
+            yield before
+
+    def _take(self, before: int | None, room: int) -> int:
+        """A free page: the one behind `before` if it is empty, so that a sequence's pages lie in a row."""
+        wanted = before + 1 if before is not None else self._next_start
+        if wanted in self._empty:
+            page = wanted
+            del self._empty[page]
+        elif self._empty:
+            page, _ = self._empty.popitem(last=False)
+        else:
+            page, _ = self._cached.popitem(last=False)
+            del self._by_digest[self._digest_of.pop(page)]
+        if before is None:
+            self._next_start = (page + max(room, 1)) % self.pages
+        self.references[page] = 1
+        self.peak = max(self.peak, self.used)
+        return page
+
+    def _refer(self, page: int) -> None:
+        self._cached.pop(page, None)
+        self.references[page] += 1
+        self.peak = max(self.peak, self.used)
+
+    def _drop(self, page: int) -> None:
+        self.references[page] -= 1
+        if self.references[page] == 0:
+            (self._cached if page in self._digest_of else self._empty)[page] = None
+
+    def _check_open(self, table: BlockTable) -> None:
+        if table.closed:
+            raise ValueError("this block table was released before")

@@ -1,0 +1,53 @@
+"""Tokens to text, piece by piece: whole characters only, and nothing of a stop text."""
+
+import codecs
+from collections.abc import Sequence
+
+from fastgpt.tokenizer import Tokenizer
+
+
+class Detokenizer:
+    """The text of one continuation as its tokens come.
+
+    Attributes:
+        text: what was given out so far.
+        stopped: a stop text was met, and nothing more will come.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
+        self.tokenizer, self.stop = tokenizer, [text for text in stop if text]
+        self.text, self.stopped = "", False
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._pending = ""  # may be the beginning of a stop text
+
+    def push(self, token: int) -> str:
+        """What can be given out after this token: text that no later token changes."""
+        if self.stopped:
+            return ""
+        self._pending += self._decoder.decode(self.tokenizer.token_bytes(token))
+        ends = [at for stop in self.stop if (at := self._pending.find(stop)) >= 0]
+        if ends:
+            self.stopped = True
+            return self._give(min(ends))
+        return self._give(len(self._pending) - _could_begin(self.stop, self._pending))
+
+    def finish(self) -> str:
+        """What was held back, after the last token."""
+        if self.stopped:
+            return ""
+        self._pending += self._decoder.decode(b"", final=True)
+        return self._give(len(self._pending))
+
+    def _give(self, count: int) -> str:
+        piece, self._pending = self._pending[:count], self._pending[count:]
+        self.text += piece
+        return piece
+
+
+def _could_begin(stops: Sequence[str], text: str) -> int:
+    """How many last characters of `text` may be the beginning of a stop text."""
+    longest = max((len(stop) for stop in stops), default=1) - 1
+    for length in range(min(longest, len(text)), 0, -1):
+        if any(stop.startswith(text[-length:]) for stop in stops):
+            return length
+    return 0

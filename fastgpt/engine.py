@@ -1,0 +1,431 @@
+"""Many prompts at once: requests in, continuations out, over one paged cache.
+
+    engine = Engine(generator.model, generator.tokenizer)
+    for completion in engine.generate(["The ", "A "], SamplingParams(max_new_tokens=50)):
+        print(completion.text)
+
+Each step, the `Scheduler` says which tokens to compute, the `Runner` computes them, the `Sampler` draws the next ones,
+and the `Engine` gives them to their requests. What a request draws depends on its own prompt, settings and seed, and
+not on what runs beside it.
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from fastgpt.completion import Completion, Piece, Prompt, Stats, Timings
+from fastgpt.config import SPECULATION, SamplingParams, validate
+from fastgpt.detokenizer import Detokenizer
+from fastgpt.device import free_memory
+from fastgpt.errors import UsageError
+from fastgpt.kv_cache import PagedCache, page_bytes
+from fastgpt.model import GPT
+from fastgpt.runner import Runner
+from fastgpt.sampler import Drawn, Sampler
+from fastgpt.scheduler import Chunk, Sample, Scheduler
+from fastgpt.speculation import NgramProposer
+from fastgpt.tokenizer import Tokenizer
+
+MEMORY_SHARE = {"cuda": 0.8}  # of the free memory, for pages
+MEMORY_SHARE_ELSEWHERE = 0.25
+MOST_PAGES = 1 << 18  # by default: more make the start slow, and a small model never needs them
+DRAFTS = 5  # tokens that a guess has at most
+
+
+@dataclass(eq=False)
+class _Request:
+    """A prompt with its continuations: samples under way, and what their text is so far."""
+
+    index: int
+    prompt: Prompt
+    params: SamplingParams
+    submitted: float
+    samples: list[Sample] = field(default_factory=list)
+    started: float | None = None
+    first_token: float | None = None
+
+    def timings(self, now: float) -> Timings:
+        since = [None if moment is None else moment - self.submitted for moment in (self.started, self.first_token)]
+        return Timings(*since, finished=now - self.submitted)
+
+
+@dataclass(eq=False)
+class _Output:
+    """What one sample has given out, and what it has not yet."""
+
+    detokenizer: Detokenizer | None
+    logprobs: list[tuple[float, list[tuple[int, float]]]] | None
+    first_token: float | None = None
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """A sequence that predicts in a step: which rows of the logits follow its last token and each guess."""
+
+    sample: Sample
+    draft: list[int]
+    rows: range
+    reading: bool
+
+
+class Engine:
+    """Continues many prompts at once.
+
+    Attributes:
+        stats: counts and times so far.
+        scheduler: who waits and who runs; `scheduler.allocator` knows the pages.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer | None = None,
+        *,
+        max_batch: int = 64,
+        max_batch_tokens: int = 2048,
+        page_size: int = 16,
+        kv_memory: int | None = None,
+        prefix_cache: bool = True,
+        speculate: str = "none",
+        slide: bool = False,
+        compile: bool = False,
+        cuda_graphs: bool = True,
+    ):
+        """
+        Args:
+            model: in evaluation mode, on any device.
+            tokenizer: for prompts that are text; without one prompts are token ids, and completions have no text.
+            max_batch: sequences that run at once.
+            max_batch_tokens: tokens of one forward pass; longer prompts are read in chunks.
+            page_size: positions in a page.
+            kv_memory: bytes for pages; default: 80% of the free memory of a GPU, 25% elsewhere.
+            prefix_cache: compute prompts that begin alike once, and keep them as long as there is room.
+            speculate: "ngram" guesses tokens from the text itself and checks them all in one pass; outputs stay.
+            slide: go on past block_size with the last block_size tokens, each token at the cost of a prefill;
+                otherwise a request ends there, and a longer prompt is an error.
+            compile: torch.compile the forward pass.
+            cuda_graphs: capture decode steps on CUDA.
+
+        Raises:
+            UsageError: a setting outside its limits, or memory for less than one page.
+        """
+        for name, value in (("max_batch", max_batch), ("max_batch_tokens", max_batch_tokens), ("page_size", page_size)):
+            if value < 1:
+                raise UsageError(f"--{name} {value} must be at least 1")
+        if speculate not in SPECULATION:
+            raise UsageError(f"--speculate {speculate!r} is not one of {', '.join(SPECULATION)}")
+        self.model, self.tokenizer, self.slide, self.speculate = model, tokenizer, slide, speculate
+        config, weight = model.config, model.wte.weight
+        self.block_size, self.vocab_size = config.block_size, config.vocab_size or 0
+        bytes_each = page_bytes(config, page_size, weight.dtype)
+        if kv_memory is None:
+            share = MEMORY_SHARE.get(weight.device.type, MEMORY_SHARE_ELSEWHERE)
+            pages = min(int(share * free_memory(weight.device)) // bytes_each, MOST_PAGES)
+        else:
+            pages = kv_memory // bytes_each
+        if pages < 1:
+            raise UsageError(
+                f"--kv_memory {kv_memory}: a page of {page_size} tokens takes {bytes_each:,} bytes; "
+                "give more, or pass a smaller --page_size"
+            )
+        self.cache = PagedCache(
+            config, pages, page_size, device=weight.device, dtype=weight.dtype, prefix_cache=prefix_cache
+        )
+        self.scheduler = Scheduler(
+            self.cache,
+            self.block_size,
+            max_batch=max_batch,
+            max_batch_tokens=max_batch_tokens,
+            slide=slide,
+            drafts=DRAFTS,
+        )
+        self.runner = Runner(model, self.cache, max_batch=max_batch, compile=compile, graphs=cuda_graphs)
+        self.sampler = Sampler(max_batch, self.vocab_size, weight.device)
+        self.stats = Stats()
+        self._submitted = 0
+        self._requests: dict[int, _Request] = {}  # those that are not finished
+        self._outputs: dict[Sample, _Output] = {}
+        self._slots: list[Sample | None] = [None] * max_batch  # whose settings the sampler holds
+        self._ready: list[Piece] = []
+
+    @property
+    def busy(self) -> bool:
+        """Whether `step` has anything to do or to tell."""
+        return bool(self._requests or self._ready)
+
+    def generate(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Completion]:
+        """The continuations of all prompts, in their order; `num_samples` of each. See `submit`."""
+        done = [piece.completion for piece in self.stream(prompts, params) if piece.completion]
+        return sorted(done, key=lambda completion: (completion.index, completion.sample))
+
+    def stream(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Iterator[Piece]:
+        """The pieces of all continuations, as they come. Closing the iterator cancels what is not finished.
+
+        Args:
+            prompts: text or token ids.
+            params: for all prompts, or for each.
+
+        Raises:
+            UsageError: settings outside their limits, or not as many of them as prompts; nothing was submitted.
+        """
+        if isinstance(prompts, str):
+            raise UsageError("prompts must be a list; pass [prompt] for a single one")
+        each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
+        if len(each) != len(prompts):
+            raise UsageError(f"{len(each)} settings were given for {len(prompts)} prompts; give one, or one for each")
+        for one in each:
+            validate(one)
+        return self._pieces([self.submit(prompt, one) for prompt, one in zip(prompts, each, strict=True)])
+
+    def _pieces(self, indices: Sequence[int]) -> Iterator[Piece]:
+        wanted = {index: len(self._requests[index].samples) for index in indices if index in self._requests}
+        # Those that were refused wait among what is ready.
+        wanted |= {index: 1 for index in indices if index not in wanted}
+        try:
+            while wanted:
+                pieces, others = self.step(), []
+                for piece in pieces:
+                    if piece.index not in wanted:
+                        others.append(piece)
+                        continue
+                    if piece.completion:
+                        wanted[piece.index] -= 1
+                        if not wanted[piece.index]:
+                            del wanted[piece.index]
+                    yield piece
+                self._ready += others
+        finally:
+            for index in wanted:
+                self.cancel(index)
+            self._ready = [piece for piece in self._ready if piece.index not in wanted]
+
+    def submit(self, prompt: Prompt, params: SamplingParams | None = None) -> int:
+        """Put a request at the end of the queue; its number.
+
+        A prompt that cannot be continued ends at once with "error" (unknown characters or token ids, longer than
+        block_size, more pages than there are), and no other request is touched by that.
+
+        Raises:
+            UsageError: settings outside their limits.
+        """
+        params = params or SamplingParams()
+        validate(params)
+        request = _Request(self._submitted, prompt, params, time.perf_counter())
+        self._submitted += 1
+        try:
+            tokens = self._tokens(prompt)
+            self._check(tokens, params)
+        except UsageError as error:
+            self._ready.append(self._refusal(request, str(error)))
+            return request.index
+        for number in range(params.num_samples):
+            # From a list of its own, as each grows differently.
+            sample = Sample((request.index, number), list(tokens), len(tokens), params)
+            if self.speculate == "ngram" and not needs_penalties(params):
+                sample.proposer = NgramProposer()
+            request.samples.append(sample)
+            detokenizer = Detokenizer(self.tokenizer, params.stop) if self.tokenizer else None
+            self._outputs[sample] = _Output(detokenizer, None if params.logprobs is None else [])
+        self._requests[request.index] = request
+        if params.max_new_tokens == 0:
+            for sample in list(request.samples):
+                self._finish(request, sample, "length")
+            return request.index
+        leader, *leader.siblings = request.samples
+        self.scheduler.add(leader)
+        return request.index
+
+    def cancel(self, index: int) -> None:
+        """End a request's continuations as they are; nothing happens to one that is finished or unknown."""
+        if request := self._requests.get(index):
+            for sample in list(request.samples):
+                self._finish(request, sample, "cancelled")
+
+    def step(self) -> list[Piece]:
+        """One forward pass, and what it and everything before it has to tell.
+
+        After an exception (out of memory, Ctrl-C) every request is still there, and computed anew.
+        """
+        chunks = sorted(self.scheduler.plan(), key=lambda chunk: len(chunk.tokens) > 1)
+        if chunks:
+            began = time.perf_counter()
+            try:
+                drawn = self._compute(chunks, began)
+            except BaseException:
+                self.scheduler.start_over()
+                raise
+            self._count(chunks, time.perf_counter() - began)
+            for turn, tokens in drawn:
+                self._accept(turn, tokens)
+        pieces, self._ready = self._ready, []
+        return pieces
+
+    def _compute(self, chunks: Sequence[Chunk], now: float) -> list[tuple["_Turn", list[Drawn]]]:
+        """Run the chunks; for each sequence that predicts, what was drawn after its last token and each guess."""
+        logits = self.runner(chunks)
+        turns, end = [], 0
+        for chunk in chunks:
+            sample = chunk.sample
+            request = self._requests[sample.order[0]]
+            request.started = request.started or now
+            rows, end = range(end, end + chunk.rows), end + chunk.rows
+            if rows:
+                turns.append(_Turn(sample, chunk.draft, rows, chunk.reading))
+                turns += [_Turn(sibling, [], rows, True) for sibling in self._start_siblings(sample)]
+        if not turns:
+            return []
+        for turn in turns:
+            self._give_slot(turn.sample)
+        rows = [row for turn in turns for row in turn.rows]
+        if len(rows) > end:  # continuations of one prompt share a row
+            logits = logits[torch.tensor(rows, device=logits.device)]
+        slots = [turn.sample.slot for turn in turns for _ in turn.rows]
+        indices = [turn.sample.generated + i for turn in turns for i in range(len(turn.rows))]
+        drawn = iter(self.sampler(logits, slots, indices).to_host())
+        return [(turn, [next(drawn) for _ in turn.rows]) for turn in turns]
+
+    def _start_siblings(self, leader: Sample) -> list[Sample]:
+        """Fork the continuations that waited for this one; those without a place go to the front of the queue."""
+        forked = []
+        while leader.siblings and self.scheduler.fork(leader, leader.siblings[0]):
+            forked.append(leader.siblings.pop(0))
+        self.scheduler.put_back(leader.siblings)
+        leader.siblings.clear()
+        return forked
+
+    def _give_slot(self, sample: Sample) -> None:
+        """Tell the sampler whose slot it is, where it was another's."""
+        if self._slots[sample.slot] is sample:
+            return
+        self._slots[sample.slot] = sample
+        params = dataclasses.replace(sample.params, seed=(sample.params.seed + sample.order[1]) % 2**63)
+        end = sample.prompt_length
+        self.sampler.begin(sample.slot, params, sample.tokens[:end], sample.tokens[end:])
+
+    def _accept(self, turn: "_Turn", drawn: Sequence[Drawn]) -> None:
+        """Give a sequence its new tokens: up to the first that was guessed wrong, or that ends it."""
+        sample = turn.sample
+        request, before, reason = self._requests[sample.order[0]], sample.generated, None
+        for guess, one in zip([*turn.draft, None], drawn, strict=True):
+            reason = self._append(request, sample, one)
+            if reason or guess != one.token:
+                break
+            self.stats.accepted += 1
+        self.stats.proposed += len(turn.draft)
+        if not turn.reading:
+            self.stats.decode_tokens += sample.generated - before
+        if reason:
+            self._finish(request, sample, reason)
+            return
+        if turn.draft and sample.table is not None:
+            self.scheduler.allocator.truncate(sample.table, len(sample.tokens) - 1)
+        self._ready.append(self._piece(sample))
+
+    def _append(self, request: _Request, sample: Sample, drawn: Drawn) -> str | None:
+        """Add a token; why the continuation ends with it, or None."""
+        params, output = sample.params, self._outputs[sample]
+        if output.first_token is None:
+            output.first_token = time.perf_counter()
+            if request.first_token is None:
+                request.first_token = output.first_token
+                self.stats.first_token_seconds.append(request.first_token - request.submitted)
+        if drawn.token in params.stop_tokens:
+            return "stop"
+        sample.tokens.append(drawn.token)
+        output.tokens.append(drawn.token)
+        if output.logprobs is not None and drawn.logprob is not None:
+            output.logprobs.append((drawn.logprob, drawn.top or []))
+        if output.detokenizer:
+            output.text += output.detokenizer.push(drawn.token)
+            if output.detokenizer.stopped:
+                return "stop"
+        if sample.generated == params.max_new_tokens or (not self.slide and len(sample.tokens) > self.block_size):
+            return "length"
+        return None
+
+    def _finish(self, request: _Request, sample: Sample, reason: str) -> None:
+        self.scheduler.drop(sample)
+        output, now = self._outputs[sample], time.perf_counter()
+        if output.detokenizer:
+            output.text += output.detokenizer.finish()
+        if output.first_token is not None and sample.generated > 1:
+            self.stats.token_seconds.append((now - output.first_token) / (sample.generated - 1))
+        completion = Completion(
+            *sample.order,
+            request.prompt,
+            output.detokenizer.text if output.detokenizer else "",
+            sample.tokens[sample.prompt_length :],
+            reason,
+            request.timings(now),
+            logprobs=output.logprobs,
+        )
+        self._ready.append(dataclasses.replace(self._piece(sample), completion=completion))
+        del self._outputs[sample]
+        request.samples.remove(sample)
+        if not request.samples:
+            del self._requests[request.index]
+
+    def _piece(self, sample: Sample) -> Piece:
+        """What a sample has to give out now."""
+        output = self._outputs[sample]
+        piece = Piece(*sample.order, output.text, output.tokens)
+        output.text, output.tokens = "", []
+        return piece
+
+    def _refusal(self, request: _Request, error: str) -> Piece:
+        waited = Timings(None, None, time.perf_counter() - request.submitted)
+        completion = Completion(request.index, 0, request.prompt, "", [], "error", waited, error)
+        return Piece(request.index, 0, "", [], completion)
+
+    def _tokens(self, prompt: Prompt) -> list[int]:
+        """The ids of a prompt; those of an empty one are the start token. Raises `UsageError`."""
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise UsageError("a prompt of text needs a tokenizer; give the engine one, or pass token ids")
+            tokens = self.tokenizer.encode(prompt).tolist()
+        else:
+            tokens = [int(token) for token in prompt]
+            unknown = next((token for token in tokens if not 0 <= token < self.vocab_size), None)
+            if unknown is not None:
+                raise UsageError(f"token {unknown} is outside the vocabulary of {self.vocab_size:,} tokens")
+        if not tokens and self.tokenizer is None:
+            raise UsageError("an empty prompt needs a tokenizer, which knows what to start from")
+        return tokens or [self.tokenizer.start_token]  # pyright: ignore[reportOptionalMemberAccess]
+
+    def _check(self, tokens: Sequence[int], params: SamplingParams) -> None:
+        """Raises `UsageError` for a request that can never run, even alone."""
+        if not self.slide and len(tokens) > self.block_size:
+            raise UsageError(
+                f"the prompt has {len(tokens):,} tokens, and the model's context (block_size) {self.block_size:,}; "
+                "shorten it, or let the window slide"
+            )
+        allocator = self.scheduler.allocator
+        needed = allocator.pages_for(self.scheduler.most_positions(len(tokens), params.max_new_tokens))
+        if needed > allocator.pages:
+            raise UsageError(
+                f"prompt and continuation may need {needed:,} pages of {allocator.page_size} tokens, and the cache has "
+                f"{allocator.pages:,}; raise --kv_memory, or lower --max_new_tokens"
+            )
+
+    def _count(self, chunks: Sequence[Chunk], seconds: float) -> None:
+        """Count a step whose forward pass is done and whose tokens are on the host."""
+        computed = sum(len(chunk.tokens) for chunk in chunks)
+        read = sum(len(chunk.tokens) for chunk in chunks if chunk.reading)
+        self.stats.steps += 1
+        self.stats.prefill_tokens += read
+        self.stats.prefill_seconds += seconds * read / computed
+        self.stats.decode_seconds += seconds * (computed - read) / computed
+
+
+def needs_penalties(params: SamplingParams) -> bool:
+    """Whether the odds of a token depend on those before it in more than the model's own way."""
+    return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0

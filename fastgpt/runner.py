@@ -1,0 +1,145 @@
+"""One forward pass over the chunks of many sequences: their tokens in, the logits that are asked for out.
+
+On CUDA a step in which every sequence brings one token is a CUDA graph, captured once for each of a few batch sizes
+and replayed on buffers that stay where they are; smaller batches are padded.
+"""
+
+import bisect
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from fastgpt.kv_cache import PagedCache, PagedStep, Part
+from fastgpt.model import GPT
+from fastgpt.scheduler import Chunk
+
+WARM_UP = 3  # runs before a capture: they compile kernels and let libraries allocate
+
+
+class Runner:
+    """Runs a model over the chunks that a `Scheduler` plans. `graphs`: capture decode steps (CUDA only)."""
+
+    def __init__(self, model: GPT, cache: PagedCache, *, max_batch: int, compile: bool = False, graphs: bool = True):
+        self.model, self.cache = model, cache
+        self.device = model.wte.weight.device
+        self.most_pages = cache.allocator.pages_for(model.config.block_size)
+        self.forward = torch.compile(self._forward, dynamic=True) if compile else self._forward
+        self.graph_sizes = graph_sizes(max_batch) if graphs and self.device.type == "cuda" else []
+        self._graphs: dict[int, DecodeGraph] = {}
+
+    @torch.inference_mode()
+    def __call__(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+        """The logits (R, V) after the last `rows` tokens of each chunk, in the chunks' order.
+
+        The result is overwritten by the next call. Chunks of one token come first, and longer ones after them.
+        """
+        decoding = sum(len(chunk.tokens) == 1 for chunk in chunks)
+        if self.graph_sizes and decoding == len(chunks) and all(chunk.rows for chunk in chunks):
+            return self._replay(chunks)
+        tokens, at, slots = self._longs(chunks, sum(len(chunk.tokens) for chunk in chunks))
+        parts = []
+        if decoding:
+            parts.append(self._part(chunks[:decoding]))
+        if decoding < len(chunks):
+            parts.append(self._part(chunks[decoding:], ragged=True))
+        step = PagedStep(self.cache.keys, self.cache.values, at, slots, tuple(parts))
+        return self.forward(tokens[None], step, self._rows(chunks))
+
+    def _forward(self, tokens: torch.Tensor, step: PagedStep, rows: torch.Tensor | None) -> torch.Tensor:
+        hidden = self.model.hidden(tokens, cache=step)[0]  # (N, C)
+        return self.model.logits(hidden if rows is None else hidden[rows])
+
+    def _longs(self, chunks: Sequence[Chunk], N: int) -> torch.Tensor:
+        """Tokens, positions and slots as int64 (3, N); what no chunk fills is padding: token 0 in slot -1."""
+        P = self.cache.allocator.page_size
+        values = np.zeros((3, N), dtype=np.int64)
+        values[2] = -1
+        end = 0
+        for chunk in chunks:
+            table, first, count = chunk.sample.table, chunk.first, len(chunk.tokens)
+            assert table is not None
+            if count == 1:
+                values[:, end] = chunk.tokens[0], first, table.pages[first // P] * P + first % P
+            else:
+                at = np.arange(first, first + count)
+                pages = np.asarray(table.pages[first // P : (first + count - 1) // P + 1])
+                values[:, end : end + count] = chunk.tokens, at, pages[at // P - first // P] * P + at % P
+            end += count
+        return self._to_device(values)
+
+    def _part(self, chunks: Sequence[Chunk], *, ragged: bool = False) -> Part:
+        starts = None
+        if ragged:
+            ends = np.cumsum([0, *(len(chunk.tokens) for chunk in chunks)], dtype=np.int32)
+            starts = self._to_device(ends)
+        M = max(self.cache.allocator.pages_for(chunk.first + len(chunk.tokens)) for chunk in chunks)
+        values = self._tables(chunks, len(chunks), M)
+        return Part(values[:, 1:], values[:, 0], starts)
+
+    def _tables(self, chunks: Sequence[Chunk], B: int, M: int) -> torch.Tensor:
+        """Length and pages of each sequence as int32 (B, 1 + M); the rest is empty slots of length 0."""
+        values = np.zeros((B, 1 + M), dtype=np.int32)
+        for row, chunk in zip(values, chunks, strict=False):
+            table, length = chunk.sample.table, chunk.first + len(chunk.tokens)
+            assert table is not None
+            pages = table.pages[:M]
+            row[0] = length
+            row[1 : 1 + len(pages)] = pages
+        return self._to_device(values)
+
+    def _rows(self, chunks: Sequence[Chunk]) -> torch.Tensor | None:
+        """Which tokens' logits are asked for; None for all."""
+        rows, end = [], 0
+        for chunk in chunks:
+            end += len(chunk.tokens)
+            rows += range(end - chunk.rows, end)
+        return None if len(rows) == end else self._to_device(np.asarray(rows, dtype=np.int64))
+
+    def _to_device(self, values: np.ndarray) -> torch.Tensor:
+        host = torch.from_numpy(values)
+        return (
+            host.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else host.to(self.device)
+        )
+
+    def _replay(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+        B = len(chunks)
+        size = self.graph_sizes[bisect.bisect_left(self.graph_sizes, B)]
+        longs = self._longs(chunks, size)
+        tables = self._tables(chunks, size, self.most_pages)
+        if size not in self._graphs:
+            self._graphs[size] = DecodeGraph(self, size)
+        return self._graphs[size].replay(longs, tables)[:B]
+
+
+class DecodeGraph:
+    """A decode step of a fixed number of sequences as a CUDA graph, with its inputs and its logits."""
+
+    def __init__(self, runner: Runner, size: int):
+        cache, device = runner.cache, runner.device
+        self.longs = torch.zeros((3, size), dtype=torch.int64, device=device)
+        self.longs[2] = -1
+        self.tables = torch.zeros((size, 1 + runner.most_pages), dtype=torch.int32, device=device)
+        tokens, at, slots = self.longs
+        step = PagedStep(cache.keys, cache.values, at, slots, (Part(self.tables[:, 1:], self.tables[:, 0]),))
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):  # on padding alone: nothing is written
+            for _ in range(WARM_UP):
+                runner.forward(tokens[None], step, None)
+        torch.cuda.current_stream(device).wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = runner.forward(tokens[None], step, None)
+
+    def replay(self, longs: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
+        self.longs.copy_(longs)
+        self.tables.copy_(tables)
+        self.graph.replay()
+        return self.logits
+
+
+def graph_sizes(max_batch: int) -> list[int]:
+    """Batch sizes to capture: 1, 2, 4, 8, then multiples of 16, up to the first that holds `max_batch`."""
+    sizes = [1, 2, 4, 8, *range(16, max_batch + 16, 16)]
+    return sizes[: bisect.bisect_left(sizes, max_batch) + 1]

@@ -1,0 +1,222 @@
+"""Which tokens of which requests the next forward pass computes: continuous batching over a paged cache.
+
+Every step gives each running sequence what it lacks, oldest first: one token while it is decoded, a chunk while its
+prompt is read, both in the same step, up to `max_batch_tokens`. A finished sequence's place is taken in the next step
+(Yu et al., 2022, "Orca", section 4.1). Where pages run out, the youngest sequence gives up its own and is computed anew
+later (recomputation: Kwon et al., 2023, section 4.5), so the oldest always goes on.
+"""
+
+import bisect
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from fastgpt.block_allocator import BlockAllocator, BlockTable, OutOfPages
+from fastgpt.config import SamplingParams
+from fastgpt.kv_cache import PagedCache
+from fastgpt.speculation import NgramProposer
+
+
+@dataclass(eq=False)
+class Sample:
+    """One continuation under way: its tokens, and while it runs its pages and its slot.
+
+    Attributes:
+        order: place in the queue: (number of the request, number of the continuation).
+        tokens: prompt and continuation.
+        start: the first token of the window; 0 until the window slides.
+        slot: its place in the batch, -1 while it waits.
+        siblings: continuations of the same prompt that wait for this one to have read it.
+    """
+
+    order: tuple[int, int]
+    tokens: list[int]
+    prompt_length: int
+    params: SamplingParams
+    start: int = 0
+    slot: int = -1
+    table: BlockTable | None = None
+    proposer: NgramProposer | None = None
+    siblings: list["Sample"] = field(default_factory=list)
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - self.prompt_length
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens that a step computes for one sequence; `draft` ends them with tokens that are only guessed."""
+
+    sample: Sample
+    first: int  # position of the first one in the window
+    tokens: list[int]
+    draft: list[int]
+    reading: bool  # of a prompt, or again after a preemption
+    rows: int  # how many of its last tokens predict: none before the end of a prompt, else one and one a guess
+
+
+class Scheduler:
+    """The queue, and the sequences that run; see the module.
+
+    Attributes:
+        hits: tokens of prompts that were found in cached pages instead of being computed.
+        preemptions: how many times a sequence lost its pages.
+    """
+
+    def __init__(
+        self,
+        cache: PagedCache,
+        block_size: int,
+        *,
+        max_batch: int,
+        max_batch_tokens: int,
+        slide: bool,
+        drafts: int,
+    ):
+        self.cache, self.block_size, self.slide, self.drafts = cache, block_size, slide, drafts
+        self.max_batch, self.max_batch_tokens = max_batch, max_batch_tokens
+        self.waiting: deque[Sample] = deque()
+        self.running: list[Sample] = []  # oldest first
+        self.hits, self.preemptions = 0, 0
+        self._slots = list(reversed(range(max_batch)))
+
+    @property
+    def allocator(self) -> BlockAllocator:
+        return self.cache.allocator
+
+    def most_positions(self, prompt: int, new: int) -> int:
+        """The cached positions that a continuation comes to need: its last token is never an input."""
+        return min(prompt + new - 1, self.block_size)
+
+    def add(self, sample: Sample) -> None:
+        """Put a sequence at the end of the queue."""
+        self.waiting.append(sample)
+
+    def plan(self) -> list[Chunk]:
+        """The next step; none when nothing waits or runs. Pages are reserved, and tables count their new tokens."""
+        budget, chunks = self.max_batch_tokens, []
+        for sample in list(self.running):
+            if budget == 0:
+                break
+            if sample.slot >= 0 and (chunk := self._next_chunk(sample, budget)) is not None:
+                chunks.append(chunk)
+                budget -= len(chunk.tokens)
+        while budget and self.waiting and self._slots and self._admit(self.waiting[0]):
+            sample = self.waiting.popleft()
+            chunks.append(self._chunk(sample, budget, []))
+            budget -= len(chunks[-1].tokens)
+        return chunks
+
+    def fork(self, sample: Sample, sibling: Sample) -> bool:
+        """Start a continuation of the same prompt on the same pages; False without a free place for it."""
+        assert sample.table is not None
+        if not self._slots:
+            return False
+        sibling.table = self.allocator.fork(sample.table)
+        self._run(sibling)
+        return True
+
+    def put_back(self, samples: Iterable[Sample]) -> None:
+        """Put sequences at the front of the queue, in their order."""
+        for sample in sorted(samples, key=lambda sample: sample.order, reverse=True):
+            self.waiting.appendleft(sample)
+
+    def drop(self, sample: Sample) -> None:
+        """Take a sequence out, wherever it is: it is finished, or cancelled."""
+        if sample.slot >= 0:
+            self._stop(sample)
+        elif sample in self.waiting:
+            self.waiting.remove(sample)
+
+    def start_over(self) -> None:
+        """Preempt all, and forget all pages: after a step that failed, nobody knows what they hold."""
+        for sample in reversed(self.running.copy()):
+            self._preempt(sample)
+        self.allocator.forget()
+
+    def _next_chunk(self, sample: Sample, budget: int) -> Chunk | None:
+        """What a running sequence lacks, its pages reserved at the cost of younger ones; None where it lost its own."""
+        assert sample.table is not None
+        if self._slid(sample):
+            self.allocator.release(sample.table)
+            sample.table = BlockTable()
+        lacking = len(sample.tokens) - sample.start - sample.table.length
+        draft = self._draft(sample, budget) if lacking == 1 else []
+        target = sample.table.length + min(budget, lacking + len(draft))
+        while True:
+            try:
+                self.cache.reserve(sample.table, target, self._room(sample))
+                return self._chunk(sample, budget, draft)
+            except OutOfPages:
+                if draft:  # nobody is preempted for a guess
+                    target, draft = sample.table.length + 1, []
+                    continue
+                victim = self.running[-1]
+                self._preempt(victim)
+                if victim is sample:
+                    return None
+
+    def _admit(self, sample: Sample) -> bool:
+        """Start a waiting sequence if there are pages for all its tokens, and one more for each that runs already."""
+        self._slid(sample)
+        window = sample.tokens[sample.start :] if sample.start else sample.tokens
+        table = self.allocator.open([] if sample.start else window)
+        try:
+            missing = self.allocator.pages_for(len(window)) - len(table.pages)
+            if self.running and missing + len(self.running) > self.allocator.free:
+                raise OutOfPages
+            self.cache.reserve(table, len(window), self._room(sample))
+        except OutOfPages:
+            self.allocator.release(table)
+            return False
+        self.hits += table.length
+        sample.table = table
+        self._run(sample)
+        return True
+
+    def _chunk(self, sample: Sample, budget: int, draft: list[int]) -> Chunk:
+        """The next tokens of a sequence whose pages are reserved, counted in its table."""
+        table = sample.table
+        assert table is not None
+        first, known = table.length, len(sample.tokens) - sample.start
+        tokens = [*sample.tokens[sample.start + first : sample.start + min(known, first + budget)], *draft]
+        table.length += len(tokens)
+        # Whoever comes later in this very step may read these pages: all keys are written before any is read.
+        if not sample.start and table.length // self.allocator.page_size > len(table.digests):
+            self.allocator.publish(table, sample.tokens)
+        rows = 1 + len(draft) if table.length >= known else 0
+        reading = known - first > 1 or sample.generated == 0
+        return Chunk(sample, first, tokens, draft, reading, rows)
+
+    def _slid(self, sample: Sample) -> bool:
+        """Move the window of a sequence that has outgrown it: then all positions, and all that is cached, change."""
+        start = max(0, len(sample.tokens) - self.block_size)
+        moved, sample.start = start > sample.start, start
+        return moved
+
+    def _draft(self, sample: Sample, budget: int) -> list[int]:
+        if sample.proposer is None or sample.start:
+            return []
+        left = sample.params.max_new_tokens - sample.generated - 1  # a guess is of use if a token follows it
+        most = min(self.drafts, left, budget - 1, self.block_size - len(sample.tokens))
+        return sample.proposer.propose(sample.tokens, most)
+
+    def _room(self, sample: Sample) -> int:
+        return self.most_positions(sample.prompt_length, sample.params.max_new_tokens)
+
+    def _run(self, sample: Sample) -> None:
+        sample.slot = self._slots.pop()
+        bisect.insort(self.running, sample, key=lambda other: other.order)
+
+    def _stop(self, sample: Sample) -> None:
+        assert sample.table is not None
+        self.allocator.release(sample.table)
+        self._slots.append(sample.slot)
+        sample.table, sample.slot = None, -1
+        self.running.remove(sample)
+
+    def _preempt(self, sample: Sample) -> None:
+        self._stop(sample)
+        self.waiting.appendleft(sample)
+        self.preemptions += 1

@@ -1,0 +1,116 @@
+"""One continuation at a time, on a dense cache or none: nothing between the model and its tokens but a loop."""
+
+import time
+from collections.abc import Iterator
+
+import torch
+
+from fastgpt.completion import Completion, Timings
+from fastgpt.config import SamplingParams
+from fastgpt.detokenizer import Detokenizer
+from fastgpt.kv_cache import DenseCache
+from fastgpt.model import GPT
+from fastgpt.sampler import Drawn, Sampler
+from fastgpt.tokenizer import Tokenizer
+
+
+class Generation:
+    """One continuation under way: iterate for its pieces of text; the attributes are right at every moment.
+
+    Past block_size the window slides: the last block_size tokens are read anew for every token.
+
+    Attributes:
+        prefill_tokens, prefill_seconds: of the prompt, or of its end that fits in block_size.
+        decode_tokens, decode_seconds: of the new tokens after the first, which the prefill yields.
+        drawn: the new tokens with their log-probabilities, without a stop token.
+        finish_reason: as in `Completion`, once it has ended.
+    """
+
+    def __init__(
+        self, model: GPT, tokenizer: Tokenizer, prompt: str | list[int], params: SamplingParams, cache: str = "dense"
+    ):
+        self.model, self.tokenizer, self.params, self.text = model, tokenizer, params, prompt
+        self.cached = cache == "dense"
+        ids = tokenizer.encode(prompt).tolist() if isinstance(prompt, str) else prompt
+        self.prompt = ids or [tokenizer.start_token]
+        self.prefill_tokens, self.prefill_seconds = min(len(self.prompt), model.config.block_size), 0.0
+        self.decode_tokens, self.decode_seconds = 0, 0.0
+        self.drawn: list[Drawn] = []
+        self.finish_reason: str | None = None
+        self._pieces = self._read()
+
+    def __iter__(self) -> Iterator[str]:
+        return self._pieces
+
+    def tokens(self) -> Iterator[int]:
+        """The new tokens, one by one, up to a stop token, without regard to stop texts."""
+        for one in self._draw():
+            yield one.token
+
+    def completion(self, index: int, sample: int, waited: float = 0.0) -> Completion:
+        """The rest of the continuation, and all of it; `waited`: seconds from its submission to now."""
+        text = "".join(self)
+        spent = self.prefill_seconds + self.decode_seconds
+        first = waited + self.prefill_seconds if self.prefill_seconds else None
+        asked = self.params.logprobs is not None
+        return Completion(
+            index,
+            sample,
+            self.text,
+            text,
+            [one.token for one in self.drawn],
+            self.finish_reason or "length",
+            Timings(None if first is None else waited, first, waited + spent),
+            logprobs=[(one.logprob or 0.0, one.top or []) for one in self.drawn] if asked else None,
+        )
+
+    def _draw(self) -> Iterator[Drawn]:
+        weight = self.model.wte.weight
+        tokens = torch.tensor([self.prompt], device=weight.device)
+        sampler = Sampler(1, self.tokenizer.vocab_size, weight.device)
+        sampler.begin(0, self.params, self.prompt)
+        cache = DenseCache(self.model.config, device=weight.device, dtype=weight.dtype) if self.cached else None
+        for i in range(self.params.max_new_tokens):
+            began = time.perf_counter()
+            with torch.inference_mode():
+                sampled = sampler(self._logits(tokens, cache), [0], [i])
+                # The oldest tokens are out of every window to come.
+                tokens = torch.cat([tokens, sampled.tokens[None]], dim=1)[:, -self.model.config.block_size - 1 :]
+            (one,) = sampled.to_host()
+            self._count(i, time.perf_counter() - began)
+            if one.token in self.params.stop_tokens:
+                self.finish_reason = "stop"
+                return
+            self.drawn.append(one)
+            yield one
+        self.finish_reason = "length"
+
+    def _logits(self, tokens: torch.Tensor, cache: DenseCache | None) -> torch.Tensor:
+        """The next token's logits (1, V), from the last block_size tokens."""
+        block = self.model.config.block_size
+        if cache is None:
+            return self.model(tokens[:, -block:], last_only=True)[:, -1]
+        if cache.length == 0 or cache.length == block:
+            # Every token's position changes as the window slides, and with it all that is cached.
+            cache.clear()
+            return self.model(tokens[:, -block:], cache=cache, last_only=True)[:, -1]
+        return self.model(tokens[:, -1:], cache=cache, last_only=True)[:, -1]
+
+    def _count(self, index: int, seconds: float) -> None:
+        if index == 0:
+            self.prefill_seconds = seconds
+        else:
+            self.decode_tokens += 1
+            self.decode_seconds += seconds
+
+    def _read(self) -> Iterator[str]:
+        """The text, as whole characters come, up to a stop text."""
+        detokenizer = Detokenizer(self.tokenizer, self.params.stop)
+        for token in self.tokens():
+            if piece := detokenizer.push(token):
+                yield piece
+            if detokenizer.stopped:
+                self.finish_reason = "stop"
+                return
+        if piece := detokenizer.finish():
+            yield piece

@@ -1,0 +1,47 @@
+"""Tokens to text: whole characters only, and nothing of a stop text."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastgpt.detokenizer import Detokenizer
+from fastgpt.tokenizer import ByteTokenizer
+
+
+def pieces(content: bytes, stop: tuple[str, ...] = ()) -> list[str]:
+    """What a byte model gives out that says these bytes."""
+    detokenizer, found = Detokenizer(ByteTokenizer(), stop), []
+    for byte in content:
+        found.append(detokenizer.push(byte))
+    found.append(detokenizer.finish())
+    assert detokenizer.text == "".join(found)
+    return [piece for piece in found if piece]
+
+
+@settings(deadline=None, max_examples=200)
+@given(text=st.text("abé", max_size=12), stops=st.lists(st.text("abé", max_size=4), max_size=3))
+def test_text_ends_before_the_first_stop_text_and_no_part_of_it_leaks(text: str, stops: list[str]):
+    meant = [stop for stop in stops if stop]  # an empty one stops nothing
+    ends = [end for end in range(len(text) + 1) if any(stop in text[:end] for stop in meant)]
+    said = text[: ends[0]] if ends else text
+    wanted = said[: min(said.find(stop) for stop in meant if stop in said)] if ends else said
+    assert "".join(pieces(text.encode(), tuple(stops))) == wanted
+
+
+def test_it_says_when_it_stopped_and_is_silent_then():
+    detokenizer = Detokenizer(ByteTokenizer(), ["b"])
+    assert [detokenizer.push(byte) for byte in b"ab"] == ["a", ""]
+    assert detokenizer.stopped
+    assert detokenizer.push(ord("c")) == detokenizer.finish() == ""
+    assert detokenizer.text == "a"
+
+
+def test_text_that_may_become_a_stop_text_comes_once_it_cannot():
+    assert pieces(b"xabxabc", ("abc",)) == ["x", "abx"]
+    assert pieces(b"xab", ("abc",)) == ["x", "ab"]
+
+
+def test_characters_of_many_bytes_come_whole():
+    text = "aß€😀 é"
+    assert pieces(text.encode()) == [*text]
+    assert pieces(b"a\xe2\x82") == ["a", "\ufffd"]
+    assert pieces(b"\xc3a") == ["\ufffda"]
