@@ -212,7 +212,7 @@ class Sampler:
             greedy=greedy,
             penalized=repetition != 1 or presence != 0 or frequency != 0,
             columns=top_k if not greedy and (top_k < self.vocab_size or top_p < 1) else 0,
-            top_p=not greedy and top_p < 1,
+            top_p=top_p < 1,
             min_p=not greedy and min_p > 0,
             settings=(slot, repetition, presence, frequency, temperature, top_k, top_p, min_p),
         )
