@@ -160,8 +160,12 @@ def _open(output: str | None) -> Iterator[TextIO]:
         yield sys.stdout
         return
     # What JSON cannot hold as it is, a lone surrogate, becomes the escape that JSON has for it.
-    with Path(output).open("x", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-        yield file
+    try:
+        with Path(output).open("x", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+            yield file
+    finally:
+        if Path(output).stat().st_size == 0:
+            Path(output).unlink()
 
 
 def check_output(output: str | None) -> None:

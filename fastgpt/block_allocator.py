@@ -49,11 +49,11 @@ class BlockAllocator:
         self.pages, self.page_size, self.prefix_cache = pages, page_size, prefix_cache
         self.references = [0] * pages
         self.peak = 0
-        self._empty: OrderedDict[int, None] = OrderedDict.fromkeys(range(pages))
+        self._empty: OrderedDict[int, None] = OrderedDict.fromkeys(reversed(range(pages)))  # the last one goes first
         self._cached: OrderedDict[int, None] = OrderedDict()  # the least recently used first
+        self._evicted_at_once = max(1, pages // 64)
         self._by_digest: dict[bytes, int] = {}
         self._digest_of: dict[int, bytes] = {}
-        self._next_start = 0
 
     @property
     def free(self) -> int:
@@ -105,6 +105,9 @@ class BlockAllocator:
         fresh = max(0, last - len(table.pages))
         if len(shared) + fresh > self.free:
             raise OutOfPages(f"{len(shared) + fresh} pages are needed and {self.free} are free")
+        for page in table.pages[first:last]:
+            if self.references[page] == 1:
+                self._unpublish(page)
         copies = []
         for i in shared:
             source, page = table.pages[i], self._take(table.pages[i], 0)
@@ -172,21 +175,37 @@ class BlockAllocator:
             yield before
 
     def _take(self, before: int | None, room: int) -> int:
-        """A free page: the one behind `before` if it is empty, so that a sequence's pages lie in a row."""
-        wanted = before + 1 if before is not None else self._next_start
-        if wanted in self._empty:
-            page = wanted
+        """A free page: the one behind `before` if it is empty, so that a sequence's pages lie in a row.
+
+        A first page comes from where the last sequence was, whose memory is warm; the `room` behind it is left to it
+        as long as others find empty pages elsewhere.
+        """
+        if not self._empty:
+            self._evict()
+        if before is not None and before + 1 in self._empty:
+            page = before + 1
             del self._empty[page]
-        elif self._empty:
-            page, _ = self._empty.popitem(last=False)
         else:
-            page, _ = self._cached.popitem(last=False)
-            del self._by_digest[self._digest_of.pop(page)]
+            page, _ = self._empty.popitem()
         if before is None:
-            self._next_start = (page + max(room, 1)) % self.pages
+            for later in range(page + 1, min(page + room, self.pages)):
+                if later in self._empty:
+                    self._empty.move_to_end(later, last=False)
         self.references[page] = 1
         self.peak = max(self.peak, self.used)
         return page
+
+    def _evict(self) -> None:
+        """Empty the least recently used of the cached pages: in a large pool several, which often lie in a row."""
+        count = min(self._evicted_at_once, len(self._cached))
+        for page in sorted((self._cached.popitem(last=False)[0] for _ in range(count)), reverse=True):
+            self._unpublish(page)
+            self._empty[page] = None
+
+    def _unpublish(self, page: int) -> None:
+        """Let nobody find a page any more, because it is about to be written."""
+        if digest := self._digest_of.pop(page, None):
+            del self._by_digest[digest]
 
     def _refer(self, page: int) -> None:
         self._cached.pop(page, None)

@@ -134,7 +134,7 @@ def parse_memory(text: str, device: torch.device) -> int:
     Raises:
         UsageError: none of these.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?b|%)?", text.strip().lower())
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?)\s*((?:[kmgt]i?)?b|%)?", text.strip().lower())
     if match is None:
         raise UsageError(f"--kv_memory {text!r} is not an amount of memory such as 2GiB, 500MB or 30%")
     number, unit = float(match[1]), match[2] or "b"

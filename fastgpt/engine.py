@@ -31,7 +31,7 @@ from fastgpt.tokenizer import Tokenizer
 
 MEMORY_SHARE = {"cuda": 0.8}  # of the free memory, for pages
 MEMORY_SHARE_ELSEWHERE = 0.25
-MOST_PAGES = 1 << 18  # by default: more make the start slow, and a small model never needs them
+MOST_PAGES = 1 << 18  # more would make the start slow; only a small model in a large memory has so many
 DRAFTS = 5  # tokens that a guess has at most
 
 
@@ -103,7 +103,8 @@ class Engine:
             max_batch: sequences that run at once.
             max_batch_tokens: tokens of one forward pass; longer prompts are read in chunks.
             page_size: positions in a page.
-            kv_memory: bytes for pages; default: 80% of the free memory of a GPU, 25% elsewhere.
+            kv_memory: bytes for pages, of which there are at most 262,144; default: 80% of the free memory of a GPU,
+                25% elsewhere.
             prefix_cache: compute prompts that begin alike once, and keep them as long as there is room.
             speculate: "ngram" guesses tokens from the text itself and checks them all in one pass; outputs stay.
             slide: go on past block_size with the last block_size tokens, each token at the cost of a prefill;
@@ -112,7 +113,7 @@ class Engine:
             cuda_graphs: capture decode steps on CUDA.
 
         Raises:
-            UsageError: a setting outside its limits, or memory for less than one page.
+            UsageError: a setting outside its limits, memory for less than one page, or more than is free.
         """
         for name, value in (("max_batch", max_batch), ("max_batch_tokens", max_batch_tokens), ("page_size", page_size)):
             if value < 1:
@@ -123,14 +124,15 @@ class Engine:
         config, weight = model.config, model.wte.weight
         self.block_size, self.vocab_size = config.block_size, config.vocab_size or 0
         bytes_each = page_bytes(config, page_size, weight.dtype)
+        free = free_memory(weight.device)
         if kv_memory is None:
-            share = MEMORY_SHARE.get(weight.device.type, MEMORY_SHARE_ELSEWHERE)
-            pages = min(int(share * free_memory(weight.device)) // bytes_each, MOST_PAGES)
-        else:
-            pages = kv_memory // bytes_each
+            kv_memory = int(free * MEMORY_SHARE.get(weight.device.type, MEMORY_SHARE_ELSEWHERE))
+        elif kv_memory > free:
+            raise UsageError(f"--kv_memory {kv_memory:,} bytes are more than the {free:,} that are free; ask for less")
+        pages = min(kv_memory // bytes_each, MOST_PAGES)
         if pages < 1:
             raise UsageError(
-                f"--kv_memory {kv_memory}: a page of {page_size} tokens takes {bytes_each:,} bytes; "
+                f"--kv_memory {kv_memory:,}: a page of {page_size} tokens takes {bytes_each:,} bytes; "
                 "give more, or pass a smaller --page_size"
             )
         self.cache = PagedCache(

@@ -77,14 +77,17 @@ class PagedCache:
         prefix_cache: bool = True,
     ):
         self.allocator = BlockAllocator(pages, page_size, prefix_cache=prefix_cache)
-        shape = (2, config.n_layer, pages, page_size, config.kv_heads, config.head_size)
-        self._pool = torch.empty(shape, device=device, dtype=dtype)  # on a CPU, memory is taken as it is written
-        self.keys, self.values = self._pool[0].unbind(), self._pool[1].unbind()
+        shape = (pages, page_size, config.kv_heads, config.head_size)
+        # On a CPU, memory is taken as it is written. Each pool has its own storage: torch.compile copies what it must
+        # write to if it shares memory with something else.
+        pools = [torch.empty(shape, device=device, dtype=dtype) for _ in range(2 * config.n_layer)]
+        self.keys, self.values = tuple(pools[::2]), tuple(pools[1::2])
 
     def reserve(self, table: BlockTable, length: int, room: int = 0) -> None:
         """`BlockAllocator.reserve`, with the copies that it asks for made."""
         for source, page in self.allocator.reserve(table, length, room):
-            self._pool[:, :, page] = self._pool[:, :, source]
+            for pool in (*self.keys, *self.values):
+                pool[page] = pool[source]
 
 
 def page_bytes(config: ModelConfig, page_size: int, dtype: torch.dtype) -> int:

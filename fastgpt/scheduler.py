@@ -196,7 +196,7 @@ class Scheduler:
         return moved
 
     def _draft(self, sample: Sample, budget: int) -> list[int]:
-        if sample.proposer is None or sample.start:
+        if sample.proposer is None or sample.start or sample.siblings:  # siblings take over its pages as they are
             return []
         left = sample.params.max_new_tokens - sample.generated - 1  # a guess is of use if a token follows it
         most = min(self.drafts, left, budget - 1, self.block_size - len(sample.tokens))

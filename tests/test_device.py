@@ -1,10 +1,23 @@
 """Which machine and arithmetic the flags mean, with what this machine lacks played by monkeypatch."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
 from fastgpt import device as module
-from fastgpt.device import autocast, describe, peak_flops, peak_memory, resolve_device, resolve_dtype, synchronize
+from fastgpt.device import (
+    autocast,
+    describe,
+    free_memory,
+    parse_memory,
+    peak_flops,
+    peak_memory,
+    resolve_device,
+    resolve_dtype,
+    synchronize,
+)
 from fastgpt.errors import UsageError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -102,3 +115,117 @@ def test_peak_memory_counts_what_this_process_used():
 def test_the_cpu_is_described_by_its_threads_and_needs_no_wait():
     assert describe(CPU) == f"CPU, {torch.get_num_threads()} threads"
     assert synchronize(CPU) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("0", 0),
+        ("1000000", 1000000),
+        ("7b", 7),
+        ("3kB", 3000),
+        ("3 KiB", 3072),
+        ("500 MB", 500_000_000),
+        ("2GiB", 2 << 30),
+        ("2gb", 2_000_000_000),
+        (" 1.5 GiB ", 3 << 29),
+        ("1TiB", 1 << 40),
+        ("1TB", 10**12),
+    ],
+)
+def test_an_amount_of_memory_is_read(text: str, size: int):
+    assert parse_memory(text, CPU) == size
+
+
+@pytest.mark.parametrize(("text", "size"), [("30%", 300), ("12.5 %", 125), ("100%", 1000), ("0%", 0)])
+def test_a_share_is_of_the_devices_free_memory(monkeypatch, text: str, size: int):
+    monkeypatch.setattr(module, "free_memory", {CPU: 1000, CUDA: 5000}.__getitem__)
+    assert parse_memory(text, CPU) == size
+    assert parse_memory(text, CUDA) == 5 * size
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", " ", "GB", "%", "-1", "-5%", "1e9", "1,000", "2 PiB", "2g", "1.GB", ".5GB", "2GiB!", "1 2", "nan", "inf"],
+)
+def test_what_is_no_amount_is_refused_with_examples(text: str):
+    with pytest.raises(UsageError, match=r"--kv_memory .* is not an amount .*2GiB, 500MB or 30%") as refused:
+        parse_memory(text, CPU)
+    assert repr(text) in str(refused.value)
+
+
+@pytest.mark.parametrize("text", ["101%", "100.5 %"])
+def test_more_than_all_of_the_memory_is_refused(text: str):
+    with pytest.raises(UsageError, match=f"--kv_memory '{text}' is more than all .* at most 100%"):
+        parse_memory(text, CPU)
+
+
+@pytest.mark.parametrize("text", ["5ib", "9" * 400])
+def test_odd_amounts_are_refused_too(text: str):
+    with pytest.raises(UsageError, match="--kv_memory"):
+        parse_memory(text, CPU)
+
+
+@pytest.fixture
+def linux(monkeypatch, tmp_path: Path):
+    """Pretend that Linux says this in its files."""
+    monkeypatch.setattr(module, "Path", lambda path: tmp_path / path.lstrip("/"))
+
+    def pretend(**files: str) -> None:
+        names = {"meminfo": "proc/meminfo", "v2": "sys/fs/cgroup/memory.{}", "v1": "sys/fs/cgroup/memory/memory.{}"}
+        for name, text in files.items():
+            key, _, end = name.partition("_")
+            path = tmp_path / names[key].format(end)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+
+    return pretend
+
+
+MEMINFO = "MemTotal:       8000 kB\nMemFree:         100 kB\nMemAvailable:   2000 kB\nHugePages_Total:   0\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [
+        ({}, 2000 * 1024),
+        ({"v2_max": "max\n", "v2_current": "5\n"}, 2000 * 1024),
+        ({"v2_max": "9000000\n", "v2_current": "8500000\n"}, 500_000),
+        ({"v2_max": "9000000\n", "v2_current": "1000\n"}, 2000 * 1024),
+        ({"v2_max": "1000\n", "v2_current": "1001\n"}, 0),
+        ({"v1_limit_in_bytes": "7000\n", "v1_usage_in_bytes": "3000\n"}, 4000),
+    ],
+    ids=["no cgroup", "no limit", "limit", "limit above the machine", "over the limit", "cgroup v1"],
+)
+def test_a_cpu_has_what_machine_and_container_leave(linux, files: dict[str, str], free: int):
+    linux(meminfo=MEMINFO, **files)
+    assert free_memory(CPU) == free
+
+
+def test_without_meminfo_half_of_the_memory_is_free(monkeypatch, linux):
+    sizes = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1000}
+    monkeypatch.setattr(os, "sysconf", sizes.__getitem__, raising=False)
+    assert free_memory(CPU) == 4096 * 500
+
+
+def test_where_nothing_is_known_four_gib_are_free(monkeypatch, linux):
+    monkeypatch.delattr(os, "sysconf", raising=False)
+    assert free_memory(CPU) == 4 << 30
+
+
+def test_this_machine_has_free_memory():
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < free_memory(CPU) <= total
+    assert 0 < parse_memory("50%", CPU) < total
+
+
+def test_a_gpu_is_asked_for_its_free_memory(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", {CUDA: (123, 456)}.__getitem__)
+    assert free_memory(CUDA) == 123
+
+
+@pytest.mark.parametrize(("used", "free"), [(300, 700), (1200, 0)])
+def test_an_apple_gpu_has_what_is_recommended_less_what_is_used(monkeypatch, used: int, free: int):
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 1000)
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: used)
+    assert free_memory(torch.device("mps")) == free
