@@ -10,7 +10,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastgpt.completion import Completion, Piece
     from fastgpt.config import PRESETS, ModelConfig, SamplingParams, TrainConfig
+    from fastgpt.engine import Engine
     from fastgpt.errors import CorruptCheckpoint, UsageError
     from fastgpt.generate import TextGenerator, load
     from fastgpt.model import GPT
@@ -19,8 +21,11 @@ __version__ = "0.1.0"
 __all__ = [
     "GPT",
     "PRESETS",
+    "Completion",
     "CorruptCheckpoint",
+    "Engine",
     "ModelConfig",
+    "Piece",
     "SamplingParams",
     "TextGenerator",
     "TrainConfig",
@@ -30,6 +35,8 @@ __all__ = [
 
 _MODULES = {
     "fastgpt.config": ("PRESETS", "ModelConfig", "SamplingParams", "TrainConfig"),
+    "fastgpt.completion": ("Completion", "Piece"),
+    "fastgpt.engine": ("Engine",),
     "fastgpt.errors": ("CorruptCheckpoint", "UsageError"),
     "fastgpt.generate": ("TextGenerator", "load"),
     "fastgpt.model": ("GPT",),

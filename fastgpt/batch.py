@@ -6,6 +6,7 @@ of the prompt, from 0), `sample`, `prompt`, `text`, `tokens`, `finish_reason` an
 are some `logprobs` and `error`; the lines come in the order of the prompts.
 """
 
+import codecs
 import contextlib
 import dataclasses
 import json
@@ -21,16 +22,17 @@ from rich.live import Live
 from rich.text import Text
 
 from fastgpt import cli
-from fastgpt.completion import Completion, Prompt, Stats, Timings
+from fastgpt.completion import Completion, Stats, Timings
 from fastgpt.config import SamplingParams, validate
 from fastgpt.engine import Engine
 from fastgpt.errors import UsageError
 from fastgpt.files import decode_utf8
 from fastgpt.model import GPT
+from fastgpt.prompt import Prompt
 from fastgpt.single import Generation
 from fastgpt.tokenizer import Tokenizer
 
-PLAIN_INTERVAL = 5.0  # seconds between lines of progress where there is no terminal
+LIVE_INTERVAL, PLAIN_INTERVAL = 0.1, 5.0  # seconds between lines of progress, on a terminal and elsewhere
 
 Job = tuple[Prompt, SamplingParams]
 
@@ -86,8 +88,8 @@ def _listed(name: str, value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def to_line(completion: Completion) -> str:
-    """A completion as a line of JSON."""
+def to_line(completion: Completion, *, escaped: bool = False) -> str:
+    """A completion as a line of JSON; `escaped`: in ASCII alone."""
     record: dict[str, Any] = {
         "index": completion.index,
         "sample": completion.sample,
@@ -104,7 +106,7 @@ def to_line(completion: Completion) -> str:
         record["logprobs"] = [{"logprob": own, "top": top} for own, top in completion.logprobs]
     if completion.error is not None:
         record["error"] = completion.error
-    return json.dumps(record, ensure_ascii=False)
+    return json.dumps(record, ensure_ascii=escaped)
 
 
 def one_by_one(model: GPT, tokenizer: Tokenizer, jobs: Sequence[Job], cache: str) -> Iterator[Completion]:
@@ -115,8 +117,7 @@ def one_by_one(model: GPT, tokenizer: Tokenizer, jobs: Sequence[Job], cache: str
             waited = time.perf_counter() - began
             own = dataclasses.replace(params, seed=(params.seed + sample) % 2**63)
             try:
-                ids = prompt if isinstance(prompt, str) else [*prompt]
-                generation = Generation(model, tokenizer, ids, own, cache)
+                generation = Generation(model, tokenizer, prompt, own, cache)
             except UsageError as error:
                 yield Completion(index, 0, prompt, "", [], "error", Timings(None, None, waited), str(error))
                 break
@@ -139,6 +140,7 @@ def write(completions: Iterator[Completion], jobs: Sequence[Job], output: str | 
     held: dict[tuple[int, int], Completion] = {}
     place, done, failed = (0, 0), 0, 0
     with _open(output) as file, Progress(total, engine) as progress:
+        escaped = codecs.lookup(file.encoding or "utf-8").name != "utf-8"
         for completion in completions:
             held[completion.index, completion.sample] = completion
             refused = completion.finish_reason == "error"
@@ -146,7 +148,7 @@ def write(completions: Iterator[Completion], jobs: Sequence[Job], output: str | 
             done += jobs[completion.index][1].num_samples if refused else 1
             while place in held:
                 next_one = held.pop(place)
-                print(to_line(next_one), file=file, flush=True)
+                print(to_line(next_one, escaped=escaped), file=file, flush=True)
                 index, sample = place
                 last = next_one.finish_reason == "error" or sample + 1 == jobs[index][1].num_samples
                 place = (index + 1, 0) if last else (index, sample + 1)
@@ -160,12 +162,12 @@ def _open(output: str | None) -> Iterator[TextIO]:
         yield sys.stdout
         return
     # What JSON cannot hold as it is, a lone surrogate, becomes the escape that JSON has for it.
-    try:
-        with Path(output).open("x", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+    with Path(output).open("x", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+        try:
             yield file
-    finally:
-        if Path(output).stat().st_size == 0:
-            Path(output).unlink()
+        finally:
+            if file.tell() == 0:  # so that the same command can be given again
+                Path(output).unlink()
 
 
 def check_output(output: str | None) -> None:
@@ -199,20 +201,22 @@ class Progress:
 
     def show(self, done: int) -> None:
         now = time.perf_counter()
+        if now - self.shown < (LIVE_INTERVAL if self.live else PLAIN_INTERVAL):
+            return
+        self.shown = now
         if self.live:
             self.live.update(Text(self._line(done, now)))
-        elif now - self.shown > PLAIN_INTERVAL:
-            self.shown = now
+        else:
             self.console.print(self._line(done, now), highlight=False, soft_wrap=True)
 
     def _line(self, done: int, now: float) -> str:
         if self.engine is None:
             return f"{done:,} of {self.total:,} done"
         scheduler, stats = self.engine.scheduler, self.engine.stats
-        allocator, running = scheduler.allocator, len(scheduler.running)
+        allocator = scheduler.allocator
         speed = (stats.prefill_tokens + stats.decode_tokens) / (now - self.began)
         return (
-            f"{running:,} running, {self.total - done - running:,} waiting, {done:,} of {self.total:,} done  "
+            f"{len(scheduler.running):,} running, {scheduler.queued:,} waiting, {done:,} of {self.total:,} done  "
             f"{speed:,.0f} tokens/s  {allocator.used:,} of {allocator.pages:,} pages"
         )
 

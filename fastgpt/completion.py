@@ -1,9 +1,8 @@
 """What comes out: continuations, piece by piece and whole, and what the time went into."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-Prompt = str | Sequence[int]
+from fastgpt.prompt import Prompt
 
 
 @dataclass(frozen=True)

@@ -11,18 +11,20 @@ not on what runs beside it.
 
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from fastgpt.completion import Completion, Piece, Prompt, Stats, Timings
+from fastgpt.completion import Completion, Piece, Stats, Timings
 from fastgpt.config import SPECULATION, SamplingParams, validate
 from fastgpt.detokenizer import Detokenizer
 from fastgpt.device import free_memory
 from fastgpt.errors import UsageError
 from fastgpt.kv_cache import PagedCache, page_bytes
 from fastgpt.model import GPT
+from fastgpt.prompt import Prompt, prompt_tokens
 from fastgpt.runner import Runner
 from fastgpt.sampler import Drawn, Sampler
 from fastgpt.scheduler import Chunk, Sample, Scheduler
@@ -163,21 +165,27 @@ class Engine:
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[Completion]:
-        """The continuations of all prompts, in their order; `num_samples` of each. See `submit`."""
+        """The continuations of all prompts, in their order, `num_samples` of each; `index` is the prompt's place.
+
+        See `stream` and `submit`.
+        """
         done = [piece.completion for piece in self.stream(prompts, params) if piece.completion]
         return sorted(done, key=lambda completion: (completion.index, completion.sample))
 
     def stream(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> Iterator[Piece]:
-        """The pieces of all continuations, as they come. Closing the iterator cancels what is not finished.
+        """The pieces of all continuations, as they come; `index` is the prompt's place among these.
+
+        Closing the iterator cancels what is not finished. Several streams may be read in turns.
 
         Args:
             prompts: text or token ids.
             params: for all prompts, or for each.
 
         Raises:
-            UsageError: settings outside their limits, or not as many of them as prompts; nothing was submitted.
+            UsageError: settings outside their limits, or not as many of them as prompts, at once; the prompts are
+                submitted when the iterator is asked for its first piece.
         """
         if isinstance(prompts, str):
             raise UsageError("prompts must be a list; pass [prompt] for a single one")
@@ -186,25 +194,23 @@ class Engine:
             raise UsageError(f"{len(each)} settings were given for {len(prompts)} prompts; give one, or one for each")
         for one in each:
             validate(one)
-        return self._pieces([self.submit(prompt, one) for prompt, one in zip(prompts, each, strict=True)])
+        return self._pieces(prompts, each)
 
-    def _pieces(self, indices: Sequence[int]) -> Iterator[Piece]:
-        wanted = {index: len(self._requests[index].samples) for index in indices if index in self._requests}
-        # Those that were refused wait among what is ready.
-        wanted |= {index: 1 for index in indices if index not in wanted}
+    def _pieces(self, prompts: Sequence[Prompt], each: Sequence[SamplingParams]) -> Iterator[Piece]:
+        own = [self.submit(prompt, one) for prompt, one in zip(prompts, each, strict=True)]
+        ended = Counter(piece.index for piece in self._ready if piece.completion)
+        wanted = {i: len(self._requests[i].samples) if i in self._requests else ended[i] for i in own}
         try:
             while wanted:
-                pieces, others = self.step(), []
+                pieces = self.step()
+                self._ready += [piece for piece in pieces if piece.index not in wanted]  # of other streams
                 for piece in pieces:
-                    if piece.index not in wanted:
-                        others.append(piece)
-                        continue
-                    if piece.completion:
-                        wanted[piece.index] -= 1
+                    if piece.index in wanted:
+                        if piece.completion:
+                            wanted[piece.index] -= 1
                         if not wanted[piece.index]:
                             del wanted[piece.index]
-                    yield piece
-                self._ready += others
+                        yield _numbered(piece, piece.index - own[0])
         finally:
             for index in wanted:
                 self.cancel(index)
@@ -224,7 +230,7 @@ class Engine:
         request = _Request(self._submitted, prompt, params, time.perf_counter())
         self._submitted += 1
         try:
-            tokens = self._tokens(prompt)
+            tokens = prompt_tokens(prompt, self.tokenizer, self.vocab_size)
             self._check(tokens, params)
         except UsageError as error:
             self._ready.append(self._refusal(request, str(error)))
@@ -257,17 +263,18 @@ class Engine:
 
         After an exception (out of memory, Ctrl-C) every request is still there, and computed anew.
         """
-        chunks = sorted(self.scheduler.plan(), key=lambda chunk: len(chunk.tokens) > 1)
-        if chunks:
-            began = time.perf_counter()
-            try:
+        try:
+            chunks = sorted(self.scheduler.plan(), key=lambda chunk: len(chunk.tokens) > 1)
+            if chunks:
+                began = time.perf_counter()
                 drawn = self._compute(chunks, began)
-            except BaseException:
-                self.scheduler.start_over()
-                raise
-            self._count(chunks, time.perf_counter() - began)
-            for turn, tokens in drawn:
-                self._accept(turn, tokens)
+                self._count(chunks, time.perf_counter() - began)
+                for turn, tokens in drawn:
+                    self._accept(turn, tokens)
+        except BaseException:
+            self.scheduler.start_over()
+            self._slots = [None] * len(self._slots)  # the sampler may have counted what nobody was given
+            raise
         pieces, self._ready = self._ready, []
         return pieces
 
@@ -388,23 +395,10 @@ class Engine:
         completion = Completion(request.index, 0, request.prompt, "", [], "error", waited, error)
         return Piece(request.index, 0, "", [], completion)
 
-    def _tokens(self, prompt: Prompt) -> list[int]:
-        """The ids of a prompt; those of an empty one are the start token. Raises `UsageError`."""
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise UsageError("a prompt of text needs a tokenizer; give the engine one, or pass token ids")
-            tokens = self.tokenizer.encode(prompt).tolist()
-        else:
-            tokens = [int(token) for token in prompt]
-            unknown = next((token for token in tokens if not 0 <= token < self.vocab_size), None)
-            if unknown is not None:
-                raise UsageError(f"token {unknown} is outside the vocabulary of {self.vocab_size:,} tokens")
-        if not tokens and self.tokenizer is None:
-            raise UsageError("an empty prompt needs a tokenizer, which knows what to start from")
-        return tokens or [self.tokenizer.start_token]  # pyright: ignore[reportOptionalMemberAccess]
-
     def _check(self, tokens: Sequence[int], params: SamplingParams) -> None:
         """Raises `UsageError` for a request that can never run, even alone."""
+        if params.stop and self.tokenizer is None:
+            raise UsageError("a stop text needs a tokenizer; pass stop_tokens instead")
         if not self.slide and len(tokens) > self.block_size:
             raise UsageError(
                 f"the prompt has {len(tokens):,} tokens, and the model's context (block_size) {self.block_size:,}; "
@@ -426,6 +420,14 @@ class Engine:
         self.stats.prefill_tokens += read
         self.stats.prefill_seconds += seconds * read / computed
         self.stats.decode_seconds += seconds * (computed - read) / computed
+
+
+def _numbered(piece: Piece, index: int) -> Piece:
+    """The same piece under another number."""
+    if piece.index == index:
+        return piece
+    completion = piece.completion and dataclasses.replace(piece.completion, index=index)
+    return dataclasses.replace(piece, index=index, completion=completion)
 
 
 def needs_penalties(params: SamplingParams) -> bool:

@@ -122,6 +122,8 @@ def choose_cache(config: GenerateConfig) -> str:
     needs = [flag for flag, given in needing.items() if given]
     if config.interactive and config.prompts is not None:
         raise UsageError("--interactive and --prompts exclude each other; pass only one")
+    if config.interactive and config.num_samples > 1:
+        raise UsageError(f"--num_samples {config.num_samples}: --interactive has one continuation a turn; leave it out")
     if config.output is not None and config.prompts is None:
         raise UsageError(f"--output {config.output} is for --prompts; send the text of --prompt there with >")
     if config.prompts is not None and config.prompt:

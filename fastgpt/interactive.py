@@ -8,20 +8,24 @@ from contextlib import contextmanager
 from fastgpt.config import SamplingParams
 from fastgpt.engine import Engine
 from fastgpt.errors import UsageError
+from fastgpt.files import decode_utf8
 from fastgpt.tokenizer import Tokenizer
 
 
 def run(engine: Engine, tokenizer: Tokenizer, params: SamplingParams, text: str) -> None:
     """Read lines from stdin until its end, and let the model go on after each; `text` stands before the first.
 
-    A line is added with its line break. Ctrl-C stops the model's turn, and between turns the program.
+    A line is added with its line break, if the vocabulary has one. Ctrl-C stops the model's turn, and between turns the
+    program.
     """
     tokens = tokenizer.encode(text).tolist() if text else []
     if sys.stdin.isatty():
         print("[type a line, and the model goes on; Ctrl-C stops it, Ctrl-D ends]", file=sys.stderr)
-    while line := sys.stdin.readline():
+    breaks_lines = knows(tokenizer, "\n")
+    while line := sys.stdin.buffer.readline():
         try:
-            tokens += tokenizer.encode(line).tolist()
+            typed = decode_utf8(line, "the line")
+            tokens += tokenizer.encode(typed if breaks_lines else typed.rstrip("\n")).tolist()
         except UsageError as error:
             print(f"error: {error}", file=sys.stderr)
             continue
@@ -31,6 +35,15 @@ def run(engine: Engine, tokenizer: Tokenizer, params: SamplingParams, text: str)
         print(flush=True)
         print(f"[{engine.scheduler.hits - reused:,} of {len(tokens):,} tokens were in the cache]", file=sys.stderr)
         tokens += said
+
+
+def knows(tokenizer: Tokenizer, text: str) -> bool:
+    """Whether the vocabulary can spell a text."""
+    try:
+        tokenizer.encode(text)
+    except UsageError:
+        return False
+    return True
 
 
 def cut(tokens: list[int], block_size: int) -> list[int]:

@@ -89,6 +89,11 @@ class Scheduler:
         """The cached positions that a continuation comes to need: its last token is never an input."""
         return min(prompt + new - 1, self.block_size)
 
+    @property
+    def queued(self) -> int:
+        """How many continuations have no place yet, with those that wait for another of their prompt."""
+        return len(self.waiting) + sum(len(sample.siblings) for sample in (*self.running, *self.waiting))
+
     def add(self, sample: Sample) -> None:
         """Put a sequence at the end of the queue."""
         self.waiting.append(sample)
@@ -118,9 +123,9 @@ class Scheduler:
         return True
 
     def put_back(self, samples: Iterable[Sample]) -> None:
-        """Put sequences at the front of the queue, in their order."""
-        for sample in sorted(samples, key=lambda sample: sample.order, reverse=True):
-            self.waiting.appendleft(sample)
+        """Put sequences into the queue where they belong by their order."""
+        for sample in samples:
+            bisect.insort(self.waiting, sample, key=lambda other: other.order)
 
     def drop(self, sample: Sample) -> None:
         """Take a sequence out, wherever it is: it is finished, or cancelled."""
@@ -131,7 +136,9 @@ class Scheduler:
 
     def start_over(self) -> None:
         """Preempt all, and forget all pages: after a step that failed, nobody knows what they hold."""
-        for sample in reversed(self.running.copy()):
+        for sample in self.running.copy():
+            sample.siblings = [sibling for sibling in sample.siblings if sibling.slot < 0]  # one may just have started
+        for sample in self.running.copy():
             self._preempt(sample)
         self.allocator.forget()
 
@@ -170,7 +177,8 @@ class Scheduler:
         except OutOfPages:
             self.allocator.release(table)
             return False
-        self.hits += table.length
+        if not sample.generated:
+            self.hits += table.length
         sample.table = table
         self._run(sample)
         return True
@@ -218,5 +226,5 @@ class Scheduler:
 
     def _preempt(self, sample: Sample) -> None:
         self._stop(sample)
-        self.waiting.appendleft(sample)
+        self.put_back([sample])
         self.preemptions += 1

@@ -10,6 +10,7 @@ from fastgpt.config import SamplingParams
 from fastgpt.detokenizer import Detokenizer
 from fastgpt.kv_cache import DenseCache
 from fastgpt.model import GPT
+from fastgpt.prompt import Prompt, prompt_tokens
 from fastgpt.sampler import Drawn, Sampler
 from fastgpt.tokenizer import Tokenizer
 
@@ -26,13 +27,10 @@ class Generation:
         finish_reason: as in `Completion`, once it has ended.
     """
 
-    def __init__(
-        self, model: GPT, tokenizer: Tokenizer, prompt: str | list[int], params: SamplingParams, cache: str = "dense"
-    ):
+    def __init__(self, model: GPT, tokenizer: Tokenizer, prompt: Prompt, params: SamplingParams, cache: str = "dense"):
         self.model, self.tokenizer, self.params, self.text = model, tokenizer, params, prompt
         self.cached = cache == "dense"
-        ids = tokenizer.encode(prompt).tolist() if isinstance(prompt, str) else prompt
-        self.prompt = ids or [tokenizer.start_token]
+        self.prompt = prompt_tokens(prompt, tokenizer, tokenizer.vocab_size)
         self.prefill_tokens, self.prefill_seconds = min(len(self.prompt), model.config.block_size), 0.0
         self.decode_tokens, self.decode_seconds = 0, 0.0
         self.drawn: list[Drawn] = []

@@ -26,5 +26,6 @@ class NgramProposer:
         for n in self.lengths:
             place = self._next.get(tuple(tokens[-n:]))
             if place is not None and len(tokens) >= n:
-                return tokens[place : place + most]
+                period = len(tokens) - place  # what would follow the text's own end is what was proposed before it
+                return [tokens[place + i % period] for i in range(most)]
         return []
