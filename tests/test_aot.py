@@ -20,7 +20,8 @@ KEYS = [
     *("target", "kernel", "config", "registers", "stack", "spills", "shared"),
     *("blocks_per_sm", "tensor_core", "wide_loads", "seconds"),
 ]
-MATRIX = {kernel for kernel in TABLE if kernel.startswith("attention_")}  # these multiply matrices
+# These multiply matrices.
+MATRIX = {kernel for kernel in TABLE if kernel.startswith("attention_")} | {"paged_decode_grouped", "paged_prefill"}
 KIB = 1024
 # What one block may have. Rows of sm_80 also serve sm_86, sm_89 and sm_120, which have 99 KiB: those of 16 bits fit.
 SHARED = {"sm_80": 163 * KIB, "sm_90": 227 * KIB, "sm_100": 227 * KIB, "gfx942": 64 * KIB}
@@ -33,6 +34,10 @@ WIDE = {
     "cross_entropy": 0.3,
     "scale": 0.6,
     **dict.fromkeys(MATRIX, 0.5),
+    "paged_decode": 0.5,
+    "paged_decode_grouped": 0.4,
+    "paged_merge": 0.25,
+    "kv_write": 0.6,
 }
 if triton.__version__.startswith("3.6."):  # it reads lse and delta, one number a row, with many instructions
     WIDE |= {kernel: 0.15 for kernel in MATRIX if "keys" in kernel}
@@ -163,7 +168,7 @@ def test_a_row_without_an_example_is_an_error(monkeypatch):
 
 ODD_SIZES = """
 import torch, triton
-from fastgpt_kernels import aot, attention, cross_entropy, norm
+from fastgpt_kernels import aot, attention, cross_entropy, norm, paged, paged_decode, paged_prefill
 from fastgpt_kernels.launch import Tuning
 from fastgpt_kernels.machine_code import CHIPS
 
@@ -184,6 +189,15 @@ for R, V, valid in ((1, 16, 1), (5, 48, 47)):
     logits, lse, targets = aot.empty(R, V, dtype=half), aot.empty(R), aot.empty(R, dtype=torch.int32)
     launches.append(cross_entropy.gradient_launch(logits, lse, lse, targets, None, valid, 1, True, tuning))
     launches.append(cross_entropy.gradient_launch(logits, None, lse, targets, lse, valid, -100, True, tuning))
+for B, H, Hkv, D, P, M in ((1, 1, 1, 1, 1, 1), (1, 1, 1, 80, 16, 64), (3, 6, 2, 20, 5, 99), (1, 40, 1, 33, 128, 9)):
+    q, pages = aot.empty(B, H, D, dtype=half), aot.empty(7, P, Hkv, D, dtype=half)
+    table, starts, slots = (aot.empty(*n, dtype=torch.int32) for n in ((B, 1 + M), (B + 1,), (B,)))
+    cache = (q, pages, pages, table[:, 1:], table[:, 0])
+    launches += paged_decode.decode_launches(q, *cache, 1.0, 0, tuning)
+    launches += paged_decode.decode_launches(q, *cache, 1.0, 16, tuning)
+    launches.append(paged_prefill.prefill_launch(q, *cache, starts, 1.0, tuning))
+    k = aot.empty(B, Hkv, D, dtype=half)
+    launches.append(paged.kv_write_launch(k, k, pages, pages, slots.long(), tuning))
 for launch in launches:
     launch.kernel.device_caches.clear()
     launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.constants)

@@ -27,6 +27,11 @@ SIGNATURES = {
         {"x": EMPTY, "weight": EMPTY, "targets": EMPTY},
         {"ignore_index": -100, "valid_vocab": None, "reduction": "mean"},
     ),
+    "paged_attention": (
+        {"q": EMPTY, "k_pages": EMPTY, "v_pages": EMPTY, "block_table": EMPTY, "lengths": EMPTY},
+        {"starts": None, "scale": None},
+    ),
+    "kv_write": ({"k": EMPTY, "v": EMPTY, "k_pages": EMPTY, "v_pages": EMPTY, "slots": EMPTY}, {}),
 }
 
 
@@ -49,8 +54,11 @@ def test_the_kernels_can_be_imported_from_their_package(op):
 def test_a_kernel_keeps_its_name_whatever_is_imported_first():
     code = """
 import fastgpt_kernels.norm, fastgpt_kernels.attention, fastgpt_kernels.cross_entropy
-from fastgpt_kernels import add_layer_norm, causal_attention, layer_norm, linear_cross_entropy
-assert all(map(callable, (add_layer_norm, causal_attention, layer_norm, linear_cross_entropy)))
+import fastgpt_kernels.paged, fastgpt_kernels.paged_decode, fastgpt_kernels.paged_prefill
+from fastgpt_kernels import add_layer_norm, causal_attention, kv_write, layer_norm, linear_cross_entropy
+from fastgpt_kernels import paged_attention
+assert all(map(callable, (add_layer_norm, causal_attention, kv_write, layer_norm, linear_cross_entropy)))
+assert callable(paged_attention)
 """
     subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path[:0] = {[p for p in sys.path if p]}\n{code}"], check=True

@@ -1,9 +1,11 @@
 """The operations of a GPT, each in columns that compute the same: readable math, stock PyTorch, our kernels.
 
     from fastgpt_kernels import layer_norm, add_layer_norm, causal_attention, linear_cross_entropy
+    from fastgpt_kernels import paged_attention, kv_write
 
-gives the Triton ones, with forward and backward (but no second derivatives), usable in any model. They are imported
-when asked for: `fastgpt_kernels.reference` and `fastgpt_kernels.stock` need no triton.
+gives the Triton ones, usable in any model: those of the first line with forward and backward (but no second
+derivatives), those over a paged cache forward alone. They are imported when asked for: `fastgpt_kernels.reference` and
+`fastgpt_kernels.stock` need no triton.
 """
 
 import importlib
@@ -13,15 +15,25 @@ if TYPE_CHECKING:
     from fastgpt_kernels.attention import causal_attention
     from fastgpt_kernels.cross_entropy import linear_cross_entropy
     from fastgpt_kernels.norm import add_layer_norm, layer_norm
+    from fastgpt_kernels.paged import kv_write, paged_attention
 
-__all__ = ["add_layer_norm", "causal_attention", "layer_norm", "linear_cross_entropy"]
+__all__ = [
+    "add_layer_norm",
+    "causal_attention",
+    "kv_write",
+    "layer_norm",
+    "linear_cross_entropy",
+    "paged_attention",
+]
 
 # A module is never named like its function: importing it would put the module in the function's place.
 MODULES = {
     "add_layer_norm": "norm",
     "causal_attention": "attention",
+    "kv_write": "paged",
     "layer_norm": "norm",
     "linear_cross_entropy": "cross_entropy",
+    "paged_attention": "paged",
 }
 
 

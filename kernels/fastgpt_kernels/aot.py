@@ -49,7 +49,7 @@ from rich.table import Table
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 
-from fastgpt_kernels import attention, cross_entropy, norm
+from fastgpt_kernels import attention, cross_entropy, norm, paged, paged_decode, paged_prefill
 from fastgpt_kernels.launch import INTERPRETED, TABLE, TARGETS, Config, Launch, Tuning
 from fastgpt_kernels.machine_code import CHIPS, blocks_per_sm, inspect
 
@@ -114,6 +114,42 @@ def _scale_launches(tuning: Tuning, N: int, heaviest: bool) -> list[Launch]:
     return [cross_entropy.scale_launch(empty(N, dtype=DTYPES[tuning.kind]), empty(N), empty(), tuning)]
 
 
+def _decode_launches(tuning: Tuning, D: int, heaviest: bool, group: int = 1) -> list[Launch]:
+    """A token each for 64 sequences that cannot be split; heaviest: for 256 with 2048 pages each, which are."""
+    B, M, H, dtype = (256, 2048, 32, DTYPES[tuning.kind]) if heaviest else (64, 8, 32, DTYPES[tuning.kind])
+    q, pages = empty(B, H, D, dtype=dtype), empty(B * M, 16, H // group, D, dtype=dtype)
+    table, lengths = empty(B, M, dtype=torch.int32), empty(B, dtype=torch.int32)
+    return paged_decode.decode_launches(q, q, pages, pages, table, lengths, 1 / math.sqrt(D), 0, tuning)
+
+
+def _grouped_launches(tuning: Tuning, D: int, heaviest: bool) -> list[Launch]:
+    """As with a key head for each query head, but with one for four; heaviest: for all 32."""
+    return _decode_launches(tuning, D, heaviest, group=32 if heaviest else 4)
+
+
+def _merge_launches(tuning: Tuning, D: int, heaviest: bool) -> list[Launch]:
+    """What 64 sequences of up to 16,384 tokens leave to be added up; heaviest: 4096 sequences."""
+    B, H, dtype = 4096 if heaviest else 64, 32, DTYPES[tuning.kind]
+    q, pages = empty(B, H, D, dtype=dtype), empty(B, 16, H, D, dtype=dtype)
+    table, lengths = empty(B, 1024, dtype=torch.int32), empty(B, dtype=torch.int32)
+    return paged_decode.decode_launches(q, q, pages, pages, table, lengths, 1 / math.sqrt(D), 0, tuning)
+
+
+def _prefill_launches(tuning: Tuning, D: int, heaviest: bool) -> list[Launch]:
+    """4096 tokens of 16 sequences; heaviest: of 256, with four query heads for a key head."""
+    B, N, H, dtype = 256 if heaviest else 16, 4096, 12, DTYPES[tuning.kind]
+    q, pages = empty(N, H, D, dtype=dtype), empty(N, 16, H // 4 if heaviest else H, D, dtype=dtype)
+    table, lengths, starts = (empty(*shape, dtype=torch.int32) for shape in ((B, 64), (B,), (B + 1,)))
+    return [paged_prefill.prefill_launch(q, q, pages, pages, table, lengths, starts, 1 / math.sqrt(D), tuning)]
+
+
+def _kv_write_launches(tuning: Tuning, D: int, heaviest: bool) -> list[Launch]:
+    """The keys and values of 4096 tokens; heaviest: with a head size that is no power of two."""
+    N, H, D, dtype = 4096, 12, D - 8 if heaviest else D, DTYPES[tuning.kind]
+    k, pages = empty(N, 3 * H, D, dtype=dtype)[:, H : 2 * H], empty(512, 16, H, D, dtype=dtype)
+    return [paged.kv_write_launch(k, k, pages, pages, empty(N, dtype=torch.int64), tuning)]
+
+
 # For each kernel of the launch table: an example of its use at a width.
 EXAMPLES: dict[str, Callable[[Tuning, int, bool], list[Launch]]] = {
     "norm_forward": _norm_launches,
@@ -128,6 +164,11 @@ EXAMPLES: dict[str, Callable[[Tuning, int, bool], list[Launch]]] = {
     "attention_forward_dropout": _dropout_launches,
     "attention_backward_queries_dropout": _dropout_launches,
     "attention_backward_keys_dropout": _dropout_launches,
+    "paged_decode": _decode_launches,
+    "paged_decode_grouped": _grouped_launches,
+    "paged_merge": _merge_launches,
+    "paged_prefill": _prefill_launches,
+    "kv_write": _kv_write_launches,
 }
 
 

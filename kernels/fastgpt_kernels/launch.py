@@ -184,11 +184,44 @@ TABLE: dict[str, dict[tuple[str, str], Rows]] = {
         ("gfx942", "16-bit"): _by_head("32x64 w4 s2", "32x64 w4 s2", "32x32 w4 s2", "16x32 w4 s1"),
         ("gfx942", "float32"): _by_head("32x32 w4 s1", "16x32 w4 s1"),
     },
+    # Over pages, tiles are small and blocks many: a step is bound by memory, and what counts is bytes on their way.
+    "paged_decode": _everywhere({64: Config(1, 32, 4, 4), 128: Config(1, 32, 8, 3), 256: Config(1, 8, 4, 4)}),
+    "paged_decode_grouped": {
+        ("sm_80", "16-bit"): _by_head("16x64 w4 s3", "16x64 w4 s2", "16x32 w4 s2"),
+        ("sm_80", "tf32"): _by_head("16x32 w4 s2"),
+        ("sm_80", "float32"): _by_head("16x32 w8 s2"),
+        ("sm_90", "16-bit"): _by_head("16x64 w4 s5", "16x32 w4 s5", "16x32 w4 s3"),
+        ("sm_90", "tf32"): _by_head("16x32 w4 s2"),
+        ("sm_90", "float32"): _by_head("16x32 w8 s2"),
+        ("sm_100", "16-bit"): _by_head("16x64 w4 s5", "16x32 w4 s5", "16x32 w4 s3"),
+        ("sm_100", "tf32"): _by_head("16x32 w4 s2"),
+        ("sm_100", "float32"): _by_head("16x32 w8 s2"),
+        ("gfx942", "16-bit"): _by_head("16x64 w4 s2", "16x64 w4 s2", "16x32 w4 s2"),
+        ("gfx942", "float32"): _by_head("16x32 w4 s1"),
+    },
+    "paged_merge": _everywhere({64: Config(32, 64, 4), 256: Config(8, 256, 4)}),
+    "paged_prefill": {
+        ("sm_80", "16-bit"): _by_head("64x64 w4 s3", "64x32 w4 s2", "32x32 w4 s2"),
+        ("sm_80", "tf32"): _by_head("32x32 w4 s2", "16x32 w8 s2"),
+        ("sm_80", "float32"): _by_head("16x32 w8 s2"),
+        ("sm_90", "16-bit"): _by_head("128x64 w8 s3", "128x64 w8 s3", "64x32 w8 s3"),
+        ("sm_90", "tf32"): _by_head("32x32 w4 s2", "16x32 w8 s2"),
+        ("sm_90", "float32"): _by_head("16x32 w8 s2"),
+        ("sm_100", "16-bit"): _by_head("128x32 w8 s3", "128x64 w8 s3", "64x32 w8 s3"),
+        ("sm_100", "tf32"): _by_head("32x32 w4 s2", "16x32 w8 s2"),
+        ("sm_100", "float32"): _by_head("16x32 w8 s2"),
+        ("gfx942", "16-bit"): _by_head("64x32 w4 s2", "64x32 w4 s2", "32x32 w4 s2"),
+        ("gfx942", "float32"): _by_head("16x32 w4 s1"),
+    },
+    "kv_write": _everywhere({64: Config(32, 64, 4), 256: Config(8, 256, 4)}),
 }
 
 # Programs that share the rows of a backward pass: about two a multiprocessor. A constant, because it fixes the order
 # in which the partial sums of the weight's gradient are added, and so its bits.
 PROGRAMS = {"sm_80": 216, "sm_90": 264, "sm_100": 296, "gfx942": 608}
+# Programs that share the keys of a decode step, at the most, beside one a sequence: about eight a multiprocessor. As it
+# waits for memory alone, what counts is that as many blocks as find room are reading at any time.
+DECODE_PROGRAMS = {"sm_80": 864, "sm_90": 1056, "sm_100": 1184, "gfx942": 2432}
 
 
 class Tuning(NamedTuple):
@@ -204,6 +237,10 @@ class Tuning(NamedTuple):
     @property
     def programs(self) -> int:
         return PROGRAMS[self.target]
+
+    @property
+    def decode_programs(self) -> int:
+        return DECODE_PROGRAMS[self.target]
 
 
 @functools.cache
