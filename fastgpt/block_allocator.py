@@ -43,13 +43,18 @@ class BlockAllocator:
         peak: the most pages that were in use at once.
     """
 
-    def __init__(self, pages: int, page_size: int, *, prefix_cache: bool = True):
+    def __init__(self, pages: int, page_size: int, *, row: int = 1, prefix_cache: bool = True):
+        """`row`: the most pages that a sequence comes to have, for which a place side by side is looked for."""
         if pages < 1 or page_size < 1:
             raise ValueError(f"a cache needs at least 1 page of 1 position, not {pages} of {page_size}")
         self.pages, self.page_size, self.prefix_cache = pages, page_size, prefix_cache
         self.references = [0] * pages
         self.peak = 0
         self._empty: OrderedDict[int, None] = OrderedDict.fromkeys(reversed(range(pages)))  # the last one goes first
+        # Rows of pages: how many of each are not empty, and which rows are empty throughout, the last one first.
+        self._row = row
+        self._taken = [0] * (pages // row)
+        self._empty_rows: OrderedDict[int, None] = OrderedDict.fromkeys(reversed(range(pages // row)))
         self._cached: OrderedDict[int, None] = OrderedDict()  # the least recently used first
         self._evicted_at_once = max(1, pages // 64)
         self._by_digest: dict[bytes, int] = {}
@@ -86,11 +91,8 @@ class BlockAllocator:
         table.length = len(table.pages) * self.page_size
         return table
 
-    def reserve(self, table: BlockTable, length: int, room: int = 0) -> list[tuple[int, int]]:
+    def reserve(self, table: BlockTable, length: int) -> list[tuple[int, int]]:
         """Make the positions from `table.length` to `length` - 1 writable by this table alone.
-
-        Args:
-            room: positions that the sequence may come to have in all; a place where they fit in a row is preferred.
 
         Returns:
             (from, to) pages whose contents the caller must copy before it writes (copy-on-write).
@@ -110,14 +112,13 @@ class BlockAllocator:
                 self._unpublish(page)
         copies = []
         for i in shared:
-            source, page = table.pages[i], self._take(table.pages[i], 0)
+            source, page = table.pages[i], self._take(table.pages[i])
             if i * P < table.length:
                 copies.append((source, page))
             self._drop(source)
             table.pages[i] = page
         for _ in range(fresh):
-            before = table.pages[-1] if table.pages else None
-            table.pages.append(self._take(before, self.pages_for(max(room, length))))
+            table.pages.append(self._take(table.pages[-1] if table.pages else None))
         return copies
 
     def fork(self, table: BlockTable) -> BlockTable:
@@ -162,7 +163,8 @@ class BlockAllocator:
 
     def forget(self) -> None:
         """Empty every cached page, and let nobody find a used one."""
-        self._empty.update(self._cached)
+        for page in self._cached:
+            self._give_back(page)
         self._cached.clear()
         self._by_digest.clear()
         self._digest_of.clear()
@@ -174,33 +176,41 @@ class BlockAllocator:
             before = hashlib.sha256(before + struct.pack(f"<{P}q", *tokens[i * P : (i + 1) * P])).digest()
             yield before
 
-    def _take(self, before: int | None, room: int) -> int:
-        """A free page: the one behind `before` if it is empty, so that a sequence's pages lie in a row.
+    def _take(self, before: int | None) -> int:
+        """A free page: the one behind `before` if it is empty, so that a sequence's pages lie side by side.
 
-        A first page comes from where the last sequence was, whose memory is warm; the `room` behind it is left to it
-        as long as others find empty pages elsewhere.
+        A first page begins the empty row that was given back last, whose memory is warm.
         """
         if not self._empty:
             self._evict()
-        if before is not None and before + 1 in self._empty:
+        if before is None and self._empty_rows:
+            page = next(reversed(self._empty_rows)) * self._row
+        elif before is not None and before + 1 in self._empty:
             page = before + 1
-            del self._empty[page]
         else:
-            page, _ = self._empty.popitem()
-        if before is None:
-            for later in range(page + 1, min(page + room, self.pages)):
-                if later in self._empty:
-                    self._empty.move_to_end(later, last=False)
+            page = next(reversed(self._empty))
+        del self._empty[page]
+        if (row := page // self._row) < len(self._taken):
+            self._taken[row] += 1
+            self._empty_rows.pop(row, None)
         self.references[page] = 1
         self.peak = max(self.peak, self.used)
         return page
+
+    def _give_back(self, page: int) -> None:
+        """Count a page as empty."""
+        self._empty[page] = None
+        if (row := page // self._row) < len(self._taken):
+            self._taken[row] -= 1
+            if not self._taken[row]:
+                self._empty_rows[row] = None
 
     def _evict(self) -> None:
         """Empty the least recently used of the cached pages: in a large pool several, which often lie in a row."""
         count = min(self._evicted_at_once, len(self._cached))
         for page in sorted((self._cached.popitem(last=False)[0] for _ in range(count)), reverse=True):
             self._unpublish(page)
-            self._empty[page] = None
+            self._give_back(page)
 
     def _unpublish(self, page: int) -> None:
         """Let nobody find a page any more, because it is about to be written."""
@@ -215,7 +225,10 @@ class BlockAllocator:
     def _drop(self, page: int) -> None:
         self.references[page] -= 1
         if self.references[page] == 0:
-            (self._cached if page in self._digest_of else self._empty)[page] = None
+            if page in self._digest_of:
+                self._cached[page] = None
+            else:
+                self._give_back(page)
 
     def _check_open(self, table: BlockTable) -> None:
         if table.closed:

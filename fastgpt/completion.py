@@ -1,6 +1,7 @@
 """What comes out: continuations, piece by piece and whole, and what the time went into."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from fastgpt.prompt import Prompt
 
@@ -19,7 +20,7 @@ class Completion:
     """A finished continuation.
 
     Attributes:
-        index: number of the request, in the order of submission.
+        index: the prompt's place among those given together; of `Engine.submit`, the number of the request.
         sample: number of the continuation, below `SamplingParams.num_samples`.
         text: the continuation, without the prompt, the stop text and all behind it; empty without a tokenizer.
         tokens: the generated tokens, with the one that completed a stop text, without a stop token.
@@ -41,8 +42,7 @@ class Completion:
     logprobs: list[tuple[float, list[tuple[int, float]]]] | None = None
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """What was added to a continuation; the last one of each carries its `completion`."""
 
     index: int

@@ -11,7 +11,6 @@ not on what runs beside it.
 
 import dataclasses
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -39,9 +38,11 @@ DRAFTS = 5  # tokens that a guess has at most
 
 @dataclass(eq=False)
 class _Request:
-    """A prompt with its continuations: samples under way, and what their text is so far."""
+    """A prompt with its continuations that are under way."""
 
-    index: int
+    number: int  # in the order of submission
+    index: int  # what its pieces and completions are called
+    sink: list[Piece]  # where its pieces go
     prompt: Prompt
     params: SamplingParams
     submitted: float
@@ -54,7 +55,7 @@ class _Request:
         return Timings(*since, finished=now - self.submitted)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Output:
     """What one sample has given out, and what it has not yet."""
 
@@ -65,7 +66,7 @@ class _Output:
     tokens: list[int] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Turn:
     """A sequence that predicts in a step: which rows of the logits follow its last token and each guess."""
 
@@ -197,27 +198,25 @@ class Engine:
         return self._pieces(prompts, each)
 
     def _pieces(self, prompts: Sequence[Prompt], each: Sequence[SamplingParams]) -> Iterator[Piece]:
-        own = [self.submit(prompt, one) for prompt, one in zip(prompts, each, strict=True)]
-        ended = Counter(piece.index for piece in self._ready if piece.completion)
-        wanted = {i: len(self._requests[i].samples) if i in self._requests else ended[i] for i in own}
+        sink: list[Piece] = []
+        own = [
+            self._submit(prompt, one, index, sink)
+            for index, (prompt, one) in enumerate(zip(prompts, each, strict=True))
+        ]
         try:
-            while wanted:
-                pieces = self.step()
-                self._ready += [piece for piece in pieces if piece.index not in wanted]  # of other streams
-                for piece in pieces:
-                    if piece.index in wanted:
-                        if piece.completion:
-                            wanted[piece.index] -= 1
-                        if not wanted[piece.index]:
-                            del wanted[piece.index]
-                        yield _numbered(piece, piece.index - own[0])
+            while True:
+                pieces, sink[:] = sink.copy(), []
+                yield from pieces
+                if not sink:
+                    if not any(request.samples for request in own):
+                        return
+                    self._advance()
         finally:
-            for index in wanted:
-                self.cancel(index)
-            self._ready = [piece for piece in self._ready if piece.index not in wanted]
+            for request in own:
+                self._cancel(request)
 
     def submit(self, prompt: Prompt, params: SamplingParams | None = None) -> int:
-        """Put a request at the end of the queue; its number.
+        """Put a request at the end of the queue; its number, which `step` gives its pieces.
 
         A prompt that cannot be continued ends at once with "error" (unknown characters or token ids, longer than
         block_size, more pages than there are), and no other request is touched by that.
@@ -227,42 +226,54 @@ class Engine:
         """
         params = params or SamplingParams()
         validate(params)
-        request = _Request(self._submitted, prompt, params, time.perf_counter())
+        return self._submit(prompt, params, self._submitted, self._ready).number
+
+    def _submit(self, prompt: Prompt, params: SamplingParams, index: int, sink: list[Piece]) -> _Request:
+        """`index`: what its pieces are called, which go to `sink`."""
+        request = _Request(self._submitted, index, sink, prompt, params, time.perf_counter())
         self._submitted += 1
         try:
             tokens = prompt_tokens(prompt, self.tokenizer, self.vocab_size)
             self._check(tokens, params)
         except UsageError as error:
-            self._ready.append(self._refusal(request, str(error)))
-            return request.index
+            sink.append(self._refusal(request, str(error)))
+            return request
         for number in range(params.num_samples):
             # From a list of its own, as each grows differently.
-            sample = Sample((request.index, number), list(tokens), len(tokens), params)
+            sample = Sample((request.number, number), list(tokens), len(tokens), params)
             if self.speculate == "ngram" and not needs_penalties(params):
                 sample.proposer = NgramProposer()
             request.samples.append(sample)
             detokenizer = Detokenizer(self.tokenizer, params.stop) if self.tokenizer else None
             self._outputs[sample] = _Output(detokenizer, None if params.logprobs is None else [])
-        self._requests[request.index] = request
+        self._requests[request.number] = request
         if params.max_new_tokens == 0:
             for sample in list(request.samples):
                 self._finish(request, sample, "length")
-            return request.index
+            return request
         leader, *leader.siblings = request.samples
         self.scheduler.add(leader)
-        return request.index
+        return request
 
     def cancel(self, index: int) -> None:
         """End a request's continuations as they are; nothing happens to one that is finished or unknown."""
         if request := self._requests.get(index):
-            for sample in list(request.samples):
-                self._finish(request, sample, "cancelled")
+            self._cancel(request)
+
+    def _cancel(self, request: _Request) -> None:
+        for sample in list(request.samples):
+            self._finish(request, sample, "cancelled")
 
     def step(self) -> list[Piece]:
         """One forward pass, and what it and everything before it has to tell.
 
         After an exception (out of memory, Ctrl-C) every request is still there, and computed anew.
         """
+        self._advance()
+        pieces, self._ready[:] = self._ready.copy(), []
+        return pieces
+
+    def _advance(self) -> None:
         try:
             chunks = sorted(self.scheduler.plan(), key=lambda chunk: len(chunk.tokens) > 1)
             if chunks:
@@ -275,8 +286,6 @@ class Engine:
             self.scheduler.start_over()
             self._slots = [None] * len(self._slots)  # the sampler may have counted what nobody was given
             raise
-        pieces, self._ready = self._ready, []
-        return pieces
 
     def _compute(self, chunks: Sequence[Chunk], now: float) -> list[tuple["_Turn", list[Drawn]]]:
         """Run the chunks; for each sequence that predicts, what was drawn after its last token and each guess."""
@@ -337,7 +346,7 @@ class Engine:
             return
         if turn.draft and sample.table is not None:
             self.scheduler.allocator.truncate(sample.table, len(sample.tokens) - 1)
-        self._ready.append(self._piece(sample))
+        request.sink.append(self._piece(request, sample))
 
     def _append(self, request: _Request, sample: Sample, drawn: Drawn) -> str | None:
         """Add a token; why the continuation ends with it, or None."""
@@ -369,7 +378,8 @@ class Engine:
         if output.first_token is not None and sample.generated > 1:
             self.stats.token_seconds.append((now - output.first_token) / (sample.generated - 1))
         completion = Completion(
-            *sample.order,
+            request.index,
+            sample.order[1],
             request.prompt,
             output.detokenizer.text if output.detokenizer else "",
             sample.tokens[sample.prompt_length :],
@@ -377,16 +387,16 @@ class Engine:
             request.timings(now),
             logprobs=output.logprobs,
         )
-        self._ready.append(dataclasses.replace(self._piece(sample), completion=completion))
+        request.sink.append(self._piece(request, sample, completion))
         del self._outputs[sample]
         request.samples.remove(sample)
         if not request.samples:
-            del self._requests[request.index]
+            del self._requests[request.number]
 
-    def _piece(self, sample: Sample) -> Piece:
+    def _piece(self, request: _Request, sample: Sample, completion: Completion | None = None) -> Piece:
         """What a sample has to give out now."""
         output = self._outputs[sample]
-        piece = Piece(*sample.order, output.text, output.tokens)
+        piece = Piece(request.index, sample.order[1], output.text, output.tokens, completion)
         output.text, output.tokens = "", []
         return piece
 
@@ -420,14 +430,6 @@ class Engine:
         self.stats.prefill_tokens += read
         self.stats.prefill_seconds += seconds * read / computed
         self.stats.decode_seconds += seconds * (computed - read) / computed
-
-
-def _numbered(piece: Piece, index: int) -> Piece:
-    """The same piece under another number."""
-    if piece.index == index:
-        return piece
-    completion = piece.completion and dataclasses.replace(piece.completion, index=index)
-    return dataclasses.replace(piece, index=index, completion=completion)
 
 
 def needs_penalties(params: SamplingParams) -> bool:

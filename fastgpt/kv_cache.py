@@ -4,7 +4,6 @@
 cache where its tokens stand and to attend to all that came before.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -76,16 +75,17 @@ class PagedCache:
         dtype: torch.dtype = torch.float32,
         prefix_cache: bool = True,
     ):
-        self.allocator = BlockAllocator(pages, page_size, prefix_cache=prefix_cache)
+        row = -(-config.block_size // page_size)
+        self.allocator = BlockAllocator(pages, page_size, row=row, prefix_cache=prefix_cache)
         shape = (pages, page_size, config.kv_heads, config.head_size)
         # On a CPU, memory is taken as it is written. Each pool has its own storage: torch.compile copies what it must
         # write to if it shares memory with something else.
         pools = [torch.empty(shape, device=device, dtype=dtype) for _ in range(2 * config.n_layer)]
         self.keys, self.values = tuple(pools[::2]), tuple(pools[1::2])
 
-    def reserve(self, table: BlockTable, length: int, room: int = 0) -> None:
+    def reserve(self, table: BlockTable, length: int) -> None:
         """`BlockAllocator.reserve`, with the copies that it asks for made."""
-        for source, page in self.allocator.reserve(table, length, room):
+        for source, page in self.allocator.reserve(table, length):
             for pool in (*self.keys, *self.values):
                 pool[page] = pool[source]
 
@@ -97,11 +97,11 @@ def page_bytes(config: ModelConfig, page_size: int, dtype: torch.dtype) -> int:
 
 @dataclass(frozen=True)
 class Part:
-    """Some sequences of a step, whose queries stand one after the other; see `reference.paged_attention`."""
+    """Some sequences of a step, as `reference.paged_attention` takes them."""
 
     block_table: torch.Tensor  # int32 (B, M)
     lengths: torch.Tensor  # int32 (B,)
-    starts: torch.Tensor | None = None  # int32 (B + 1,); None: one query each
+    starts: torch.Tensor | None = None  # int32 (B + 1,); None while decoding
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,8 @@ class PagedStep:
     values: tuple[torch.Tensor, ...]
     at: torch.Tensor  # int64 (N,): each token's position in its sequence
     slots: torch.Tensor  # int64 (N,): each token's place in the pages, -1 for padding
-    parts: tuple[Part, ...]  # together all N tokens, in order
+    decoding: Part | None  # the first tokens, one of each of its sequences
+    reading: Part | None  # the other tokens
 
     def positions(self, T: int) -> torch.Tensor:
         return self.at
@@ -121,26 +122,16 @@ class PagedStep:
         """Write k and v (1, N, Hkv, D) to their pages and attend: q (1, N, H, D) -> the same shape."""
         keys, values = self.keys[layer], self.values[layer]
         ops.kv_write(k[0], v[0], keys, values, self.slots)
-        if len(self.parts) == 1:
-            return self._attend(ops.paged_attention, q[0], keys, values, self.parts[0])[None]
-        # The first part has one query a sequence, the second the rest.
-        decoding = len(self.parts[0].lengths)
-        pieces = q[0].split([decoding, q.shape[1] - decoding])
-        outs = [
-            self._attend(ops.paged_attention, piece, keys, values, part)
-            for piece, part in zip(pieces, self.parts, strict=True)
-        ]
-        return torch.cat(outs)[None]
-
-    def _attend(
-        self,
-        paged_attention: Callable[..., torch.Tensor],
-        q: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        part: Part,
-    ) -> torch.Tensor:
-        return paged_attention(q, keys, values, part.block_table, part.lengths, starts=part.starts)
+        q, one, many = q[0], self.decoding, self.reading
+        if many is None:
+            assert one is not None
+            return ops.paged_attention(q, keys, values, one.block_table, one.lengths)[None]
+        count = 0 if one is None else len(one.lengths)
+        out = ops.paged_attention(q[count:], keys, values, many.block_table, many.lengths, starts=many.starts)
+        if one is not None:
+            first = ops.paged_attention(q[:count], keys, values, one.block_table, one.lengths)
+            out = torch.cat([first, out])
+        return out[None]
 
     def advance(self, tokens: int) -> None:
         """The block tables count their tokens themselves."""

@@ -244,7 +244,7 @@ class GPT(nn.Module):
         """Tokens (B, T) at the positions `here` (T,) -> (B, T, C), and the rotation of rotary positions."""
         x = self.wte(tokens)
         if self.wpe is not None:
-            return x + self.wpe.weight[here], None
+            return x + (self.wpe.weight[here] if isinstance(here, slice) else self.wpe(here)), None
         if self.table is None:
             return x, None
         if self.config.position == "sinusoidal":

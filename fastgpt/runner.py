@@ -5,9 +5,9 @@ and replayed on buffers that stay where they are; smaller batches are padded.
 """
 
 import bisect
+import itertools
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from fastgpt.kv_cache import PagedCache, PagedStep, Part
@@ -37,13 +37,10 @@ class Runner:
         decoding = sum(len(chunk.tokens) == 1 for chunk in chunks)
         if self.graph_sizes and decoding == len(chunks) and all(chunk.rows for chunk in chunks):
             return self._replay(chunks)
-        tokens, at, slots = self._longs(chunks, sum(len(chunk.tokens) for chunk in chunks))
-        parts = []
-        if decoding:
-            parts.append(self._part(chunks[:decoding]))
-        if decoding < len(chunks):
-            parts.append(self._part(chunks[decoding:], ragged=True))
-        step = PagedStep(self.cache.keys, self.cache.values, at, slots, tuple(parts))
+        tokens, at, slots = self._longs(chunks, sum(len(chunk.tokens) for chunk in chunks)).unbind()
+        one = self._part(chunks[:decoding]) if decoding else None
+        many = self._part(chunks[decoding:], ragged=True) if decoding < len(chunks) else None
+        step = PagedStep(self.cache.keys, self.cache.values, at, slots, one, many)
         return self.forward(tokens[None], step, self._rows(chunks))
 
     def _forward(self, tokens: torch.Tensor, step: PagedStep, rows: torch.Tensor | None) -> torch.Tensor:
@@ -53,54 +50,50 @@ class Runner:
     def _longs(self, chunks: Sequence[Chunk], N: int) -> torch.Tensor:
         """Tokens, positions and slots as int64 (3, N); what no chunk fills is padding: token 0 in slot -1."""
         P = self.cache.allocator.page_size
-        values = np.zeros((3, N), dtype=np.int64)
-        values[2] = -1
-        end = 0
+        tokens, at, slots = [], [], []
         for chunk in chunks:
-            table, first, count = chunk.sample.table, chunk.first, len(chunk.tokens)
-            assert table is not None
-            if count == 1:
-                values[:, end] = chunk.tokens[0], first, table.pages[first // P] * P + first % P
-            else:
-                at = np.arange(first, first + count)
-                pages = np.asarray(table.pages[first // P : (first + count - 1) // P + 1])
-                values[:, end : end + count] = chunk.tokens, at, pages[at // P - first // P] * P + at % P
-            end += count
-        return self._to_device(values)
+            assert chunk.sample.table is not None
+            pages, places = chunk.sample.table.pages, range(chunk.first, chunk.first + len(chunk.tokens))
+            tokens += chunk.tokens
+            at += places
+            slots += [pages[place // P] * P + place % P for place in places]
+        padding = N - len(tokens)
+        return self._to_device([tokens + [0] * padding, at + [0] * padding, slots + [-1] * padding], torch.int64)
 
     def _part(self, chunks: Sequence[Chunk], *, ragged: bool = False) -> Part:
         starts = None
         if ragged:
-            ends = np.cumsum([0, *(len(chunk.tokens) for chunk in chunks)], dtype=np.int32)
-            starts = self._to_device(ends)
+            ends = itertools.accumulate((len(chunk.tokens) for chunk in chunks), initial=0)
+            starts = self._to_device(list(ends), torch.int32)
         M = max(self.cache.allocator.pages_for(chunk.first + len(chunk.tokens)) for chunk in chunks)
         values = self._tables(chunks, len(chunks), M)
         return Part(values[:, 1:], values[:, 0], starts)
 
     def _tables(self, chunks: Sequence[Chunk], B: int, M: int) -> torch.Tensor:
         """Length and pages of each sequence as int32 (B, 1 + M); the rest is empty slots of length 0."""
-        values = np.zeros((B, 1 + M), dtype=np.int32)
-        for row, chunk in zip(values, chunks, strict=False):
-            table, length = chunk.sample.table, chunk.first + len(chunk.tokens)
-            assert table is not None
-            pages = table.pages[:M]
-            row[0] = length
-            row[1 : 1 + len(pages)] = pages
-        return self._to_device(values)
+        rows = []
+        for chunk in chunks:
+            assert chunk.sample.table is not None
+            pages = chunk.sample.table.pages[:M]
+            rows.append([chunk.first + len(chunk.tokens), *pages, *[0] * (M - len(pages))])
+        rows += [[0] * (1 + M)] * (B - len(rows))
+        return self._to_device(rows, torch.int32)
 
     def _rows(self, chunks: Sequence[Chunk]) -> torch.Tensor | None:
         """Which tokens' logits are asked for; None for all."""
+        if all(chunk.rows == len(chunk.tokens) for chunk in chunks):
+            return None
         rows, end = [], 0
         for chunk in chunks:
             end += len(chunk.tokens)
             rows += range(end - chunk.rows, end)
-        return None if len(rows) == end else self._to_device(np.asarray(rows, dtype=np.int64))
+        return self._to_device(rows, torch.int64)
 
-    def _to_device(self, values: np.ndarray) -> torch.Tensor:
-        host = torch.from_numpy(values)
-        return (
-            host.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else host.to(self.device)
-        )
+    def _to_device(self, values: list, dtype: torch.dtype) -> torch.Tensor:
+        if self.device.type != "cuda":
+            return torch.tensor(values, dtype=dtype, device=self.device)
+        # From pinned memory, so that the copy is not waited for.
+        return torch.tensor(values, dtype=dtype, pin_memory=True).to(self.device, non_blocking=True)
 
     def _replay(self, chunks: Sequence[Chunk]) -> torch.Tensor:
         B = len(chunks)
@@ -121,7 +114,8 @@ class DecodeGraph:
         self.longs[2] = -1
         self.tables = torch.zeros((size, 1 + runner.most_pages), dtype=torch.int32, device=device)
         tokens, at, slots = self.longs
-        step = PagedStep(cache.keys, cache.values, at, slots, (Part(self.tables[:, 1:], self.tables[:, 0]),))
+        part = Part(self.tables[:, 1:], self.tables[:, 0])
+        step = PagedStep(cache.keys, cache.values, at, slots, part, None)
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):  # on padding alone: nothing is written

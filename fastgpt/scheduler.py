@@ -17,7 +17,7 @@ from fastgpt.kv_cache import PagedCache
 from fastgpt.speculation import NgramProposer
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Sample:
     """One continuation under way: its tokens, and while it runs its pages and its slot.
 
@@ -44,7 +44,7 @@ class Sample:
         return len(self.tokens) - self.prompt_length
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Chunk:
     """Tokens that a step computes for one sequence; `draft` ends them with tokens that are only guessed."""
 
@@ -153,7 +153,7 @@ class Scheduler:
         target = sample.table.length + min(budget, lacking + len(draft))
         while True:
             try:
-                self.cache.reserve(sample.table, target, self._room(sample))
+                self.cache.reserve(sample.table, target)
                 return self._chunk(sample, budget, draft)
             except OutOfPages:
                 if draft:  # nobody is preempted for a guess
@@ -173,7 +173,7 @@ class Scheduler:
             missing = self.allocator.pages_for(len(window)) - len(table.pages)
             if self.running and missing + len(self.running) > self.allocator.free:
                 raise OutOfPages
-            self.cache.reserve(table, len(window), self._room(sample))
+            self.cache.reserve(table, len(window))
         except OutOfPages:
             self.allocator.release(table)
             return False
@@ -209,9 +209,6 @@ class Scheduler:
         left = sample.params.max_new_tokens - sample.generated - 1  # a guess is of use if a token follows it
         most = min(self.drafts, left, budget - 1, self.block_size - len(sample.tokens))
         return sample.proposer.propose(sample.tokens, most)
-
-    def _room(self, sample: Sample) -> int:
-        return self.most_positions(sample.prompt_length, sample.params.max_new_tokens)
 
     def _run(self, sample: Sample) -> None:
         sample.slot = self._slots.pop()

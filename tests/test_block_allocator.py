@@ -50,10 +50,11 @@ class Allocations(RuleBasedStateMachine):
     @initialize(
         pages=st.sampled_from([*range(1, 13), *range(6, 13)]),
         page_size=st.sampled_from([1, 2, 2, 3, 3, 4, 4]),
+        row=st.integers(1, 5),
         prefix_cache=st.sampled_from([True] * 7 + [False]),
     )
-    def begin(self, pages: int, page_size: int, prefix_cache: bool) -> None:
-        self.allocator, self.P = BlockAllocator(pages, page_size, prefix_cache=prefix_cache), page_size
+    def begin(self, pages: int, page_size: int, row: int, prefix_cache: bool) -> None:
+        self.allocator, self.P = BlockAllocator(pages, page_size, row=row, prefix_cache=prefix_cache), page_size
         self.memory: list[list[tuple[int, ...] | None]] = [[None] * page_size for _ in range(pages)]
         self.live: list[Sequence] = []
         self.waiting: list[list[int]] = []
@@ -64,21 +65,21 @@ class Allocations(RuleBasedStateMachine):
     # What a scheduler does.
 
     @precondition(lambda self: len(self.live) < MOST_SEQUENCES)
-    @rule(tokens=TOKENS, more=TOKENS, chunk=st.integers(1, 12), room=st.integers(0, 20))
-    def start(self, tokens: list[int], more: list[int], chunk: int, room: int) -> None:
-        self.admit(tokens + more, chunk, room)
+    @rule(tokens=TOKENS, more=TOKENS, chunk=st.integers(1, 12))
+    def start(self, tokens: list[int], more: list[int], chunk: int) -> None:
+        self.admit(tokens + more, chunk)
 
     @precondition(lambda self: self.waiting and len(self.live) < MOST_SEQUENCES)
-    @rule(which=WHICH, chunk=st.integers(1, 48), room=st.integers(0, 20))
-    def resume(self, which: int, chunk: int, room: int) -> None:
-        self.admit(self.waiting.pop(which % len(self.waiting)), chunk, room)
+    @rule(which=WHICH, chunk=st.integers(1, 48))
+    def resume(self, which: int, chunk: int) -> None:
+        self.admit(self.waiting.pop(which % len(self.waiting)), chunk)
 
     @precondition(lambda self: self.live)
-    @rule(which=WHICH, tokens=FEW, publish=st.booleans(), ahead=FEW, room=st.integers(0, 20))
-    def grow(self, which: int, tokens: list[int], publish: bool, ahead: list[int], room: int) -> None:
+    @rule(which=WHICH, tokens=FEW, publish=st.booleans(), ahead=FEW)
+    def grow(self, which: int, tokens: list[int], publish: bool, ahead: list[int]) -> None:
         sequence = self.pick(which)
         self.cut(sequence, sequence.known)
-        if self.append(sequence, tokens, room):
+        if self.append(sequence, tokens):
             sequence.known = len(sequence.tokens)
             if publish:  # tokens may be known that no page holds yet
                 self.allocator.publish(sequence.table, sequence.tokens + ahead)
@@ -120,7 +121,7 @@ class Allocations(RuleBasedStateMachine):
     @precondition(lambda self: self.live)
     @rule(which=WHICH, length=st.integers(0, 48))
     def only_reserve(self, which: int, length: int) -> None:
-        self.reserve(self.pick(which), length, 0)
+        self.reserve(self.pick(which), length)
 
     @precondition(lambda self: self.live and len(self.live) < MOST_SEQUENCES)
     @rule(which=WHICH, tokens=st.lists(st.integers(0, 1), max_size=3))
@@ -169,7 +170,7 @@ class Allocations(RuleBasedStateMachine):
         """The page of each prefix that `open` may find."""
         return {self.memory[page][-1]: page for page in self.allocator._digest_of}
 
-    def admit(self, tokens: list[int], chunk: int, room: int) -> None:
+    def admit(self, tokens: list[int], chunk: int) -> None:
         findable, expected = self.findable(), []
         for end in range(self.P, len(tokens), self.P):
             if tuple(tokens[:end]) not in findable:
@@ -182,16 +183,16 @@ class Allocations(RuleBasedStateMachine):
         self.peak = max(self.peak, self.allocator.used)  # counts, even if the sequence is not let in
         sequence = Sequence(table, tokens[: table.length], table.length)
         self.live.append(sequence)
-        if self.append(sequence, tokens[table.length :][:chunk], room):
+        if self.append(sequence, tokens[table.length :][:chunk]):
             sequence.known = len(sequence.tokens)
             self.allocator.publish(table, tokens)
         else:
             self.release(sequence)
 
-    def append(self, sequence: Sequence, tokens: list[int], room: int) -> bool:
+    def append(self, sequence: Sequence, tokens: list[int]) -> bool:
         """Reserve and write; False, and nothing done, without pages."""
         first, length = len(sequence.tokens), len(sequence.tokens) + len(tokens)
-        if not self.reserve(sequence, length, room):
+        if not self.reserve(sequence, length):
             return False
         sequence.tokens += tokens
         sequence.table.length = length
@@ -203,7 +204,7 @@ class Allocations(RuleBasedStateMachine):
             self.memory[page][t % self.P] = tuple(sequence.tokens[: t + 1])
         return True
 
-    def reserve(self, sequence: Sequence, length: int, room: int) -> bool:
+    def reserve(self, sequence: Sequence, length: int) -> bool:
         allocator, table, P = self.allocator, sequence.table, self.P
         first, last, pages, owners = len(sequence.tokens) // P, -(-length // P), table.pages.copy(), self.owners()
         written = table.pages[first:last]
@@ -212,12 +213,12 @@ class Allocations(RuleBasedStateMachine):
         if needed > free:
             before = state(allocator, *(s.table for s in self.live))
             with pytest.raises(OutOfPages, match=f"{needed} pages are needed and {free} are free"):
-                allocator.reserve(table, length, room)
+                allocator.reserve(table, length)
             assert state(allocator, *(s.table for s in self.live)) == before
             self.seen["out of pages"] += 1
             return False
         others, cached = state(allocator, *(s.table for s in self.live if s is not sequence))[1:], [*allocator._cached]
-        copies = allocator.reserve(table, length, room)
+        copies = allocator.reserve(table, length)
         assert allocator.free == free - needed
         assert len(table.pages) == max(last, len(pages))
         assert [page for i, page in enumerate(pages) if table.pages[i] != page] == shared  # nothing else moves
@@ -261,6 +262,10 @@ class Allocations(RuleBasedStateMachine):
         assert allocator.used == len(owners)
         assert sorted([*owners, *allocator._empty, *allocator._cached]) == [*pages]
         assert allocator.used + allocator.free == allocator.pages
+        empty = [allocator._row - n for n in allocator._taken]
+        rows = [[*pages][i * allocator._row :][: allocator._row] for i in range(len(empty))]
+        assert empty == [sum(page in allocator._empty for page in row) for row in rows]
+        assert set(allocator._empty_rows) == {i for i, n in enumerate(empty) if n == allocator._row}
         self.peak = max(self.peak, allocator.used)
         assert allocator.peak == self.peak
         for sequence in self.live:
@@ -316,10 +321,10 @@ def test_over_ten_thousand_steps_every_table_reads_its_own_tokens():
 # One example for each promise.
 
 
-def filled(allocator: BlockAllocator, tokens: list[int], room: int = 0) -> BlockTable:
+def filled(allocator: BlockAllocator, tokens: list[int]) -> BlockTable:
     """A table of these tokens, computed and published."""
     table = allocator.open(tokens)
-    allocator.reserve(table, len(tokens), room)
+    allocator.reserve(table, len(tokens))
     table.length = len(tokens)
     allocator.publish(table, tokens)
     return table
@@ -466,14 +471,25 @@ def test_the_pages_of_a_sequence_lie_in_a_row():
     assert table.pages == [*range(10)]
 
 
-def test_sequences_that_grow_side_by_side_each_have_room_for_a_row():
-    allocator = BlockAllocator(15, 4)
+def test_sequences_that_grow_at_once_each_have_a_row():
+    allocator = BlockAllocator(15, 4, row=5)
     tables = [allocator.open() for _ in range(3)]
     for length in range(1, 20):
         for table in tables:
-            allocator.reserve(table, length, 20)
+            allocator.reserve(table, length)
             table.length = length
     assert [table.pages for table in tables] == [[*range(5)], [*range(5, 10)], [*range(10, 15)]]
+
+
+def test_a_new_sequence_takes_the_row_that_was_given_back_last():
+    allocator = BlockAllocator(14, 4, row=4)  # three rows, and two pages that are none
+    tables = [filled(allocator, [i] * 3) for i in range(3)]
+    assert [table.pages for table in tables] == [[0], [4], [8]]
+    allocator.release(tables[0])
+    allocator.release(tables[1])
+    assert [filled(allocator, [i] * 3).pages for i in (3, 4)] == [[4], [0]]
+    others = [filled(allocator, [i] * 3).pages[0] for i in range(5, 16)]  # no row is left, but pages are
+    assert sorted(others) == [1, 2, 3, 5, 6, 7, 9, 10, 11, 12, 13]
 
 
 def test_a_fork_shares_all_and_copies_only_the_page_it_writes():

@@ -71,13 +71,13 @@ def test_without_a_free_page_no_copy_is_made():
     assert twin.pages == table.pages
 
 
-def test_room_and_prefix_cache_reach_the_allocator():
-    cache = PagedCache(CONFIG, 8, P, prefix_cache=False)
+def test_the_context_and_prefix_cache_reach_the_allocator():
+    cache = PagedCache(CONFIG, 80, P, prefix_cache=False)
     assert not cache.allocator.prefix_cache
     one, two = cache.allocator.open(), cache.allocator.open()
     for table in (one, two):
-        cache.reserve(table, 1, 3 * P)
-    assert (one.pages, two.pages) == ([0], [3])
+        cache.reserve(table, 1)
+    assert (one.pages, two.pages) == ([0], [math.ceil(CONFIG.block_size / P)])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -124,13 +124,13 @@ def test_a_step_agrees_with_dense_attention_and_writes_only_its_slots(decoding, 
     block_table = torch.tensor([table + [0] * (8 - len(table)) for table in tables], dtype=torch.int32)
     lengths = torch.tensor([length for length, _ in sequences], dtype=torch.int32)
     starts = torch.tensor([0, *(new for _, new in reading)]).cumsum(0).to(torch.int32)
-    parts = (Part(block_table[: len(decoding)], lengths[: len(decoding)]),) if decoding else ()
-    parts += (Part(block_table[len(decoding) :], lengths[len(decoding) :], starts),) if reading else ()
+    first = Part(block_table[: len(decoding)], lengths[: len(decoding)]) if decoding else None
+    others = Part(block_table[len(decoding) :], lengths[len(decoding) :], starts) if reading else None
     at = [t for length, new in sequences for t in range(length - new, length)]
     whose = [b for b, (_, new) in enumerate(sequences) for _ in range(new)]
     slots = [tables[b][t // P] * P + t % P for b, t in zip(whose, at, strict=True)]
     N = len(at)
-    step = PagedStep(cache.keys, cache.values, torch.tensor(at), torch.tensor(slots), parts)
+    step = PagedStep(cache.keys, cache.values, torch.tensor(at), torch.tensor(slots), first, others)
     q, k, v = (torch.randn(1, N, heads, D, dtype=torch.float64) for heads in (H, HKV, HKV))
     expected = contents(cache)
     expected[layer].flatten(0, 1)[slots] = k[0]
@@ -157,7 +157,7 @@ def test_padding_is_not_written_and_gives_zeros(column):
         torch.tensor([0, 2, 2], dtype=torch.int32),
     )
     slots = [5 * P, -1, 7 * P, 7 * P + 1]
-    step = PagedStep(cache.keys, cache.values, torch.tensor([P, 0, 0, 1]), torch.tensor(slots), (decode, read))
+    step = PagedStep(cache.keys, cache.values, torch.tensor([P, 0, 0, 1]), torch.tensor(slots), decode, read)
     q, k, v = (torch.randn(1, 4, heads, D, dtype=torch.float64) for heads in (H, HKV, HKV))
     expected = contents(cache)
     for i in (0, 2, 3):
@@ -188,7 +188,7 @@ def test_a_copied_page_reads_the_same_and_then_goes_its_own_way():
     tables = torch.tensor([table.pages, twin.pages], dtype=torch.int32)
     slots = tables[:, 1].long() * P + T % P
     part = Part(tables, torch.tensor([T + 1, T + 1], dtype=torch.int32))
-    step = PagedStep(cache.keys, cache.values, torch.tensor([T, T]), slots, (part,))
+    step = PagedStep(cache.keys, cache.values, torch.tensor([T, T]), slots, part, None)
     q, k, v = (torch.randn(1, 2, heads, D, dtype=torch.float64) for heads in (H, HKV, HKV))
     out = step.attend(ops, 0, q, k, v)
     for i in range(2):

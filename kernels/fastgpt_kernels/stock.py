@@ -156,20 +156,27 @@ def _attend_one_by_one(
     starts: torch.Tensor | None,
     scale: float,
 ) -> torch.Tensor:
-    """SDPA for each sequence at its own length: nothing is padded, and pages that lie in a row are not even copied."""
-    H, Hkv = q.shape[1], k_pages.shape[2]
+    """SDPA for each sequence at its own length: nothing is padded, and pages that lie side by side are not copied."""
+    (N, H, _), (_, P, Hkv, D) = q.shape, k_pages.shape
+    contiguous = k_pages.is_contiguous() and v_pages.is_contiguous()
     if starts is None:
-        queries = q[:, None, :, None].unbind()  # each (1, H, 1, D)
+        queries = q.unsqueeze(2).split(1) if N > 1 else (q.unsqueeze(2),)  # each (1, H, 1, D)
     else:
-        counts = starts.diff().tolist()
-        queries = [own.transpose(0, 1)[None] for own in q.split(counts)]  # each (1, H, Tq, D)
+        queries = [own.transpose(0, 1)[None] for own in q.split(starts.diff().tolist())]  # each (1, H, Tq, D)
     outs = []
     for own, pages, length in zip(queries, block_table.tolist(), lengths.tolist(), strict=True):
         if length == 0:
             outs.append(torch.zeros_like(own))
             continue
-        k, v = _positions(k_pages, pages, length), _positions(v_pages, pages, length)  # each (1, Hkv, length, D)
-        Tq = own.shape[2]
+        pages = pages[: -(-length // P)]
+        first = pages[0]
+        if contiguous and pages == list(range(first, first + len(pages))):
+            shape, strides, start = (1, Hkv, length, D), (0, D, Hkv * D, 1), first * P * Hkv * D
+            k = k_pages.as_strided(shape, strides, k_pages.storage_offset() + start)
+            v = v_pages.as_strided(shape, strides, v_pages.storage_offset() + start)
+        else:
+            k, v = (t[pages].flatten(0, 1)[None, :length].transpose(1, 2) for t in (k_pages, v_pages))
+        Tq = 1 if starts is None else own.shape[2]
         mask = None if Tq in (1, length) else visible(Tq, length, None, q.device)
         triangle = Tq == length and Tq > 1
         outs.append(
@@ -177,17 +184,11 @@ def _attend_one_by_one(
                 own, k, v, attn_mask=mask, is_causal=triangle, scale=scale, enable_gqa=Hkv != H
             )
         )
-    return torch.cat(outs, dim=2)[0].transpose(0, 1) if outs else torch.empty_like(q)
-
-
-def _positions(pool: torch.Tensor, pages: list[int], length: int) -> torch.Tensor:
-    """The first positions of a sequence, (1, Hkv, length, D): a view of the pool (pages, P, Hkv, D) where possible."""
-    _, P, Hkv, D = pool.shape
-    pages, (by_page, by_place, by_head, by_d) = pages[: -(-length // P)], pool.stride()
-    if by_page == P * by_place and pages == list(range(pages[0], pages[0] + len(pages))):
-        start = pool.storage_offset() + pages[0] * by_page
-        return pool.as_strided((1, Hkv, length, D), (0, by_head, by_place, by_d), start)
-    return pool[pages].flatten(0, 1)[None, :length].transpose(1, 2)
+    if not outs:
+        return torch.empty_like(q)
+    if starts is None:
+        return (torch.cat(outs) if N > 1 else outs[0]).squeeze(2)
+    return torch.cat(outs, dim=2)[0].transpose(0, 1)
 
 
 def _decode_without_waiting(
@@ -236,8 +237,7 @@ def _kv_write_on_cpu(
     if len(slots) == 1:  # decoding a single sequence: half the time of index_copy_
         page, place = divmod(int(slots), k_pages.shape[1])
         if page >= 0:
-            k_pages[page, place].copy_(k[0])
-            v_pages[page, place].copy_(v[0])
+            k_pages[page, place], v_pages[page, place] = k, v
         return
     padding = slots < 0
     if padding.any():
