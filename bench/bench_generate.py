@@ -19,7 +19,7 @@ from fastgpt.tokenizer import ByteTokenizer
 
 PROMPT = "ROMEO:\n"
 NEW_TOKENS = 240
-REQUESTS = 64
+REQUESTS, LONGEST = 64, 128
 SHARERS, PREFIX = 32, 200
 GROWTH_WINDOW = 12  # tokens around a context whose time is measured
 
@@ -60,10 +60,13 @@ def test_paged_against_dense_at_batch_1(against, generator):
     )
 
 
-def test_ragged_requests_against_one_by_one(against, generator):
-    lengths = torch.randint(1, 129, (REQUESTS, 2), generator=torch.Generator().manual_seed(1)).tolist()
+@pytest.mark.parametrize("ragged", ["prompts", "prompts and continuations"])
+def test_ragged_requests_against_one_by_one(against, generator, ragged: str):
+    """Prompts of 1 to LONGEST tokens, and LONGEST new ones, or also 1 to LONGEST of them."""
+    lengths = torch.randint(1, LONGEST + 1, (REQUESTS, 2), generator=torch.Generator().manual_seed(1)).tolist()
     prompts = [text(length, seed) for seed, (length, _) in enumerate(lengths)]
-    each = [SamplingParams(max_new_tokens=count) for _, count in lengths]
+    counts = [LONGEST if ragged == "prompts" else count for _, count in lengths]
+    each = [SamplingParams(max_new_tokens=count) for count in counts]
     engine = generator.engine(max_batch=REQUESTS, prefix_cache=False)
 
     def one_by_one() -> None:
@@ -74,7 +77,7 @@ def test_ragged_requests_against_one_by_one(against, generator):
         lambda: engine.generate(prompts, each),
         one_by_one,
         rounds=3,
-        units=sum(count for _, count in lengths),
+        units=sum(counts),
         peer_name="one by one, dense cache",
         aim=4,
     )

@@ -90,7 +90,7 @@ class Allocations(RuleBasedStateMachine):
     @rule(which=WHICH, guesses=FEW)
     def guess(self, which: int, guesses: list[int]) -> None:
         sequence = self.pick(which)
-        if self.append(sequence, guesses, 0):
+        if self.append(sequence, guesses):
             self.allocator.publish(sequence.table, sequence.tokens[: sequence.known])
 
     @precondition(lambda self: any(len(s.tokens) > s.known for s in self.live))
@@ -133,7 +133,7 @@ class Allocations(RuleBasedStateMachine):
         twin = Sequence(table, sequence.tokens.copy(), sequence.known)
         self.live.append(twin)
         if tokens:
-            self.append(twin, tokens, 0)  # guesses of its own, into the page that it shares
+            self.append(twin, tokens)  # guesses of its own, into the page that it shares
 
     @precondition(lambda self: self.live)
     @rule(which=WHICH, preempted=st.booleans())
