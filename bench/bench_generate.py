@@ -39,7 +39,7 @@ def text(count: int, seed: int) -> str:
 
 
 def one(generator: TextGenerator, cache: str, prompt: str, count: int) -> None:
-    for _ in generator.stream(prompt, cache=cache, max_new_tokens=count).tokens():
+    for _ in generator.stream(prompt, cache=cache, max_new_tokens=count):
         pass
 
 
