@@ -10,6 +10,7 @@ import codecs
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -65,9 +66,13 @@ def _read_object(where: str, line: str, defaults: SamplingParams) -> Job:
         raise UsageError(f"{where} is not JSON: {error}") from None
     if not isinstance(fields, dict) or ("prompt" in fields) == ("tokens" in fields):
         raise UsageError(f'{where} is not an object with either "prompt" or "tokens"')
-    prompt = fields.pop("prompt") if "prompt" in fields else fields.pop("tokens")
-    ids = isinstance(prompt, list) and all(type(token) is int for token in prompt)
-    if not isinstance(prompt, str) and not ids:
+    if "prompt" in fields:
+        prompt = fields.pop("prompt")
+        fits = isinstance(prompt, str)
+    else:
+        prompt = fields.pop("tokens")
+        fits = isinstance(prompt, list) and all(type(token) is int for token in prompt)
+    if not fits:
         raise UsageError(f"{where}: prompt must be text, and tokens a list of token ids, not {prompt!r:.40}")
     known = [field.name for field in dataclasses.fields(SamplingParams)]
     for name in fields:
@@ -124,14 +129,15 @@ def one_by_one(model: GPT, tokenizer: Tokenizer, jobs: Sequence[Job], cache: str
             yield generation.completion(index, sample, waited)
 
 
-def all_at_once(engine: Engine, jobs: Sequence[Job]) -> Iterator[Completion]:
-    """The engine's completions, as they are finished."""
+def all_at_once(engine: Engine, jobs: Sequence[Job]) -> Iterator[Completion | None]:
+    """The engine's completions as they are finished, and None whenever a token of another has come."""
     for piece in engine.stream([prompt for prompt, _ in jobs], [params for _, params in jobs]):
-        if piece.completion:
-            yield piece.completion
+        yield piece.completion
 
 
-def write(completions: Iterator[Completion], jobs: Sequence[Job], output: str | None, engine: Engine | None) -> int:
+def write(
+    completions: Iterator[Completion | None], jobs: Sequence[Job], output: str | None, engine: Engine | None
+) -> int:
     """Write the completions as JSON lines in the order of the prompts; how many ended with an error.
 
     Each line is written as soon as all before it are, so that what is done is not lost.
@@ -139,20 +145,22 @@ def write(completions: Iterator[Completion], jobs: Sequence[Job], output: str | 
     total = sum(params.num_samples for _, params in jobs)
     held: dict[tuple[int, int], Completion] = {}
     place, done, failed = (0, 0), 0, 0
-    with _open(output) as file, Progress(total, engine) as progress:
+    lines_are_seen = output is None and sys.stdout.isatty()
+    with _open(output) as file, Progress(total, engine, live=not lines_are_seen) as progress:
         escaped = codecs.lookup(file.encoding or "utf-8").name != "utf-8"
         for completion in completions:
-            held[completion.index, completion.sample] = completion
-            refused = completion.finish_reason == "error"
-            failed += refused
-            done += jobs[completion.index][1].num_samples if refused else 1
+            if completion is not None:
+                held[completion.index, completion.sample] = completion
+                refused = completion.finish_reason == "error"
+                failed += refused
+                done += jobs[completion.index][1].num_samples if refused else 1
+            progress.show(done)
             while place in held:
                 next_one = held.pop(place)
                 print(to_line(next_one, escaped=escaped), file=file, flush=True)
                 index, sample = place
                 last = next_one.finish_reason == "error" or sample + 1 == jobs[index][1].num_samples
                 place = (index + 1, 0) if last else (index, sample + 1)
-            progress.show(done)
     return failed
 
 
@@ -179,15 +187,17 @@ def check_output(output: str | None) -> None:
         raise UsageError(f"--output {output} exists; delete it, or name another file")
     if not path.parent.is_dir():
         raise UsageError(f"--output {output}: there is no folder {path.parent}; make it, or name another file")
+    if not os.access(path.parent, os.W_OK):
+        raise UsageError(f"--output {output}: {path.parent} cannot be written to; name another file")
 
 
 class Progress:
     """Running, waiting and done on stderr: a live line on a terminal, now and then a plain one elsewhere."""
 
-    def __init__(self, total: int, engine: Engine | None):
+    def __init__(self, total: int, engine: Engine | None, *, live: bool = True):
         self.total, self.engine = total, engine
         self.console = Console(stderr=True)
-        self.live = Live(console=self.console, transient=True) if self.console.is_terminal else None
+        self.live = Live(console=self.console, transient=True) if live and self.console.is_terminal else None
         self.began = self.shown = time.perf_counter()
 
     def __enter__(self) -> "Progress":

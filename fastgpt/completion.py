@@ -59,7 +59,7 @@ class Stats:
     steps: int = 0
     prefill_tokens: int = 0  # computed to read prompts, or to read again after a preemption
     prefill_seconds: float = 0.0
-    decode_tokens: int = 0  # generated, but for the first of each continuation, which the prefill yields
+    decode_tokens: int = 0  # generated, but for those that a prefill yields: the first, and one after a preemption
     decode_seconds: float = 0.0
     proposed: int = 0  # guesses
     accepted: int = 0  # right ones

@@ -162,6 +162,11 @@ class SamplingParams:
     num_samples: int = option(1, "continuations of a prompt; the seed of each is one higher", low=1, high=65_536)
     seed: int = option(1337, "the same seed gives the same text", low=0, high=2**63 - 1)
 
+    @property
+    def penalizes(self) -> bool:
+        """Whether the odds of a token depend on those before it in more than the model's own way."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
 
 @dataclass(frozen=True)
 class GenerateConfig(SamplingParams):
@@ -177,7 +182,7 @@ class GenerateConfig(SamplingParams):
     interactive: bool = option(False, "write in turns with the model")
     cache: str = option(
         "auto",
-        "keys and values of earlier tokens; auto: paged for many continuations, else dense",
+        "keys and values of earlier tokens; auto: dense for one continuation, else paged",
         choices=CACHES,
     )
     kv_memory: str | None = option(

@@ -19,7 +19,7 @@ import torch
 from fastgpt.completion import Completion, Piece, Stats, Timings
 from fastgpt.config import SPECULATION, SamplingParams, validate
 from fastgpt.detokenizer import Detokenizer
-from fastgpt.device import free_memory
+from fastgpt.device import free_memory, synchronize
 from fastgpt.errors import UsageError
 from fastgpt.kv_cache import PagedCache, page_bytes
 from fastgpt.model import GPT
@@ -239,9 +239,8 @@ class Engine:
             sink.append(self._refusal(request, str(error)))
             return request
         for number in range(params.num_samples):
-            # From a list of its own, as each grows differently.
-            sample = Sample((request.number, number), list(tokens), len(tokens), params)
-            if self.speculate == "ngram" and not needs_penalties(params):
+            sample = Sample((request.number, number), tokens, len(tokens), params)
+            if self.speculate == "ngram" and not params.penalizes:  # a guess is made without regard to them
                 sample.proposer = NgramProposer()
             request.samples.append(sample)
             detokenizer = Detokenizer(self.tokenizer, params.stop) if self.tokenizer else None
@@ -255,9 +254,12 @@ class Engine:
         self.scheduler.add(leader)
         return request
 
-    def cancel(self, index: int) -> None:
-        """End a request's continuations as they are; nothing happens to one that is finished or unknown."""
-        if request := self._requests.get(index):
+    def cancel(self, number: int) -> None:
+        """End the continuations of a request that was submitted; nothing happens to one that is finished or unknown.
+
+        Those of a stream end when it is closed.
+        """
+        if request := self._requests.get(number):
             self._cancel(request)
 
     def _cancel(self, request: _Request) -> None:
@@ -300,12 +302,13 @@ class Engine:
                 turns.append(_Turn(sample, chunk.draft, rows, chunk.reading))
                 turns += [_Turn(sibling, [], rows, True) for sibling in self._start_siblings(sample)]
         if not turns:
+            synchronize(self.runner.device)  # so that the step's time is its own
             return []
         for turn in turns:
             self._give_slot(turn.sample)
         rows = [row for turn in turns for row in turn.rows]
         if len(rows) > end:  # continuations of one prompt share a row
-            logits = logits[torch.tensor(rows, device=logits.device)]
+            logits = logits[self.runner.to_device(rows, torch.int64)]
         slots = [turn.sample.slot for turn in turns for _ in turn.rows]
         indices = [turn.sample.generated + i for turn in turns for i in range(len(turn.rows))]
         drawn = iter(self.sampler(logits, slots, indices).to_host())
@@ -430,8 +433,3 @@ class Engine:
         self.stats.prefill_tokens += read
         self.stats.prefill_seconds += seconds * read / computed
         self.stats.decode_seconds += seconds * (computed - read) / computed
-
-
-def needs_penalties(params: SamplingParams) -> bool:
-    """Whether the odds of a token depend on those before it in more than the model's own way."""
-    return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0

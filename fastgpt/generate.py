@@ -118,6 +118,7 @@ def choose_cache(config: GenerateConfig) -> str:
         "--interactive": config.interactive,
         "--compile": config.compile,
         "--speculate": config.speculate != "none",
+        "--kv_memory": config.kv_memory is not None,
     }
     needs = [flag for flag, given in needing.items() if given]
     if config.interactive and config.prompts is not None:
@@ -143,6 +144,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Generate text from a trained run.",
     )
     cache = choose_cache(config)
+    if config.kv_memory is not None:
+        parse_memory(config.kv_memory, resolve_device(config.device))  # before anything is loaded
     if config.prompts is not None:
         return _answer_file(config, cache)
     prompt = read_prompt(config.prompt)

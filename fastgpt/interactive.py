@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from fastgpt.batch import acceptance
 from fastgpt.config import SamplingParams
 from fastgpt.engine import Engine
 from fastgpt.errors import UsageError
@@ -35,6 +36,8 @@ def run(engine: Engine, tokenizer: Tokenizer, params: SamplingParams, text: str)
         print(flush=True)
         print(f"[{engine.scheduler.hits - reused:,} of {len(tokens):,} tokens were in the cache]", file=sys.stderr)
         tokens += said
+    if engine.speculate != "none":
+        print(f"[{acceptance(engine.stats)}]", file=sys.stderr)
 
 
 def knows(tokenizer: Tokenizer, text: str) -> bool:

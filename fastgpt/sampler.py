@@ -115,11 +115,22 @@ class Sampler:
         request = self._requests[slot] = self._request(slot, params)
         if not request.penalized:
             return
-        if self._texts is None:
-            counts = torch.zeros(self.slots, self.vocab_size, dtype=torch.float32, device=self.device)
-            self._texts = _Texts(counts, torch.zeros_like(counts, dtype=torch.bool))
+        self._make_room(slot)
+        assert self._texts is not None
         self._texts.counts[slot] = self._send(self._count(said))
         self._texts.prompted[slot] = self._send(self._count(prompt) > 0)
+
+    def _make_room(self, slot: int) -> None:
+        """Have texts up to a slot: twice as many whenever they run out, as a large batch may never be full."""
+        known = 0 if self._texts is None else len(self._texts.counts)
+        if slot < known:
+            return
+        size = min(max(slot + 1, 2 * known), self.slots)
+        counts = torch.zeros(size, self.vocab_size, dtype=torch.float32, device=self.device)
+        prompted = torch.zeros_like(counts, dtype=torch.bool)
+        if self._texts is not None:
+            counts[:known], prompted[:known] = self._texts.counts, self._texts.prompted
+        self._texts = _Texts(counts, prompted)
 
     @torch.no_grad()
     def __call__(self, logits: torch.Tensor, slots: Sequence[int], indices: Sequence[int]) -> Sampled:
@@ -147,7 +158,8 @@ class Sampler:
         s = self._settings(requests, indices, short + whole)
         scores, slot = logits.float(), s.slot[:, 0].long()
         if texts is not None:
-            told = texts.counts[slot], texts.prompted[slot]
+            place = slot.clamp(max=len(texts.counts) - 1)  # rows without penalties may have slots without a text
+            told = texts.counts[place], texts.prompted[place]
             scores = penalize(scores, *told, s.repetition, s.presence, s.frequency)
         if greedy:
             tokens = scores.argmax(-1)
@@ -159,8 +171,7 @@ class Sampler:
                 self._filter(weights, scores, requests, s, short, whole)
             tokens = draw(scores, weights, s.number)
         if texts is not None:
-            places = slot * self.vocab_size + tokens
-            texts.counts.view(-1).index_add_(0, places, torch.ones_like(places, dtype=torch.float32))
+            texts.counts.view(-1).index_add_(0, place * self.vocab_size + tokens, (place == slot).float())
         return self._with_logprobs(tokens, logits, requests)
 
     def _filter(
@@ -210,7 +221,7 @@ class Sampler:
             seed=params.seed,
             logprobs=params.logprobs,
             greedy=greedy,
-            penalized=repetition != 1 or presence != 0 or frequency != 0,
+            penalized=params.penalizes,
             columns=top_k if not greedy and (top_k < self.vocab_size or top_p < 1) else 0,
             top_p=top_p < 1,
             min_p=not greedy and min_p > 0,

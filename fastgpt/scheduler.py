@@ -80,6 +80,7 @@ class Scheduler:
         self.running: list[Sample] = []  # oldest first
         self.hits, self.preemptions = 0, 0
         self._slots = list(reversed(range(max_batch)))
+        self._refused: tuple[Sample, int] | None = None  # who was not let in, and with how many free pages
 
     @property
     def allocator(self) -> BlockAllocator:
@@ -140,6 +141,8 @@ class Scheduler:
             sample.siblings = [sibling for sibling in sample.siblings if sibling.slot < 0]  # one may just have started
         for sample in self.running.copy():
             self._preempt(sample)
+        # Whatever was interrupted, nobody waits twice.
+        self.waiting = deque(sorted(set(self.waiting), key=lambda sample: sample.order))
         self.allocator.forget()
 
     def _next_chunk(self, sample: Sample, budget: int) -> Chunk | None:
@@ -167,15 +170,18 @@ class Scheduler:
     def _admit(self, sample: Sample) -> bool:
         """Start a waiting sequence if there are pages for all its tokens, and one more for each that runs already."""
         self._slid(sample)
-        window = sample.tokens[sample.start :] if sample.start else sample.tokens
-        table = self.allocator.open([] if sample.start else window)
+        if self.running and self._refused == (sample, self.allocator.free):
+            return False  # as a moment ago, without hashing the prompt again
+        length = len(sample.tokens) - sample.start
+        table = self.allocator.open([] if sample.start else sample.tokens)
         try:
-            missing = self.allocator.pages_for(len(window)) - len(table.pages)
+            missing = self.allocator.pages_for(length) - len(table.pages)
             if self.running and missing + len(self.running) > self.allocator.free:
                 raise OutOfPages
-            self.cache.reserve(table, len(window))
+            self.cache.reserve(table, length)
         except OutOfPages:
             self.allocator.release(table)
+            self._refused = (sample, self.allocator.free)
             return False
         if not sample.generated:
             self.hits += table.length
@@ -194,7 +200,7 @@ class Scheduler:
         if not sample.start and table.length // self.allocator.page_size > len(table.digests):
             self.allocator.publish(table, sample.tokens)
         rows = 1 + len(draft) if table.length >= known else 0
-        reading = known - first > 1 or sample.generated == 0
+        reading = sample.generated == 0 or (known - first > 1 and not sample.start)  # not each time the window slides
         return Chunk(sample, first, tokens, draft, reading, rows)
 
     def _slid(self, sample: Sample) -> bool:
@@ -211,6 +217,8 @@ class Scheduler:
         return sample.proposer.propose(sample.tokens, most)
 
     def _run(self, sample: Sample) -> None:
+        if not sample.generated:
+            sample.tokens = list(sample.tokens)  # from here on it grows apart from its siblings'
         sample.slot = self._slots.pop()
         bisect.insort(self.running, sample, key=lambda other: other.order)
 

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from fastgpt.completion import Completion
 from fastgpt.config import SamplingParams
@@ -393,6 +394,12 @@ def test_after_an_exception_in_generate_nothing_of_it_is_found(
 
 
 @pytest.mark.slow
-def test_compiled_it_gives_the_same_tokens(generator: TextGenerator):
-    engine = watched(generator.engine(kv_memory=pages(generator, 50), compile=True, max_batch_tokens=16))
-    assert texts(answer(engine, PROMPTS, GREEDY)) == [alone(generator, prompt, GREEDY) for prompt in PROMPTS]
+def test_compiled_it_gives_the_same_tokens_from_a_few_kinds_of_steps(generator: TextGenerator):
+    """However many sequences, tokens and pages a step has."""
+    counters.clear()
+    for batch_tokens in (16, 5, 100):
+        engine = generator.engine(kv_memory=pages(generator, 50), compile=True, max_batch_tokens=batch_tokens)
+        for count in range(1, 1 + len(PROMPTS)):
+            found = answer(watched(engine), PROMPTS[:count], GREEDY)
+            assert texts(found) == [alone(generator, prompt, GREEDY) for prompt in PROMPTS[:count]]
+    assert 1 <= counters["stats"]["unique_graphs"] <= 3 * 4

@@ -221,6 +221,8 @@ def kv_write(
     if slots.device.type == "cpu":
         _kv_write_on_cpu(k, v, k_pages, v_pages, slots)
         return
+    if len(slots) == 0:
+        return
     padding = slots < 0
     # Without waiting for the device: padding repeats the write of a token that is none, or the page's own content.
     last = slots.argmax()
