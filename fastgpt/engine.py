@@ -19,9 +19,9 @@ import torch
 from fastgpt.completion import Completion, Piece, Stats, Timings
 from fastgpt.config import SPECULATION, SamplingParams, validate
 from fastgpt.detokenizer import Detokenizer
-from fastgpt.device import free_memory, synchronize
+from fastgpt.device import synchronize
 from fastgpt.errors import UsageError
-from fastgpt.kv_cache import PagedCache, page_bytes
+from fastgpt.kv_cache import PagedCache, pages_that_fit
 from fastgpt.model import GPT
 from fastgpt.prompt import Prompt, prompt_tokens
 from fastgpt.runner import Runner
@@ -30,9 +30,6 @@ from fastgpt.scheduler import Chunk, Sample, Scheduler
 from fastgpt.speculation import NgramProposer
 from fastgpt.tokenizer import Tokenizer
 
-MEMORY_SHARE = {"cuda": 0.8}  # of the free memory, for pages
-MEMORY_SHARE_ELSEWHERE = 0.25
-MOST_PAGES = 1 << 18  # more would make the start slow; only a small model in a large memory has so many
 DRAFTS = 5  # tokens that a guess has at most
 
 
@@ -126,18 +123,7 @@ class Engine:
         self.model, self.tokenizer, self.slide, self.speculate = model, tokenizer, slide, speculate
         config, weight = model.config, model.wte.weight
         self.block_size, self.vocab_size = config.block_size, config.vocab_size or 0
-        bytes_each = page_bytes(config, page_size, weight.dtype)
-        free = free_memory(weight.device)
-        if kv_memory is None:
-            kv_memory = int(free * MEMORY_SHARE.get(weight.device.type, MEMORY_SHARE_ELSEWHERE))
-        elif kv_memory > free:
-            raise UsageError(f"--kv_memory {kv_memory:,} bytes are more than the {free:,} that are free; ask for less")
-        pages = min(kv_memory // bytes_each, MOST_PAGES)
-        if pages < 1:
-            raise UsageError(
-                f"--kv_memory {kv_memory:,}: a page of {page_size} tokens takes {bytes_each:,} bytes; "
-                "give more, or pass a smaller --page_size"
-            )
+        pages = pages_that_fit(config, page_size, weight.dtype, weight.device, kv_memory)
         self.cache = PagedCache(
             config, pages, page_size, device=weight.device, dtype=weight.dtype, prefix_cache=prefix_cache
         )
@@ -146,7 +132,6 @@ class Engine:
             self.block_size,
             max_batch=max_batch,
             max_batch_tokens=max_batch_tokens,
-            slide=slide,
             drafts=DRAFTS,
         )
         self.runner = Runner(model, self.cache, max_batch=max_batch, compile=compile, graphs=cuda_graphs)

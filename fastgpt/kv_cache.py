@@ -11,9 +11,16 @@ import torch
 
 from fastgpt.block_allocator import BlockAllocator, BlockTable
 from fastgpt.config import ModelConfig
+from fastgpt.device import free_memory
+from fastgpt.errors import UsageError
 
 if TYPE_CHECKING:
     from fastgpt.dispatch import Ops
+
+
+MEMORY_SHARE = {"cuda": 0.8}  # of the free memory, for pages
+MEMORY_SHARE_ELSEWHERE = 0.25
+MOST_PAGES = 1 << 18  # more would make the start slow; only a small model in a large memory has so many
 
 
 class DenseCache:
@@ -93,6 +100,27 @@ class PagedCache:
 def page_bytes(config: ModelConfig, page_size: int, dtype: torch.dtype) -> int:
     """The memory of one page, in all layers, keys and values."""
     return 2 * config.n_layer * page_size * config.kv_heads * config.head_size * dtype.itemsize
+
+
+def pages_that_fit(
+    config: ModelConfig, page_size: int, dtype: torch.dtype, device: torch.device, memory: int | None = None
+) -> int:
+    """How many pages to make of so many bytes, or by default of a share of what is free.
+
+    Raises:
+        UsageError: memory for less than one page, or more than is free.
+    """
+    each, free = page_bytes(config, page_size, dtype), free_memory(device)
+    if memory is None:
+        memory = int(free * MEMORY_SHARE.get(device.type, MEMORY_SHARE_ELSEWHERE))
+    elif memory > free:
+        raise UsageError(f"--kv_memory {memory:,} bytes are more than the {free:,} that are free; ask for less")
+    if memory < each:
+        raise UsageError(
+            f"--kv_memory {memory:,}: a page of {page_size} tokens takes {each:,} bytes; "
+            "give more, or pass a smaller --page_size"
+        )
+    return min(memory // each, MOST_PAGES)
 
 
 @dataclass(frozen=True)

@@ -71,10 +71,10 @@ class Scheduler:
         *,
         max_batch: int,
         max_batch_tokens: int,
-        slide: bool,
-        drafts: int,
+        drafts: int = 0,
     ):
-        self.cache, self.block_size, self.slide, self.drafts = cache, block_size, slide, drafts
+        """`drafts`: tokens that a guess has at most."""
+        self.cache, self.block_size, self.drafts = cache, block_size, drafts
         self.max_batch, self.max_batch_tokens = max_batch, max_batch_tokens
         self.waiting: deque[Sample] = deque()
         self.running: list[Sample] = []  # oldest first

@@ -121,11 +121,9 @@ def pages(generator, count: int, page_size: int = 16) -> int:
     return count * page_bytes(generator.model.config, page_size, torch.float32)
 
 
-def scheduler(
-    *, count: int = 100, batch: int = 8, tokens: int = 64, prefix: bool = True, drafts: int = 0, slide: bool = False
-) -> Scheduler:
+def scheduler(*, count: int = 100, batch: int = 8, tokens: int = 64, prefix: bool = True, drafts: int = 0) -> Scheduler:
     cache = PagedCache(CONFIG, count, P, prefix_cache=prefix)
-    return Scheduler(cache, BLOCK, max_batch=batch, max_batch_tokens=tokens, slide=slide, drafts=drafts)
+    return Scheduler(cache, BLOCK, max_batch=batch, max_batch_tokens=tokens, drafts=drafts)
 
 
 def add(planner: Scheduler, *lengths: int, new: int = 8, seed: int = 0) -> list[Sample]:
@@ -249,7 +247,7 @@ def test_the_continuations_of_a_prompt_fork_where_there_is_room():
 
 
 def test_a_window_that_slides_is_read_anew_in_its_budget():
-    planner = scheduler(slide=True, tokens=20)
+    planner = scheduler(tokens=20)
     (sample,) = add(planner, BLOCK + 5, new=3)
     counts = []
     while counted := advance(planner):
