@@ -151,6 +151,14 @@ def test_a_byte_models_pieces_are_the_decoding_of_its_tokens():
     assert generator.generate("ä", max_new_tokens=80, temperature=2.0) == generator.tokenizer.decode(tokens)
 
 
+def test_the_readmes_example_of_the_engine_runs(capsys):
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(from fastgpt import SamplingParams.*?)```", readme, re.DOTALL)
+    exec(example, {"generator": fresh(chars=None, block_size=64)})
+    printed = re.findall(r"^(\d) (\d) (length|stop|error) ", capsys.readouterr().out, re.MULTILINE)
+    assert printed == [("0", "0", "length"), ("0", "1", "length"), ("1", "0", "length"), ("1", "1", "length")]
+
+
 def test_the_best_checkpoint_is_used_unless_told_otherwise(out: Path, capsys):
     assert checkpoint.find(out, "best").name == "step-000040" != checkpoint.find(out, "latest").name
     weight = load_file(checkpoint.find(out, "best") / checkpoint.MODEL)["wte.weight"]
