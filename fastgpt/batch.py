@@ -120,9 +120,8 @@ def one_by_one(model: GPT, tokenizer: Tokenizer, jobs: Sequence[Job], cache: str
     for index, (prompt, params) in enumerate(jobs):
         for sample in range(params.num_samples):
             waited = time.perf_counter() - began
-            own = dataclasses.replace(params, seed=(params.seed + sample) % 2**63)
             try:
-                generation = Generation(model, tokenizer, prompt, own, cache)
+                generation = Generation(model, tokenizer, prompt, params.of_sample(sample), cache)
             except UsageError as error:
                 yield Completion(index, 0, prompt, "", [], "error", Timings(None, None, waited), str(error))
                 break
@@ -169,8 +168,12 @@ def _open(output: str | None) -> Iterator[TextIO]:
     if output is None:
         yield sys.stdout
         return
+    try:
+        Path(output).touch(exist_ok=False)
+    except OSError as error:
+        raise UsageError(f"--output {output} cannot be made: {error.strerror}") from None
     # What JSON cannot hold as it is, a lone surrogate, becomes the escape that JSON has for it.
-    with Path(output).open("x", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+    with Path(output).open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
         try:
             yield file
         finally:

@@ -167,6 +167,10 @@ class SamplingParams:
         """Whether the odds of a token depend on those before it in more than the model's own way."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
+    def of_sample(self, number: int) -> "SamplingParams":
+        """The settings of one of a prompt's continuations: the same, but for the seed."""
+        return dataclasses.replace(self, seed=(self.seed + number) % 2**63)
+
 
 @dataclass(frozen=True)
 class GenerateConfig(SamplingParams):

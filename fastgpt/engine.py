@@ -9,7 +9,6 @@ and the `Engine` gives them to their requests. What a request draws depends on i
 not on what runs beside it.
 """
 
-import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -313,9 +312,10 @@ class Engine:
         if self._slots[sample.slot] is sample:
             return
         self._slots[sample.slot] = sample
-        params = dataclasses.replace(sample.params, seed=(sample.params.seed + sample.order[1]) % 2**63)
         end = sample.prompt_length
-        self.sampler.begin(sample.slot, params, sample.tokens[:end], sample.tokens[end:])
+        self.sampler.begin(
+            sample.slot, sample.params.of_sample(sample.order[1]), sample.tokens[:end], sample.tokens[end:]
+        )
 
     def _accept(self, turn: "_Turn", drawn: Sequence[Drawn]) -> None:
         """Give a sequence its new tokens: up to the first that was guessed wrong, or that ends it."""

@@ -18,6 +18,7 @@ from fastgpt.device import parse_memory, resolve_device, resolve_weights_dtype, 
 from fastgpt.errors import UsageError
 from fastgpt.files import decode_utf8
 from fastgpt.model import GPT
+from fastgpt.prompt import prompt_tokens
 from fastgpt.single import Generation
 from fastgpt.tokenizer import Tokenizer
 
@@ -159,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         for sample in range(config.num_samples):
             _print_heading(sample, config.num_samples)
-            params = dataclasses.replace(config.sampling(), seed=(config.seed + sample) % 2**63)
+            params = config.sampling().of_sample(sample)
             _print_sample(Generation(generator.model, generator.tokenizer, prompt, params, cache), prompt)
     return 0
 
@@ -224,9 +225,8 @@ def _print_samples(engine: "Engine", prompt: str, params: SamplingParams) -> Non
     """The continuations to stdout, one after the other, the first as it comes; how it went to stderr."""
     from fastgpt import batch
 
-    tokenizer = engine.tokenizer
-    assert tokenizer is not None
-    _warn_of_sliding(len(tokenizer.encode(prompt)), params, engine.block_size)
+    tokens = prompt_tokens(prompt, engine.tokenizer, engine.vocab_size)
+    _warn_of_sliding(len(tokens), params, engine.block_size)
     texts, shown = ["" for _ in range(params.num_samples)], 0
     ended = [False for _ in range(params.num_samples)]
 
@@ -235,7 +235,7 @@ def _print_samples(engine: "Engine", prompt: str, params: SamplingParams) -> Non
         print(prompt, end="", flush=True)
 
     begin(0)
-    for piece in engine.stream([prompt], params):
+    for piece in engine.stream([tokens], params):
         if piece.completion and piece.completion.error:
             print(flush=True)
             raise UsageError(piece.completion.error)

@@ -74,10 +74,9 @@ class Runner:
         return self.to_device([tokens + [0] * padding, at + [0] * padding, slots + [-1] * padding], torch.int64)
 
     def _part(self, chunks: Sequence[Chunk], *, ragged: bool = False) -> Part:
+        B = self._size(len(chunks)) if ragged else len(chunks)
         M = max(self.cache.allocator.pages_for(chunk.first + len(chunk.tokens)) for chunk in chunks)
-        B, M = (len(chunks), self._size(M)) if not ragged else (self._size(len(chunks)), self._size(M))
-        values = self._tables(chunks, B, M)
-        starts = None
+        values, starts = self._tables(chunks, B, self._size(M)), None
         if ragged:
             ends = list(itertools.accumulate((len(chunk.tokens) for chunk in chunks), initial=0))
             starts = self.to_device(ends + ends[-1:] * (B - len(chunks)), torch.int32)

@@ -331,3 +331,19 @@ def test_200_ragged_prompts_on_the_command_line():
 def test_reading_fails_with_the_errors_of_the_api_too(tmp_path: Path):
     with pytest.raises(UsageError, match="cannot be read"):
         batch.read_prompts(str(tmp_path / "nowhere"), SamplingParams())
+
+
+@pytest.mark.usefixtures("place")
+def test_an_output_that_comes_to_exist_meanwhile_is_kept(capsys):
+    Path("p.txt").write_text("abc\n")
+    check = batch.check_output
+
+    def made_meanwhile(output: str | None) -> None:
+        check(output)
+        Path("o").write_text("somebody's")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch, "check_output", made_meanwhile)
+        assert command("--prompts p.txt --output o") == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "error: --output o cannot be made: File exists"
+    assert Path("o").read_text() == "somebody's"

@@ -210,3 +210,15 @@ def test_an_unknown_reduction_is_an_error_that_lists_the_known(column):
 def test_dropout_without_a_seed_is_an_error(column):
     with pytest.raises(ValueError, match="needs a seed"):
         column.causal_attention(*torch.randn(3, 1, 4, 2, 5), dropout_p=0.1)
+
+
+def test_what_is_written_to_pages_that_are_a_view_is_not_lost():
+    """The reference writes anywhere; stock says where it cannot."""
+    k, v = torch.randn(2, 2, 3, 4).unbind()  # two tokens of three heads
+    slots = torch.tensor([5, 2])
+    pools = [torch.zeros(2, 3, 4, 4).transpose(2, 1) for _ in range(4)]  # (pages, 4 places, 3 heads, 4)
+    reference.kv_write(k, v, *pools[:2], slots)
+    assert torch.equal(pools[0][[1, 0], [1, 2]], k)
+    assert torch.equal(pools[1][[1, 0], [1, 2]], v)
+    with pytest.raises(RuntimeError, match="view"):
+        stock.kv_write(k, v, *pools[2:], slots)

@@ -160,5 +160,5 @@ def kv_write(
     """
     for token, slot in enumerate(slots.tolist()):
         if slot >= 0:
-            k_pages.flatten(0, 1)[slot] = k[token]
-            v_pages.flatten(0, 1)[slot] = v[token]
+            page, place = divmod(slot, k_pages.shape[1])
+            k_pages[page, place], v_pages[page, place] = k[token], v[token]

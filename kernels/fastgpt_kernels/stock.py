@@ -229,7 +229,7 @@ def kv_write(
     token = torch.arange(len(slots), device=slots.device).where(~padding, last)
     slots = slots[token]
     for t, pages in ((k, k_pages), (v, v_pages)):
-        flat, place = pages.flatten(0, 1), slots.clamp(min=0)
+        flat, place = pages.view(-1, *pages.shape[2:]), slots.clamp(min=0)  # not a copy, which would be lost
         flat.index_copy_(0, place, torch.where((slots >= 0)[:, None, None], t[token], flat[place]))
 
 
@@ -245,7 +245,7 @@ def _kv_write_on_cpu(
     if padding.any():
         k, v, slots = k[~padding], v[~padding], slots[~padding]
     for t, pages in ((k, k_pages), (v, v_pages)):
-        pages.flatten(0, 1).index_copy_(0, slots, t)
+        pages.view(-1, *pages.shape[2:]).index_copy_(0, slots, t)
 
 
 @torch.library.custom_op("fastgpt::kv_write_stock", mutates_args=("k_pages", "v_pages"))
