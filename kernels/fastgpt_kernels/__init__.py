@@ -1,11 +1,11 @@
 """The operations of a GPT, each in columns that compute the same: readable math, stock PyTorch, our kernels.
 
     from fastgpt_kernels import layer_norm, add_layer_norm, causal_attention, linear_cross_entropy
-    from fastgpt_kernels import paged_attention, kv_write
+    from fastgpt_kernels import paged_attention, kv_write, linear_int8, quantize
 
 gives the Triton ones, usable in any model: those of the first line with forward and backward (but no second
-derivatives), those over a paged cache forward alone. They are imported when asked for: `fastgpt_kernels.reference` and
-`fastgpt_kernels.stock` need no triton.
+derivatives), those over a paged cache or a weight of 8 bits, which `quantize` makes, forward alone. They are imported
+when asked for: `fastgpt_kernels.reference` and `fastgpt_kernels.stock` need no triton.
 """
 
 import importlib
@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastgpt_kernels.attention import causal_attention
     from fastgpt_kernels.cross_entropy import linear_cross_entropy
+    from fastgpt_kernels.int8 import linear_int8
     from fastgpt_kernels.norm import add_layer_norm, layer_norm
     from fastgpt_kernels.paged import kv_write, paged_attention
+    from fastgpt_kernels.quantization import quantize
 
 __all__ = [
     "add_layer_norm",
@@ -23,7 +25,9 @@ __all__ = [
     "kv_write",
     "layer_norm",
     "linear_cross_entropy",
+    "linear_int8",
     "paged_attention",
+    "quantize",
 ]
 
 # A module is never named like its function: importing it would put the module in the function's place.
@@ -33,7 +37,9 @@ MODULES = {
     "kv_write": "paged",
     "layer_norm": "norm",
     "linear_cross_entropy": "cross_entropy",
+    "linear_int8": "int8",
     "paged_attention": "paged",
+    "quantize": "quantization",
 }
 
 

@@ -49,7 +49,7 @@ from rich.table import Table
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 
-from fastgpt_kernels import attention, cross_entropy, norm, paged, paged_decode, paged_prefill
+from fastgpt_kernels import attention, cross_entropy, int8, norm, paged, paged_decode, paged_prefill
 from fastgpt_kernels.launch import INTERPRETED, TABLE, TARGETS, Config, Launch, Tuning
 from fastgpt_kernels.machine_code import CHIPS, blocks_per_sm, inspect
 
@@ -150,6 +150,19 @@ def _kv_write_launches(tuning: Tuning, D: int, heaviest: bool) -> list[Launch]:
     return [paged.kv_write_launch(k, k, pages, pages, empty(N, dtype=torch.int64), tuning)]
 
 
+def _int8_launches(tuning: Tuning, R: int, heaviest: bool) -> list[Launch]:
+    """Up to 4096 rows through GPT-2's widest layer; heaviest: with a bias, and inputs that end within a tile."""
+    R, outputs, inputs, dtype = min(R, 4096), 3072, 784 if heaviest else 768, DTYPES[tuning.kind]
+    x, y = empty(R, inputs, dtype=dtype), empty(R, outputs, dtype=dtype)
+    weight, scale = empty(outputs, inputs, dtype=torch.int8), empty(outputs)
+    return [int8.linear_launch(y, x, weight, scale, scale if heaviest else None, tuning)]
+
+
+def _int8_rows_launches(tuning: Tuning, outputs: int, heaviest: bool) -> list[Launch]:
+    """As with many rows, but with one; heaviest: with four."""
+    return _int8_launches(tuning, 4 if heaviest else 1, heaviest)
+
+
 # For each kernel of the launch table: an example of its use at a width.
 EXAMPLES: dict[str, Callable[[Tuning, int, bool], list[Launch]]] = {
     "norm_forward": _norm_launches,
@@ -169,6 +182,8 @@ EXAMPLES: dict[str, Callable[[Tuning, int, bool], list[Launch]]] = {
     "paged_merge": _merge_launches,
     "paged_prefill": _prefill_launches,
     "kv_write": _kv_write_launches,
+    "int8_rows": _int8_rows_launches,
+    "int8_product": _int8_launches,
 }
 
 
@@ -229,10 +244,19 @@ def examples(target: str, kernel: str) -> list[tuple[str, Launch]]:
 
 def compile_rows(target: str, kernel: str) -> list[dict[str, Any]]:
     """The report's lines for all rows of a kernel on a target, in the table's order."""
+    return compile_launches(target, kernel, examples(target, kernel))
+
+
+def compile_launches(target: str, kernel: str, launches: list[tuple[str, Launch]]) -> list[dict[str, Any]]:
+    """The report's lines for these launches, each with its name in the column `config`.
+
+    Raises:
+        RuntimeError: one does not compile.
+    """
     chip = CHIPS[target]
     triton.runtime.driver.set_active(cast(Any, Driver(chip.compiler)))
     lines, compiled = [], []
-    for config, launch in examples(target, kernel):
+    for config, launch in launches:
         launch.kernel.device_caches.clear()
         start = time.perf_counter()
         try:

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import os
 import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -57,18 +58,35 @@ class Launch(NamedTuple):
 Rows = dict[int, Config]
 
 
-def _everywhere(rows: Rows, **others: Rows) -> dict[tuple[str, str], Rows]:
-    """The same rows for every target and dtype, but for some widths of the targets named."""
-    return {(target, kind): rows | others.get(target, {}) for target in TARGETS for kind in ("16-bit", "float32")}
+def _everywhere(rows: Rows, *tuned: tuple[str, str, Rows], **others: Rows) -> dict[tuple[str, str], Rows]:
+    """The same rows for every target and dtype, but for some widths of the targets named.
+
+    tuned: (target, dtype, rows) that bench/tune.py found to be faster, for one target and dtype.
+    """
+    table = {(target, kind): rows | others.get(target, {}) for target in TARGETS for kind in ("16-bit", "float32")}
+    for target, kind, faster in tuned:
+        table[target, kind] |= faster
+    return table
 
 
 HEAD_SIZES = (32, 64, 128, 256)
+ROW_COUNTS = (16, 64, 1 << 31)
+
+
+def _tiles(widths: tuple[int, ...], tiles: tuple[str, ...]) -> Rows:
+    """Rows for the last of these widths, written as `str` writes them: rows x columns, warps, stages."""
+    numbers = ([int(n) for n in re.findall(r"\d+", tile)] for tile in tiles)
+    return {width: Config(*n) for width, n in zip(widths[-len(tiles) :], numbers, strict=True)}
 
 
 def _by_head(*tiles: str) -> Rows:
-    """Rows for the last of HEAD_SIZES, written as `str` writes them: queries x keys, warps, stages."""
-    numbers = ([int(n) for n in re.findall(r"\d+", tile)] for tile in tiles)
-    return {D: Config(*n) for D, n in zip(HEAD_SIZES[-len(tiles) :], numbers, strict=True)}
+    """For the last of HEAD_SIZES: queries x keys."""
+    return _tiles(HEAD_SIZES, tiles)
+
+
+def _by_rows(*tiles: str) -> Rows:
+    """For the last of ROW_COUNTS: rows x output channels."""
+    return _tiles(ROW_COUNTS, tiles)
 
 
 TABLE: dict[str, dict[tuple[str, str], Rows]] = {
@@ -214,6 +232,22 @@ TABLE: dict[str, dict[tuple[str, str], Rows]] = {
         ("gfx942", "float32"): _by_head("16x32 w4 s1"),
     },
     "kv_write": _everywhere({64: Config(32, 64, 4), 256: Config(8, 256, 4)}),
+    # Output channels x inputs, whatever a layer has of both.
+    "int8_rows": _everywhere({1 << 31: Config(4, 256, 1, 3)}, gfx942={1 << 31: Config(4, 256, 1, 2)}),
+    # Widths are numbers of rows. From 64 output channels on, Triton takes tf32 for float32 on sm_100, unasked.
+    "int8_product": {
+        ("sm_80", "16-bit"): _by_rows("16x32 w2 s4", "64x32 w4 s4", "64x128 w4 s3"),
+        ("sm_80", "tf32"): _by_rows("64x64 w4 s3"),
+        ("sm_80", "float32"): _by_rows("64x32 w8 s2"),
+        ("sm_90", "16-bit"): _by_rows("16x32 w2 s4", "64x32 w4 s4", "64x128 w4 s4"),
+        ("sm_90", "tf32"): _by_rows("64x64 w4 s3"),
+        ("sm_90", "float32"): _by_rows("64x32 w8 s2"),
+        ("sm_100", "16-bit"): _by_rows("16x32 w2 s4", "64x32 w4 s4", "64x128 w4 s4"),
+        ("sm_100", "tf32"): _by_rows("64x64 w4 s3"),
+        ("sm_100", "float32"): _by_rows("64x32 w8 s2"),
+        ("gfx942", "16-bit"): _by_rows("16x32 w2 s2", "64x32 w4 s2", "64x128 w4 s2"),
+        ("gfx942", "float32"): _by_rows("64x32 w4 s1"),
+    },
 }
 
 # Programs that share the rows of a backward pass: about two a multiprocessor. A constant, because it fixes the order
@@ -247,6 +281,21 @@ class Tuning(NamedTuple):
 def _row(kernel: str, target: str, kind: str, width: int) -> Config:
     rows = TABLE[kernel][target, kind]
     return rows[min(ceiling for ceiling in rows if ceiling >= width)]
+
+
+@contextlib.contextmanager
+def trial(kernel: str, tuning: Tuning, width: int, row: Config) -> Iterator[None]:
+    """Within the block, launch with this row in the place of the one that serves the width. For bench/tune.py alone."""
+    rows = TABLE[kernel][tuning]
+    ceiling = min(ceiling for ceiling in rows if ceiling >= width)
+    own = rows[ceiling]
+    try:
+        rows[ceiling] = row
+        _row.cache_clear()
+        yield
+    finally:
+        rows[ceiling] = own
+        _row.cache_clear()
 
 
 @functools.cache

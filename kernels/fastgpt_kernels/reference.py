@@ -162,3 +162,22 @@ def kv_write(
         if slot >= 0:
             page, place = divmod(slot, k_pages.shape[1])
             k_pages[page, place], v_pages[page, place] = k[token], v[token]
+
+
+def linear_int8(
+    x: torch.Tensor, weight_int8: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """A linear layer whose weight is stored in 8 bits: y = (x @ weight_int8.T) * scale + bias. For inference alone.
+
+    Args:
+        x: (..., I).
+        weight_int8: int8 (O, I), from `quantization.quantize`.
+        scale: float32 (O,), what 1 in each row of the weight stands for; there is no zero point.
+        bias: (O,).
+
+    Returns:
+        (..., O), in x's dtype; computed in float32 where that is 16 bits.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    y = (x.to(dtype) @ weight_int8.to(dtype).t()) * scale
+    return (y if bias is None else y + bias).to(x.dtype)

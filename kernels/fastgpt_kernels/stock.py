@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from fastgpt_kernels.dropout import apply_dropout
 from fastgpt_kernels.reference import reduce, visible
+from fastgpt_kernels.row_product import row_product
 
 
 def layer_norm(
@@ -259,3 +260,75 @@ def _opaque_kv_write(
 @_opaque_kv_write.register_fake
 def _kv_write_shape(k, v, k_pages, v_pages, slots):
     return None
+
+
+# Rows of x up to which `linear_int8` waits for the weight, so that each weight should be read once.
+FEW_ROWS = 16
+
+
+def linear_int8(
+    x: torch.Tensor, weight_int8: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    if torch.compiler.is_compiling():
+        return _traceable_linear_int8(x, weight_int8, scale, bias)
+    outputs, inputs = weight_int8.shape
+    rows = x.reshape(-1, inputs)
+    if x.device.type != "cpu":
+        # _weight_int8pack_mm runs on CUDA too, but in float32 alone, and a thread goes over a whole row of the weight.
+        y = _linear_of_dequantized(rows, weight_int8, scale)
+    elif len(rows) <= FEW_ROWS and x.dtype == torch.bfloat16 and inputs % 32 == 0:
+        # Other widths it reads past the end of the rows. Milliseconds on two cores with AVX512-BF16, weights not in
+        # the cache, of 2304 x 768 and 50304 x 768: for 1 row 0.4 and 6.2 (dequantized at once 1.2, 24), for 16 rows
+        # 1.1 and 34 (1.1, 28), for 64 rows 2.6 and 77 (1.3, 35). In float32 it is slower throughout: 1.0 and 27 for a
+        # row, 40 and 924 for 64 (dequantized 0.6 and 15, 1.9 and 50).
+        y = torch._weight_int8pack_mm(rows.contiguous(), weight_int8, scale.to(x.dtype))
+    else:
+        y = _linear_of_dequantized_on_cpu(rows, weight_int8, scale)
+    y = y.view(*x.shape[:-1], outputs)
+    return y if bias is None else y.add_(bias)
+
+
+def _traceable_linear_int8(
+    x: torch.Tensor, weight_int8: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """For one row inductor makes a single loop of this, which runs as fast as the weight is read."""
+    outputs, inputs = weight_int8.shape
+    if x.numel() == inputs:
+        on_cpu = x.device.type == "cpu"
+        y = row_product(x, weight_int8) if on_cpu else (weight_int8.float() * x.reshape(inputs)).sum(-1)
+        y = y * scale if bias is None else y * scale + bias
+        return y.to(x.dtype).view(*x.shape[:-1], outputs)
+    # Scaled before the product: inductor would take one scaled after it for a _weight_int8pack_mm, slow for many rows.
+    weight = (weight_int8 * scale[:, None]).to(x.dtype)
+    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def _linear_of_dequantized(rows: torch.Tensor, weight_int8: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """F.linear after a kernel that writes the weight in x's dtype, at most 2^26 numbers at a time to bound the memory.
+
+    The weight is scaled before the product, whose sums of up to 127 |x| would pass float16's largest number.
+    """
+    step = max(1, (1 << 26) // weight_int8.shape[1])
+    parts = []
+    for part, part_scale in zip(weight_int8.split(step), scale.split(step), strict=True):
+        weight = torch.empty(part.shape, dtype=rows.dtype, device=rows.device)
+        parts.append(F.linear(rows, torch.mul(part, part_scale[:, None], out=weight)))
+    return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+
+
+def _linear_of_dequantized_on_cpu(rows: torch.Tensor, weight_int8: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Products with pieces of the weight, each dequantized into the same buffer.
+
+    For few rows the buffer stays in a core's cache, and all of it is in the cache that cores share: it is no new memory
+    that the system has to clear first, which took 60 of the 75 milliseconds of 1 row by 50304 x 768.
+    """
+    outputs, inputs = weight_int8.shape
+    dtype = torch.float32 if rows.dtype == torch.float16 else rows.dtype  # as above: sums of up to 127 |x|
+    x = rows.to(dtype)
+    step = max(1, (1 << 18 if len(rows) <= FEW_ROWS else 1 << 22) // inputs)
+    buffer = torch.empty(min(step, outputs), inputs, dtype=dtype)
+    y = torch.empty(len(rows), outputs, dtype=dtype)
+    for start in range(0, outputs, step):
+        part = weight_int8[start : start + step]
+        torch.mm(x, buffer[: len(part)].copy_(part).t(), out=y[:, start : start + len(part)])
+    return y.mul_(scale.to(dtype)).to(rows.dtype)
