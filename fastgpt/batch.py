@@ -25,6 +25,7 @@ from rich.text import Text
 from fastgpt import cli
 from fastgpt.completion import Completion, Stats, Timings
 from fastgpt.config import SamplingParams, validate
+from fastgpt.decode_step import DecodeStep
 from fastgpt.engine import Engine
 from fastgpt.errors import UsageError
 from fastgpt.files import decode_utf8
@@ -114,14 +115,16 @@ def to_line(completion: Completion, *, escaped: bool = False) -> str:
     return json.dumps(record, ensure_ascii=escaped)
 
 
-def one_by_one(model: GPT, tokenizer: Tokenizer, jobs: Sequence[Job], cache: str) -> Iterator[Completion]:
+def one_by_one(
+    model: GPT, tokenizer: Tokenizer, jobs: Sequence[Job], cache: str, step: DecodeStep | None = None
+) -> Iterator[Completion]:
     """Every continuation in order, with the dense cache or none, as the engine would give it."""
     began = time.perf_counter()
     for index, (prompt, params) in enumerate(jobs):
         for sample in range(params.num_samples):
             waited = time.perf_counter() - began
             try:
-                generation = Generation(model, tokenizer, prompt, params.of_sample(sample), cache)
+                generation = Generation(model, tokenizer, prompt, params.of_sample(sample), cache, step)
             except UsageError as error:
                 yield Completion(index, 0, prompt, "", [], "error", Timings(None, None, waited), str(error))
                 break

@@ -21,7 +21,7 @@ from fastgpt import config as configuration
 from fastgpt.errors import UsageError
 
 Config = TypeVar("Config")
-TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+TRUE, FALSE, AUTO = ("true", "yes", "on", "1"), ("false", "no", "off", "0"), "auto"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -181,6 +181,8 @@ def _converter(name: str, hint: Any) -> Callable[[str], Any]:
         if optional and text.lower() == "none":
             return None
         if kind is bool:
+            if optional and text.lower() == AUTO:
+                return None
             if text.lower() in TRUE + FALSE:
                 return text.lower() in TRUE
             raise argparse.ArgumentTypeError(
@@ -198,7 +200,7 @@ def _converter(name: str, hint: Any) -> Callable[[str], Any]:
 def _normalize(argv: Sequence[str], kind: type, presets: Mapping[str, Any] | None) -> list[str]:
     """Spell every flag as --its_name, switches as --name=true|false, and name the nearest of an unknown one."""
     spelled, hints = _flags(kind), typing.get_type_hints(kind)
-    switches = [name for name, field in spelled.items() if hints[field.name] is bool]
+    switches = [name for name, field in spelled.items() if _base_type(hints[field.name]) is bool]
     known = [*spelled, *(f"no_{name}" for name in switches), "help"]
     known += ["preset", "config"] if presets is not None else []
     result, words = [], list(argv)
@@ -220,7 +222,7 @@ def _normalize(argv: Sequence[str], kind: type, presets: Mapping[str, Any] | Non
         elif equals or name == "help":
             result.append(f"--{name}={value}" if equals else "--help")
         elif name in switches:
-            taken = bool(words) and words[0].lower() in TRUE + FALSE
+            taken = bool(words) and words[0].lower() in (*TRUE, *FALSE, AUTO)
             result.append(f"--{name}={words.pop(0) if taken else 'true'}")
         elif not words:
             raise UsageError(f"--{name} needs a value")

@@ -17,6 +17,7 @@ from fastgpt.errors import UsageError
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 CACHES = ("none", "dense", "paged", "auto")
 SPECULATION = ("none", "ngram")
+QUANTIZATION = ("none", "int8")
 KERNELS = ("auto", "torch", "reference", "triton")
 
 
@@ -199,7 +200,10 @@ class GenerateConfig(SamplingParams):
     speculate: str = option("none", "guess tokens from the text itself and check them in one pass", choices=SPECULATION)
     device: str = option("auto", "auto, cpu, mps, cuda or cuda:N")
     dtype: str = option("auto", "weights and arithmetic; auto: float32 on a CPU, else bfloat16", choices=DTYPES)
-    compile: bool = option(False, "compile the model with torch.compile; with the paged cache")
+    quantize: str = option("none", "weights in 8 bits, one scale a row: less memory, faster", choices=QUANTIZATION)
+    compile: bool | None = option(
+        None, "machine code for the model, made once for its shape; auto: for --interactive and --prompts, if it pays"
+    )
     kernels: str = option("auto", "the table's column: see fastgpt/dispatch.py", choices=KERNELS)
 
     def sampling(self) -> SamplingParams:

@@ -1,6 +1,6 @@
 """The table: each operation's implementations side by side, and the one place where a column is chosen.
 
-    ops = dispatch.resolve("auto", torch.device("cpu"))
+    ops = dispatch.resolve("auto", device, workload=Workload.of_training(config, dtype))
     model = GPT(config, ops)
 
 Nothing else decides which code runs. A run saves `ops.columns`, and a resumed run passes them back. Triton is imported
@@ -11,12 +11,15 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from fastgpt.errors import UsageError
 from fastgpt_kernels import reference, stock
+
+if TYPE_CHECKING:
+    from fastgpt.workload import Workload
 
 
 class Row(NamedTuple):
@@ -34,6 +37,7 @@ TABLE: dict[str, Row] = {
     "linear_cross_entropy": Row(reference.linear_cross_entropy, stock.linear_cross_entropy, "cross_entropy"),
     "paged_attention": Row(reference.paged_attention, stock.paged_attention, "paged"),
     "kv_write": Row(reference.kv_write, stock.kv_write, "paged"),
+    "linear_int8": Row(reference.linear_int8, stock.linear_int8, "int8"),
 }
 
 
@@ -56,6 +60,7 @@ class Ops:
     linear_cross_entropy: Callable[..., torch.Tensor]
     paged_attention: Callable[..., torch.Tensor]
     kv_write: Callable[..., None]
+    linear_int8: Callable[..., torch.Tensor]
     columns: Mapping[str, str]
     reason: str
     interpreted: bool = False
@@ -71,13 +76,16 @@ def resolve(
     device: torch.device | str = "cpu",
     *,
     recorded: Mapping[str, str] | None = None,
+    workload: "Workload | None" = None,
 ) -> Ops:
     """Choose a column for every operation.
 
     Args:
-        kernels: "reference", "torch" or "triton" forces that column; "auto" picks the best for the device.
+        kernels: "reference", "torch" or "triton" forces that column; "auto" takes the fastest on CUDA, and torch
+            elsewhere, for operations that the workload does not use, and without a workload.
         device: where the model runs.
         recorded: the columns of an earlier part of this run, which "auto" then keeps.
+        workload: what the model will do, for "auto" to time; see `fastgpt.autotune`.
 
     Raises:
         UsageError: the column does not exist, or cannot run on this device.
@@ -91,7 +99,8 @@ def resolve(
         columns |= recorded
         reason, asked, instead = "as this run began", "this run, made with --kernels triton,", "pass --kernels torch"
     elif kernels == "auto":
-        reason = f"auto: the fast column of this version on {device.type}"
+        timed, reason = _fastest(device, workload)
+        columns |= timed
     for op, column in columns.items():
         if op not in TABLE or column not in Row._fields:
             raise UsageError(f"the run was made with {column} for {op}, which this version has not; pass --kernels")
@@ -103,6 +112,22 @@ def resolve(
             reason += ", in Triton's interpreter"
     chosen = {op: implementation(op, column) for op, column in columns.items()}
     return Ops(**chosen, columns=columns, reason=reason, interpreted=interpreted)
+
+
+def _fastest(device: torch.device, workload: "Workload | None") -> tuple[Mapping[str, str], str]:
+    """The columns that are faster on this device than another that can run there, and why these."""
+    if device.type != "cuda":
+        return {}, f"auto: the fast column of this version on {device.type}"
+    if workload is None:
+        return {}, "auto: without a workload to time"
+    if lacking := _triton_lacks(device):
+        return {}, f"auto: triton needs {lacking}"
+    if _interpreting():
+        return {}, "auto: Triton's interpreter is slow"
+    from fastgpt import autotune  # which reads the table
+
+    chosen = autotune.choose(workload, device)
+    return chosen.columns, f"auto: {chosen.reason}"
 
 
 def _triton_lacks(device: torch.device) -> str | None:

@@ -17,6 +17,7 @@ import torch
 
 from fastgpt.completion import Completion, Piece, Stats, Timings
 from fastgpt.config import SPECULATION, SamplingParams, validate
+from fastgpt.decode_step import DecodeStep
 from fastgpt.detokenizer import Detokenizer
 from fastgpt.device import synchronize
 from fastgpt.errors import UsageError
@@ -93,6 +94,7 @@ class Engine:
         speculate: str = "none",
         slide: bool = False,
         compile: bool = False,
+        step: DecodeStep | None = None,
         cuda_graphs: bool = True,
     ):
         """
@@ -109,6 +111,7 @@ class Engine:
             slide: go on past block_size with the last block_size tokens, each token at the cost of a prefill;
                 otherwise a request ends there, and a longer prompt is an error.
             compile: torch.compile the forward pass.
+            step: the model's compiled decode step (CPU only), for steps of a single sequence.
             cuda_graphs: capture decode steps on CUDA.
 
         Raises:
@@ -120,12 +123,10 @@ class Engine:
         if speculate not in SPECULATION:
             raise UsageError(f"--speculate {speculate!r} is not one of {', '.join(SPECULATION)}")
         self.model, self.tokenizer, self.slide, self.speculate = model, tokenizer, slide, speculate
-        config, weight = model.config, model.wte.weight
+        config, device, dtype = model.config, model.device, model.dtype
         self.block_size, self.vocab_size = config.block_size, config.vocab_size or 0
-        pages = pages_that_fit(config, page_size, weight.dtype, weight.device, kv_memory)
-        self.cache = PagedCache(
-            config, pages, page_size, device=weight.device, dtype=weight.dtype, prefix_cache=prefix_cache
-        )
+        pages = pages_that_fit(config, page_size, dtype, device, kv_memory)
+        self.cache = PagedCache(config, pages, page_size, device=device, dtype=dtype, prefix_cache=prefix_cache)
         self.scheduler = Scheduler(
             self.cache,
             self.block_size,
@@ -133,8 +134,8 @@ class Engine:
             max_batch_tokens=max_batch_tokens,
             drafts=DRAFTS,
         )
-        self.runner = Runner(model, self.cache, max_batch=max_batch, compile=compile, graphs=cuda_graphs)
-        self.sampler = Sampler(max_batch, self.vocab_size, weight.device)
+        self.runner = Runner(model, self.cache, max_batch=max_batch, compile=compile, step=step, graphs=cuda_graphs)
+        self.sampler = Sampler(max_batch, self.vocab_size, device)
         self.stats = Stats()
         self._submitted = 0
         self._requests: dict[int, _Request] = {}  # those that are not finished

@@ -7,25 +7,30 @@ Python: `fastgpt.load("out").generate("The with statement")`, or `.engine()` for
 """
 
 import dataclasses
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastgpt import checkpoint, cli, dispatch, run_folder, tokenizer
-from fastgpt.config import GenerateConfig, SamplingParams, validate
+from fastgpt.config import QUANTIZATION, GenerateConfig, SamplingParams, validate
+from fastgpt.decode_step import CannotCompile, DecodeStep
 from fastgpt.device import parse_memory, resolve_device, resolve_weights_dtype, synchronize
 from fastgpt.errors import UsageError
 from fastgpt.files import decode_utf8
 from fastgpt.model import GPT
 from fastgpt.prompt import prompt_tokens
+from fastgpt.quantized import quantize_model
 from fastgpt.single import Generation
 from fastgpt.tokenizer import Tokenizer
+from fastgpt.workload import Workload
 
 if TYPE_CHECKING:
     from fastgpt.engine import Engine
 
 SINGLE_CACHES = ("none", "dense")
+WORTH_COMPILING = 300  # tokens of one text at a time
 
 
 class TextGenerator:
@@ -33,6 +38,20 @@ class TextGenerator:
 
     def __init__(self, model: GPT, tokenizer: Tokenizer):
         self.model, self.tokenizer = model, tokenizer
+        self.step: DecodeStep | None = None
+
+    def compile(self, announce: Callable[[str], None] | None = None) -> None:
+        """Decode with a compiled step from now on, `step`; where a run before compiled it, that is loaded.
+
+        For single continuations on a CPU: by the dense cache, and by engines while they have only one.
+
+        Args:
+            announce: called with a sentence before compiling begins.
+
+        Raises:
+            CannotCompile: the model is not on a CPU, or there is no compiler.
+        """
+        self.step = self.step or DecodeStep(self.model, announce)
 
     def generate(self, prompt: str = "", *, cache: str = "dense", **settings: Any) -> str:
         """The continuation of the prompt, without the prompt itself. See `stream`."""
@@ -60,13 +79,13 @@ class TextGenerator:
             raise UsageError(f"cache {cache!r} is not one of {', '.join(SINGLE_CACHES)}; for paged, use engine()")
         if params.num_samples > 1:
             raise UsageError(f"num_samples {params.num_samples}: a stream is one continuation; use engine()")
-        return Generation(self.model, self.tokenizer, prompt, params, cache)
+        return Generation(self.model, self.tokenizer, prompt, params, cache, self.step)
 
     def engine(self, **options: Any) -> "Engine":
         """An engine for many prompts at once; see `fastgpt.engine.Engine` for its options."""
         from fastgpt.engine import Engine
 
-        return Engine(self.model, self.tokenizer, **options)
+        return Engine(self.model, self.tokenizer, step=self.step, **options)
 
 
 def load(
@@ -76,24 +95,35 @@ def load(
     device: str = "auto",
     dtype: str = "auto",
     kernels: str = "auto",
+    quantize: str = "none",
 ) -> TextGenerator:
     """The generator of a trained run, from its best checkpoint unless told otherwise.
+
+    Args:
+        quantize: "int8" keeps matrices in 8 bits; see `fastgpt.quantized`.
 
     Raises:
         UsageError: no run there, a corrupt checkpoint, or an unknown device.
     """
+    if quantize not in QUANTIZATION:
+        raise UsageError(f"--quantize {quantize!r} is not one of {', '.join(QUANTIZATION)}")
     out_dir, where = Path(out_dir), resolve_device(device)
     step_dir = checkpoint.find(out_dir, checkpoint_name)
     config, about = run_folder.load(out_dir)
-    recorded = about.get("columns") if about.get("device") == where.type else None
-    ops = dispatch.resolve(kernels, where, recorded=recorded)
-    weights_dtype = resolve_weights_dtype(dtype, where, interpreted=ops.interpreted)
+    # What auto found fastest for training need not be so for generation, so only columns that were asked for are kept.
+    kept = about.get("columns") if config.kernels != "auto" and about.get("device") == where.type else None
+    resolve = functools.partial(dispatch.resolve, kernels, where, recorded=kept)
+    weights_dtype = resolve_weights_dtype(dtype, where, interpreted=resolve().interpreted)
     vocabulary = tokenizer.load(out_dir / "tokenizer.json")
     checkpoint.verify(step_dir, (checkpoint.MODEL, checkpoint.STATE))
     checkpoint.check_vocabulary(step_dir, vocabulary)
     config = dataclasses.replace(config, vocab_size=vocabulary.vocab_size)
     weights = checkpoint.load_weights(step_dir)
-    return TextGenerator(GPT.from_weights(config, ops, weights, where, weights_dtype), vocabulary)
+    ops = resolve(workload=Workload.of_generation(config, weights_dtype))
+    model = GPT.from_weights(config, ops, weights, where, weights_dtype)
+    if quantize == "int8":
+        quantize_model(model)
+    return TextGenerator(model, vocabulary)
 
 
 def read_prompt(text: str) -> str:
@@ -117,7 +147,6 @@ def choose_cache(config: GenerateConfig) -> str:
     """
     needing = {
         "--interactive": config.interactive,
-        "--compile": config.compile,
         "--speculate": config.speculate != "none",
         "--kv_memory": config.kv_memory is not None,
     }
@@ -132,8 +161,14 @@ def choose_cache(config: GenerateConfig) -> str:
         raise UsageError("--prompt and --prompts exclude each other; pass only one")
     if config.cache in SINGLE_CACHES and needs:
         raise UsageError(f"{needs[0]} needs the paged cache, not --cache {config.cache}; use --cache paged or auto")
+    if config.compile and config.cache == "none":
+        raise UsageError("--compile is for decoding with a cache, not for --cache none; leave one of them out")
+    if config.compile and config.cache == "dense" and resolve_device(config.device).type != "cpu":
+        raise UsageError("--compile needs the paged cache on this device, not --cache dense; use --cache paged or auto")
     if config.cache != "auto":
         return config.cache
+    if config.compile and resolve_device(config.device).type != "cpu":
+        return "paged"
     return "paged" if needs or config.prompts is not None or config.num_samples > 1 else "dense"
 
 
@@ -151,6 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _answer_file(config, cache)
     prompt = read_prompt(config.prompt)
     generator = _load(config)
+    _compile(generator, config, alone=config.interactive)
     if config.interactive:
         from fastgpt import interactive
 
@@ -161,23 +197,47 @@ def main(argv: Sequence[str] | None = None) -> int:
         for sample in range(config.num_samples):
             _print_heading(sample, config.num_samples)
             params = config.sampling().of_sample(sample)
-            _print_sample(Generation(generator.model, generator.tokenizer, prompt, params, cache), prompt)
+            made = Generation(generator.model, generator.tokenizer, prompt, params, cache, generator.step)
+            _print_sample(made, prompt)
     return 0
 
 
 def _load(config: GenerateConfig) -> TextGenerator:
-    return load(
+    generator = load(
         config.out_dir,
         checkpoint_name=config.checkpoint,
         device=config.device,
         dtype=config.dtype,
         kernels=config.kernels,
+        quantize=config.quantize,
     )
+    if generator.model.device.type == "cuda":  # elsewhere there is no choice to tell of
+        print(f"[kernels {generator.model.ops}]", file=sys.stderr)
+    return generator
+
+
+def _compile(generator: TextGenerator, config: GenerateConfig, alone: bool) -> None:
+    """Compile the decode step if --compile says so, or says nothing and one text at a time is to become long.
+
+    Time to compile is told apart from that of tokens. On other devices than a CPU the engine compiles.
+    """
+    if config.compile is False or generator.model.device.type != "cpu" or not (config.compile or alone):
+        return
+    try:
+        generator.compile(lambda sentence: print(f"[{sentence}]", file=sys.stderr, flush=True))
+    except CannotCompile as error:
+        if config.compile:
+            raise
+        print(f"[not compiled: {error}]", file=sys.stderr)
+        return
+    assert generator.step is not None
+    if generator.step.seconds:
+        print(f"[compiled in {generator.step.seconds:.0f} s, and kept for the next time]", file=sys.stderr)
 
 
 def _engine(generator: TextGenerator, config: GenerateConfig) -> "Engine":
     """An engine with the command line's settings, whose window slides as with the other caches."""
-    device = generator.model.wte.weight.device
+    device = generator.model.device
     return generator.engine(
         max_batch=config.max_batch,
         max_batch_tokens=config.max_batch_tokens,
@@ -186,7 +246,7 @@ def _engine(generator: TextGenerator, config: GenerateConfig) -> "Engine":
         prefix_cache=config.prefix_cache,
         speculate=config.speculate,
         slide=True,
-        compile=config.compile,
+        compile=bool(config.compile) and device.type != "cpu",
     )
 
 
@@ -197,11 +257,14 @@ def _answer_file(config: GenerateConfig, cache: str) -> int:
     batch.check_output(config.output)
     jobs = batch.read_prompts(config.prompts or "", config.sampling())
     generator = _load(config)
+    tokens = sum(params.num_samples * params.max_new_tokens for _, params in jobs)
+    single = cache == "dense" or config.max_batch == 1 or (len(jobs) == 1 and jobs[0][1].num_samples == 1)
+    _compile(generator, config, alone=single and cache != "none" and tokens >= WORTH_COMPILING)
     engine = _engine(generator, config) if cache == "paged" else None
     completions = (
         batch.all_at_once(engine, jobs)
         if engine
-        else batch.one_by_one(generator.model, generator.tokenizer, jobs, cache)
+        else batch.one_by_one(generator.model, generator.tokenizer, jobs, cache, generator.step)
     )
     failed = batch.write(completions, jobs, config.output, engine)
     if engine:
@@ -263,7 +326,7 @@ def _print_sample(generation: Generation, prompt: str) -> None:
     for piece in generation:
         print(piece, end="", flush=True)
     print(flush=True)
-    synchronize(generation.model.wte.weight.device)
+    synchronize(generation.model.device)
     line = speed_line(
         generation.prefill_tokens, generation.prefill_seconds, generation.decode_tokens, generation.decode_seconds
     )

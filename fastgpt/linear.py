@@ -11,18 +11,39 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from fastgpt_kernels.row_product import row_product
+
 FEWEST_WEIGHTS = 1 << 16  # below, the product is too short to share out
 
 
 class Linear(nn.Linear):
     """`nn.Linear` whose forward is `linear`."""
 
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:  # there PyTorch would import its compiler, to draw nothing
+            super().reset_parameters()
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return linear(input, self.weight, self.bias)
 
 
+class Embedding(nn.Embedding):
+    """`nn.Embedding` that is also the output layer."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:  # as above
+            super().reset_parameters()
+
+    def scores(self, x: torch.Tensor) -> torch.Tensor:
+        """Each row's product with x: (..., C) -> (..., V)."""
+        return linear(x, self.weight)
+
+
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x @ weight.T + bias: x (..., I), weight (O, I), bias (O) -> (..., O)."""
+    if torch.compiler.is_compiling() and not torch.is_grad_enabled() and is_row(x, weight):
+        y = row_product(x, weight).view(*x.shape[:-1], -1)
+        return (y if bias is None else y + bias).to(x.dtype)
     slices = one_row_slices(x, weight)
     if slices == 1:
         return F.linear(x, weight, bias)
@@ -36,12 +57,17 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return y if bias is None else y + bias
 
 
+def is_row(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether this is one row on a CPU, whose product waits for memory."""
+    return x.device.type == "cpu" and x.numel() == weight.shape[1]
+
+
 def one_row_slices(x: torch.Tensor, weight: torch.Tensor) -> int:
     """How many slices to cut the product into; 1 leaves it to PyTorch."""
     outputs, inputs = weight.shape
-    if torch.is_grad_enabled() or x.numel() != inputs or weight.numel() < FEWEST_WEIGHTS:
+    if torch.is_grad_enabled() or not is_row(x, weight) or weight.numel() < FEWEST_WEIGHTS:
         return 1
-    if x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32 or not x.is_contiguous():
+    if x.dtype != torch.float32 or weight.dtype != torch.float32 or not x.is_contiguous():
         return 1
     return _slices(inputs if weight.stride(0) == 1 else outputs, torch.get_num_threads())
 
@@ -59,3 +85,10 @@ def store_by_columns(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Linear) and module.weight.device.type == "cpu" and module.weight.dtype == torch.float32:
             module.weight.data = module.weight.data.t().contiguous().t()
+
+
+def store_by_rows(model: nn.Module) -> None:
+    """Undo `store_by_columns`, in place."""
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.weight.data = module.weight.data.contiguous()

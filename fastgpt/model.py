@@ -18,7 +18,7 @@ from fastgpt import dispatch
 from fastgpt.config import ModelConfig
 from fastgpt.dispatch import Ops
 from fastgpt.errors import CorruptCheckpoint
-from fastgpt.linear import Linear, linear, store_by_columns
+from fastgpt.linear import Embedding, Linear, store_by_columns
 
 
 class Cache(Protocol):
@@ -116,13 +116,14 @@ class GPT(nn.Module):
         self.config = config.architecture()
         self.ops = ops or dispatch.resolve("torch")
         C, block = config.n_embd, config.block_size
-        self.wte = nn.Embedding(config.padded_vocab, C)
-        self.wpe = nn.Embedding(block, C) if config.position == "learned" else None
+        self.wte = Embedding(config.padded_vocab, C)
+        self.wpe = Embedding(block, C) if config.position == "learned" else None
         self.h = nn.ModuleList(Block(config, self.ops, layer) for layer in range(config.n_layer))
         self.ln_f = Norm(C, config.bias)
         self.register_buffer("table", position_table(config), persistent=False)
         self.table: torch.Tensor | None
-        self.reset_parameters()
+        if not self.wte.weight.is_meta:
+            self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -139,6 +140,15 @@ class GPT(nn.Module):
         """Trainable numbers, the tied output layer counted once and the vocabulary's padding not at all."""
         padding = (self.config.padded_vocab - (self.config.vocab_size or 0)) * self.config.n_embd
         return sum(p.numel() for p in self.parameters()) - padding
+
+    @property
+    def device(self) -> torch.device:
+        return self.ln_f.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in, outside of autocast; its matrices may be int8."""
+        return self.ln_f.weight.dtype
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Every parameter by GPT-2's name, without the vocabulary's padding."""
@@ -219,7 +229,7 @@ class GPT(nn.Module):
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Scores of each token of the vocabulary as the next one: hidden states (..., C) -> (..., V)."""
-        return linear(x, self.wte.weight)[..., : self.config.vocab_size]
+        return self.wte.scores(x)[..., : self.config.vocab_size]
 
     def hidden(
         self, tokens: torch.Tensor, doc_ids: torch.Tensor | None = None, cache: Cache | None = None

@@ -14,6 +14,7 @@ import torch
 import torch._dynamo.config as dynamo
 import torch.fx.experimental._config as shapes
 
+from fastgpt.decode_step import DecodeStep
 from fastgpt.kv_cache import PagedCache, PagedStep, Part
 from fastgpt.model import GPT
 from fastgpt.scheduler import Chunk
@@ -23,14 +24,27 @@ WARM_UP = 3  # runs before a capture: they compile kernels and let libraries all
 
 
 class Runner:
-    """Runs a model over the chunks that a `Scheduler` plans. `graphs`: capture decode steps (CUDA only)."""
+    """Runs a model over the chunks that a `Scheduler` plans.
 
-    def __init__(self, model: GPT, cache: PagedCache, *, max_batch: int, compile: bool = False, graphs: bool = True):
+    `step`: for one token of one sequence (CPU only). `graphs`: capture decode steps (CUDA only).
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        cache: PagedCache,
+        *,
+        max_batch: int,
+        compile: bool = False,
+        step: DecodeStep | None = None,
+        graphs: bool = True,
+    ):
         self.model, self.cache = model, cache
-        self.device = model.wte.weight.device
+        self.device = model.device
         self.most_pages = cache.allocator.pages_for(model.config.block_size)
         self.compile = compile
         self.forward = _compiled(self._forward) if compile else self._forward
+        self.single = _SingleStep(step, cache) if step else None
         # Readable math reads lengths on the host, which a graph cannot.
         graphs = graphs and self.device.type == "cuda" and "reference" not in model.ops.columns.values()
         self.graph_sizes = graph_sizes(max_batch) if graphs else []
@@ -47,6 +61,8 @@ class Runner:
         pure = decoding == len(chunks) and all(chunk.rows for chunk in chunks)
         if self.graph_sizes and pure:
             return self._replay(chunks)
+        if self.single and pure and len(chunks) == 1 and chunks[0].first > 0:
+            return self.single(chunks[0])
         if self.compile and not pure:
             decoding = 0  # so that there are only two kinds of steps to compile
         tokens, at, slots = self._longs(chunks, sum(len(chunk.tokens) for chunk in chunks)).unbind()
@@ -138,6 +154,21 @@ def _compiled(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tenso
             return function(*args)
 
     return run
+
+
+class _SingleStep:
+    """A `DecodeStep` over the pages."""
+
+    def __init__(self, step: DecodeStep, cache: PagedCache):
+        self.step = step
+        self.keys, self.values = ([t.flatten(0, 1) for t in pool] for pool in (cache.keys, cache.values))
+        self.within = torch.arange(cache.allocator.page_size)
+
+    def __call__(self, chunk: Chunk) -> torch.Tensor:
+        assert chunk.sample.table is not None
+        pages = torch.tensor(chunk.sample.table.pages)
+        slots = (pages[:, None] * len(self.within) + self.within).flatten()[: chunk.first + 1]
+        return self.step(torch.tensor(chunk.tokens), slots, self.keys, self.values)
 
 
 class DecodeGraph:

@@ -7,6 +7,7 @@ import torch
 
 from fastgpt.completion import Completion, Timings
 from fastgpt.config import SamplingParams
+from fastgpt.decode_step import DecodeStep
 from fastgpt.detokenizer import Detokenizer
 from fastgpt.kv_cache import DenseCache
 from fastgpt.model import GPT
@@ -27,7 +28,17 @@ class Generation:
         finish_reason: as in `Completion`, once it has ended.
     """
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, prompt: Prompt, params: SamplingParams, cache: str = "dense"):
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        prompt: Prompt,
+        params: SamplingParams,
+        cache: str = "dense",
+        step: DecodeStep | None = None,
+    ):
+        """`step`: the model's compiled decode step, for the dense cache."""
+        self.step = step
         self.model, self.tokenizer, self.params, self.text = model, tokenizer, params, prompt
         self.cached = cache == "dense"
         self.prompt = prompt_tokens(prompt, tokenizer, tokenizer.vocab_size)
@@ -63,11 +74,11 @@ class Generation:
         )
 
     def _draw(self) -> Iterator[Drawn]:
-        weight = self.model.wte.weight
-        tokens = torch.tensor([self.prompt], device=weight.device)
-        sampler = Sampler(1, self.tokenizer.vocab_size, weight.device)
+        device = self.model.device
+        tokens = torch.tensor([self.prompt], device=device)
+        sampler = Sampler(1, self.tokenizer.vocab_size, device)
         sampler.begin(0, self.params, self.prompt)
-        cache = DenseCache(self.model.config, device=weight.device, dtype=weight.dtype) if self.cached else None
+        cache = DenseCache(self.model.config, device=device, dtype=self.model.dtype) if self.cached else None
         for i in range(self.params.max_new_tokens):
             began = time.perf_counter()
             with torch.inference_mode():
@@ -92,6 +103,8 @@ class Generation:
             # Every token's position changes as the window slides, and with it all that is cached.
             cache.clear()
             return self.model(tokens[:, -block:], cache=cache, last_only=True)[:, -1]
+        if self.step is not None:
+            return self.step.extend(cache, tokens[0, -1:])
         return self.model(tokens[:, -1:], cache=cache, last_only=True)[:, -1]
 
     def _count(self, index: int, seconds: float) -> None:

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 import fastgpt_kernels
-from fastgpt import dispatch
+from fastgpt import autotune, dispatch
+from fastgpt.choices import Choice
 from fastgpt.dispatch import TABLE, Row, implementation
 from fastgpt.errors import UsageError
+from fastgpt.workload import Workload
 from fastgpt_kernels import launch
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU kernels are compiled")
@@ -99,6 +101,60 @@ def test_auto_takes_torch_on_a_cpu_and_says_why():
     assert "cpu" in ops.reason
 
 
+WORKLOAD = Workload(True, 2, 5, 2, 1, 4, 16, 11, 0.0, True, torch.float32)
+
+
+@pytest.fixture
+def timings(monkeypatch) -> list[Workload]:
+    """The workloads that are timed meanwhile, as if there were a GPU that runs Triton: its layer_norm is faster."""
+    timed = []
+
+    def choose(workload: Workload, device: torch.device) -> autotune.Chosen:
+        timed.append(workload)
+        choices = {"layer_norm": Choice("triton"), "causal_attention": Choice("torch")}
+        return autotune.Chosen(choices, "A GPU", 1.23)
+
+    monkeypatch.setattr(autotune, "choose", choose)
+    monkeypatch.setattr(dispatch, "_triton_lacks", lambda device: None)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    return timed
+
+
+def test_auto_takes_the_fastest_on_cuda_and_says_so_in_one_line(timings):
+    ops = dispatch.resolve("auto", "cuda", workload=WORKLOAD)
+    assert timings == [WORKLOAD]
+    assert ops.columns == dict.fromkeys(TABLE, "torch") | {"layer_norm": "triton"}
+    assert ops.layer_norm is fastgpt_kernels.layer_norm
+    assert str(ops).startswith("layer_norm=triton, add_layer_norm=torch, ")
+    assert "(auto: fastest of torch and triton on A GPU; timed in 1.2 s; not timed: add_layer_norm, " in str(ops)
+    assert "\n" not in str(ops)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta", "mps"])
+def test_auto_times_nothing_elsewhere(timings, device):
+    ops = dispatch.resolve("auto", device, workload=WORKLOAD)
+    assert ops.columns == dict.fromkeys(TABLE, "torch")
+    assert ops.reason == f"auto: the fast column of this version on {device}"
+    assert timings == []
+
+
+@pytest.mark.parametrize("arguments", [{"kernels": "torch"}, {"recorded": dict.fromkeys(TABLE, "torch")}, {}], ids=str)
+def test_a_named_column_a_record_or_no_workload_times_nothing_on_cuda(timings, arguments):
+    workload = WORKLOAD if arguments else None
+    assert dispatch.resolve(device="cuda", workload=workload, **arguments).columns == dict.fromkeys(TABLE, "torch")
+    assert timings == []
+
+
+def test_auto_on_a_gpu_that_cannot_run_triton_is_torch_and_says_why(timings, monkeypatch):
+    monkeypatch.setattr(dispatch, "_triton_lacks", lambda device: "compute capability 8.0 or newer, found 7.5")
+    ops = dispatch.resolve("auto", "cuda", workload=WORKLOAD)
+    assert str(ops) == "torch (auto: triton needs compute capability 8.0 or newer, found 7.5)"
+    monkeypatch.setattr(dispatch, "_triton_lacks", lambda device: None)
+    monkeypatch.setattr(launch, "INTERPRETED", True)
+    assert str(dispatch.resolve("auto", "cuda", workload=WORKLOAD)) == "torch (auto: Triton's interpreter is slow)"
+    assert timings == []
+
+
 def test_triton_on_a_cpu_is_one_line_that_says_what_to_pass_instead(monkeypatch):
     monkeypatch.setattr(launch, "INTERPRETED", False)
     with pytest.raises(UsageError) as caught:
@@ -178,8 +234,13 @@ import sys
 sys.modules["triton"] = None  # an import of it now fails
 import torch
 from fastgpt.config import ModelConfig
+from fastgpt.dispatch import resolve
 from fastgpt.model import GPT
-GPT(ModelConfig(vocab_size=5, block_size=4, n_layer=1, n_head=1, n_embd=4))(torch.zeros(1, 4, dtype=torch.long))
+from fastgpt.workload import Workload
+config = ModelConfig(vocab_size=5, block_size=4, n_layer=1, n_head=1, n_embd=4)
+ops = resolve("auto", "cpu", workload=Workload.of_generation(config, torch.float32))
+GPT(config, ops)(torch.zeros(1, 4, dtype=torch.long))
+assert "fastgpt.autotune" not in sys.modules
 """
     paths = [path for path in sys.path if path]
     subprocess.run([sys.executable, "-c", f"import sys; sys.path[:0] = {paths}\n{code}"], check=True)

@@ -156,7 +156,7 @@ def test_ctrl_c_between_turns_ends_the_command(monkeypatch, capsys, tmp_path: Pa
 
     monkeypatch.setattr(generate, "load", lambda *_, **__: generator)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(Keyboard(b"abc\n")))
-    flags = ["--interactive", "--temperature", "0", "--max_new_tokens", "6", "--kv_memory", "100kB"]
+    flags = ["--interactive", "--no-compile", "--temperature", "0", "--max_new_tokens", "6", "--kv_memory", "100kB"]
     assert cli.run(generate.main, flags) == 130
     captured = capsys.readouterr()
     assert captured.out == replies(generator, "", ["abc"])[0] + "\n"
@@ -178,7 +178,7 @@ def test_flags_that_do_not_fit_a_conversation_are_refused(monkeypatch, capsys, g
 def test_a_conversation_with_the_command_itself():
     """Turn by turn: the model answers before the next line is typed, and Ctrl-C stops a turn without an end."""
     runs.run("--max_iters 2 --eval_interval 2 --block_size 32 --tokenizer byte")
-    command = [sys.executable, "-m", "fastgpt.generate", "--interactive", "--max_new_tokens", "100000000"]
+    command = [sys.executable, "-m", "fastgpt.generate", "--interactive", "--no-compile", "--max_new_tokens", "100000000"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen([*command, "--device", "cpu", "--kv_memory", "1MB"], bufsize=0, **pipes)
     watchdog = threading.Timer(60, process.kill)

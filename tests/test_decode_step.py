@@ -1,0 +1,182 @@
+"""The compiled decode step computes what the model does, from what an earlier run compiled too."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastgpt import decode_step
+from fastgpt.config import SamplingParams
+from fastgpt.decode_step import CannotCompile, DecodeStep
+from fastgpt.generate import TextGenerator
+from fastgpt.kv_cache import DenseCache
+from fastgpt.linear import store_by_columns
+from fastgpt.quantized import quantize_model
+from tests.test_generate import fresh
+
+GREEDY = SamplingParams(temperature=0, max_new_tokens=20)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Compiling takes long: all tests of this module share what is compiled."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FASTGPT_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def generator(folder: Path) -> TextGenerator:
+    made = fresh(block_size=32, n_head=4, n_kv_head=2, position="rotary")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTGPT_CACHE", str(folder))
+        made.compile()
+    return made
+
+
+def logits_of_both(model, step: DecodeStep, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """After a prompt of two, each further token's logits, by the model and by the step: (T - 2, V) each."""
+    ours, theirs = (DenseCache(model.config, dtype=model.dtype) for _ in range(2))
+    got, wanted = [], []
+    with torch.inference_mode():
+        for cache in (ours, theirs):
+            model(torch.tensor([tokens[:2]]), cache=cache)
+        for token in tokens[2:]:
+            got.append(step.extend(ours, torch.tensor([token]))[0])
+            wanted.append(model(torch.tensor([[token]]), cache=theirs)[0, 0])
+    assert ours.length == theirs.length == len(tokens)
+    for mine, other in zip((*ours.keys, *ours.values), (*theirs.keys, *theirs.values), strict=True):
+        used = (slice(None), slice(len(tokens)))
+        torch.testing.assert_close(mine[used], other[used], rtol=2e-4, atol=2e-6)
+    return torch.stack(got), torch.stack(wanted)
+
+
+def test_it_computes_what_the_model_does(generator: TextGenerator):
+    assert generator.step is not None
+    got, wanted = logits_of_both(generator.model, generator.step, [1, 2, 3, 4, 5, 6, 7, 8])
+    assert wanted.std() > 0.01
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_it_is_kept_and_loaded_again(generator: TextGenerator):
+    assert generator.step is not None
+    assert generator.step.seconds > 0
+    again = DecodeStep(generator.model)
+    assert again.seconds == 0
+    got, wanted = logits_of_both(generator.model, again, [3, 1, 2])
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_generation_takes_it_and_gives_the_same_text(generator: TextGenerator):
+    """The dense cache, past the end of the window too, and pages while there is one sequence."""
+    plain = TextGenerator(generator.model, generator.tokenizer)
+    calls = []
+    step = generator.step
+    generator.step = lambda *args: calls.append("pages") or step(*args)  # type: ignore[assignment]
+    generator.step.extend = lambda *args: calls.append("dense") or step.extend(*args)  # type: ignore[attr-defined]
+    try:
+        for count in (20, 40):
+            settings = {"temperature": 0, "max_new_tokens": count}
+            assert generator.generate("abc", **settings) == plain.generate("abc", **settings)
+        assert calls == ["dense"] * (19 + 29)
+        calls.clear()
+        together = generator.engine().generate(["abc", "jihg"], GREEDY)
+        alone = [generator.engine().generate([prompt], GREEDY)[0] for prompt in ("abc", "jihg")]
+    finally:
+        generator.step = step
+    assert [one.text for one in together] == [one.text for one in alone]
+    assert [one.text for one in alone] == [plain.generate(p, temperature=0, max_new_tokens=20) for p in ("abc", "jihg")]
+    assert calls == ["pages"] * (2 * 19)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "dtype", "quantized", "tolerance"),
+    [
+        ({"position": "learned"}, torch.float32, False, 1e-5),
+        ({"position": "sinusoidal", "bias": False}, torch.float32, False, 1e-5),
+        ({"position": "none", "n_layer": 1, "n_head": 1}, torch.float32, False, 1e-5),
+        ({"position": "learned", "vocab_size": 13}, torch.float32, True, 1e-5),
+        ({"position": "rotary"}, torch.bfloat16, False, 0.02),
+        ({"position": "learned"}, torch.bfloat16, True, 0.02),
+    ],
+)
+def test_every_kind_of_model(changes: dict, dtype: torch.dtype, quantized: bool, tolerance: float):
+    model = fresh(block_size=16, **changes).model.to(dtype)
+    if quantized:
+        quantize_model(model)
+    else:
+        store_by_columns(model)
+    got, wanted = logits_of_both(model, DecodeStep(model), [1, 2, 3, 4, 5, 6])
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.float(), wanted.float(), rtol=tolerance, atol=tolerance)
+
+
+def test_what_it_depends_on_is_in_the_name(generator: TextGenerator, monkeypatch: pytest.MonkeyPatch):
+    assert generator.step is not None
+    inputs = (torch.zeros(1, 1, 8), [torch.zeros(3)])
+    name = generator.step._key("layer", inputs)
+    assert name == generator.step._key("layer", inputs)
+    assert name != generator.step._key("head", inputs)
+    assert name != generator.step._key("layer", (torch.zeros(1, 1, 8, dtype=torch.bfloat16), [torch.zeros(3)]))
+    monkeypatch.setattr(decode_step, "_processor", lambda: "another")
+    assert name != generator.step._key("layer", inputs)
+
+
+def test_a_damaged_file_is_compiled_anew(generator: TextGenerator, monkeypatch: pytest.MonkeyPatch):
+    files = sorted(decode_step.cache_folder().glob("*.pt2"))
+    whole = {path: path.read_bytes() for path in files}
+    compiled = []
+
+    def restore(module, inputs, free, path: Path) -> None:
+        compiled.append(path)
+        path.write_bytes(whole[path])
+
+    monkeypatch.setattr(decode_step, "_compile", restore)
+    files[0].write_bytes(whole[files[0]][:1000])
+    step = DecodeStep(generator.model)
+    assert compiled == [files[0]]
+    got, wanted = logits_of_both(generator.model, step, [3, 1, 2])
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_it_says_before_it_compiles(monkeypatch: pytest.MonkeyPatch):
+    said = []
+    monkeypatch.setattr(decode_step, "_compile", lambda *args: said.append("compiled"))
+    monkeypatch.setattr(decode_step, "_load", lambda path: path)
+    DecodeStep(fresh(block_size=16, n_embd=24).model, said.append)
+    assert said == ["compiling the decode step for a model of this shape: up to a minute, once", "compiled", "compiled"]
+
+
+def test_kernels_that_are_no_pytorch_are_refused():
+    model = fresh(block_size=16).model
+    model.ops = dataclasses.replace(model.ops, columns={**model.ops.columns, "layer_norm": "triton"})
+    with pytest.raises(CannotCompile, match="PyTorch alone, without kernels of triton"):
+        DecodeStep(model)
+
+
+def test_without_a_compiler_or_a_folder_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    from torch._inductor import exc
+
+    def fails(*args, **kwargs):
+        raise exc.InvalidCxxCompiler
+
+    monkeypatch.setattr("torch._inductor.aoti_compile_and_package", fails)
+    with pytest.raises(CannotCompile, match=r"needs a C\+\+ compiler, found none; install g\+\+, or pass --no-compile"):
+        DecodeStep(fresh(block_size=16, n_embd=40).model)
+    monkeypatch.setenv("FASTGPT_CACHE", str(tmp_path / "file"))
+    (tmp_path / "file").touch()
+    with pytest.raises(CannotCompile, match=r"file/compiled cannot be written: Not a directory; set FASTGPT_CACHE"):
+        DecodeStep(fresh(block_size=16, n_embd=40).model)
+
+
+def test_loading_does_not_import_the_compiler():
+    code = "import sys, fastgpt.generate; sys.exit('torch._inductor.compile_fx' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
