@@ -1,91 +1,220 @@
-"""A training step against the plain eager float32 GPT, at the same shape and batch: pytest bench/ --benchmark-only."""
+"""A training step of `fastgpt.train`, its loader included, against other ways to train the same GPT on like batches.
+
+Peers: a plain GPT in stock PyTorch, eager in float32, and on a GPU also as nanoGPT runs it (compiled, bfloat16, fused
+AdamW); and transformers' GPT2LMHeadModel. All take one optimizer step a call, with float32 weights.
+"""
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from fastgpt import dispatch
 from fastgpt.config import PRESETS, TrainConfig
-from fastgpt.device import autocast
+from fastgpt.device import peak_flops, resolve_dtype
+from fastgpt.loader import Loader
+from fastgpt.metrics import flops_per_token
 from fastgpt.model import GPT
-from fastgpt.optim import make_optimizer
-from peers import PlainGPT, plain_optimizer
+from fastgpt.step import TrainStep
+from fastgpt.workload import Workload
+from peers import Batch, PlainGPT, has_transformers, plain_optimizer, plain_step, transformers_gpt2
 
-VOCABULARY = 65  # tiny Shakespeare's characters
-VARIANTS = {
-    "eager float32": (torch.float32, False),
-    "eager bfloat16": (torch.bfloat16, False),
-    "compiled bfloat16": (torch.bfloat16, True),
-}
-# preset, dropout, variant, ratio aimed at
-CASES = [
-    ("cpu", 0.0, "eager float32", 1.0),
-    ("cpu", 0.0, "eager bfloat16", None),
-    ("cpu", 0.0, "compiled bfloat16", 2.0),
-    ("baby", 0.0, "eager float32", 1.0),
-    ("baby", 0.0, "eager bfloat16", 2.2),
-    ("baby", 0.0, "compiled bfloat16", 2.6),
-    ("baby", 0.2, "eager bfloat16", 2.2),
-    ("baby", 0.2, "compiled bfloat16", 2.6),
+ON_GPU = torch.cuda.is_available()
+PLAIN, AS_NANOGPT, TRANSFORMERS = "plain eager float32", "plain compiled bfloat16", "transformers"
+LOSS_TOLERANCE = 0.02
+VOCABULARY = 65  # tiny Shakespeare's characters, where the preset does not say
+
+# A CPU takes minutes for the presets' full batches. Ratios hardly depend on the batch.
+CPU_BATCH = {"cpu": 12, "baby": 16}
+CPU_ROUNDS = {"cpu": 40, "baby": 3}
+GPU_ROUNDS = {"cpu": 100, "baby": 50, "gpt2": 20, "gpt2-medium": 10}
+
+# preset, kernels, dtype, compile, dropout, ratio aimed at against the plain GPT
+CPU_CASES = [
+    ("cpu", "auto", "float32", False, 0.0, 1.0),
+    ("cpu", "auto", "auto", False, 0.0, None),
+    ("cpu", "auto", "auto", True, 0.0, 2.3),
+    ("baby", "auto", "auto", False, 0.0, 2.4),
+    ("baby", "auto", "auto", True, 0.0, 3.0),
 ]
-ROUNDS = {"cpu": 100, "baby": 3}
+GPU_CASES = [
+    (preset, kernels, dtype, compiled, 0.0, None)
+    for preset in GPU_ROUNDS
+    for dtype in ("auto", "float32")
+    for kernels in ("torch", "triton", "auto")
+    for compiled in (False, True)
+    if dtype == "auto" or not compiled
+]
 
 
-@pytest.mark.parametrize(("preset", "dropout", "variant", "aim"), CASES)
-def test_training_step(against, preset: str, dropout: float, variant: str, aim: float | None):
-    config = dataclasses.replace(PRESETS[preset], vocab_size=VOCABULARY, dropout=dropout)
-    dtype, compiled = VARIANTS[variant]
+@pytest.mark.parametrize(
+    ("preset", "kernels", "dtype", "compiled", "dropout", "aim"), GPU_CASES if ON_GPU else CPU_CASES
+)
+def test_training_step(
+    against,
+    benchmark,
+    ceilings,
+    device: torch.device,
+    preset: str,
+    kernels: str,
+    dtype: str,
+    compiled: bool,
+    dropout: float,
+    aim: float | None,
+):
+    config = configured(preset, kernels=kernels, dtype=dtype, compile=compiled, dropout=dropout)
+    arithmetic = resolve_dtype(dtype, device)
+    step = engine_step(config, device, arithmetic)
+    began = time.perf_counter()
+    call = calls(step, make_loader(config, device), config.batch_size)
+    call().item()
+    first = time.perf_counter() - began
+    flops = flops_per_token(config, step.model.num_parameters()) * config.tokens_per_step
     against(
-        engine_step(config, dtype, compiled),
-        plain_step(config),
-        rounds=ROUNDS[preset],
-        units=config.batch_size * config.block_size,
-        peer_name="plain eager float32",
-        aim=aim or "none",
+        call,
+        make_peers(config, device, arithmetic),
+        rounds=(GPU_ROUNDS if ON_GPU else CPU_ROUNDS)[preset],
+        units=config.tokens_per_step,
+        flops=flops,
+        arithmetic=arithmetic,
+        aim=aim,
+        aim_peer=PLAIN,
         batch=config.batch_size,
-        dropout=dropout,
+        arithmetic_used=str(arithmetic).removeprefix("torch."),
+        columns=dict(step.model.ops.columns),
+        parameters=step.model.num_parameters(),
+        first_step_seconds=first,  # compiles
+    )
+    seconds = benchmark.stats.stats.median
+    # Of the chip's data sheet, or where that says nothing of this machine's own matrix products.
+    peak = peak_flops(device, arithmetic) or ceilings.matmul[str(arithmetic).removeprefix("torch.")]
+    benchmark.extra_info |= {"ms_a_step": seconds * 1e3, "mfu": flops / seconds / peak}
+
+
+def test_loss_at_equal_steps(against, benchmark, device: torch.device):
+    """Compiled in 16 bits, training goes where the plain GPT in float32 goes, from the same weights and batches."""
+    preset, steps = ("baby", 500) if ON_GPU else ("cpu", 100)
+    config = configured(preset, compile=True, dropout=0.0, schedule="constant", warmup_iters=0)
+    arithmetic = resolve_dtype("auto", device)
+    step = engine_step(config, device, arithmetic)
+    plain = make_plain(config, device)
+    plain.load(step.model.weights())
+    loader = make_loader(config, device)
+    ours, losses = remembering(calls(step, loader, config.batch_size))
+    peer, plain_losses = remembering(make_plain_step(plain, config, device))
+    against(ours, {PLAIN: peer}, rounds=steps - len(losses), units=config.tokens_per_step, steps=steps)
+    ends = [statistics.mean(loss.item() for loss in taken[-10:]) for taken in (losses, plain_losses)]
+    benchmark.extra_info |= {"loss": ends[0], "plain_loss": ends[1], "loss_tolerance": LOSS_TOLERANCE}
+    assert len(losses) == len(plain_losses)
+    assert ends[1] < losses[0].item() - 1, "the plain GPT has not learned, so that equal losses say nothing"
+    assert abs(ends[0] - ends[1]) <= LOSS_TOLERANCE
+
+
+def configured(preset: str, **settings: Any) -> TrainConfig:
+    """The preset with one micro-batch a step, of a size that suits the device."""
+    config = PRESETS[preset]
+    batch = config.batch_size if ON_GPU else CPU_BATCH[preset]
+    sizes = {"batch_size": batch, "gradient_accumulation_steps": 1, "vocab_size": config.vocab_size or VOCABULARY}
+    return dataclasses.replace(config, **(sizes | settings))
+
+
+def engine_step(config: TrainConfig, device: torch.device, arithmetic: torch.dtype) -> TrainStep:
+    """The model and its step, as `fastgpt.train` puts them together."""
+    ops = dispatch.resolve(config.kernels, device, workload=Workload.of_training(config, arithmetic))
+    torch.manual_seed(config.seed)
+    with device:
+        model = GPT(config, ops)
+    return TrainStep(model, config, device, arithmetic)
+
+
+def make_loader(config: TrainConfig, device: torch.device) -> Loader:
+    """Over tokens that can be learned: three in four are followed by the one that always follows them."""
+    V, random = config.vocab_size or 0, np.random.default_rng(0)
+    follows, given = random.permutation(V), random.integers(V, size=200_000)
+    leaps = random.random(len(given)) < 0.25
+    tokens = np.empty(len(given), np.uint16)
+    token = 0
+    for i, leap in enumerate(leaps):
+        token = given[i] if leap else follows[token]
+        tokens[i] = token
+    return Loader(tokens, config.block_size, V, seed=config.seed, device=device, name="the chain")
+
+
+def batches(loader: Loader, batch_size: int) -> Iterator[Batch]:
+    return (loader.batch(number, 0, 1, batch_size) for number in itertools.count())
+
+
+def calls(step: TrainStep, loader: Loader, batch_size: int) -> Callable[[], torch.Tensor]:
+    """One step of the engine a call; returns its loss."""
+    numbers = itertools.count()
+
+    def call() -> torch.Tensor:
+        number = next(numbers)
+        return step(number, [loader.batch(number, 0, 1, batch_size)])[0]
+
+    return call
+
+
+def remembering(call: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], list[torch.Tensor]]:
+    """The same call, and the list of what it has returned."""
+    returned: list[torch.Tensor] = []
+    return lambda: returned.append(call()), returned
+
+
+def make_peers(
+    config: TrainConfig, device: torch.device, arithmetic: torch.dtype
+) -> dict[str, Callable[[], torch.Tensor]]:
+    peers = {PLAIN: make_plain_step(make_plain(config, device), config, device)}
+    if ON_GPU:
+        peers[AS_NANOGPT] = make_plain_step(make_plain(config, device), config, device, torch.bfloat16)
+    if has_transformers():
+        autocast = arithmetic if arithmetic != torch.float32 and ON_GPU else None
+        name = f"{TRANSFORMERS} eager {str(autocast or torch.float32).removeprefix('torch.')}"
+        peers[name] = make_transformers_step(config, device, autocast)
+    return peers
+
+
+def make_plain(config: TrainConfig, device: torch.device) -> PlainGPT:
+    torch.manual_seed(config.seed)
+    return PlainGPT(*shape(config), config.dropout).to(device)
+
+
+def make_plain_step(
+    model: PlainGPT, config: TrainConfig, device: torch.device, arithmetic: torch.dtype | None = None
+) -> Callable[[], torch.Tensor]:
+    """Eager in float32, or with an arithmetic as nanoGPT runs on a GPU: compiled, with autocast and fused AdamW."""
+    tuned = arithmetic is not None
+    optimizer = plain_optimizer(
+        model, config.learning_rate, (config.beta1, config.beta2), fused=True if tuned else None
+    )
+    forward = torch.compile(model) if tuned else model
+    return plain_step(
+        model, forward, optimizer, batches(make_loader(config, device), config.batch_size), autocast=arithmetic
     )
 
 
-def engine_step(config: TrainConfig, dtype: torch.dtype, compiled: bool) -> Callable[[], float]:
-    """The engine's model, optimizer and arithmetic, as `fastgpt.train` puts them together."""
-    torch.manual_seed(0)
-    model = GPT(config)
-    optimizer = make_optimizer(model, config)
-    forward = torch.compile(model, options={"fallback_random": True}) if compiled else model
-    x, y = random_batch(config)
+def make_transformers_step(
+    config: TrainConfig, device: torch.device, arithmetic: torch.dtype | None
+) -> Callable[[], torch.Tensor]:
+    model = transformers_gpt2(*shape(config), config.dropout).to(device)
+    optimizer = plain_optimizer(
+        model, config.learning_rate, (config.beta1, config.beta2), fused=True if ON_GPU else None
+    )
 
-    def step() -> float:
-        with autocast(torch.device("cpu"), dtype):
-            loss = forward(x, y)
-            loss.backward()
-        return finish(model, optimizer, loss)
+    def loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return model(x, labels=x).loss
 
-    return step
-
-
-def plain_step(config: TrainConfig) -> Callable[[], float]:
-    torch.manual_seed(0)
-    model = PlainGPT(VOCABULARY, config.block_size, config.n_layer, config.n_head, config.n_embd, config.dropout)
-    optimizer = plain_optimizer(model, config.learning_rate, (config.beta1, config.beta2))
-    x, y = random_batch(config)
-
-    def step() -> float:
-        loss = model(x, y)
-        loss.backward()
-        return finish(model, optimizer, loss)
-
-    return step
+    return plain_step(
+        model, loss, optimizer, batches(make_loader(config, device), config.batch_size), autocast=arithmetic
+    )
 
 
-def random_batch(config: TrainConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    shape = (config.batch_size, config.block_size)
-    return torch.randint(VOCABULARY, shape), torch.randint(VOCABULARY, shape)
-
-
-def finish(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> float:
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss.item()
+def shape(config: TrainConfig) -> tuple[int, int, int, int, int]:
+    """V, T, L, H, C."""
+    return config.vocab_size or 0, config.block_size, config.n_layer, config.n_head, config.n_embd

@@ -1,6 +1,8 @@
-"""AdamW's parameter groups and the learning-rate schedules."""
+"""AdamW with its parameter groups, clipping, and the learning-rate schedules."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -9,7 +11,44 @@ from fastgpt.config import TrainConfig
 STABLE_SHARE = 0.8  # of a wsd run, before its decay begins
 
 
-def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+class AdamW(torch.optim.AdamW):
+    """`torch.optim.AdamW` in its fused form, with less Python in a step: a tenth of the time of a small model's step.
+
+    Every parameter needs a gradient in every step.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]):
+        super().__init__(groups, lr=lr, betas=betas, fused=True)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        # The first step makes the state; float16's scaler says here whether to skip one.
+        if closure is not None or not self.state or hasattr(self, "found_inf"):
+            return super().step(closure)
+        for group in self.param_groups:
+            params = group["params"]
+            states = [self.state[p] for p in params]
+            steps = [state["step"] for state in states]
+            torch._foreach_add_(steps, 1)
+            torch._fused_adamw_(
+                params,
+                [p.grad for p in params],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                steps,
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=False,
+            )
+        return None
+
+
+def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> AdamW:
     """AdamW (Loshchilov & Hutter, 2019), fused, with weight decay on matrices and none on vectors."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
@@ -17,7 +56,16 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.A
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+    return AdamW(groups, config.learning_rate, (config.beta1, config.beta2))
+
+
+def clip(parameters: list[torch.nn.Parameter], limit: float) -> torch.Tensor:
+    """Scale the gradients, in place, to a norm of at most `limit`, 0 for none; returns the norm that they had."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    # On a CPU the norm can be read without waiting, and most steps need no scaling.
+    if limit and (norm.device.type != "cpu" or not norm <= limit):  # also where the norm is not a number
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

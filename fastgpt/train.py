@@ -8,13 +8,14 @@ The data flows forward: corpus -> loader -> model -> loss -> optimizer -> checkp
 """
 
 import dataclasses
+import functools
 import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, cast
 
 import torch
 from rich.console import Console
@@ -27,9 +28,10 @@ from fastgpt.generate import TextGenerator
 from fastgpt.loader import Loader
 from fastgpt.metrics import Display, Lasting, MetricsFile, Stopwatch, flops_per_token, print_product
 from fastgpt.model import GPT
-from fastgpt.optim import learning_rate, make_optimizer, set_learning_rate
 from fastgpt.report import RunSummary
 from fastgpt.signals import Signals
+from fastgpt.step import TrainStep
+from fastgpt.workload import Workload
 
 SAMPLE_TOKENS = 200
 
@@ -72,9 +74,10 @@ class Run:
         about = run_folder.load(self.out_dir)[1] if resuming else {}
         same = about.get("device") == self.device.type  # as the run began on: then its choices are kept
         recorded = about.get("dtype", "auto") if same else "auto"
-        ops = dispatch.resolve(config.kernels, self.device, recorded=about.get("columns") if same else None)
+        columns = about.get("columns") if same else None
+        resolve = functools.partial(dispatch.resolve, config.kernels, self.device, recorded=columns)
         dtype = recorded if config.dtype == "auto" else config.dtype
-        self.dtype = resolve_dtype(dtype, self.device, interpreted=ops.interpreted)
+        self.dtype = resolve_dtype(dtype, self.device, interpreted=resolve().interpreted)
         self.data = corpus.prepare(
             config.dataset,
             tokenizer=config.tokenizer,
@@ -87,14 +90,11 @@ class Run:
             run_folder.check_resume(self.out_dir, config, self.data)
         self.config = dataclasses.replace(config, vocab_size=self.data.tokenizer.vocab_size)
         self.train_loader, self.val_loader = self._loaders()
+        ops = resolve(workload=Workload.of_training(self.config, self.dtype))
         torch.manual_seed(config.seed)
         with self.device:
             self.model = GPT(self.config, ops)
-        # On a CPU Inductor's own random numbers are slower than PyTorch's, and are other ones than without --compile.
-        options: dict[str, Any] = {"fallback_random": self.device.type == "cpu"}
-        self.compiled = torch.compile(self.model, options=options) if config.compile else self.model
-        self.optimizer = make_optimizer(self.model, self.config)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.step = TrainStep(self.model, self.config, self.device, self.dtype)
         self.progress = Progress()
         self.watch = Stopwatch(self.device)
         self.console = Console(file=cast(IO[str], Lasting(sys.stderr)))
@@ -141,37 +141,12 @@ class Run:
     def _train_step(self) -> tuple[torch.Tensor, torch.Tensor, float]:
         """One optimizer step: (mean loss of its micro-batches, gradient norm, learning rate)."""
         config, progress = self.config, self.progress
-        # Dropout is a pure function of (seed, step), so a resumed run repeats it.
-        torch.manual_seed((config.seed + (progress.step + 1) * 0x9E3779B97F4A7C15) % 2**64)
-        rate = learning_rate(progress.step, config)
-        set_learning_rate(self.optimizer, rate)
         micros = config.gradient_accumulation_steps
-        total = torch.zeros((), device=self.device)
-        with autocast(self.device, self.dtype):  # around all micro-batches: the weights are cast once
-            for micro in range(micros):
-                x, y = self.train_loader.batch(progress.step, micro, micros, config.batch_size)
-                loss = self._loss(x, y) / micros
-                self.scaler.scale(loss).backward()
-                total += loss.detach()
-        self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        batches = (self.train_loader.batch(progress.step, m, micros, config.batch_size) for m in range(micros))
+        result = self.step(progress.step, batches)
         progress.step += 1
         progress.tokens += config.tokens_per_step
-        return total, norm, rate
-
-    def _loss(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        if not self.config.compile:
-            return self.model(x, y)
-        from torch._dynamo.exc import TorchDynamoException  # slow to import, so only with --compile
-
-        try:
-            return self.compiled(x, y)
-        except TorchDynamoException as error:
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise UsageError(f"--compile failed: {reason}; mend that, or pass --no-compile") from error
+        return result
 
     def _record(self, loss: float, norm: float, rate: float) -> dict[str, float | int | None]:
         """A line of `metrics.jsonl` about the steps since the last one."""
@@ -225,10 +200,10 @@ class Run:
         )
         state = {
             "progress": dataclasses.asdict(self.progress),
-            "scaler": self.scaler.state_dict(),
+            "scaler": self.step.scaler.state_dict(),
             "vocabulary": self.data.tokenizer.sha256(),
         }
-        folder = checkpoint.save(self.out_dir, self.progress.step, self.model, self.optimizer, state)
+        folder = checkpoint.save(self.out_dir, self.progress.step, self.model, self.step.optimizer, state)
         if self.progress.best_step == self.progress.step:
             checkpoint.point(self.out_dir, "best", folder)
         checkpoint.prune(self.out_dir)
@@ -240,9 +215,9 @@ class Run:
         state = checkpoint.load_state(folder)
         checkpoint.check_vocabulary(folder, self.data.tokenizer)
         self.model.load_weights(checkpoint.load_weights(folder))
-        checkpoint.load_optimizer(folder, self.model, self.optimizer)
+        checkpoint.load_optimizer(folder, self.model, self.step.optimizer)
         if state["scaler"]:  # empty where the run was not in float16 until now
-            self.scaler.load_state_dict(state["scaler"])
+            self.step.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
         step = self.progress.step
         if step >= self.config.max_iters:

@@ -21,7 +21,8 @@ KEYS = [
     *("blocks_per_sm", "tensor_core", "wide_loads", "seconds"),
 ]
 # These multiply matrices.
-MATRIX = {kernel for kernel in TABLE if kernel.startswith("attention_")} | {"paged_decode_grouped", "paged_prefill"}
+MATRIX = {kernel for kernel in TABLE if kernel.startswith("attention_")}
+MATRIX |= {"paged_decode_grouped", "paged_prefill", "int8_product"}
 KIB = 1024
 # What one block may have. Rows of sm_80 also serve sm_86, sm_89 and sm_120, which have 99 KiB: those of 16 bits fit.
 SHARED = {"sm_80": 163 * KIB, "sm_90": 227 * KIB, "sm_100": 227 * KIB, "gfx942": 64 * KIB}
@@ -38,6 +39,8 @@ WIDE = {
     "paged_decode_grouped": 0.4,
     "paged_merge": 0.25,
     "kv_write": 0.6,
+    "int8_rows": 0.4,
+    "int8_product": 0.3,  # for tensor cores of sm_90, bytes are read 8 at a time
 }
 if triton.__version__.startswith("3.6."):  # it reads lse and delta, one number a row, with many instructions
     WIDE |= {kernel: 0.15 for kernel in MATRIX if "keys" in kernel}
@@ -96,6 +99,13 @@ def test_matrix_products_run_on_tensor_cores(rows):
     assert products
     assert [name(row) for row in products if not row["tensor_core"]] == []
     assert [name(row) for row in rows if row["kernel"] not in MATRIX and row["tensor_core"]] == []
+
+
+def test_float32_products_are_not_rounded_to_tf32(rows):
+    """Triton does so on sm_100 in some tiles, whatever precision it is asked for. AMD has such products in float32."""
+    ieee = [row for row in rows if row["kernel"] in MATRIX and row["config"].startswith("float32 ")]
+    assert ieee
+    assert [name(row) for row in ieee if row["tensor_core"] and row["target"] != "gfx942"] == []
 
 
 def test_shared_memory_fits(rows):
@@ -168,7 +178,7 @@ def test_a_row_without_an_example_is_an_error(monkeypatch):
 
 ODD_SIZES = """
 import torch, triton
-from fastgpt_kernels import aot, attention, cross_entropy, norm, paged, paged_decode, paged_prefill
+from fastgpt_kernels import aot, attention, cross_entropy, int8, norm, paged, paged_decode, paged_prefill
 from fastgpt_kernels.launch import Tuning
 from fastgpt_kernels.machine_code import CHIPS
 
@@ -198,6 +208,10 @@ for B, H, Hkv, D, P, M in ((1, 1, 1, 1, 1, 1), (1, 1, 1, 80, 16, 64), (3, 6, 2, 
     launches.append(paged_prefill.prefill_launch(q, *cache, starts, 1.0, tuning))
     k = aot.empty(B, Hkv, D, dtype=half)
     launches.append(paged.kv_write_launch(k, k, pages, pages, slots.long(), tuning))
+for R, outputs, inputs in ((1, 1, 1), (3, 5, 33), (5, 1, 1), (70, 7, 33)):
+    x, y, scale = aot.empty(R, inputs, dtype=half), aot.empty(R, outputs, dtype=half), aot.empty(outputs)
+    weight = aot.empty(outputs, inputs, dtype=torch.int8)
+    launches.append(int8.linear_launch(y, x, weight, scale, y[0], tuning))
 for launch in launches:
     launch.kernel.device_caches.clear()
     launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.constants)

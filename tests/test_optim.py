@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fastgpt.config import ModelConfig, TrainConfig
 from fastgpt.model import GPT
-from fastgpt.optim import learning_rate, make_optimizer, set_learning_rate
+from fastgpt.optim import clip, learning_rate, make_optimizer, set_learning_rate
 
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 
@@ -44,6 +44,53 @@ def test_without_gradients_matrices_shrink_and_vectors_stay(model: GPT):
     optimizer.step()
     for old, new in zip(before, model.parameters(), strict=True):
         torch.testing.assert_close(new.detach(), old * (0.95 if old.dim() == 2 else 1.0))
+
+
+def test_steps_are_those_of_pytorchs_fused_adamw_bit_for_bit():
+    models = [GPT(ModelConfig(vocab_size=30, block_size=8, n_layer=1, n_head=2, n_embd=16)) for _ in range(2)]
+    models[1].load_weights(models[0].weights())
+    ours = make_optimizer(models[0], TrainConfig())
+    theirs = torch.optim.AdamW(
+        [{"params": group["params"], "weight_decay": group["weight_decay"]} for group in ours.param_groups],
+        betas=ours.param_groups[0]["betas"],
+        fused=True,
+    )
+    for group, own in zip(theirs.param_groups, ours.param_groups, strict=True):
+        of = dict(zip(models[0].parameters(), models[1].parameters(), strict=True))
+        group["params"] = [of[p] for p in own["params"]]
+    for rate in (0.1, 0.2, 0.05):
+        for optimizer, model in zip((ours, theirs), models, strict=True):
+            torch.manual_seed(int(1 / rate))
+            for parameter in model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            set_learning_rate(optimizer, rate)
+            optimizer.step()
+    states = [optimizer.state_dict()["state"] for optimizer in (ours, theirs)]
+    for i, state in states[0].items():
+        assert all(torch.equal(value, states[1][i][name]) for name, value in state.items())
+    assert all(torch.equal(p, q) for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True))
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.5, 100.0])
+def test_clipping_is_pytorchs_and_returns_the_norm_before_it(model: GPT, limit: float):
+    parameters = list(model.parameters())
+    torch.manual_seed(0)
+    gradients = [torch.randn_like(p) for p in parameters]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient.clone()
+    wanted = torch.nn.utils.clip_grad_norm_(parameters, limit or math.inf)
+    clipped = [p.grad for p in parameters]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient.clone()
+    assert clip(parameters, limit) == wanted > 1
+    assert all(torch.equal(p.grad, wanted) for p, wanted in zip(parameters, clipped, strict=True))
+
+
+def test_a_norm_that_is_not_a_number_reaches_every_gradient():
+    parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    parameters[0].grad, parameters[1].grad = torch.tensor([math.nan, 0.0]), torch.ones(2)
+    assert clip(parameters, 1.0).isnan()
+    assert all(p.grad is not None and p.grad.isnan().all() for p in parameters)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

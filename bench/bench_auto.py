@@ -1,0 +1,132 @@
+"""On a GPU: whether `--kernels auto` chooses well, operation by operation, and how long choosing takes."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastgpt.autotune import Chosen, choose, cuda_seconds
+from fastgpt.choices import CANDIDATES
+from fastgpt.config import PRESETS
+from fastgpt.dispatch import implementation
+from fastgpt.workload import Workload, timed_case
+from timing import Clock
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU; elsewhere auto takes torch")
+
+AIM = 1 / 1.03  # within 3% of the best column
+AIM_SECONDS = 5
+ROUNDS = 15
+SAMPLE = 0.005  # seconds of repeated calls in a round, so that waiting for the GPU does not count
+
+# preset, and what is changed of it
+TRAINING = {
+    "cpu": {"vocab_size": 65},
+    "baby": {"vocab_size": 65},
+    "gpt2": {},
+    "gpt2-dropout": {"dropout": 0.1},
+    "gpt2-T4096": {"block_size": 4096, "batch_size": 4},
+    "gpt2-T16384": {"block_size": 16384, "batch_size": 1},
+    "gpt2-D128": {"n_head": 6},
+    "gpt2-medium": {},
+    "gpt2-large": {},
+    "gpt2-xl": {},
+}
+BATCHES, CONTEXTS = (1, 8, 64), (128, 1024, 32768)
+
+
+def training(name: str) -> Workload:
+    preset = name if name in PRESETS else "gpt2"
+    return Workload.of_training(dataclasses.replace(PRESETS[preset], **TRAINING[name]), torch.bfloat16)
+
+
+def generating(B: int, context: int) -> Workload:
+    config = dataclasses.replace(PRESETS["gpt2"], block_size=context)
+    return Workload.of_generation(config, torch.bfloat16, B)
+
+
+WORKLOADS = {f"training-{name}": training(name) for name in TRAINING} | {
+    f"generating-gpt2-B{B}-context{context}": generating(B, context) for B in BATCHES for context in CONTEXTS
+}
+CASES = [(name, op) for name, workload in WORKLOADS.items() for op in workload.ops]
+# A process of its own has nothing compiled and nothing imported.
+CHOOSING = """
+import json, sys, time, torch
+from bench_auto import WORKLOADS
+from fastgpt.autotune import choose
+torch.cuda.init()
+began = time.perf_counter()
+chosen = choose(WORKLOADS[sys.argv[1]], torch.device("cuda"))
+print(json.dumps({"seconds": time.perf_counter() - began, "reason": chosen.reason, "columns": chosen.columns}))
+"""
+
+
+@pytest.mark.parametrize("name", ["training-gpt2", "generating-gpt2-B1-context1024"])
+@pytest.mark.parametrize("when", ["nothing compiled", "kernels compiled", "known"])
+def test_choosing(clock: Clock, benchmark, tmp_path: Path, name: str, when: str):
+    """From a start without any cache; after the kernels were compiled once; and after the choice was made once."""
+
+    def start(choices: str) -> dict:
+        caches = {"FASTGPT_CACHE": str(tmp_path / choices), "TRITON_CACHE_DIR": str(tmp_path / "triton")}
+        paths = os.pathsep.join(path for path in sys.path if path)
+        command = [sys.executable, "-c", CHOOSING, name]
+        run = subprocess.run(command, env=os.environ | caches | {"PYTHONPATH": paths}, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        return json.loads(run.stdout)
+
+    if when != "nothing compiled":
+        start("first")
+
+    def timed() -> None:
+        found = start("first" if when == "known" else "second")
+        clock.elapsed += found.pop("seconds")
+        benchmark.extra_info |= found
+
+    benchmark.pedantic(timed, rounds=1)
+    benchmark.extra_info["aim_seconds"] = AIM_SECONDS
+
+
+@pytest.fixture(scope="module")
+def chosen(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Chosen]:
+    """What auto chooses for a workload, timed in this run."""
+    folder = tmp_path_factory.mktemp("choices")
+    return lambda name: choose(WORKLOADS[name], torch.device("cuda"), folder=folder)
+
+
+@pytest.mark.parametrize(("name", "op"), CASES)
+def test_choice(against, benchmark, chosen: Callable[[str], Chosen], name: str, op: str):
+    """The chosen column against the others that run, in turns; what auto found is in `auto_seconds`."""
+    choice, workload = chosen(name).choices[op], WORKLOADS[name]
+    case = timed_case(op, workload, torch.device("cuda"))
+    once = max(cuda_seconds(lambda: case.call(implementation(op, choice.column)), 3) / 3, 1e-6)
+    repeats = max(1, round(SAMPLE / once))
+
+    def calls(column: str) -> Callable[[], None]:
+        function = implementation(op, column)
+
+        def run() -> None:
+            for _ in range(repeats):
+                case.call(function)
+
+        return run
+
+    others = [column for column in CANDIDATES if column in choice.seconds and column != choice.column]
+    benchmark.group = f"auto {op}"
+    against(
+        calls(choice.column),
+        {column: calls(column) for column in others},
+        rounds=ROUNDS,
+        units=repeats,
+        unit="calls",
+        aim=AIM if others else None,
+        column=choice.column,
+        auto_seconds=dict(choice.seconds),
+        left_out=dict(choice.left_out),
+    )
+    torch.cuda.empty_cache()

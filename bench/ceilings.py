@@ -1,0 +1,141 @@
+"""What this machine can do at most, measured: memory bandwidth and matrix products, and the limit they set to a call.
+
+measure(device) -> Ceilings       a few seconds
+ceilings.limit(bytes=..., flops=..., arithmetic=torch.bfloat16) -> Limit
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from fastgpt.device import free_memory, synchronize
+
+ROUNDS = 3
+PRODUCT_SECONDS = 0.03  # how long the matrix product that is timed may take
+SIDES = {"cpu": (256, 512, 1024, 2048), "cuda": (2048, 4096, 8192)}
+CACHE_UNKNOWN = 32 << 20  # bytes assumed where the system does not say how large its caches are
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The least time that a call can take, and which of the two sets it."""
+
+    by: Literal["memory", "arithmetic"]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """The measured ceilings of one machine.
+
+    Attributes:
+        copy_bandwidth: bytes a second, read and written ones together, of copying a buffer far larger than the caches.
+        read_bandwidth: bytes a second of reading such a buffer.
+        matmul: operations a second (2 n^3 of an n x n product) by the arithmetic's name: "float32", "bfloat16", ...
+    """
+
+    copy_bandwidth: float
+    read_bandwidth: float
+    matmul: dict[str, float]
+
+    @property
+    def bandwidth(self) -> float:
+        """The faster of copying and reading, which a call's bytes are held against: no mix is known to be faster."""
+        return max(self.copy_bandwidth, self.read_bandwidth)
+
+    def limit(self, *, bytes: float = 0, flops: float = 0, arithmetic: torch.dtype | str = torch.float32) -> Limit:
+        """The limit of a call that moves `bytes` and computes `flops` in this arithmetic.
+
+        Raises:
+            ValueError: neither bytes nor operations, or an arithmetic that was not measured.
+        """
+        if not bytes and not flops:
+            raise ValueError("a call that moves and computes nothing has no limit; count its bytes or operations")
+        name = dtype_name(arithmetic)
+        if flops and name not in self.matmul:
+            raise ValueError(f"matrix products in {name} were not measured, only in {', '.join(self.matmul)}")
+        moving = bytes / self.bandwidth
+        computing = flops / self.matmul[name] if flops else 0.0
+        return Limit("arithmetic", computing) if computing > moving else Limit("memory", moving)
+
+
+def dtype_name(dtype: torch.dtype | str) -> str:
+    """ "bfloat16" for torch.bfloat16; a name stays one."""
+    return str(dtype).removeprefix("torch.")
+
+
+def measure(device: torch.device) -> Ceilings:
+    """The ceilings of a device: each is the best of several rounds, as noise only ever slows down."""
+    size = buffer_bytes(device)
+    buffer = torch.full((size // 4,), 1.0, device=device)
+    source, target = buffer.chunk(2)
+    reading = min(best_seconds(read, device) for read in (buffer.sum, partial(buffer.dot, buffer)))
+    copying = best_seconds(partial(target.copy_, source), device)
+    del buffer, source, target
+    names = ["float32", "bfloat16", "float16"] + ["tf32"] * (device.type == "cuda")
+    return Ceilings(size / copying, size / reading, {name: matmul_rate(device, name) for name in names})
+
+
+def matmul_rate(device: torch.device, arithmetic: str) -> float:
+    """Operations a second of a square product, at the largest side that PRODUCT_SECONDS allow."""
+    dtype = torch.float32 if arithmetic == "tf32" else getattr(torch, arithmetic)
+    with float32_products("tf32" if arithmetic == "tf32" else "ieee") if device.type == "cuda" else nullcontext():
+        rate = 0.0
+        for n in SIDES[device.type]:
+            if rate and 2 * n**3 / rate > PRODUCT_SECONDS:
+                break
+            a, b = (torch.rand(n, n, device=device).to(dtype) for _ in range(2))
+            out = torch.empty_like(a)
+            rate = max(rate, 2 * n**3 / best_seconds(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device))
+        return rate
+
+
+def float32_products(precision: Literal["ieee", "tf32"]) -> AbstractContextManager[None]:
+    """How CUDA multiplies float32 matrices within the block."""
+
+    @contextmanager
+    def block():
+        before = torch.backends.cuda.matmul.fp32_precision
+        torch.backends.cuda.matmul.fp32_precision = precision
+        try:
+            yield
+        finally:
+            torch.backends.cuda.matmul.fp32_precision = before
+
+    return block()
+
+
+def best_seconds(call: Callable[[], object], device: torch.device) -> float:
+    """The least time of a call, after one to warm up."""
+    times = []
+    for _ in range(1 + ROUNDS):
+        synchronize(device)
+        began = time.perf_counter()
+        call()
+        synchronize(device)
+        times.append(time.perf_counter() - began)
+    return min(times[1:])
+
+
+def buffer_bytes(device: torch.device) -> int:
+    """Twice the caches, at least 256 MiB, and at most an eighth of the memory that is free."""
+    wanted = max(2 * cache_bytes(device), 256 << 20)
+    return min(wanted, free_memory(device) // 8) // 4096 * 4096
+
+
+def cache_bytes(device: torch.device) -> int:
+    """The size of the last level of cache."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")  # "480K" each
+    units = {"K": 1 << 10, "M": 1 << 20}
+    return max(
+        (int(text[:-1]) * units[text[-1]] for text in (size.read_text().strip() for size in sizes)),
+        default=CACHE_UNKNOWN,
+    )

@@ -1,0 +1,109 @@
+"""What one call of an operation computes and must move at the least, counted from its shape.
+
+    count("causal_attention", "forward", {"B": 4, "T": 1024, "H": 12, "D": 64}, itemsize=2) -> Count(flops, bytes)
+
+Bytes: every input once and every output once, as if each lay in the device's memory and nothing were read twice; what
+passes from forward to backward counts in both. Operations: a multiply-add is two; of a causal square only what is seen.
+The dozen operations an element that a normalization takes are counted too, although the memory limits it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+FLOAT32 = INT32 = 4  # bytes
+INT64 = 8
+
+
+@dataclass(frozen=True)
+class Count:
+    """One call's operations and bytes."""
+
+    flops: float
+    bytes: float
+
+    def __add__(self, other: "Count") -> "Count":
+        return Count(self.flops + other.flops, self.bytes + other.bytes)
+
+
+def count(op: str, direction: str, shape: Mapping[str, int], itemsize: int) -> Count:
+    """What a call of `op` takes.
+
+    Args:
+        direction: "forward", "backward" (given what forward left), or "both".
+        shape: the sizes by their letters, as `kernel_cases.SHAPES` gives them.
+        itemsize: bytes of an element of the inputs.
+
+    Raises:
+        KeyError: an operation without a count, or without a backward pass.
+    """
+    if direction == "both":
+        return count(op, "forward", shape, itemsize) + count(op, "backward", shape, itemsize)
+    return COUNTS[op, direction](itemsize, **shape)
+
+
+def layer_norm(itemsize: int, N: int, C: int) -> Count:
+    # mean 1, centre 1, square and sum 2, scale 1, weight and bias 2
+    return Count(7 * N * C, (2 * N + 2) * C * itemsize)
+
+
+def layer_norm_backward(itemsize: int, N: int, C: int) -> Count:
+    # x again to its normal form 2, dy * weight 1, two row sums 3, dx 4, dweight 2, dbias 1; mean and deviation are read
+    return Count(13 * N * C, (3 * N + 3) * C * itemsize + 2 * N * FLOAT32)
+
+
+def add_layer_norm(itemsize: int, N: int, C: int) -> Count:
+    return layer_norm(itemsize, N, C) + Count(N * C, 2 * N * C * itemsize)  # the residual is read, the sum written
+
+
+def add_layer_norm_backward(itemsize: int, N: int, C: int) -> Count:
+    # the sum's own gradient is read and added
+    return layer_norm_backward(itemsize, N, C) + Count(N * C, N * C * itemsize)
+
+
+def causal_attention(itemsize: int, B: int, T: int, H: int, D: int) -> Count:
+    # two products of 2 D operations for each of the T (T + 1) / 2 pairs; the softmax is not counted, as is the custom
+    return Count(4 * D * B * H * T * (T + 1) / 2, 4 * B * T * H * D * itemsize)
+
+
+def causal_attention_backward(itemsize: int, B: int, T: int, H: int, D: int) -> Count:
+    # five products where forward has two; q, k, v, out, dout are read, dq, dk, dv written, and each row's log-sum-exp
+    forward = causal_attention(itemsize, B, T, H, D)
+    return Count(2.5 * forward.flops, 8 * B * T * H * D * itemsize + B * T * H * FLOAT32)
+
+
+def linear_cross_entropy(itemsize: int, N: int, C: int, V: int) -> Count:
+    return Count(2 * N * C * V, (N + V) * C * itemsize + N * INT64)
+
+
+def linear_cross_entropy_backward(itemsize: int, N: int, C: int, V: int) -> Count:
+    # dx and dweight, each a product as large as forward's; both are written
+    return Count(4 * N * C * V, (N + V) * C * itemsize)
+
+
+def paged_attention(itemsize: int, B: int, context: int, H: int, D: int, shuffled: int) -> Count:
+    # one query a sequence; keys and values dominate, and where the pages lie makes no difference to their bytes
+    moved = 2 * B * context * H * D + 2 * B * H * D
+    return Count(4 * B * context * H * D, moved * itemsize)
+
+
+def kv_write(itemsize: int, N: int, H: int, D: int) -> Count:
+    return Count(0, 4 * N * H * D * itemsize + N * INT64)
+
+
+def linear_int8(itemsize: int, N: int, C: int, out: int) -> Count:
+    return Count(2 * N * C * out, out * C + out * FLOAT32 + N * (C + out) * itemsize)
+
+
+COUNTS = {
+    ("layer_norm", "forward"): layer_norm,
+    ("layer_norm", "backward"): layer_norm_backward,
+    ("add_layer_norm", "forward"): add_layer_norm,
+    ("add_layer_norm", "backward"): add_layer_norm_backward,
+    ("causal_attention", "forward"): causal_attention,
+    ("causal_attention", "backward"): causal_attention_backward,
+    ("linear_cross_entropy", "forward"): linear_cross_entropy,
+    ("linear_cross_entropy", "backward"): linear_cross_entropy_backward,
+    ("paged_attention", "forward"): paged_attention,
+    ("kv_write", "forward"): kv_write,
+    ("linear_int8", "forward"): linear_int8,
+}

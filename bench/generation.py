@@ -1,0 +1,183 @@
+"""Our side of the generation benchmarks: models, continuations, what these must move and compute, where the time goes.
+
+How a model is made ready, in which dtype, quantized, compiled or not, is said in `generator_of` alone.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from fastgpt import dispatch
+from fastgpt.config import PRESETS, ModelConfig
+from fastgpt.device import synchronize
+from fastgpt.engine import Engine
+from fastgpt.generate import TextGenerator
+from fastgpt.kv_cache import page_bytes
+from fastgpt.model import GPT
+from fastgpt.prompt import Prompt
+from fastgpt.quantized import quantize_model
+from fastgpt.single import Generation
+from fastgpt.tokenizer import ByteTokenizer
+
+VOCABULARY = {"baby": 256}  # of a corpus of bytes; the others have GPT-2's
+
+
+class ManyTokens(ByteTokenizer):
+    """Bytes, and names for the other ids of a larger vocabulary: texts do not matter here."""
+
+    def __init__(self, vocab_size: int):
+        super().__init__()
+        self.vocab_size = vocab_size
+
+    def token_bytes(self, id: int) -> bytes:
+        return bytes([id % 256])
+
+
+def untrained(preset: str, device: torch.device) -> GPT:
+    """A model of a preset's shape with random weights in float32, always the same."""
+    torch.manual_seed(0)
+    config = dataclasses.replace(PRESETS[preset], vocab_size=VOCABULARY.get(preset, 50257))
+    with device:
+        return GPT(config).eval()
+
+
+def generator_of(
+    model: GPT,
+    dtype: torch.dtype = torch.float32,
+    *,
+    quantize: str = "none",
+    kernels: str = "auto",
+    compiled: bool = False,
+) -> TextGenerator:
+    """The same weights ready to generate: in `dtype` or with `quantize` int8; compiled: its decode step, on a CPU."""
+    ours = GPT.from_weights(model.config, dispatch.resolve(kernels, model.device), model.weights(), model.device, dtype)
+    if quantize == "int8":
+        quantize_model(ours)
+    generator = TextGenerator(ours, ManyTokens(model.config.vocab_size or 0))
+    if compiled:
+        generator.compile()
+    return generator
+
+
+def continuation(generator: TextGenerator, prompt: Prompt, new_tokens: int, **settings: Any) -> Generation:
+    """One whole continuation, which knows its tokens and times; settings as `TextGenerator.stream` takes them."""
+    stream = generator.stream(prompt, max_new_tokens=new_tokens, **settings)
+    for _ in stream.tokens():
+        pass
+    return stream
+
+
+def random_tokens(count: int, seed: int, vocab_size: int) -> list[int]:
+    return torch.randint(vocab_size, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def weight_bytes(model: GPT, dtype: torch.dtype, quantize: str = "none") -> int:
+    """Bytes of what a decode step reads of the weights: all but the other positions' embeddings.
+
+    With int8, matrices have a byte an element and a float32 scale an output, and the vectors are in `dtype`.
+    """
+    total = 0
+    for name, weight in model.weights().items():
+        if name == "wpe.weight":
+            total += weight.shape[1] * dtype.itemsize
+        elif weight.dim() == 2 and quantize == "int8":
+            total += weight.numel() + 4 * len(weight)
+        else:
+            total += weight.numel() * dtype.itemsize
+    return total
+
+
+def work(
+    model: GPT,
+    dtype: torch.dtype,
+    prompts: Sequence[int],
+    new_tokens: int,
+    *,
+    cached: bool = True,
+    quantize: str = "none",
+) -> dict[str, float]:
+    """Operations and bytes that continuing prompts of these lengths takes at the least, side by side.
+
+    Bytes: each step reads the weights once for all, and with a cache writes a position of each sequence and reads those
+    before it. Operations: two for each weight and token, and the output layer's for the last token alone.
+    """
+    config = model.config
+    position = page_bytes(config, 1, dtype)
+    moved = new_tokens * weight_bytes(model, dtype, quantize)
+    matrices = sum(weight.numel() for name, weight in model.weights().items() if name.endswith("weight"))
+    head = model.wte.weight[: config.vocab_size].numel()
+    body = matrices - head - (0 if model.wpe is None else model.wpe.weight.numel())
+    computed = 0.0
+    for length in prompts:
+        contexts = range(length, length + new_tokens)
+        computed += 2 * head * new_tokens
+        computed += 2 * body * (contexts[-1] if cached else sum(contexts))
+        if cached:
+            moved += position * (sum(contexts) + contexts[-1])
+    return {"flops": computed, "bytes": float(moved)}
+
+
+def stream_facts(runs: Sequence[Generation]) -> dict[str, float]:
+    """Speeds of continuations made one at a time, their medians."""
+    median = statistics.median
+    return {
+        "first_token_seconds": median(run.prefill_seconds for run in runs),
+        "token_seconds": median(run.decode_seconds / run.decode_tokens for run in runs),
+        "prefill_tokens_per_second": median(run.prefill_tokens / run.prefill_seconds for run in runs),
+        "decode_tokens_per_second": median(run.decode_tokens / run.decode_seconds for run in runs),
+    }
+
+
+def engine_facts(engine: Engine) -> dict[str, float]:
+    """Speeds of what the engine has done so far; the time to a token is that of one sequence among all."""
+    stats = engine.stats
+    return {
+        "first_token_seconds": statistics.median(stats.first_token_seconds),
+        "token_seconds": statistics.median(stats.token_seconds),
+        "prefill_tokens_per_second": stats.prefill_tokens / stats.prefill_seconds,
+        "decode_tokens_per_second": stats.decode_tokens / stats.decode_seconds,
+    }
+
+
+def cache_bytes(
+    config: ModelConfig, dtype: torch.dtype, cache: str, lengths: Sequence[int], page_size: int = 16
+) -> int:
+    """Memory that the keys and values of sequences of these lengths occupy at their end."""
+    if cache == "none":
+        return 0
+    if cache == "dense":
+        return len(lengths) * page_bytes(config, config.block_size, dtype)
+    return sum(-(-length // page_size) for length in lengths) * page_bytes(config, page_size, dtype)
+
+
+def profile_step(generator: TextGenerator, prompt: Prompt, steps: int) -> list[dict[str, Any]]:
+    """Where the time of an average decode step goes: [{"op": name, "microseconds": its own time}], the largest first.
+
+    The steps are timed without the profiler first, which slows them down; what is left of that time beside the
+    operations (Python, and machine code that the profiler does not know) is "between operations".
+    """
+    device = generator.model.device
+    draws = generator.stream(prompt, max_new_tokens=2 + 2 * steps, temperature=0.0).tokens()
+    for _ in range(2):  # the prefill, and a step to warm up
+        next(draws)
+    synchronize(device)
+    began = time.perf_counter()
+    for _ in range(steps):
+        next(draws)
+    synchronize(device)
+    whole = (time.perf_counter() - began) / steps * 1e6
+    on_gpu = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiled:
+        for _ in range(steps):
+            next(draws)
+        synchronize(device)
+    own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    spent = {event.key: getattr(event, own) / steps for event in profiled.key_averages()}
+    spent["between operations"] = max(0.0, whole - sum(spent.values()))
+    ranked = sorted(spent.items(), key=lambda item: item[1], reverse=True)
+    return [{"op": op, "microseconds": microseconds} for op, microseconds in ranked if microseconds > 0]

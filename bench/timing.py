@@ -1,0 +1,85 @@
+"""How a call is timed: on the CPU by the clock, on a GPU by its events or around a wait; over buffers that go round."""
+
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ceilings import cache_bytes
+from fastgpt.device import synchronize
+
+CYCLES = 1_000_000  # the GPU idles about half a millisecond, in which Python hands it the whole call
+CPU_CACHE = 64 << 20  # a CPU's last level may be shared and huge; the part of it that is fast is smaller
+MOST_BUFFERS = 64
+
+
+class Clock:
+    """Times one call at a time on a device, and is pytest-benchmark's timer, so that both speak of the same seconds."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.elapsed = 0.0
+
+    def read(self) -> float:
+        """Seconds of all calls so far."""
+        return self.elapsed
+
+    def wall(self, call: Callable[[], Any]) -> float:
+        """Seconds from the call until the device has done it, with what Python needs to launch it."""
+        synchronize(self.device)
+        began = time.perf_counter()
+        call()
+        synchronize(self.device)
+        return self._add(time.perf_counter() - began)
+
+    def kernels(self, call: Callable[[], Any]) -> float:
+        """Seconds that the call occupies a GPU, without the launching; elsewhere `wall`."""
+        if self.device.type != "cuda":
+            return self.wall(call)
+        began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize(self.device)
+        torch.cuda._sleep(CYCLES)
+        began.record()
+        call()
+        ended.record()
+        ended.synchronize()
+        return self._add(began.elapsed_time(ended) * 1e-3)
+
+    def _add(self, seconds: float) -> float:
+        self.elapsed += seconds
+        return seconds
+
+
+def call_memory(call: Callable[[], Any], device: torch.device) -> tuple[int, int]:
+    """The most bytes allocated on a GPU during a call, and how many of them were not so before it."""
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device)
+    return peak, peak - before
+
+
+def buffers_needed(bytes_each: int, device: torch.device) -> int:
+    """How many buffers of this size go round so that the caches do not hold what a call reads."""
+    cache = 2 * cache_bytes(device) if device.type == "cuda" else CPU_CACHE
+    return min(MOST_BUFFERS, max(2, math.ceil(cache / max(1, bytes_each))))
+
+
+def rotating(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
+    """One call that makes each of the calls in turn: the same work, each on buffers of its own."""
+    turn = itertools.cycle(calls)
+    return lambda: next(turn)()
+
+
+def spread(seconds: list[float]) -> float:
+    """The interquartile range; 0 for a single value."""
+    if len(seconds) < 2:
+        return 0.0
+    first, _, third = statistics.quantiles(seconds, n=4)
+    return third - first

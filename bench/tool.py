@@ -1,0 +1,33 @@
+"""What the command lines of the tools beside the benchmarks share.
+
+Importing it makes the engine importable where it is not installed, as on a machine that is at hand for minutes. It
+stands before every other import of a tool.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCH = ROOT / "bench"
+RESULTS = BENCH / "results"
+
+sys.path += [str(ROOT), str(ROOT / "kernels")]  # at the end: one that is installed comes first
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaint is the `UsageError` that `fastgpt.cli.run` prints in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        from fastgpt.errors import UsageError
+
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def positive(text: str) -> float:
+    """A flag's number above 0, for argparse's `type`."""
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return number

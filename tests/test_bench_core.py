@@ -1,0 +1,173 @@
+"""What the benchmarks stand on: limits, counts, buffers that go round, live bytes, and a case for every operation."""
+
+import pytest
+import torch
+
+from bench_kernels import agreeing
+from ceilings import Ceilings, Limit, dtype_name
+from counts import COUNTS, Count, count
+from fastgpt import dispatch
+from kernel_cases import DIRECTIONS, SHAPES, Case, cases, inputs
+from kernel_peers import column, contenders, distance, prepared
+from live_bytes import LiveBytes, draw_allocation, thinned
+from timing import Clock, buffers_needed, rotating, spread
+
+CPU = torch.device("cpu")
+MACHINE = Ceilings(copy_bandwidth=80e9, read_bandwidth=100e9, matmul={"float32": 1e12, "bfloat16": 4e12})
+
+
+def test_limit_is_the_slower_of_memory_and_arithmetic():
+    assert MACHINE.limit(bytes=200e9, flops=1e12) == Limit("memory", 2.0)
+    assert MACHINE.limit(bytes=200e9, flops=3e12) == Limit("arithmetic", 3.0)
+    assert MACHINE.limit(bytes=200e9, flops=3e12, arithmetic=torch.bfloat16) == Limit("memory", 2.0)
+    assert MACHINE.limit(bytes=50e9) == Limit("memory", 0.5)
+    assert MACHINE.limit(flops=8e12, arithmetic="bfloat16") == Limit("arithmetic", 2.0)
+
+
+def test_limit_of_nothing_or_of_an_unmeasured_arithmetic_is_refused():
+    with pytest.raises(ValueError, match="count its bytes"):
+        MACHINE.limit()
+    with pytest.raises(ValueError, match="float16 were not measured"):
+        MACHINE.limit(flops=1, arithmetic=torch.float16)
+    assert dtype_name(torch.float16) == dtype_name("float16") == "float16"
+
+
+def test_counts_by_hand():
+    attention = {"B": 2, "T": 3, "H": 4, "D": 8}
+    # 6 pairs of a query and a key that it sees, two products of 2 * 8 operations each, for 2 * 4 heads
+    assert count("causal_attention", "forward", attention, 2) == Count(6 * 2 * 16 * 8, 4 * (2 * 3 * 4 * 8) * 2)
+    assert count("causal_attention", "backward", attention, 2) == Count(
+        2.5 * 6 * 2 * 16 * 8, 8 * (2 * 3 * 4 * 8) * 2 + 2 * 3 * 4 * 4
+    )
+    loss = {"N": 5, "C": 7, "V": 11}
+    assert count("linear_cross_entropy", "both", loss, 4) == Count(3 * 2 * 5 * 7 * 11, 2 * (5 * 7 + 11 * 7) * 4 + 5 * 8)
+    assert count("layer_norm", "forward", {"N": 5, "C": 7}, 4).bytes == (5 + 5 + 2) * 7 * 4
+    assert count("add_layer_norm", "forward", {"N": 5, "C": 7}, 4).bytes == (4 * 5 + 2) * 7 * 4
+    assert count("linear_int8", "forward", {"N": 1, "C": 6, "out": 10}, 2) == Count(120, 60 + 40 + 32)
+
+
+@pytest.mark.parametrize("op", dispatch.TABLE)
+def test_count_holds_every_input_and_output_once(op: str):
+    shape, dtype = SHAPES["cpu"][op][0][0], torch.float32
+    case = Case(op, "forward", "reference", shape, "float32", 0)
+    args = inputs(case, CPU)
+    result = column(op, "reference")(*args)()
+    outs = [result] if isinstance(result, torch.Tensor) else list(result or [])
+    moved = sum(t.nbytes for t in (*args, *outs))
+    if op == "kv_write":  # the pages are written at the slots alone
+        moved = sum(t.nbytes for t in (*args[:2], args[4])) + sum(t.nbytes for t in args[:2])
+    counted = count(op, "forward", shape, dtype.itemsize).bytes
+    assert counted == pytest.approx(moved, rel=0.01)
+
+
+def test_every_operation_of_the_table_has_its_cases():
+    assert set(dispatch.TABLE) == set(DIRECTIONS) == {op for op, _ in COUNTS}
+    for kind in SHAPES:
+        assert set(SHAPES[kind]) == set(DIRECTIONS)
+    here = cases(CPU)
+    assert len({case.key for case in here}) == len(here)
+    assert {case.op for case in here} == set(dispatch.TABLE)
+    assert [case.tier for case in here] == sorted(case.tier for case in here)
+    assert {case.column for case in here} == {"torch", "reference"}  # no GPU: Triton is not measured
+
+
+def test_calls_rotate():
+    seen: list[int] = []
+    call = rotating([lambda i=i: seen.append(i) for i in range(3)])
+    for _ in range(7):
+        call()
+    assert seen == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_buffers_exceed_the_cache():
+    assert buffers_needed(16 << 20, CPU) * (16 << 20) >= 64 << 20
+    assert buffers_needed(1 << 40, CPU) == 2
+    assert buffers_needed(1, CPU) == 64  # many, and not without end
+
+
+def test_clock_adds_what_it_timed():
+    clock = Clock(CPU)
+    times = [clock.wall(lambda: None), clock.kernels(lambda: None)]
+    assert clock.read() == pytest.approx(sum(times))
+    assert spread([1.0]) == 0
+    assert spread([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]) == 4
+
+
+@pytest.mark.parametrize("op", ["causal_attention", "linear_cross_entropy", "linear_int8"])
+def test_peers_compute_what_the_column_does(op: str):
+    direction = DIRECTIONS[op][-1]
+    shapes = {
+        "causal_attention": {"B": 1, "T": 9, "H": 2, "D": 8},
+        "linear_cross_entropy": {"N": 5, "C": 8, "V": 11},
+        "linear_int8": {"N": 1, "C": 32, "out": 6},
+    }
+    case = Case(op, direction, "torch", shapes[op], "float32", 1)
+    args = inputs(case, CPU)
+    peers, left_out = contenders(case, CPU, "torch")
+    with torch.set_grad_enabled(direction != "forward"):
+        fit, apart = agreeing(column(op, "torch"), peers, case, args, left_out)
+        assert fit
+        assert apart.keys() == fit.keys()
+        assert left_out.keys() >= {"compiled reference"}
+        broken = {"broken": lambda *args: lambda: 1 / 0, "wrong": lambda *args: lambda: [3 * t for t in args[:3]]}
+        with pytest.raises((AssertionError, ValueError, RuntimeError)):
+            agreeing(column(op, "torch"), broken, case, args, left_out)
+    assert left_out["broken"] == "ZeroDivisionError: division by zero"
+
+
+def test_distance_is_of_the_worst_tensor():
+    a, b = torch.ones(4), torch.full((4,), 2.0)
+    assert distance([a, b], [a, a]) == 1.0
+    assert distance(None, None) == 0.0
+
+
+def test_backward_gives_every_gradient():
+    case = Case("layer_norm", "backward", "torch", {"N": 3, "C": 4}, "float32", 0)
+    args = inputs(case, CPU)
+    call = prepared(column("layer_norm", "torch"), args, "backward")
+    first, second = call(), call()
+    assert [t.shape for t in first] == [t.shape for t in args]
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_live_bytes_by_hand():
+    with LiveBytes(CPU) as memory:
+        memory.phase = "first"
+        a = torch.zeros(1000)
+        b = a[10:20]  # a view: nothing new
+        assert memory.live == 4000
+        del a
+        assert memory.live == 4000  # b refers to it
+        memory.phase = "second"
+        c = b * 2
+        assert memory.live == 4040
+        del b, c
+        assert memory.live == 0
+    assert memory.peak == 4040
+    assert memory.series == [(0, 4000), (1, 4000), (2, 4040)]
+    assert memory.phases == [("first", 0), ("second", 2)]
+
+
+def test_live_bytes_of_a_backward_pass():
+    w = torch.randn(100, 100, requires_grad=True)
+    with LiveBytes(CPU) as memory:
+        memory.hold([w])
+        loss = (w @ w).relu().sum()
+        loss.backward()
+        del loss
+        assert memory.live == 2 * w.nbytes  # the weight and its gradient
+        w.grad = None
+        assert memory.live == w.nbytes
+    assert memory.peak >= 4 * w.nbytes
+
+
+def test_thinned_series_keeps_the_peak_and_is_drawn(tmp_path):
+    series = [(i, (i * 7919) % 1000) for i in range(5000)]
+    short = thinned(series, 400)
+    assert len(short) == 400
+    assert max(size for _, size in short) == max(size for _, size in series)
+    assert short == sorted(short)
+    assert thinned(series[:3], 400) == series[:3]
+    path = tmp_path / "pictures" / "step.png"
+    draw_allocation({"torch": short}, {"torch": [("forward", 0), ("backward", 2500)]}, path)
+    assert path.read_bytes().startswith(b"\x89PNG")

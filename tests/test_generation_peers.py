@@ -1,0 +1,60 @@
+"""The peers of bench/bench_generate.py compute what our model does: the same greedy tokens from the same weights."""
+
+import pytest
+import torch
+
+from fastgpt.config import ModelConfig
+from fastgpt.generate import TextGenerator
+from fastgpt.model import GPT
+from fastgpt.tokenizer import ByteTokenizer
+from generation_peers import PACKAGES, Peer, installed, make_peers
+
+PROMPTS, NEW = [[3, 141, 59, 26, 5, 35], [97], [89, 79, 32]], 12
+
+
+def untrained() -> GPT:
+    """Weights so large that each next token depends on all before it, and no two are nearly as likely."""
+    torch.manual_seed(4)
+    model = GPT(ModelConfig(vocab_size=256, n_layer=2, n_head=2, n_embd=64, block_size=64)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(8.0 if ".c_" in name else 4.0)
+            if name.endswith("bias"):
+                parameter.normal_(0.0, 0.5)
+    return model
+
+
+def ours(prompts: list[list[int]], count: int) -> list[list[int]]:
+    generator = TextGenerator(untrained(), ByteTokenizer())
+    return [list(generator.stream(prompt, temperature=0, max_new_tokens=count).tokens()) for prompt in prompts]
+
+
+def only(name: str) -> Peer:
+    """The peer of this name; skips the test where it is not installed."""
+    missing = [package for package in PACKAGES[name.split(" ")[0]] if not installed(package)]
+    if missing:
+        pytest.skip(f"{', '.join(missing)} not installed: pip install fastgpt-engine[bench]")
+    peers, left_out = make_peers([name], untrained())
+    assert left_out == []
+    return peers[name]
+
+
+@pytest.mark.parametrize("name", ["llama.cpp f32", "transformers float32", "ctranslate2 float32"])
+def test_a_float32_peer_gives_our_tokens(name: str):
+    peer = only(name)
+    wanted = ours(PROMPTS, NEW)
+    assert all(len(set(tokens)) > NEW // 2 for tokens in wanted)
+    assert peer(PROMPTS, NEW) == wanted
+
+
+@pytest.mark.parametrize("name", ["llama.cpp f16", "llama.cpp q8_0", "transformers bfloat16", "ctranslate2 int8"])
+def test_a_rounded_peer_begins_as_we_do(name: str):
+    """Rounded weights change a score by percents: enough to change a continuation in the end, not to begin another."""
+    peer = only(name)
+    assert peer(PROMPTS, 1) == ours(PROMPTS, 1)
+
+
+def test_what_is_not_installed_is_left_out(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("generation_peers.installed", lambda package: False)
+    names = ["llama.cpp q8_0", "ctranslate2 int8", "transformers bfloat16 static"]
+    assert make_peers(names, untrained()) == ({}, names)

@@ -1,0 +1,139 @@
+"""bench/survey.py on a tiny suite: what it measures, records, skips and leaves when the time is over."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import survey
+from progress import file_name
+from survey import groups, importance
+
+SUITE = """
+import os
+import time
+import pytest
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_measured(benchmark, n):
+    benchmark.pedantic(sum, (range(n),), rounds=3)
+
+def test_failing(benchmark):
+    raise ValueError("the device is on fire")
+
+def test_slow(benchmark):
+    print("going to sleep", flush=True)
+    time.sleep(60)
+
+def test_ending_the_process(benchmark):
+    print("about to crash", flush=True)
+    os._exit(7)
+
+def test_skipped(benchmark):
+    pytest.skip("needs a CUDA GPU")
+
+def test_last(benchmark):
+    benchmark.pedantic(sum, (range(9),), rounds=3)
+"""
+PYTEST = "-p pytest_benchmark.plugin -p no:cacheprovider"  # and no other plugin, which take time to import
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Path:
+    folder = tmp_path / "bench"
+    folder.mkdir()
+    (folder / "bench_fake.py").write_text(SUITE, encoding="utf-8")
+    (tmp_path / "pytest.ini").write_text(f"[pytest]\npython_files = bench_*.py\naddopts = {PYTEST}\n", encoding="utf-8")
+    return folder
+
+
+def run(suite: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, survey.__file__, "--suite", str(suite), "--out", str(suite.parent / "out"), *flags]
+    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def cases(suite: Path) -> dict[str, dict]:
+    return {path.name: json.loads(path.read_text()) for path in (suite.parent / "out" / "cases").glob("*.json")}
+
+
+def case(name: str) -> str:
+    return file_name(f"bench/bench_fake.py::{name}")
+
+
+def test_records_everything_goes_on_and_resumes(suite: Path):
+    done = run(suite, "--minutes", "1", "--case_seconds", "1")
+    assert done.returncode == 0, done.stderr
+    found = cases(suite)
+    assert found[case("test_failing")]["outcome"] == "failed"
+    assert "the device is on fire" in found[case("test_failing")]["line"]
+    assert found[case("test_slow")]["outcome"] == "timed out"
+    assert found[case("test_ending_the_process")]["outcome"] == "failed"
+    assert "exit code 7" in found[case("test_ending_the_process")]["line"]
+    assert found[case("test_skipped")] == {
+        "nodeid": "bench/bench_fake.py::test_skipped",
+        "outcome": "skipped",
+        "line": "needs a CUDA GPU",
+    }
+    measured = [case(name) for name in ("test_measured[1]", "test_measured[2]", "test_last")]
+    for name in measured:
+        assert found[name]["benchmarks"][0]["stats"]["rounds"] == 3
+    (merged,) = (suite.parent / "out").glob("*-survey.json")
+    content = json.loads(merged.read_text())
+    assert {c["name"] for c in content["benchmarks"]} == {"test_measured[1]", "test_measured[2]", "test_last"}
+    assert len(content["failures"]) == 4
+    assert "3 measured, 4 failed, stopped or skipped, 0 not reached" in done.stdout
+
+    (suite.parent / "out" / "cases" / case("test_last")).unlink()
+    before = {name: (suite.parent / "out" / "cases" / name).stat().st_mtime_ns for name in cases(suite)}
+    again = run(suite, "--minutes", "1", "--case_seconds", "1")
+    assert again.returncode == 0, again.stderr
+    assert "7 cases, 6 of them done before" in again.stdout
+    assert case("test_last") in cases(suite)
+    for name, moment in before.items():
+        assert (suite.parent / "out" / "cases" / name).stat().st_mtime_ns == moment, name
+
+
+def test_what_runs_when_the_time_is_over_is_not_recorded(suite: Path):
+    began = time.monotonic()
+    done = run(suite, "--minutes", "0.07")
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - began < 10
+    assert case("test_slow") not in cases(suite)
+    assert "not reached" in done.stdout
+    assert "0 not reached" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--minutes", "0"], "--minutes: 0 is not a number above 0"),
+        (["--minutes", "1", "--suite", "nowhere"], "--suite nowhere is no folder"),
+        (["--minutes", "1", "--out", __file__], "is a file; give a folder"),
+        (["--minutes", "1", "--hours", "1"], "--hours"),
+        ([], "--minutes"),
+    ],
+)
+def test_bad_flags_are_one_line(capsys, tmp_path: Path, flags: list[str], words: str):
+    default = [] if "--out" in flags else ["--out", str(tmp_path / "out")]
+    assert survey.cli.run(survey.main, [*flags, *default]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert words in line
+
+
+def test_important_cases_come_first_and_share_processes():
+    names = [
+        "bench/bench_startup.py::test_first_token",
+        "bench/bench_train.py::test_training_step[gpt2-medium-triton-auto-False-0.0-None]",
+        "bench/bench_kernels.py::test_kernel[causal_attention-forward-triton-B16-T1024-H12-D64-bfloat16]",
+        "bench/bench_train.py::test_training_step[gpt2-torch-auto-True-0.0-None]",
+        "bench/bench_train.py::test_training_step[gpt2-triton-auto-False-0.0-None]",
+        "bench/bench_train.py::test_training_step[gpt2-triton-auto-True-0.0-None]",
+    ]
+    assert list(groups(names)) == [names[4:6], [names[3]], [names[2]], [names[1]], [names[0]]]
+    assert importance("bench/bench_new.py::test_new") == len(survey.IMPORTANCE)
