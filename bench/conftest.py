@@ -1,11 +1,12 @@
 """What every benchmark shares: rounds that time the peers beside us, the machine's ceilings, a summary, clean results.
 
-Two programs on a shared machine are only comparable within one run, so each round runs every peer and then us.
+Two programs on a shared machine are only comparable within one run, so each round runs us and every peer once.
 """
 
 import dataclasses
 import json
 import platform
+import random
 import statistics
 import subprocess
 from collections.abc import Callable, Mapping
@@ -60,7 +61,7 @@ def clock(request: pytest.FixtureRequest, device: torch.device) -> Clock:
 
 @pytest.fixture
 def against(clock: Clock, benchmark, request: pytest.FixtureRequest) -> Callable[..., dict[str, float]]:
-    """Time `ours` against its peers in alternating rounds; returns how many times faster than each peer ours is."""
+    """Time `ours` against its peers in the same rounds; returns how many times faster than each peer ours is."""
 
     def compare(
         ours: Callable[[], Any],
@@ -94,8 +95,7 @@ def against(clock: Clock, benchmark, request: pytest.FixtureRequest) -> Callable
         """
         if aim_peer is not None and aim_peer not in peers:
             raise ValueError(f"aim_peer {aim_peer!r} is not among the peers: {', '.join(peers) or 'none'}")
-        calls = {**peers, "": ours}  # ours last
-        memory = {}
+        calls, memory, order = {**peers, "": ours}, {}, random.Random(0)
         for name, call in calls.items():
             call()  # compile, allocate
             if clock.device.type == "cuda":
@@ -103,11 +103,13 @@ def against(clock: Clock, benchmark, request: pytest.FixtureRequest) -> Callable
         timed = clock.wall if launching else clock.kernels
         seconds: dict[str, list[float]] = {name: [] for name in calls}
 
-        def time_peers() -> None:
-            for name, peer in peers.items():
-                seconds[name].append(timed(peer))
+        def time_all() -> None:
+            """Each once, in an order drawn anew, as what ran before leaves its mark: on caches, clocks, threads."""
+            for name in order.sample(list(calls), len(calls)):
+                seconds[name].append(timed(calls[name]))
+            clock.count(seconds[""][-1])
 
-        benchmark.pedantic(lambda: seconds[""].append(timed(ours)), setup=time_peers, rounds=rounds)
+        benchmark.pedantic(time_all, rounds=rounds)
         own = statistics.median(seconds.pop(""))
         rows = {name: peer_row(times, own, units) for name, times in seconds.items()}
         for name in rows.keys() & memory.keys():

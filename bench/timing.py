@@ -12,6 +12,7 @@ import torch
 from ceilings import cache_bytes
 from fastgpt.device import synchronize
 
+REST = 0.003  # seconds in which the threads of the call before stop waiting actively; compiled code has its own
 CYCLES = 1_000_000  # the GPU idles about half a millisecond, in which Python hands it the whole call
 CPU_CACHE = 64 << 20  # a CPU's last level may be shared and huge; the part of it that is fast is smaller
 MOST_BUFFERS = 64
@@ -25,8 +26,12 @@ class Clock:
         self.elapsed = 0.0
 
     def read(self) -> float:
-        """Seconds of all calls so far."""
+        """Seconds of the calls that were counted so far."""
         return self.elapsed
+
+    def count(self, seconds: float) -> None:
+        """Let pytest-benchmark see these seconds."""
+        self.elapsed += seconds
 
     def wall(self, call: Callable[[], Any]) -> float:
         """Seconds from the call until the device has done it, with what Python needs to launch it."""
@@ -34,11 +39,13 @@ class Clock:
         began = time.perf_counter()
         call()
         synchronize(self.device)
-        return self._add(time.perf_counter() - began)
+        return time.perf_counter() - began
 
     def kernels(self, call: Callable[[], Any]) -> float:
-        """Seconds that the call occupies a GPU, without the launching; elsewhere `wall`."""
+        """Seconds that the call occupies a GPU, without the launching; on a CPU `wall`, on threads that are awake."""
         if self.device.type != "cuda":
+            time.sleep(REST)
+            call()
             return self.wall(call)
         began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize(self.device)
@@ -47,11 +54,7 @@ class Clock:
         call()
         ended.record()
         ended.synchronize()
-        return self._add(began.elapsed_time(ended) * 1e-3)
-
-    def _add(self, seconds: float) -> float:
-        self.elapsed += seconds
-        return seconds
+        return began.elapsed_time(ended) * 1e-3
 
 
 def call_memory(call: Callable[[], Any], device: torch.device) -> tuple[int, int]:
@@ -71,9 +74,9 @@ def buffers_needed(bytes_each: int, device: torch.device) -> int:
     return min(MOST_BUFFERS, max(2, math.ceil(cache / max(1, bytes_each))))
 
 
-def rotating(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
-    """One call that makes each of the calls in turn: the same work, each on buffers of its own."""
-    turn = itertools.cycle(calls)
+def rotating(calls: Sequence[Callable[[], Any]], start: int = 0) -> Callable[[], Any]:
+    """One call that makes each of the calls in turn, from `start` on: the same work, each on buffers of its own."""
+    turn = itertools.cycle([*calls[start:], *calls[:start]])
     return lambda: next(turn)()
 
 

@@ -1,5 +1,7 @@
 """What the benchmarks stand on: limits, counts, buffers that go round, live bytes, and a case for every operation."""
 
+import time
+
 import pytest
 import torch
 
@@ -73,10 +75,11 @@ def test_every_operation_of_the_table_has_its_cases():
 
 def test_calls_rotate():
     seen: list[int] = []
-    call = rotating([lambda i=i: seen.append(i) for i in range(3)])
-    for _ in range(7):
-        call()
-    assert seen == [0, 1, 2, 0, 1, 2, 0]
+    calls = [lambda i=i: seen.append(i) for i in range(3)]
+    first, second = rotating(calls), rotating(calls, 2)
+    for _ in range(4):
+        first(), second()
+    assert seen == [0, 2, 1, 0, 2, 1, 0, 2]
 
 
 def test_buffers_exceed_the_cache():
@@ -85,10 +88,17 @@ def test_buffers_exceed_the_cache():
     assert buffers_needed(1, CPU) == 64  # many, and not without end
 
 
-def test_clock_adds_what_it_timed():
-    clock = Clock(CPU)
-    times = [clock.wall(lambda: None), clock.kernels(lambda: None)]
-    assert clock.read() == pytest.approx(sum(times))
+def test_clock_times_one_call_and_reads_what_is_counted():
+    clock, slept = Clock(CPU), 0.02
+    assert clock.wall(lambda: time.sleep(slept)) >= slept
+    assert clock.kernels(lambda: time.sleep(slept)) >= slept
+    assert clock.read() == 0
+    clock.count(0.5)
+    clock.count(0.25)
+    assert clock.read() == 0.75
+
+
+def test_spread_is_the_middle_half():
     assert spread([1.0]) == 0
     assert spread([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]) == 4
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from fastgpt.choices import Choice, ChoiceFile, Environment, source_hash
+from fastgpt.choices import Choice, ChoiceFile, Environment, environment_of, source_hash
 from fastgpt.files import temporary_sibling
 from fastgpt.workload import Workload
 
@@ -125,3 +125,17 @@ def test_the_hash_of_the_kernels_changes_with_any_of_their_files(tmp_path):
     assert len(found) == 3  # c.txt is not one of them
     (tmp_path / "b.py").rename(tmp_path / "d.py")
     assert source_hash(tmp_path) not in found
+
+
+def test_the_environment_is_what_is_found_here(monkeypatch):
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"a GPU named {device}")
+    found = environment_of(torch.device("cuda:1"))
+    assert (found.gpu, found.torch, found.triton) == ("a GPU named cuda:1", torch.__version__, triton.__version__)
+    assert (len(found.kernels), found.products) == (16, "ieee")
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert environment_of(torch.device("cuda:1")).products == "tf32"
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -178,7 +178,15 @@ def test_flags_that_do_not_fit_a_conversation_are_refused(monkeypatch, capsys, g
 def test_a_conversation_with_the_command_itself():
     """Turn by turn: the model answers before the next line is typed, and Ctrl-C stops a turn without an end."""
     runs.run("--max_iters 2 --eval_interval 2 --block_size 32 --tokenizer byte")
-    command = [sys.executable, "-m", "fastgpt.generate", "--interactive", "--no-compile", "--max_new_tokens", "100000000"]
+    command = [
+        sys.executable,
+        "-m",
+        "fastgpt.generate",
+        "--interactive",
+        "--no-compile",
+        "--max_new_tokens",
+        "100000000",
+    ]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen([*command, "--device", "cpu", "--kv_memory", "1MB"], bufsize=0, **pipes)
     watchdog = threading.Timer(60, process.kill)

@@ -75,7 +75,9 @@ def test_every_matrix_but_the_positions_is_a_byte_an_element():
         if name.endswith("weight"):
             assert buffer.dtype == torch.int8
             scale = generator.model.get_buffer(name.removesuffix("weight") + "scale")
-            torch.testing.assert_close(buffer * scale[:, None], before[name], rtol=0, atol=scale.max().item() / 2 + 1e-6)
+            torch.testing.assert_close(
+                buffer * scale[:, None], before[name], rtol=0, atol=scale.max().item() / 2 + 1e-6
+            )
     assert (generator.model.dtype, generator.model.device.type) == (torch.float32, "cpu")
 
 
