@@ -5,8 +5,8 @@ ceilings.limit(bytes=..., flops=..., arithmetic=torch.bfloat16) -> Limit
 """
 
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from fastgpt.device import free_memory, synchronize
 
 ROUNDS = 3
 PRODUCT_SECONDS = 0.03  # how long the matrix product that is timed may take
-SIDES = {"cpu": (256, 512, 1024, 2048), "cuda": (2048, 4096, 8192)}
+SIDES = {"cpu": (256, 512, 1024, 2048), "mps": (1024, 2048, 4096), "cuda": (2048, 4096, 8192)}
 CACHE_UNKNOWN = 32 << 20  # bytes assumed where the system does not say how large its caches are
 
 
@@ -85,7 +85,7 @@ def measure(device: torch.device) -> Ceilings:
 def matmul_rate(device: torch.device, arithmetic: str) -> float:
     """Operations a second of a square product, at the largest side that PRODUCT_SECONDS allow."""
     dtype = torch.float32 if arithmetic == "tf32" else getattr(torch, arithmetic)
-    with float32_products("tf32" if arithmetic == "tf32" else "ieee") if device.type == "cuda" else nullcontext():
+    with float32_products("high" if arithmetic == "tf32" else "highest"):
         rate = 0.0
         for n in SIDES[device.type]:
             if rate and 2 * n**3 / rate > PRODUCT_SECONDS:
@@ -96,19 +96,15 @@ def matmul_rate(device: torch.device, arithmetic: str) -> float:
         return rate
 
 
-def float32_products(precision: Literal["ieee", "tf32"]) -> AbstractContextManager[None]:
-    """How CUDA multiplies float32 matrices within the block."""
-
-    @contextmanager
-    def block():
-        before = torch.backends.cuda.matmul.fp32_precision
-        torch.backends.cuda.matmul.fp32_precision = precision
-        try:
-            yield
-        finally:
-            torch.backends.cuda.matmul.fp32_precision = before
-
-    return block()
+@contextmanager
+def float32_products(precision: Literal["highest", "high"]) -> Iterator[None]:
+    """Within the block float32 matrices are multiplied as such, or ("high", on CUDA) in TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def best_seconds(call: Callable[[], object], device: torch.device) -> float:

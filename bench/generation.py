@@ -3,14 +3,15 @@
 How a model is made ready, in which dtype, quantized, compiled or not, is said in `generator_of` alone.
 """
 
+import contextlib
 import dataclasses
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from fastgpt import dispatch
 from fastgpt.config import PRESETS, ModelConfig
@@ -155,6 +156,31 @@ def cache_bytes(
     return sum(-(-length // page_size) for length in lengths) * page_bytes(config, page_size, dtype)
 
 
+@contextlib.contextmanager
+def _named_functions(generator: TextGenerator) -> Iterator[None]:
+    """The compiled functions of a generator's decode step, where it has one, under names that the profiler shows."""
+    step = generator.step
+    if step is None:
+        yield
+        return
+    functions = {"layer": step.layer, "head": step.head}
+
+    def named(name: str, function: Callable[[list], list]) -> Callable[[list], list]:
+        def run(tensors: list) -> list:
+            with record_function(f"compiled {name}"):
+                return function(tensors)
+
+        return run
+
+    for name, function in functions.items():
+        setattr(step, name, named(name, function))
+    try:
+        yield
+    finally:
+        for name, function in functions.items():
+            setattr(step, name, function)
+
+
 def profile_step(generator: TextGenerator, prompt: Prompt, steps: int) -> list[dict[str, Any]]:
     """Where the time of an average decode step goes: [{"op": name, "microseconds": its own time}], the largest first.
 
@@ -172,7 +198,10 @@ def profile_step(generator: TextGenerator, prompt: Prompt, steps: int) -> list[d
     synchronize(device)
     whole = (time.perf_counter() - began) / steps * 1e6
     on_gpu = device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiled:
+    with (
+        _named_functions(generator),
+        profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiled,
+    ):
         for _ in range(steps):
             next(draws)
         synchronize(device)

@@ -28,7 +28,7 @@ from fastgpt.errors import UsageError
 from fastgpt.files import TEMPORARY
 from fastgpt.kv_cache import DenseCache
 from fastgpt.linear import store_by_rows
-from fastgpt.model import GPT, Block, add_norm
+from fastgpt.model import GPT, add_norm
 from fastgpt_kernels.row_product import in_memory
 
 OPTIONS = {
@@ -73,7 +73,7 @@ class _OneLayer:
 class _Layer(nn.Module):
     """A block as a function of its weights. They are no parameters here, so that they stay outside of the code."""
 
-    def __init__(self, block: Block):
+    def __init__(self, block: nn.Module):
         super().__init__()
         self.names = tuple(_weights(block))
         self.block = (block,)
@@ -117,6 +117,7 @@ class DecodeStep:
     """The compiled step of a model in evaluation mode.
 
     Attributes:
+        layer, head: the compiled functions, from a list of tensors to a list of tensors.
         seconds: what compiling took; 0.0 where it was found compiled.
     """
 
@@ -141,8 +142,8 @@ class DecodeStep:
         cache = torch.zeros(4, config.kv_heads, config.head_size, dtype=x.dtype)
         slots = torch.arange(3)
         layer = (x, x.clone(), rotation, slots, cache, cache.clone(), self._layers[0])
-        self._layer = self._function("layer", _Layer(model.h[0]), layer, {3: "S", 4: "slots", 5: "slots"})
-        self._head = self._function("head", _Head(model), (x, x.clone(), self._head_weights), {})
+        self.layer = self._function("layer", _Layer(model.h[0]), layer, {3: "S", 4: "slots", 5: "slots"})
+        self.head = self._function("head", _Head(model), (x, x.clone(), self._head_weights), {})
 
     def __call__(
         self, token: torch.Tensor, slots: torch.Tensor, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]
@@ -158,8 +159,8 @@ class DecodeStep:
         branch = torch.zeros_like(x)
         turned = [] if rotation is None else [rotation]
         for weights, k, v in zip(self._layers, keys, values, strict=True):
-            x, branch = self._layer([x, branch, *turned, slots, k, v, *weights])
-        return self._head([x, branch, *self._head_weights])[0]
+            x, branch = self.layer([x, branch, *turned, slots, k, v, *weights])
+        return self.head([x, branch, *self._head_weights])[0]
 
     def extend(self, cache: DenseCache, token: torch.Tensor) -> torch.Tensor:
         """The logits (1, V) of what follows the next token (1,) of a cache's only sequence, which is not empty."""
@@ -229,7 +230,8 @@ def _compile(module: nn.Module, inputs: tuple, free: dict[int, str], path: Path)
 
 def _load(path: Path) -> Callable[[list], list]:
     # What torch._inductor.aoti_load_package does, without the seconds that importing the compiler takes.
-    return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1).boxed_run
+    loader = torch._C._aoti.AOTIModelPackageLoader  # pyright: ignore[reportAttributeAccessIssue]
+    return loader(str(path), "model", True, 1, -1).boxed_run
 
 
 def _processor() -> str:

@@ -20,7 +20,7 @@ from fastgpt.device import parse_memory, resolve_device, resolve_weights_dtype, 
 from fastgpt.errors import UsageError
 from fastgpt.files import decode_utf8
 from fastgpt.model import GPT
-from fastgpt.prompt import prompt_tokens
+from fastgpt.prompt import Prompt, prompt_tokens
 from fastgpt.quantized import quantize_model
 from fastgpt.single import Generation
 from fastgpt.tokenizer import Tokenizer
@@ -53,15 +53,15 @@ class TextGenerator:
         """
         self.step = self.step or DecodeStep(self.model, announce)
 
-    def generate(self, prompt: str = "", *, cache: str = "dense", **settings: Any) -> str:
+    def generate(self, prompt: Prompt = "", *, cache: str = "dense", **settings: Any) -> str:
         """The continuation of the prompt, without the prompt itself. See `stream`."""
         return "".join(self.stream(prompt, cache=cache, **settings))
 
-    def stream(self, prompt: str = "", *, cache: str = "dense", **settings: Any) -> Generation:
+    def stream(self, prompt: Prompt = "", *, cache: str = "dense", **settings: Any) -> Generation:
         """The continuation piece by piece, as it comes.
 
         Args:
-            prompt: any text; an empty one starts at the tokenizer's start token.
+            prompt: any text, or token ids; an empty one starts at the tokenizer's start token.
             cache: "dense" keeps keys and values, "none" computes them anew for every token.
             settings: fields of `SamplingParams`; `stop` may be one text or several.
 

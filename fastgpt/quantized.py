@@ -10,7 +10,7 @@ import torch.nn as nn
 
 from fastgpt.dispatch import Ops
 from fastgpt.linear import Embedding, Linear
-from fastgpt.model import GPT
+from fastgpt.model import GPT, MLP, Attention
 from fastgpt_kernels.quantization import quantize
 
 
@@ -58,8 +58,8 @@ class QuantizedEmbedding(nn.Module):
 
 def quantize_model(model: GPT) -> None:
     """Replace every matrix but the position embedding by its int8 form, in place; for a model that is only read."""
-    for block in model.h:
-        for part in (block.attn, block.mlp):
-            for name, layer in list(part.named_children()):
-                setattr(part, name, QuantizedLinear(layer, model.ops))
-    model.wte = QuantizedEmbedding(model.wte, model.ops)
+    for part in [m for m in model.modules() if isinstance(m, Attention | MLP)]:
+        for name, layer in list(part.named_children()):
+            assert isinstance(layer, Linear)
+            part.add_module(name, QuantizedLinear(layer, model.ops))
+    model.add_module("wte", QuantizedEmbedding(model.wte, model.ops))

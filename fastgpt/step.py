@@ -32,7 +32,7 @@ class TrainStep:
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         # On a CPU Inductor's own random numbers are slower than PyTorch's, and are other ones than without --compile.
         options: dict[str, Any] = {"fallback_random": device.type == "cpu"}
-        # Nothing changes the modules of PyTorch in the model, and to check that takes a tenth of a small model's step.
+        # Nothing changes the modules of PyTorch in the model, so that need not be checked in every step.
         options["guard_filter_fn"] = torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe
         self.compiled = torch.compile(model, options=options) if config.compile else model
 

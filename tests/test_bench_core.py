@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench_kernels import agreeing
-from ceilings import Ceilings, Limit, dtype_name
+from ceilings import Ceilings, Limit, dtype_name, float32_products, matmul_rate
 from counts import COUNTS, Count, count
 from fastgpt import dispatch
 from kernel_cases import DIRECTIONS, SHAPES, Case, cases, inputs
@@ -32,6 +32,14 @@ def test_limit_of_nothing_or_of_an_unmeasured_arithmetic_is_refused():
     with pytest.raises(ValueError, match="float16 were not measured"):
         MACHINE.limit(flops=1, arithmetic=torch.float16)
     assert dtype_name(torch.float16) == dtype_name("float16") == "float16"
+
+
+def test_rate_of_products_is_measured_and_the_precision_put_back():
+    before = torch.get_float32_matmul_precision()
+    with float32_products("high"):
+        assert torch.get_float32_matmul_precision() == "high"
+    assert torch.get_float32_matmul_precision() == before
+    assert matmul_rate(CPU, "float32") > 1e8
 
 
 def test_counts_by_hand():

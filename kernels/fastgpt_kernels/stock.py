@@ -281,7 +281,8 @@ def linear_int8(
         # the cache, of 2304 x 768 and 50304 x 768: for 1 row 0.4 and 6.2 (dequantized at once 1.2, 24), for 16 rows
         # 1.1 and 34 (1.1, 28), for 64 rows 2.6 and 77 (1.3, 35). In float32 it is slower throughout: 1.0 and 27 for a
         # row, 40 and 924 for 64 (dequantized 0.6 and 15, 1.9 and 50).
-        y = torch._weight_int8pack_mm(rows.contiguous(), weight_int8, scale.to(x.dtype))
+        pack = torch._weight_int8pack_mm  # pyright: ignore[reportPrivateImportUsage]
+        y = pack(rows.contiguous(), weight_int8, scale.to(x.dtype))
     else:
         y = _linear_of_dequantized_on_cpu(rows, weight_int8, scale)
     y = y.view(*x.shape[:-1], outputs)
