@@ -50,15 +50,16 @@ only_on_cpu = pytest.mark.skipif(ON_GPU, reason="compares programs for the CPU")
 
 def cases() -> Iterator[tuple[str, str, int | str, bool]]:
     """Preset, cache, batch and whether compiled: one continuation without an engine, or a batch in one."""
-    for preset in GPU_PRESETS if ON_GPU else SIZES:
+    if not ON_GPU:
+        for cache, compiled in (("none", False), ("dense", False), ("dense", True), ("paged", True)):
+            yield "baby", cache, 1, compiled
+        yield from (("baby", "paged", batch, False) for batch in (8, 64, "ragged"))
+        yield from (("gpt2", "dense", 1, compiled) for compiled in (False, True))
+        yield "gpt2", "paged", 8, False
+        return
+    for preset in GPU_PRESETS:
         yield from ((preset, cache, 1, False) for cache in ("none", "dense"))
-        if ON_GPU:
-            yield from ((preset, "paged", *each) for each in itertools.product((1, 8, 64, "ragged"), (False, True)))
-        else:
-            yield preset, "dense", 1, True
-            yield preset, "paged", 1, True
-            batches = (1, 8, 64, "ragged") if preset == "baby" else (1, 8)
-            yield from ((preset, "paged", batch, False) for batch in batches)
+        yield from ((preset, "paged", *each) for each in itertools.product((1, 8, 64, "ragged"), (False, True)))
 
 
 # What is compared with what, on a CPU: dtype, quantization, rounds, the peer that is the mark, the other peers.

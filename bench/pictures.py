@@ -298,7 +298,7 @@ def profile(cases: Sequence[Case]) -> Named:
     for case in cases:
         variants = case.info.get("profile")
         if variants:
-            yield f"profile {case.title}", _profile(variants, f"{case.title}: where the time of one step goes")
+            yield f"profile {case.title}", _profile(variants, case.title)
 
 
 def _profile(variants: dict[str, list[dict[str, Any]]], title: str) -> Figure:

@@ -11,7 +11,6 @@ cache folder by what they depend on. The products are `fastgpt_kernels.row_produ
 
 import hashlib
 import platform
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -29,15 +28,15 @@ from fastgpt.files import TEMPORARY
 from fastgpt.kv_cache import DenseCache
 from fastgpt.linear import store_by_rows
 from fastgpt.model import GPT, add_norm
-from fastgpt_kernels.row_product import in_memory
+from fastgpt_kernels import row_product
 
 OPTIONS = {
     "cpp.enable_floating_point_contract_flag": "fast",
     "aot_inductor.compile_wrapper_opt_level": "O0",  # of what calls the kernels, which is most of the text
 }
 # What the compiled code depends on, beside shapes, compiler and processor.
-SOURCES = ("fastgpt.decode_step", "fastgpt.model", "fastgpt.linear", "fastgpt_kernels.row_product")
-SOURCES += ("fastgpt_kernels.dropout", "fastgpt_kernels.stock", "fastgpt_kernels.reference")
+SOURCES = [Path(__file__).with_name(f"{name}.py") for name in ("decode_step", "model", "gelu", "linear", "quantized")]
+SOURCES += [Path(row_product.__file__).with_name(f"{name}.py") for name in ("row_product", "stock", "reference")]
 
 
 class CannotCompile(UsageError):
@@ -62,7 +61,7 @@ class _OneLayer:
         self.keys.index_copy_(0, here, k[0])
         self.values.index_copy_(0, here, v[0])
         keys, values = self.keys[self.slots].float(), self.values[self.slots].float()  # each (S, Hkv, D)
-        grouped = in_memory(q.float() * D**-0.5, (Hkv, H // Hkv, D))
+        grouped = row_product.in_memory(q.float() * D**-0.5, (Hkv, H // Hkv, D))
         weights = (keys[:, :, None] * grouped).sum(-1).softmax(0)  # (S, Hkv, H / Hkv)
         return (weights[..., None] * values[:, :, None]).sum(0).to(q.dtype).view(1, 1, H, D)
 
@@ -197,7 +196,7 @@ class DecodeStep:
         given = [t for part in inputs for t in (part if isinstance(part, list) else [part]) if t is not None]
         tensors = [(tuple(t.shape), t.stride(), t.dtype) for t in given]
         says = [name, model.config, dict(model.ops.columns), tensors, torch.__version__, torch.get_num_threads()]
-        says += [_processor(), *(Path(sys.modules[module].__file__ or "").read_bytes() for module in SOURCES)]
+        says += [_processor(), *(source.read_bytes() for source in SOURCES)]
         return hashlib.sha256(repr(says).encode()).hexdigest()[:24]
 
 

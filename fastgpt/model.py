@@ -18,6 +18,7 @@ from fastgpt import dispatch
 from fastgpt.config import ModelConfig
 from fastgpt.dispatch import Ops
 from fastgpt.errors import CorruptCheckpoint
+from fastgpt.gelu import gelu
 from fastgpt.linear import Embedding, Linear, store_by_columns
 
 
@@ -80,7 +81,7 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return self.c_proj(gelu(self.c_fc(x)))
 
 
 class Block(nn.Module):
