@@ -53,7 +53,9 @@ def suite(tmp_path: Path) -> Path:
 
 def run(suite: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, survey.__file__, "--suite", str(suite), "--out", str(suite.parent / "out"), *flags]
-    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    # Where these tests run in several processes, pytest-benchmark would take the survey's for one of them.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
@@ -102,7 +104,7 @@ def test_what_runs_when_the_time_is_over_is_not_recorded(suite: Path):
     began = time.monotonic()
     done = run(suite, "--minutes", "0.07")
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30  # and not the minute that test_slow takes
     assert case("test_slow") not in cases(suite)
     assert "not reached" in done.stdout
     assert "0 not reached" not in done.stdout
