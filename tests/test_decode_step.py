@@ -52,9 +52,10 @@ def logits_of_both(model, step: DecodeStep, tokens: list[int]) -> tuple[torch.Te
             got.append(step.extend(ours, torch.tensor([token]))[0])
             wanted.append(model(torch.tensor([[token]]), cache=theirs)[0, 0])
     assert ours.length == theirs.length == len(tokens)
-    for mine, other in zip((*ours.keys, *ours.values), (*theirs.keys, *theirs.values), strict=True):
-        used = (slice(None), slice(len(tokens)))
-        torch.testing.assert_close(mine[used], other[used], rtol=2e-4, atol=2e-6)
+    if model.dtype == torch.float32:
+        for mine, other in zip((*ours.keys, *ours.values), (*theirs.keys, *theirs.values), strict=True):
+            used = (slice(None), slice(len(tokens)))
+            torch.testing.assert_close(mine[used], other[used], rtol=2e-4, atol=2e-6)
     return torch.stack(got), torch.stack(wanted)
 
 
@@ -98,25 +99,37 @@ def test_generation_takes_it_and_gives_the_same_text(generator: TextGenerator):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("changes", "dtype", "quantized", "tolerance"),
+    ("changes", "dtype", "quantized"),
     [
-        ({"position": "learned"}, torch.float32, False, 1e-5),
-        ({"position": "sinusoidal", "bias": False}, torch.float32, False, 1e-5),
-        ({"position": "none", "n_layer": 1, "n_head": 1}, torch.float32, False, 1e-5),
-        ({"position": "learned", "vocab_size": 13}, torch.float32, True, 1e-5),
-        ({"position": "rotary"}, torch.bfloat16, False, 0.02),
-        ({"position": "learned"}, torch.bfloat16, True, 0.02),
+        ({"position": "learned"}, torch.float32, False),
+        ({"position": "sinusoidal", "bias": False}, torch.float32, False),
+        ({"position": "none", "n_layer": 1, "n_head": 1}, torch.float32, False),
+        ({"position": "learned", "chars": "\nabcdefghijkl"}, torch.float32, True),
+        ({"position": "rotary"}, torch.bfloat16, False),
+        ({"position": "learned"}, torch.bfloat16, True),
     ],
 )
-def test_every_kind_of_model(changes: dict, dtype: torch.dtype, quantized: bool, tolerance: float):
+def test_every_kind_of_model(changes: dict, dtype: torch.dtype, quantized: bool):
     model = fresh(block_size=16, **changes).model.to(dtype)
     if quantized:
         quantize_model(model)
     else:
         store_by_columns(model)
-    got, wanted = logits_of_both(model, DecodeStep(model), [1, 2, 3, 4, 5, 6])
+    tokens = [1, 2, 3, 4, 5, 6]
+    got, wanted = logits_of_both(model, DecodeStep(model), tokens)
     assert got.dtype == dtype
-    torch.testing.assert_close(got.float(), wanted.float(), rtol=tolerance, atol=tolerance)
+    if dtype == torch.float32:
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+        return
+    # Two ways to round differ by what rounding costs: neither is much further from the same weights in float32.
+    exact_model = fresh(block_size=16, **changes).model.to(dtype).float()
+    if quantized:
+        quantize_model(exact_model)
+    with torch.inference_mode():
+        exact = exact_model(torch.tensor([tokens]))[0, 2:]
+    ours, theirs = ((logits.float() - exact).square().mean().sqrt() for logits in (got, wanted))
+    assert ours < 1.5 * theirs
+    assert ours < 0.1 * exact.std()
 
 
 def test_what_it_depends_on_is_in_the_name(generator: TextGenerator, monkeypatch: pytest.MonkeyPatch):

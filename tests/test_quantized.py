@@ -57,7 +57,7 @@ def test_perplexity_on_shakespeare():
     tokenizer = fastgpt.load("out", device="cpu").tokenizer
     held_out = tokenizer.encode(text[int(0.9 * len(text)) :])
     config = fastgpt.load("out", device="cpu").model.config
-    loader = Loader(held_out, config.block_size, tokenizer.vocab_size, seed=0, device=torch.device("cpu"))
+    loader = Loader(held_out, config.block_size, tokenizer.vocab_size, seed=0, device=torch.device("cpu"), name="val")
     exact, rounded = perplexities(Path("out"), loader)
     assert exact < 12
     assert rounded == pytest.approx(exact, rel=0.01)
