@@ -13,6 +13,7 @@ import hashlib
 import platform
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,12 +216,20 @@ def _compile(module: nn.Module, inputs: tuple, free: dict[int, str], path: Path)
     )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=path.parent) as folder, torch.no_grad():
+        with (
+            tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=path.parent) as folder,
+            torch.no_grad(),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore", FutureWarning)  # PyTorch's, about its own code
             exported = torch.export.export(module, inputs, dynamic_shapes=sizes, strict=False)
             package = aoti_compile_and_package(exported, package_path=f"{folder}/step.pt2", inductor_configs=OPTIONS)
             Path(str(package)).replace(path)
     except exc.InvalidCxxCompiler:
         raise CannotCompile("--compile needs a C++ compiler, found none; install g++, or pass --no-compile") from None
+    except exc.CppCompileError as error:
+        said = next((line for line in error.output.splitlines() if "error" in line), "the C++ compiler failed")
+        raise CannotCompile(f"--compile failed: {said.strip()}; mend that, or pass --no-compile") from error
     except OSError as error:
         raise CannotCompile(
             f"--compile: {path.parent} cannot be written: {error.strerror}; set FASTGPT_CACHE, or pass --no-compile"
