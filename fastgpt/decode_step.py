@@ -225,10 +225,13 @@ def _compile(module: nn.Module, inputs: tuple, free: dict[int, str], path: Path)
             exported = torch.export.export(module, inputs, dynamic_shapes=sizes, strict=False)
             package = aoti_compile_and_package(exported, package_path=f"{folder}/step.pt2", inductor_configs=OPTIONS)
             Path(str(package)).replace(path)
-    except exc.InvalidCxxCompiler:
-        raise CannotCompile("--compile needs a C++ compiler, found none; install g++, or pass --no-compile") from None
-    except exc.CppCompileError as error:
-        said = next((line for line in error.output.splitlines() if "error" in line), "the C++ compiler failed")
+    except (exc.InductorError, exc.InvalidCxxCompiler, exc.CppCompileError) as error:
+        cause = error.inner_exception if isinstance(error, exc.InductorError) else error
+        if isinstance(cause, exc.InvalidCxxCompiler):
+            reason = "needs a C++ compiler, found none; install g++, or pass --no-compile"
+            raise CannotCompile(f"--compile {reason}") from None
+        lines = cause.output.splitlines() if isinstance(cause, exc.CppCompileError) else str(cause).splitlines()
+        said = next((line for line in lines if "error" in line), lines[0] if lines else type(cause).__name__)
         raise CannotCompile(f"--compile failed: {said.strip()}; mend that, or pass --no-compile") from error
     except OSError as error:
         raise CannotCompile(

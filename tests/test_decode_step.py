@@ -179,7 +179,7 @@ def test_without_a_compiler_or_a_folder_it_says_what_to_do(monkeypatch: pytest.M
     from torch._inductor import exc
 
     def fails(*args, **kwargs):
-        raise exc.InvalidCxxCompiler
+        raise exc.InductorError(exc.InvalidCxxCompiler(), None)  # as PyTorch wraps it
 
     monkeypatch.setattr("torch._inductor.aoti_compile_and_package", fails)
     with pytest.raises(CannotCompile, match=r"needs a C\+\+ compiler, found none; install g\+\+, or pass --no-compile"):
