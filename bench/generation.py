@@ -163,7 +163,7 @@ def _named_functions(generator: TextGenerator) -> Iterator[None]:
     if step is None:
         yield
         return
-    functions = {"layer": step.layer, "head": step.head}
+    functions = {"embedding": step.embedding, "layer": step.layer, "head": step.head}
 
     def named(name: str, function: Callable[[list], list]) -> Callable[[list], list]:
         def run(tensors: list) -> list:

@@ -4,9 +4,12 @@
     logits = step(token, slots, keys, values)
 
 A layer is compiled once, as one function of its weights, and called for each layer of the model, so that a deep model
-takes no longer to compile than a shallow one; the output layer is a second such function. Both are what
-`Block.forward` and `GPT.logits` say, exported with `torch.export` and compiled by AOTInductor, and are kept in the
-cache folder by what they depend on. The products are `fastgpt_kernels.row_product`.
+takes no longer to compile than a shallow one; the embedding and the output layer are two more such functions. They are
+what `GPT.embed`, `Block.forward` and `GPT.logits` say, exported with `torch.export` and compiled by AOTInductor, and
+are kept in the cache folder by what they depend on. The products are `fastgpt_kernels.row_product`.
+
+Nothing else is computed in a step: reading the weights empties the processor's caches of everything, so that even a
+small operation of PyTorch costs several times what it costs in a loop of its own.
 """
 
 import hashlib
@@ -70,54 +73,68 @@ class _OneLayer:
         raise AssertionError("the token is counted after the layers")
 
 
+class _Embedding(nn.Module):
+    """The stream of a token, what is added to it in the first layer, and the rotation of rotary positions."""
+
+    reads = ("model.wte.", "model.wpe.", "model.table")
+
+    def __init__(self, model: GPT):
+        super().__init__()
+        self.model = model
+
+    def forward(self, token, slots):
+        x, rotation = self.model.embed(token[None], torch.arange(slots.shape[0] - 1, slots.shape[0]))
+        return (x, torch.zeros_like(x)) if rotation is None else (x, torch.zeros_like(x), rotation)
+
+
 class _Layer(nn.Module):
-    """A block as a function of its weights. They are no parameters here, so that they stay outside of the code."""
+    """A block."""
+
+    reads = ("block.",)
 
     def __init__(self, block: nn.Module):
         super().__init__()
-        self.names = tuple(_weights(block))
-        self.block = (block,)
+        self.block = block
 
-    def forward(self, x, branch, rotation, slots, keys, values, weights):
-        named = dict(zip(self.names, weights, strict=True))
-        return functional_call(self.block[0], named, (x, branch, rotation, None, None, _OneLayer(keys, values, slots)))
+    def forward(self, x, branch, rotation, slots, keys, values):
+        return self.block(x, branch, rotation, None, None, _OneLayer(keys, values, slots))
 
 
 class _Head(nn.Module):
-    """The final norm and the logits as a function of their weights."""
+    """The final norm and the logits."""
+
+    reads = ("model.wte.", "model.ln_f.")
 
     def __init__(self, model: GPT):
         super().__init__()
-        self.names = tuple(_head_weights(model))
-        self.model = (_Output(model),)
-
-    def forward(self, x, branch, weights):
-        return functional_call(self.model[0], dict(zip(self.names, weights, strict=True)), (x, branch))
-
-
-class _Output(nn.Module):
-    def __init__(self, model: GPT):
-        super().__init__()
-        self.wte, self.ln_f, self.model = model.wte, model.ln_f, (model,)
+        self.model = model
 
     def forward(self, x, branch):
-        (model,) = self.model
-        return model.logits(add_norm(model.ops, x, branch, self.ln_f)[1])[0]
+        return self.model.logits(add_norm(self.model.ops, x, branch, self.model.ln_f)[1])[0]
 
 
-def _weights(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+class _Pure(nn.Module):
+    """One of these as a function of its weights too. They are no parameters here, so that they stay out of the code."""
+
+    def __init__(self, part: _Embedding | _Layer | _Head):
+        super().__init__()
+        self.part, self.names = (part,), tuple(_weights(part))
+
+    def forward(self, inputs, weights):
+        return functional_call(self.part[0], dict(zip(self.names, weights, strict=True)), tuple(inputs))
 
 
-def _head_weights(model: GPT) -> dict[str, torch.Tensor]:
-    return _weights(_Output(model))
+def _weights(part: _Embedding | _Layer | _Head) -> dict[str, torch.Tensor]:
+    """What a part reads of its model, by name."""
+    named = {**dict(part.named_parameters()), **dict(part.named_buffers())}
+    return {name: tensor for name, tensor in named.items() if name.startswith(part.reads)}
 
 
 class DecodeStep:
     """The compiled step of a model in evaluation mode.
 
     Attributes:
-        layer, head: the compiled functions, from a list of tensors to a list of tensors.
+        embedding, layer, head: the compiled functions, from a list of tensors to a list of tensors.
         seconds: what compiling took; 0.0 where it was found compiled.
     """
 
@@ -132,18 +149,20 @@ class DecodeStep:
             raise CannotCompile(f"--compile: the compiled decode step is for a CPU, and the model is on {model.device}")
         if others := set(model.ops.columns.values()) - {"torch", "reference"}:
             raise CannotCompile(f"--compile: the decode step is PyTorch alone, without kernels of {others.pop()}")
-        self._slots = torch.arange(model.config.block_size)
         store_by_rows(model)
-        self._layers = [list(_weights(block).values()) for block in model.h]
-        self._head_weights = list(_head_weights(model).values())
+        parts = _Embedding(model), [_Layer(block) for block in model.h], _Head(model)
+        embedding, layers, head = parts
+        self._embedding_weights, self._head_weights = (list(_weights(part).values()) for part in (embedding, head))
+        self._layers = [list(_weights(layer).values()) for layer in layers]
         self.seconds = 0.0
-        x, rotation = self._embed(torch.zeros(1, dtype=torch.int64), 1)
-        config = model.config
+        config, slots, token = model.config, torch.arange(3), torch.zeros(1, dtype=torch.int64)
+        self.embedding = self._function("embedding", embedding, [token, slots], {1: "S"})
+        with torch.no_grad():
+            x, branch, *rotation = embedding(token, slots)
         cache = torch.zeros(4, config.kv_heads, config.head_size, dtype=x.dtype)
-        slots = torch.arange(3)
-        layer = (x, x.clone(), rotation, slots, cache, cache.clone(), self._layers[0])
-        self.layer = self._function("layer", _Layer(model.h[0]), layer, {3: "S", 4: "slots", 5: "slots"})
-        self.head = self._function("head", _Head(model), (x, x.clone(), self._head_weights), {})
+        inputs = [x, branch, *(rotation or [None]), slots, cache, cache.clone()]
+        self.layer = self._function("layer", layers[0], inputs, {3: "S", 4: "slots", 5: "slots"})
+        self.head = self._function("head", head, [x, branch], {})
 
     def __call__(
         self, token: torch.Tensor, slots: torch.Tensor, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]
@@ -155,30 +174,20 @@ class DecodeStep:
             slots: int64 (S,), S >= 2: where the sequence's positions stand in keys and values, the token's own last.
             keys, values: of each layer, (slots, Hkv, D); the token's are written to its slot.
         """
-        x, rotation = self._embed(token, len(slots))
-        branch = torch.zeros_like(x)
-        turned = [] if rotation is None else [rotation]
+        x, branch, *rotation = self.embedding([token, slots, *self._embedding_weights])
         for weights, k, v in zip(self._layers, keys, values, strict=True):
-            x, branch = self.layer([x, branch, *turned, slots, k, v, *weights])
+            x, branch = self.layer([x, branch, *rotation, slots, k, v, *weights])
         return self.head([x, branch, *self._head_weights])[0]
 
-    def extend(self, cache: DenseCache, token: torch.Tensor) -> torch.Tensor:
-        """The logits (1, V) of what follows the next token (1,) of a cache's only sequence, which is not empty."""
-        end = cache.positions(1).stop
-        keys, values = ([t[0] for t in layers] for layers in (cache.keys, cache.values))
-        logits = self(token, self._slots[:end], keys, values)
-        cache.advance(1)
-        return logits
-
-    def _embed(self, token: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return self.model.embed(token[None], torch.tensor([length - 1]))
-
-    def _function(self, name: str, module: nn.Module, inputs: tuple, free: dict[int, str]) -> Callable[[list], list]:
-        """The module as machine code: a list of its tensors, in the order of `inputs`, to a list of its outputs.
+    def _function(
+        self, name: str, part: _Embedding | _Layer | _Head, inputs: list[torch.Tensor | None], free: dict[int, str]
+    ) -> Callable[[list], list]:
+        """The part as machine code: a list of its inputs, None left out, and then its weights, to its outputs.
 
         `free`: which inputs may have any length from 2 on, and what it is called.
         """
-        path = cache_folder() / f"{name}-{self._key(name, inputs)}.pt2"
+        weights = list(_weights(part).values())
+        path = cache_folder() / f"{name}-{self._key(name, [*inputs, *weights])}.pt2"
         if path.exists():
             try:
                 return _load(path)
@@ -187,18 +196,33 @@ class DecodeStep:
         if self._announce and not self.seconds:
             self._announce("compiling the decode step for a model of this shape: up to a minute, once")
         began = time.perf_counter()
-        _compile(module, inputs, free, path)
+        _compile(_Pure(part), (inputs, weights), free, path)
         self.seconds += time.perf_counter() - began
         return _load(path)
 
-    def _key(self, name: str, inputs: tuple) -> str:
+    def _key(self, name: str, inputs: Sequence[torch.Tensor | None]) -> str:
         """What the code depends on, as one word: sizes, settings, sources, compiler and processor."""
         model = self.model
-        given = [t for part in inputs for t in (part if isinstance(part, list) else [part]) if t is not None]
-        tensors = [(tuple(t.shape), t.stride(), t.dtype) for t in given]
+        tensors = [None if t is None else (tuple(t.shape), t.stride(), t.dtype) for t in inputs]
         says = [name, model.config, dict(model.ops.columns), tensors, torch.__version__, torch.get_num_threads()]
         says += [_processor(), *(source.read_bytes() for source in SOURCES)]
         return hashlib.sha256(repr(says).encode()).hexdigest()[:24]
+
+
+class DenseStep:
+    """A `DecodeStep` on the only sequence of a dense cache."""
+
+    def __init__(self, step: DecodeStep, cache: DenseCache):
+        self.step, self.cache = step, cache
+        self.slots = torch.arange(cache.capacity)
+        self.keys, self.values = ([t[0] for t in layers] for layers in (cache.keys, cache.values))
+
+    def __call__(self, token: torch.Tensor) -> torch.Tensor:
+        """The logits (1, V) of what follows the next token (1,) of the sequence, which is not empty."""
+        end = self.cache.positions(1).stop
+        logits = self.step(token, self.slots[:end], self.keys, self.values)
+        self.cache.advance(1)
+        return logits
 
 
 def cache_folder() -> Path:
@@ -206,14 +230,12 @@ def cache_folder() -> Path:
     return tokenizer.cache_dir() / "compiled"
 
 
-def _compile(module: nn.Module, inputs: tuple, free: dict[int, str], path: Path) -> None:
+def _compile(module: _Pure, given: tuple[list, list], free: dict[int, str], path: Path) -> None:
     from torch._inductor import aoti_compile_and_package, exc
 
+    inputs, weights = given
     named = {name: torch.export.Dim(name, min=2, max=1 << 40) for name in free.values()}
-    sizes = tuple(
-        {0: named[free[place]]} if place in free else [None] * len(given) if isinstance(given, list) else None
-        for place, given in enumerate(inputs)
-    )
+    sizes = [{0: named[free[place]]} if place in free else None for place in range(len(inputs))]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with (
@@ -222,7 +244,7 @@ def _compile(module: nn.Module, inputs: tuple, free: dict[int, str], path: Path)
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore", FutureWarning)  # PyTorch's, about its own code
-            exported = torch.export.export(module, inputs, dynamic_shapes=sizes, strict=False)
+            exported = torch.export.export(module, given, dynamic_shapes=(sizes, [None] * len(weights)), strict=False)
             package = aoti_compile_and_package(exported, package_path=f"{folder}/step.pt2", inductor_configs=OPTIONS)
             Path(str(package)).replace(path)
     except (exc.InductorError, exc.InvalidCxxCompiler, exc.CppCompileError) as error:

@@ -156,8 +156,9 @@ class Sampler:
         short = [r for r, q in enumerate(requests) if 0 < q.columns < self.vocab_size]
         whole = [r for r, q in enumerate(requests) if q.columns == self.vocab_size]
         s = self._settings(requests, indices, short + whole)
-        scores, slot = logits.float(), s.slot[:, 0].long()
+        scores = logits.float()
         if texts is not None:
+            slot = s.slot[:, 0].long()
             place = slot.clamp(max=len(texts.counts) - 1)  # rows without penalties may have slots without a text
             told = texts.counts[place], texts.prompted[place]
             scores = penalize(scores, *told, s.repetition, s.presence, s.frequency)
@@ -187,17 +188,26 @@ class Sampler:
 
         `short`, `whole`: the rows that need an order, of some columns or of all, as in `s.order`.
         """
-        dropped, begin = weights < s.min_p, 0  # the likeliest's weight is 1
-        least = torch.full_like(s.min_p, -INF)
+        dropped = weights < s.min_p if any(q.min_p for q in requests) else None  # the likeliest's weight is 1
+        least, begin = None, 0
         for group in (short, whole):
-            if group:
-                everything = len(group) == len(requests)
-                rows = slice(None) if everything else s.order[begin : begin + len(group), 0].long()
-                top_p = s.top_p[rows] if any(requests[r].top_p for r in group) else None
-                columns = max(requests[r].columns for r in group)
-                least[rows] = least_kept(scores[rows], weights[rows], columns, s.top_k[rows].long(), top_p)
+            if not group:
+                continue
+            columns = max(requests[r].columns for r in group)
+            top_p = s.top_p if any(requests[r].top_p for r in group) else None
+            if len(group) == len(requests):
+                least = least_kept(scores, weights, columns, s.top_k.long(), top_p)
+                break
+            rows = s.order[begin : begin + len(group), 0].long()
+            least = torch.full_like(s.min_p, -INF) if least is None else least
+            top_p = None if top_p is None else top_p[rows]
+            least[rows] = least_kept(scores[rows], weights[rows], columns, s.top_k[rows].long(), top_p)
             begin += len(group)
-        weights.masked_fill_(dropped.logical_or_(scores < least), 0)
+        if least is not None:
+            below = scores < least
+            dropped = below if dropped is None else dropped.logical_or_(below)
+        if dropped is not None:
+            weights.masked_fill_(dropped, 0)
 
     def _with_logprobs(self, tokens: torch.Tensor, logits: torch.Tensor, requests: list[_Request]) -> Sampled:
         asked = tuple(q.logprobs for q in requests)
@@ -233,7 +243,8 @@ class Sampler:
             (*q.settings, INF if q.greedy else uniform(q.seed, index), number)
             for q, index, number in zip(requests, indices, order + [0] * (len(requests) - len(order)), strict=True)
         ]
-        return _Settings(*self._send(torch.tensor(rows, dtype=torch.float32)).split(1, 1))
+        columns = list(zip(*rows, strict=True))
+        return _Settings(*self._send(torch.tensor(columns, dtype=torch.float32))[..., None].unbind())
 
     def _count(self, tokens: Sequence[int]) -> torch.Tensor:
         """How often each token occurs, int64 (V,), on the host."""

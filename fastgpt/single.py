@@ -7,7 +7,7 @@ import torch
 
 from fastgpt.completion import Completion, Timings
 from fastgpt.config import SamplingParams
-from fastgpt.decode_step import DecodeStep
+from fastgpt.decode_step import DecodeStep, DenseStep
 from fastgpt.detokenizer import Detokenizer
 from fastgpt.kv_cache import DenseCache
 from fastgpt.model import GPT
@@ -75,37 +75,39 @@ class Generation:
 
     def _draw(self) -> Iterator[Drawn]:
         device = self.model.device
-        tokens = torch.tensor([self.prompt], device=device)
+        text, latest = self.prompt.copy(), None
         sampler = Sampler(1, self.tokenizer.vocab_size, device)
         sampler.begin(0, self.params, self.prompt)
         cache = DenseCache(self.model.config, device=device, dtype=self.model.dtype) if self.cached else None
+        step = DenseStep(self.step, cache) if self.step and cache else None
         for i in range(self.params.max_new_tokens):
             began = time.perf_counter()
             with torch.inference_mode():
-                sampled = sampler(self._logits(tokens, cache), [0], [i])
-                # The oldest tokens are out of every window to come.
-                tokens = torch.cat([tokens, sampled.tokens[None]], dim=1)[:, -self.model.config.block_size - 1 :]
+                sampled = sampler(self._logits(text, latest, cache, step), [0], [i])
             (one,) = sampled.to_host()
             self._count(i, time.perf_counter() - began)
             if one.token in self.params.stop_tokens:
                 self.finish_reason = "stop"
                 return
+            text.append(one.token)
+            latest = sampled.tokens
             self.drawn.append(one)
             yield one
         self.finish_reason = "length"
 
-    def _logits(self, tokens: torch.Tensor, cache: DenseCache | None) -> torch.Tensor:
-        """The next token's logits (1, V), from the last block_size tokens."""
+    def _logits(
+        self, text: list[int], latest: torch.Tensor | None, cache: DenseCache | None, step: DenseStep | None
+    ) -> torch.Tensor:
+        """The next token's logits (1, V), from the last block_size tokens; `latest` (1,) is the last new one."""
         block = self.model.config.block_size
-        if cache is None:
-            return self.model(tokens[:, -block:], last_only=True)[:, -1]
-        if cache.length == 0 or cache.length == block:
-            # Every token's position changes as the window slides, and with it all that is cached.
-            cache.clear()
-            return self.model(tokens[:, -block:], cache=cache, last_only=True)[:, -1]
-        if self.step is not None:
-            return self.step.extend(cache, tokens[0, -1:])
-        return self.model(tokens[:, -1:], cache=cache, last_only=True)[:, -1]
+        if cache is None or latest is None or cache.length == block:
+            if cache is not None:  # every token's position changes as the window slides, and with it all that is cached
+                cache.clear()
+            window = torch.tensor([text[-block:]], device=self.model.device)
+            return self.model(window, cache=cache, last_only=True)[:, -1]
+        if step is not None:
+            return step(latest)
+        return self.model(latest[None], cache=cache, last_only=True)[:, -1]
 
     def _count(self, index: int, seconds: float) -> None:
         if index == 0:
