@@ -4,12 +4,12 @@
     continuations = peers["llama.cpp f32"]([[15, 7]], 128)
 
 Each is a callable: prompts of token ids, how many new tokens -> the greedy continuations, none of which ends early.
-transformers runs on the model's device, llama.cpp and ctranslate2 on the CPU, on as many threads as PyTorch has. The
-model is of GPT-2's kind: learned positions and biases.
+transformers runs on the model's device, llama.cpp and ctranslate2 in processes of their own on the CPU, on as many
+threads as PyTorch has. The model is of GPT-2's kind: learned positions and biases.
 """
 
+import functools
 import importlib.util
-import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,10 +17,8 @@ from typing import Any
 
 import torch
 
+from apart import Apart, Peer, Tokens
 from fastgpt.model import GPT
-
-Tokens = Sequence[int]
-Peer = Callable[[Sequence[Tokens], int], list[list[int]]]
 
 PACKAGES = {
     "llama.cpp": ("xllamacpp", "gguf"),
@@ -46,26 +44,21 @@ def make_peers(names: Iterable[str], model: GPT) -> tuple[dict[str, Peer], list[
 
 
 def own_facts(peers: Mapping[str, Peer]) -> dict[str, Any]:
-    """What llama.cpp says of itself, where it is among the peers: its decoding by its own clock, and its build."""
-    if not any(name.startswith("llama.cpp") for name in peers):
-        return {}
-    import llama_cpp
-
-    (rates,) = (peer.own_rates for peer in peers.values() if isinstance(peer, llama_cpp.LlamaCpp))
-    return {"llama_cpp": {"decode_tokens_per_second": statistics.median(rates), "build": llama_cpp.system_info()}}
+    """What the peers say of themselves."""
+    return {name: value for peer in peers.values() if isinstance(peer, Apart) for name, value in peer.facts().items()}
 
 
 def installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def make_llama_cpp(model: GPT, kind: str) -> Peer:
+def make_llama_cpp(model: GPT, threads: int, kind: str) -> Peer:
     import llama_cpp
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{kind}.gguf"
         llama_cpp.write_gguf(model, kind, path)
-        return llama_cpp.LlamaCpp(path, model.config.block_size)
+        return llama_cpp.LlamaCpp(path, model.config.block_size, threads)
 
 
 class Transformers:
@@ -117,7 +110,7 @@ class Transformers:
 class Ctranslate2:
     """ctranslate2 on the CPU, its weights in `kind`: float32 or int8 (with float32 arithmetic between)."""
 
-    def __init__(self, model: GPT, kind: str):
+    def __init__(self, model: GPT, threads: int, kind: str):
         import ctranslate2
 
         vocab_size = len(model.weights()["wte.weight"])
@@ -130,7 +123,7 @@ class Ctranslate2:
             Path(folder).mkdir()
             spec.save(folder)
             self.generator = ctranslate2.Generator(
-                folder, device="cpu", compute_type=kind, intra_threads=torch.get_num_threads(), inter_threads=1
+                folder, device="cpu", compute_type=kind, intra_threads=threads, inter_threads=1
             )
 
     def __call__(self, prompts: Sequence[Tokens], new_tokens: int) -> list[list[int]]:
@@ -181,7 +174,7 @@ def ctranslate2_spec(model: GPT, words: list[str]) -> Any:
 
 
 MAKERS: dict[str, Callable[..., Peer]] = {
-    "llama.cpp": make_llama_cpp,
-    "ctranslate2": Ctranslate2,
+    "llama.cpp": functools.partial(Apart, make_llama_cpp),
+    "ctranslate2": functools.partial(Apart, Ctranslate2),
     "transformers": Transformers,
 }

@@ -1,19 +1,20 @@
 """llama.cpp as a peer, through the wheels xllamacpp and gguf: our weights in a GGUF file, run by its own server.
 
     write_gguf(model, "q8_0", path)
-    (tokens,) = LlamaCpp(path, context=1024)([[15, 7]], new_tokens=128)
+    (tokens,) = LlamaCpp(path, context=1024, threads=2)([[15, 7]], new_tokens=128)
 
 The file holds what llama.cpp's architecture "gpt2" asks for, under its names: matrices of the type asked for,
 positions, gains and biases in float32, as its own converter leaves them. The vocabulary is made up.
 """
 
 import re
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
-import torch
 import xllamacpp
 
 from fastgpt.model import GPT
@@ -39,26 +40,26 @@ PARTS = {
 
 
 class LlamaCpp:
-    """A GGUF model in llama.cpp on the CPU, on as many threads as PyTorch has; the file is not needed any more.
+    """A GGUF model in llama.cpp on the CPU; the file is not needed any more."""
 
-    Attributes:
-        own_rates: tokens/s of each continuation's decoding so far, by llama.cpp's own clock: without the prompt, the
-            first token, and Python.
-    """
-
-    def __init__(self, path: Path, context: int):
+    def __init__(self, path: Path, context: int, threads: int):
         params = xllamacpp.CommonParams()
         params.model.path, params.n_ctx, params.n_parallel = str(path), context, 1
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
         params.n_gpu_layers, params.fit_params, params.verbosity = 0, False, SILENT
         # Read into memory, not mapped: 10 to 20% faster where it was tried.
         params.load_mode = xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_NONE
         self.server = xllamacpp.Server(params)
-        self.own_rates: list[float] = []
+        self._rates: list[float] = []
 
     def __call__(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
         """The greedy continuations, one after the other, each of `new_tokens`."""
         return [self._continue(list(prompt), new_tokens) for prompt in prompts]
+
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """Its tokens/s of decoding by its own clock, without the prompt, the first token, and Python; its build."""
+        rate = statistics.median(self._rates)
+        return {"llama_cpp": {"decode_tokens_per_second": rate, "build": system_info()}}
 
     def _continue(self, prompt: list[int], new_tokens: int) -> list[int]:
         request = {
@@ -72,7 +73,7 @@ class LlamaCpp:
         }
         answer = self.server.handle_completions(request)
         if new_tokens > 1:
-            self.own_rates.append(answer["timings"]["predicted_per_second"])
+            self._rates.append(answer["timings"]["predicted_per_second"])
         return [int(word) for word in re.findall(rf"{WORD}(\d+)", answer["choices"][0]["text"])]
 
 

@@ -1,13 +1,17 @@
 """The peers of bench/bench_generate.py compute what our model does: the same greedy tokens from the same weights."""
 
+import gc
+import os
+
 import pytest
 import torch
 
+from apart import Apart
 from fastgpt.config import ModelConfig
 from fastgpt.generate import TextGenerator
 from fastgpt.model import GPT
 from fastgpt.tokenizer import ByteTokenizer
-from generation_peers import PACKAGES, Peer, installed, make_peers
+from generation_peers import PACKAGES, Peer, installed, make_peers, own_facts
 
 PROMPTS, NEW = [[3, 141, 59, 26, 5, 35], [97], [89, 79, 32]], 12
 
@@ -58,3 +62,43 @@ def test_what_is_not_installed_is_left_out(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("generation_peers.installed", lambda package: False)
     names = ["llama.cpp q8_0", "ctranslate2 int8", "transformers bfloat16 static"]
     assert make_peers(names, untrained()) == ({}, names)
+
+
+class Toy:
+    """Answers with its process and threads, the sum of a weight, and what it was asked."""
+
+    def __init__(self, model: GPT, threads: int, kind: str):
+        if kind == "broken":
+            raise ValueError("no such kind")
+        self.threads, self.total = threads, int(model.wte.weight.sum() * 1000)
+
+    def __call__(self, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+        if not prompts:
+            os._exit(3)
+        return [
+            [os.getpid(), self.threads, torch.get_num_threads(), self.total, new_tokens, *prompt] for prompt in prompts
+        ]
+
+    def facts(self) -> dict[str, int]:
+        return {"seen": self.total}
+
+
+def test_a_peer_has_a_process_of_its_own():
+    model = untrained()
+    toy = Apart(Toy, model, "good")
+    ((pid, *said),) = toy([(7, 8)], 3)
+    total = int(model.wte.weight.sum() * 1000)
+    assert said == [torch.get_num_threads(), 1, total, 3, 7, 8]
+    assert pid != os.getpid()
+    assert own_facts({"toy": toy, "one here": lambda prompts, count: []}) == {"seen": total}
+    del toy
+    gc.collect()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_a_peer_that_fails_says_why():
+    with pytest.raises(RuntimeError, match="Toy broken: ValueError: no such kind"):
+        Apart(Toy, untrained(), "broken")
+    with pytest.raises(RuntimeError, match="the process of Toy good ended"):
+        Apart(Toy, untrained(), "good")([], 1)
