@@ -189,14 +189,16 @@ def test_where_a_decode_step_goes(benchmark, model, dtype, preset: str):
     }
 
 
-def test_dense_cache(against, baby, request: pytest.FixtureRequest):
-    """Compiled where one continuation can be, which is on a CPU."""
+@pytest.mark.parametrize("drawn", ["greedy", "sampled"])
+def test_dense_cache(against, baby, request: pytest.FixtureRequest, drawn: str):
+    """Compiled where one continuation can be, which is on a CPU. Sampling is top-k's, as by default."""
     ours = baby if ON_GPU else request.getfixturevalue("compiled_baby")
-    peers = {"without a cache": lambda: continuation(baby, PROMPT, NEW_TOKENS, cache="none")}
+    settings = {"temperature": 0.0} if drawn == "greedy" else {}
+    peers = {"without a cache": lambda: continuation(baby, PROMPT, NEW_TOKENS, cache="none", **settings)}
     if not ON_GPU:
-        peers["not compiled"] = lambda: continuation(baby, PROMPT, NEW_TOKENS)
+        peers["not compiled"] = lambda: continuation(baby, PROMPT, NEW_TOKENS, **settings)
     against(
-        lambda: continuation(ours, PROMPT, NEW_TOKENS),
+        lambda: continuation(ours, PROMPT, NEW_TOKENS, **settings),
         peers,
         rounds=5 if ON_GPU else 2,
         units=NEW_TOKENS,

@@ -66,22 +66,24 @@ class _Request:
     columns: int  # how many of the likeliest tokens its filters must see in order; 0: none
     top_p: bool
     min_p: bool
-    settings: tuple[float, ...]  # the first fields of `_Settings`
+    settings: tuple[float, ...]  # the first of `_Settings`
 
 
-class _Settings(NamedTuple):
-    """The settings of R rows on the device, float32 (R, 1) each, so that one copy brings all."""
+class _Settings:
+    """The settings of R rows on the device by name, float32 (R, 1) each, of which one copy brings all."""
 
-    slot: torch.Tensor
-    repetition: torch.Tensor
-    presence: torch.Tensor
-    frequency: torch.Tensor
-    temperature: torch.Tensor
-    top_k: torch.Tensor
-    top_p: torch.Tensor
-    min_p: torch.Tensor
-    number: torch.Tensor  # of `uniform`; inf where greedy
-    order: torch.Tensor  # row numbers, in the order in which `Sampler._filter` wants them
+    NAMES = (
+        *("slot", "repetition", "presence", "frequency", "temperature", "top_k", "top_p", "min_p"),
+        "number",  # of `uniform`; inf where greedy
+        "order",  # row numbers, in the order in which `Sampler._filter` wants them
+    )
+
+    def __init__(self, columns: torch.Tensor):
+        """columns: (names, R, 1)."""
+        self._columns = columns
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._columns[self.NAMES.index(name)]
 
 
 @dataclass(frozen=True)
@@ -158,19 +160,19 @@ class Sampler:
         s = self._settings(requests, indices, short + whole)
         scores = logits.float()
         if texts is not None:
-            slot = s.slot[:, 0].long()
+            slot = s["slot"][:, 0].long()
             place = slot.clamp(max=len(texts.counts) - 1)  # rows without penalties may have slots without a text
             told = texts.counts[place], texts.prompted[place]
-            scores = penalize(scores, *told, s.repetition, s.presence, s.frequency)
+            scores = penalize(scores, *told, s["repetition"], s["presence"], s["frequency"])
         if greedy:
             tokens = scores.argmax(-1)
         else:
             # Only differences count, and from the top they cannot overflow however low the temperature.
             weights = scores - scores.amax(-1, keepdim=True)
-            weights.div_(s.temperature).exp_()  # (R, V), 1 for the likeliest
+            weights.div_(s["temperature"]).exp_()  # (R, V), 1 for the likeliest
             if short or whole or any(q.min_p for q in requests):
                 self._filter(weights, scores, requests, s, short, whole)
-            tokens = draw(scores, weights, s.number)
+            tokens = draw(scores, weights, s["number"])
         if texts is not None:
             texts.counts.view(-1).index_add_(0, place * self.vocab_size + tokens, (place == slot).float())
         return self._with_logprobs(tokens, logits, requests)
@@ -186,22 +188,24 @@ class Sampler:
     ) -> None:
         """Set to 0, in place, the weights (R, V) that a row's filters drop.
 
-        `short`, `whole`: the rows that need an order, of some columns or of all, as in `s.order`.
+        `short`, `whole`: the rows that need an order, of some columns or of all, as in `s`.
         """
-        dropped = weights < s.min_p if any(q.min_p for q in requests) else None  # the likeliest's weight is 1
+        dropped = weights < s["min_p"] if any(q.min_p for q in requests) else None  # the likeliest's weight is 1
         least, begin = None, 0
         for group in (short, whole):
             if not group:
                 continue
             columns = max(requests[r].columns for r in group)
-            top_p = s.top_p if any(requests[r].top_p for r in group) else None
+            top_p = s["top_p"] if any(requests[r].top_p for r in group) else None
             if len(group) == len(requests):
-                least = least_kept(scores, weights, columns, s.top_k.long(), top_p)
+                alike = all(requests[r].columns == columns for r in group)
+                top_k = None if alike else s["top_k"].long()
+                least = least_kept(scores, weights, columns, top_k, top_p)
                 break
-            rows = s.order[begin : begin + len(group), 0].long()
-            least = torch.full_like(s.min_p, -INF) if least is None else least
+            rows = s["order"][begin : begin + len(group), 0].long()
+            least = torch.full_like(s["min_p"], -INF) if least is None else least
             top_p = None if top_p is None else top_p[rows]
-            least[rows] = least_kept(scores[rows], weights[rows], columns, s.top_k[rows].long(), top_p)
+            least[rows] = least_kept(scores[rows], weights[rows], columns, s["top_k"][rows].long(), top_p)
             begin += len(group)
         if least is not None:
             below = scores < least
@@ -243,8 +247,8 @@ class Sampler:
             (*q.settings, INF if q.greedy else uniform(q.seed, index), number)
             for q, index, number in zip(requests, indices, order + [0] * (len(requests) - len(order)), strict=True)
         ]
-        columns = list(zip(*rows, strict=True))
-        return _Settings(*self._send(torch.tensor(columns, dtype=torch.float32))[..., None].unbind())
+        values = [value for column in zip(*rows, strict=True) for value in column]  # PyTorch reads a flat list faster
+        return _Settings(self._send(torch.tensor(values, dtype=torch.float32)).view(-1, len(rows), 1))
 
     def _count(self, tokens: Sequence[int]) -> torch.Tensor:
         """How often each token occurs, int64 (V,), on the host."""
@@ -252,6 +256,8 @@ class Sampler:
 
     def _send(self, tensor: torch.Tensor) -> torch.Tensor:
         """A host tensor on the device; the host does not wait, and pinned memory stays until the copy is done."""
+        if self.device.type == "cpu":
+            return tensor
         if self.device.type != "cuda":
             return tensor.to(self.device)
         return tensor.pin_memory().to(self.device, non_blocking=True)
@@ -283,15 +289,15 @@ def penalize(
 
 
 def least_kept(
-    scores: torch.Tensor, weights: torch.Tensor, columns: int, top_k: torch.Tensor, top_p: torch.Tensor | None
+    scores: torch.Tensor, weights: torch.Tensor, columns: int, top_k: torch.Tensor | None, top_p: torch.Tensor | None
 ) -> torch.Tensor:
     """The least score that top-k, and then top-p, keep in each row, (R, 1); tokens that tie with it stay as well.
 
-    scores, weights: (R, V), the weights not normalised; top_k: int64 (R, 1), V where off; top_p: (R, 1), inf where
-    off, or None. `columns`: the largest top_k, all that has to be ordered.
+    scores, weights: (R, V), the weights not normalised; top_k: int64 (R, 1), V where off, or None where it is `columns`
+    in every row; top_p: (R, 1), inf where off, or None. `columns`: the largest top_k, all that has to be ordered.
     """
     ordered, ids = scores.topk(columns)  # (R, columns)
-    least = ordered.gather(1, top_k - 1)
+    least = ordered[:, -1:] if top_k is None else ordered.gather(1, top_k - 1)
     if top_p is None:
         return least
     total = weights.masked_fill(scores < least, 0).sum(-1, keepdim=True)
