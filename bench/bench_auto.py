@@ -46,14 +46,15 @@ def training(name: str) -> Workload:
     return Workload.of_training(dataclasses.replace(PRESETS[preset], **TRAINING[name]), torch.bfloat16)
 
 
-def generating(B: int, context: int) -> Workload:
+def generating(B: int, context: int, quantize: str = "none") -> Workload:
     config = dataclasses.replace(PRESETS["gpt2"], block_size=context)
-    return Workload.of_generation(config, torch.bfloat16, B)
+    return Workload.of_generation(config, torch.bfloat16, B, quantize)
 
 
 WORKLOADS = {f"training-{name}": training(name) for name in TRAINING} | {
     f"generating-gpt2-B{B}-context{context}": generating(B, context) for B in BATCHES for context in CONTEXTS
 }
+WORKLOADS |= {f"generating-gpt2-int8-B{B}": generating(B, 1024, "int8") for B in BATCHES}
 CASES = [(name, op) for name, workload in WORKLOADS.items() for op in workload.ops]
 # A process of its own has nothing compiled and nothing imported.
 CHOOSING = """

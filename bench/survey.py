@@ -56,6 +56,8 @@ IMPORTANCE: tuple[tuple[str, ...], ...] = (
     (r"linear_cross_entropy", r"-triton-", r"-C768-"),
     (r"paged_attention", r"-triton-", r"-D64-"),
     (r"-triton-",),
+    # whether auto takes the best of them
+    (r"bench_auto",),
     # then the long tail
     (r"bench_kernels",),
     (r"bench_train",),

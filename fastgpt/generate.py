@@ -119,7 +119,7 @@ def load(
     checkpoint.check_vocabulary(step_dir, vocabulary)
     config = dataclasses.replace(config, vocab_size=vocabulary.vocab_size)
     weights = checkpoint.load_weights(step_dir)
-    ops = resolve(workload=Workload.of_generation(config, weights_dtype))
+    ops = resolve(workload=Workload.of_generation(config, weights_dtype, quantize=quantize))
     model = GPT.from_weights(config, ops, weights, where, weights_dtype)
     if quantize == "int8":
         quantize_model(model)

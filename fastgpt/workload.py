@@ -11,6 +11,7 @@ import torch
 
 from fastgpt.config import ModelConfig, TrainConfig
 from fastgpt.device import autocast
+from fastgpt_kernels.quantization import quantize
 
 PAGE = 16  # tokens; the default of --page_size
 # A longer context is checked at its length modulo TILE, the largest tile of a kernel, and two whole tiles.
@@ -22,7 +23,7 @@ class Workload:
     """The shapes and the arithmetic of a model's calls, and whether they need gradients.
 
     Training has B sequences of T tokens, float32 weights and autocast to `dtype`. Generating decodes one token for each
-    of B sequences whose context is T, with weights in `dtype`.
+    of B sequences whose context is T, with weights in `dtype`, or with matrices in int8.
     """
 
     training: bool
@@ -36,6 +37,7 @@ class Workload:
     dropout: float
     bias: bool
     dtype: torch.dtype
+    int8: bool = False
 
     @classmethod
     def of_training(cls, config: TrainConfig, dtype: torch.dtype) -> "Workload":
@@ -43,9 +45,9 @@ class Workload:
         return cls._of(config, dtype, training=True, B=config.batch_size, dropout=config.dropout)
 
     @classmethod
-    def of_generation(cls, config: ModelConfig, dtype: torch.dtype, B: int = 1) -> "Workload":
+    def of_generation(cls, config: ModelConfig, dtype: torch.dtype, B: int = 1, quantize: str = "none") -> "Workload":
         """Decoding B sequences at the end of the context; the vocabulary's size must be known."""
-        return cls._of(config, dtype, training=False, B=B, dropout=0.0)
+        return cls._of(config, dtype, training=False, B=B, dropout=0.0, int8=quantize == "int8")
 
     @classmethod
     def _of(cls, config: ModelConfig, dtype: torch.dtype, **rest: Any) -> "Workload":
@@ -73,7 +75,9 @@ class Workload:
     @property
     def ops(self) -> tuple[str, ...]:
         """The operations that it uses."""
-        return tuple(TRAINING if self.training else GENERATING)
+        if self.training:
+            return tuple(TRAINING)
+        return tuple(op for op in GENERATING if op != "linear_int8" or self.int8)
 
     def smaller(self) -> "Workload":
         """The same calls, small enough for the reference in float64, through the same kinds of tiles."""
@@ -259,6 +263,15 @@ def _kv_write(draw: Draw) -> Iterator[Case]:
     yield Case((*draw.heads(w.B)[1:], keys, values, slots), writes=(2, 3))
 
 
+def _linear_int8(draw: Draw) -> Iterator[Case]:
+    """The widening product of the MLP for a token of each sequence, then for a whole prompt."""
+    w = draw.w
+    weight, scale = quantize(draw(4 * w.C, w.C, dtype=torch.float32))
+    bias = draw(4 * w.C, dtype=w.dtype) if w.bias else None
+    for T in (1, w.T):
+        yield Case((draw(w.B, T, w.C, dtype=w.dtype), weight, scale, bias))
+
+
 TRAINING: Mapping[str, Callable[[Draw], Iterator[Case]]] = {
     "layer_norm": _layer_norm,
     "add_layer_norm": _add_layer_norm,
@@ -271,4 +284,5 @@ GENERATING: Mapping[str, Callable[[Draw], Iterator[Case]]] = {
     "causal_attention": _attention,
     "paged_attention": _paged_attention,
     "kv_write": _kv_write,
+    "linear_int8": _linear_int8,
 }

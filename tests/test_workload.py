@@ -13,6 +13,7 @@ from fastgpt.dispatch import TABLE
 from fastgpt.errors import UsageError
 from fastgpt.generate import TextGenerator
 from fastgpt.model import GPT
+from fastgpt.quantized import quantize_model
 from fastgpt.tokenizer import ByteTokenizer
 from fastgpt.workload import Case, Workload, checked_cases, timed_case
 from fastgpt_kernels import stock
@@ -21,7 +22,12 @@ CPU = torch.device("cpu")
 SHAPE: dict[str, Any] = {"n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 32, "block_size": 20, "vocab_size": 256}
 TRAINING = Workload.of_training(TrainConfig(**SHAPE, batch_size=3, dropout=0.1), torch.float32)
 GENERATING = Workload.of_generation(ModelConfig(**SHAPE), torch.bfloat16, B=3)
-cases = pytest.mark.parametrize(("workload", "op"), [(w, op) for w in (TRAINING, GENERATING) for op in w.ops], ids=str)
+QUANTIZED = dataclasses.replace(GENERATING, int8=True)
+cases = pytest.mark.parametrize(
+    ("workload", "op"),
+    [(w, op) for w in (TRAINING, GENERATING) for op in w.ops] + [(QUANTIZED, "linear_int8")],
+    ids=str,
+)
 
 
 def watched(column: str) -> tuple[dispatch.Ops, dict[str, list]]:
@@ -74,21 +80,32 @@ def test_training_calls_are_the_models(dtype, bias):
             assert case.arguments[name] == given[name]
 
 
+@pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("cache", ["dense", "paged"])
-def test_generating_calls_are_the_models(cache):
+def test_generating_calls_are_the_models(cache, int8):
     config, (ops, calls) = ModelConfig(**SHAPE), watched("torch")
     model = GPT.from_weights(config, ops, GPT(config).weights(), CPU, torch.bfloat16)
+    if int8:
+        quantize_model(model)
     generator = TextGenerator(model, ByteTokenizer())
     if cache == "dense":
         generator.generate("a" * 19, max_new_tokens=2)
     else:
         generator.engine(prefix_cache=False).generate(["a" * 19] * 3, SamplingParams(max_new_tokens=2))
-    workload = dataclasses.replace(GENERATING, B=1 if cache == "dense" else 3)
+    workload = dataclasses.replace(GENERATING, B=1 if cache == "dense" else 3, int8=int8)
     used = {op for op in TABLE if calls[op]}
     assert used <= set(workload.ops)
+    assert ("linear_int8" in used) == int8
     for op in used:
         ours, (inputs, _) = tensors(timed_case(op, workload, CPU)), calls[op][-1]
-        if op == "paged_attention":  # a pool and a table may be larger
+        if op == "linear_int8":  # one of its shapes, and the rows of a paged step lie side by side
+            assert any(
+                [t.shape[-2:] for t in ours[1:]] == [t.shape[-2:] for t in called[1:]]
+                and [t.dtype for t in ours] == [t.dtype for t in called]
+                and ours[0].numel() == called[0].numel()
+                for called, _ in calls[op]
+            )
+        elif op == "paged_attention":  # a pool and a table may be larger
             assert [t.dtype for t in ours] == [t.dtype for t in inputs]
             assert ours[0].shape == inputs[0].shape
             assert [t.shape[1:] for t in ours[1:3]] == [t.shape[1:] for t in inputs[1:3]]
@@ -145,11 +162,14 @@ def test_what_is_checked_is_small_and_ends_in_the_same_part_of_a_tile(T, small):
 def test_its_text_tells_workloads_apart():
     config = dataclasses.replace(PRESETS["gpt2"], dropout=0.1)
     assert str(Workload.of_training(config, torch.bfloat16)) == (
-        "training, bfloat16, B 12, T 1024, H 12, Hkv 12, D 64, V 50304, valid_vocab 50257, dropout 0.1, bias True"
+        "training, bfloat16, B 12, T 1024, H 12, Hkv 12, D 64, V 50304, valid_vocab 50257, dropout 0.1, bias True, "
+        "int8 False"
     )
     assert str(Workload.of_generation(config, torch.float32, B=8)) == (
-        "generating, float32, B 8, T 1024, H 12, Hkv 12, D 64, V 50304, valid_vocab 50257, dropout 0.0, bias True"
+        "generating, float32, B 8, T 1024, H 12, Hkv 12, D 64, V 50304, valid_vocab 50257, dropout 0.0, bias True, "
+        "int8 False"
     )
+    assert str(Workload.of_generation(config, torch.float32, quantize="int8")).endswith("int8 True")
 
 
 def test_without_a_vocabulary_there_is_no_workload():
