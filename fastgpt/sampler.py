@@ -93,6 +93,23 @@ class _Texts:
     counts: torch.Tensor  # float32 (slots, V): how often its request generated a token
     prompted: torch.Tensor  # bool (slots, V): its prompt holds the token
 
+    def penalized(self, scores: torch.Tensor, s: _Settings) -> torch.Tensor:
+        """The scores (R, V) of rows after their penalties."""
+        place, _ = self._places(s)
+        told = self.counts[place], self.prompted[place]
+        return penalize(scores, *told, s["repetition"], s["presence"], s["frequency"])
+
+    def count(self, tokens: torch.Tensor, s: _Settings) -> None:
+        """Add to each row's text the token that it drew, tokens int64 (R,)."""
+        place, there = self._places(s)
+        self.counts.view(-1).index_add_(0, place * self.counts.shape[1] + tokens, there.float())
+
+    def _places(self, s: _Settings) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where each row's text is, int64 (R,), and whether it is there: rows without penalties may have none."""
+        slot = s["slot"][:, 0].long()
+        place = slot.clamp(max=len(self.counts) - 1)
+        return place, place == slot
+
 
 class Sampler:
     """Draws the next token of R rows, each with the settings of the request in its slot.
@@ -160,10 +177,7 @@ class Sampler:
         s = self._settings(requests, indices, short + whole)
         scores = logits.float()
         if texts is not None:
-            slot = s["slot"][:, 0].long()
-            place = slot.clamp(max=len(texts.counts) - 1)  # rows without penalties may have slots without a text
-            told = texts.counts[place], texts.prompted[place]
-            scores = penalize(scores, *told, s["repetition"], s["presence"], s["frequency"])
+            scores = texts.penalized(scores, s)
         if greedy:
             tokens = scores.argmax(-1)
         else:
@@ -174,7 +188,7 @@ class Sampler:
                 self._filter(weights, scores, requests, s, short, whole)
             tokens = draw(scores, weights, s["number"])
         if texts is not None:
-            texts.counts.view(-1).index_add_(0, place * self.vocab_size + tokens, (place == slot).float())
+            texts.count(tokens, s)
         return self._with_logprobs(tokens, logits, requests)
 
     def _filter(
