@@ -5,6 +5,7 @@ of both, finds more than there are cores, and lets them sleep at every barrier i
 of them a benchmark then flatters is chance. For the same reason PyTorch has one thread in the peer's process.
 """
 
+import contextlib
 import multiprocessing
 import weakref
 from collections.abc import Callable, Sequence
@@ -26,13 +27,12 @@ Maker = Callable[..., Peer]
 class Apart:
     """`make(model, threads, *kind)` in another process, on the CPU, with as many threads as PyTorch has here.
 
-    Raises:
-        RuntimeError: the peer could not be made, failed, or its process ended.
+    Every method raises `RuntimeError`, with the reason, where the peer could not be made, failed, or has ended.
     """
 
-    def __init__(self, make: Maker, model: GPT, *kind: str):
+    def __init__(self, name: str, make: Maker, model: GPT, *kind: str):
         """make: a function or class that can be imported by its name."""
-        self.name = " ".join([make.__name__, *kind])
+        self.name = name
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         weights = {name: tensor.cpu().float().numpy() for name, tensor in model.weights().items()}
@@ -40,23 +40,26 @@ class Apart:
         process = context.Process(target=_serve, args=given, daemon=True)
         process.start()
         theirs.close()  # so that the end of the process is the end of the pipe
-        self.close = weakref.finalize(self, _end, process, self._pipe)
+        weakref.finalize(self, _end, process, self._pipe)
         self._answer()
 
     def __call__(self, prompts: Sequence[Tokens], new_tokens: int) -> list[list[int]]:
-        self._pipe.send(([list(prompt) for prompt in prompts], new_tokens))
-        return self._answer()
+        return self._ask(([list(prompt) for prompt in prompts], new_tokens))
 
     def facts(self) -> dict[str, Any]:
         """What the peer says of itself, where it says anything."""
-        self._pipe.send(None)
+        return self._ask(None)
+
+    def _ask(self, question: tuple[list[list[int]], int] | None) -> Any:
+        with contextlib.suppress(ConnectionError):  # it has ended, as the missing answer says too
+            self._pipe.send(question)
         return self._answer()
 
     def _answer(self) -> Any:
         try:
             answer = self._pipe.recv()
-        except EOFError:
-            raise RuntimeError(f"the process of {self.name} ended") from None
+        except (EOFError, ConnectionError):
+            raise RuntimeError(f"the process of {self.name} has ended") from None
         if isinstance(answer, str):
             raise RuntimeError(f"{self.name}: {answer}")
         return answer
@@ -79,15 +82,24 @@ def _serve(
     """Make the peer, and answer until the pipe ends; an answer that is text is what went wrong."""
     torch.set_num_threads(1)
     try:
-        device = torch.device("cpu")
-        tensors = {name: torch.from_numpy(array) for name, array in weights.items()}
-        model = GPT.from_weights(config, dispatch.resolve("auto", device), tensors, device, torch.float32)
-        peer = make(model, threads, *kind)
-        pipe.send([])
-        while True:
-            asked = pipe.recv()
-            pipe.send(getattr(peer, "facts", dict)() if asked is None else peer(*asked))
-    except EOFError:
-        return
+        peer = make(_model(config, weights), threads, *kind)
     except Exception as error:
         pipe.send(f"{type(error).__name__}: {error}")
+        return
+    pipe.send([])
+    with contextlib.suppress(EOFError):
+        while True:
+            asked = pipe.recv()
+            try:
+                answer = getattr(peer, "facts", dict)() if asked is None else peer(*asked)
+            except Exception as error:
+                answer = f"{type(error).__name__}: {error}"
+            pipe.send(answer)
+
+
+def _model(config: ModelConfig, weights: dict[str, np.ndarray]) -> GPT:
+    """The model with these weights, which are dropped: the peer has its own."""
+    device = torch.device("cpu")
+    tensors = {name: torch.from_numpy(array) for name, array in weights.items()}
+    weights.clear()
+    return GPT.from_weights(config, dispatch.resolve("auto", device), tensors, device, torch.float32)

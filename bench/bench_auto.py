@@ -46,16 +46,18 @@ def training(name: str) -> Workload:
     return Workload.of_training(dataclasses.replace(PRESETS[preset], **TRAINING[name]), torch.bfloat16)
 
 
-def generating(B: int, context: int, quantize: str = "none") -> Workload:
+def generating(B: int, context: int, *, int8: bool = False) -> Workload:
     config = dataclasses.replace(PRESETS["gpt2"], block_size=context)
-    return Workload.of_generation(config, torch.bfloat16, B, quantize)
+    return Workload.of_generation(config, torch.bfloat16, B, int8=int8)
 
 
 WORKLOADS = {f"training-{name}": training(name) for name in TRAINING} | {
     f"generating-gpt2-B{B}-context{context}": generating(B, context) for B in BATCHES for context in CONTEXTS
 }
-WORKLOADS |= {f"generating-gpt2-int8-B{B}": generating(B, 1024, "int8") for B in BATCHES}
+INT8 = {f"generating-gpt2-int8-B{B}": generating(B, 1024, int8=True) for B in BATCHES}
 CASES = [(name, op) for name, workload in WORKLOADS.items() for op in workload.ops]
+CASES += [(name, "linear_int8") for name in INT8]  # the other operations' are those of the same sizes
+WORKLOADS |= INT8
 # A process of its own has nothing compiled and nothing imported.
 CHOOSING = """
 import json, sys, time, torch

@@ -33,8 +33,8 @@ VOCABULARY = 65  # tiny Shakespeare's characters, where the preset does not say
 # Each preset keeps its own batch, on which the ratio depends. On two cores a round of baby takes half a minute, so
 # there is one, with the plain GPT alone; for a spread, repeat the run.
 CPU_ROUNDS = {"cpu": 8, "baby": 1}
-# Training takes one step after another: a turn is as many as take a fraction of a second, so that what the peers leave
-# in the caches matters as little as it does there.
+# Training takes one step after another: of the small preset, each takes so many in its turn, so that what the others
+# leave in the caches matters as little as it does there.
 CPU_STEPS = {"cpu": 10, "baby": 1}
 GPU_ROUNDS = {"cpu": 100, "baby": 50, "gpt2": 20, "gpt2-medium": 10}
 
@@ -78,14 +78,13 @@ def test_training_step(
     call = calls(step, make_loader(config, device), config.batch_size)
     call().item()
     first = time.perf_counter() - began
-    steps = 1 if ON_GPU else CPU_STEPS[preset]
-    flops = flops_per_token(config, step.model.num_parameters()) * config.tokens_per_step * steps
-    peers = make_peers(config, device, arithmetic, alone=not ON_GPU and preset == "baby")
+    flops = flops_per_token(config, step.model.num_parameters()) * config.tokens_per_step
     against(
-        repeated(call, steps),
-        {name: repeated(peer, steps) for name, peer in peers.items()},
+        call,
+        make_peers(config, device, arithmetic, alone=not ON_GPU and preset == "baby"),
         rounds=(GPU_ROUNDS if ON_GPU else CPU_ROUNDS)[preset],
-        units=config.tokens_per_step * steps,
+        in_a_row=1 if ON_GPU else CPU_STEPS[preset],
+        units=config.tokens_per_step,
         flops=flops,
         arithmetic=arithmetic,
         aim=aim,
@@ -99,7 +98,7 @@ def test_training_step(
     seconds = benchmark.stats.stats.median
     # Of the chip's data sheet, or where that says nothing of this machine's own matrix products.
     peak = peak_flops(device, arithmetic) or ceilings.matmul[str(arithmetic).removeprefix("torch.")]
-    benchmark.extra_info |= {"ms_a_step": seconds / steps * 1e3, "steps_a_turn": steps, "mfu": flops / seconds / peak}
+    benchmark.extra_info |= {"ms_a_step": seconds * 1e3, "mfu": flops / seconds / peak}
 
 
 def test_loss_at_equal_steps(against, benchmark, device: torch.device):
@@ -165,11 +164,6 @@ def calls(step: TrainStep, loader: Loader, batch_size: int) -> Callable[[], torc
         return step(number, [loader.batch(number, 0, 1, batch_size)])[0]
 
     return call
-
-
-def repeated(call: Callable[[], torch.Tensor], times: int) -> Callable[[], list[torch.Tensor]]:
-    """That many calls in a row; their losses."""
-    return lambda: [call() for _ in range(times)]
 
 
 def remembering(call: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], list[torch.Tensor]]:

@@ -68,6 +68,7 @@ def against(clock: Clock, benchmark, request: pytest.FixtureRequest) -> Callable
         peers: Mapping[str, Callable[[], Any]],
         *,
         rounds: int,
+        in_a_row: int = 1,
         units: float,
         unit: str = "tokens",
         flops: float | None = None,
@@ -83,6 +84,7 @@ def against(clock: Clock, benchmark, request: pytest.FixtureRequest) -> Callable
             ours: what is measured.
             peers: what it is measured against, by name; may be empty.
             rounds: how often each is timed, after one call to warm up.
+            in_a_row: so many calls of each follow one another in a round, and their mean counts.
             units: what one call of `ours` produces, in `unit`s; the peers produce the same.
             flops, bytes: what one call computes, and moves at the least; either sets a limit.
             arithmetic: the dtype of its matrix products, or "tf32".
@@ -101,12 +103,13 @@ def against(clock: Clock, benchmark, request: pytest.FixtureRequest) -> Callable
             if clock.device.type == "cuda":
                 memory[name] = call_memory(call, clock.device)
         timed = clock.wall if launching else clock.kernels
+        turns = {name: call if in_a_row == 1 else repeated(call, in_a_row) for name, call in calls.items()}
         seconds: dict[str, list[float]] = {name: [] for name in calls}
 
         def time_all() -> None:
             """Each once, in an order drawn anew, as what ran before leaves its mark: on caches, clocks, threads."""
             for name in order.sample(list(calls), len(calls)):
-                seconds[name].append(timed(calls[name]))
+                seconds[name].append(timed(turns[name]) / in_a_row)
             clock.count(seconds[""][-1])
 
         benchmark.pedantic(time_all, rounds=rounds)
@@ -117,6 +120,7 @@ def against(clock: Clock, benchmark, request: pytest.FixtureRequest) -> Callable
         best = min(rows, key=lambda name: rows[name]["seconds"], default=None)
         judged = aim_peer or best
         benchmark.extra_info |= info | {
+            "in_a_row": in_a_row,
             "unit": unit,
             "units_per_second": units / own,
             "flops": flops,
@@ -137,6 +141,14 @@ def against(clock: Clock, benchmark, request: pytest.FixtureRequest) -> Callable
         return {name: row["ratio"] for name, row in rows.items()}
 
     return compare
+
+
+def repeated(call: Callable[[], Any], times: int) -> Callable[[], None]:
+    def calls() -> None:
+        for _ in range(times):
+            call()
+
+    return calls
 
 
 def peer_row(times: list[float], own: float, units: float) -> dict[str, float]:

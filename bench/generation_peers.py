@@ -8,16 +8,15 @@ transformers runs on the model's device, llama.cpp and ctranslate2 in processes 
 threads as PyTorch has. The model is of GPT-2's kind: learned positions and biases.
 """
 
-import functools
 import importlib.util
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from apart import Apart, Peer, Tokens
+from apart import Apart, Maker, Peer, Tokens
 from fastgpt.model import GPT
 
 PACKAGES = {
@@ -37,7 +36,8 @@ def make_peers(names: Iterable[str], model: GPT) -> tuple[dict[str, Peer], list[
     for name in names:
         engine, *kind = name.split(" ")
         if all(map(installed, PACKAGES[engine])):
-            peers[name] = MAKERS[engine](model, *kind)
+            make = MAKERS[engine]
+            peers[name] = make(model, *kind) if engine == "transformers" else Apart(name, make, model, *kind)
         else:
             left_out.append(name)
     return peers, left_out
@@ -173,8 +173,8 @@ def ctranslate2_spec(model: GPT, words: list[str]) -> Any:
     return spec
 
 
-MAKERS: dict[str, Callable[..., Peer]] = {
-    "llama.cpp": functools.partial(Apart, make_llama_cpp),
-    "ctranslate2": functools.partial(Apart, Ctranslate2),
+MAKERS: dict[str, Maker] = {
+    "llama.cpp": make_llama_cpp,
+    "ctranslate2": Ctranslate2,
     "transformers": Transformers,
 }

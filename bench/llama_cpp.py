@@ -58,8 +58,8 @@ class LlamaCpp:
 
     def facts(self) -> dict[str, dict[str, Any]]:
         """Its tokens/s of decoding by its own clock, without the prompt, the first token, and Python; its build."""
-        rate = statistics.median(self._rates)
-        return {"llama_cpp": {"decode_tokens_per_second": rate, "build": system_info()}}
+        rates = {"decode_tokens_per_second": statistics.median(self._rates)} if self._rates else {}
+        return {"llama_cpp": rates | {"build": system_info()}}
 
     def _continue(self, prompt: list[int], new_tokens: int) -> list[int]:
         request = {

@@ -12,7 +12,7 @@ import torch
 from ceilings import cache_bytes
 from fastgpt.device import synchronize
 
-REST = 0.003  # seconds in which the threads of the call before stop waiting actively; compiled code has its own
+REST = 0.003  # seconds after which the threads of the call before no longer wait actively
 CYCLES = 1_000_000  # the GPU idles about half a millisecond, in which Python hands it the whole call
 CPU_CACHE = 64 << 20  # a CPU's last level may be shared and huge; the part of it that is fast is smaller
 MOST_BUFFERS = 64

@@ -73,7 +73,13 @@ class _OneLayer:
         raise AssertionError("the token is counted after the layers")
 
 
-class _Embedding(nn.Module):
+class _Part(nn.Module):
+    """A part of the step. `reads`: how the names of the weights begin that it reads."""
+
+    reads: tuple[str, ...]
+
+
+class _Embedding(_Part):
     """The stream of a token, what is added to it in the first layer, and the rotation of rotary positions."""
 
     reads = ("model.wte.", "model.wpe.", "model.table")
@@ -87,7 +93,7 @@ class _Embedding(nn.Module):
         return (x, torch.zeros_like(x)) if rotation is None else (x, torch.zeros_like(x), rotation)
 
 
-class _Layer(nn.Module):
+class _Layer(_Part):
     """A block."""
 
     reads = ("block.",)
@@ -100,7 +106,7 @@ class _Layer(nn.Module):
         return self.block(x, branch, rotation, None, None, _OneLayer(keys, values, slots))
 
 
-class _Head(nn.Module):
+class _Head(_Part):
     """The final norm and the logits."""
 
     reads = ("model.wte.", "model.ln_f.")
@@ -114,9 +120,9 @@ class _Head(nn.Module):
 
 
 class _Pure(nn.Module):
-    """One of these as a function of its weights too. They are no parameters here, so that they stay out of the code."""
+    """A part as a function of its inputs and its weights, which are no parameters here and so stay out of the code."""
 
-    def __init__(self, part: _Embedding | _Layer | _Head):
+    def __init__(self, part: _Part):
         super().__init__()
         self.part, self.names = (part,), tuple(_weights(part))
 
@@ -124,7 +130,7 @@ class _Pure(nn.Module):
         return functional_call(self.part[0], dict(zip(self.names, weights, strict=True)), tuple(inputs))
 
 
-def _weights(part: _Embedding | _Layer | _Head) -> dict[str, torch.Tensor]:
+def _weights(part: _Part) -> dict[str, torch.Tensor]:
     """What a part reads of its model, by name."""
     named = {**dict(part.named_parameters()), **dict(part.named_buffers())}
     return {name: tensor for name, tensor in named.items() if name.startswith(part.reads)}
@@ -150,8 +156,7 @@ class DecodeStep:
         if others := set(model.ops.columns.values()) - {"torch", "reference"}:
             raise CannotCompile(f"--compile: the decode step is PyTorch alone, without kernels of {others.pop()}")
         store_by_rows(model)
-        parts = _Embedding(model), [_Layer(block) for block in model.h], _Head(model)
-        embedding, layers, head = parts
+        embedding, layers, head = _Embedding(model), [_Layer(block) for block in model.h], _Head(model)
         self._embedding_weights, self._head_weights = (list(_weights(part).values()) for part in (embedding, head))
         self._layers = [list(_weights(layer).values()) for layer in layers]
         self.seconds = 0.0
@@ -180,7 +185,7 @@ class DecodeStep:
         return self.head([x, branch, *self._head_weights])[0]
 
     def _function(
-        self, name: str, part: _Embedding | _Layer | _Head, inputs: list[torch.Tensor | None], free: dict[int, str]
+        self, name: str, part: _Part, inputs: list[torch.Tensor | None], free: dict[int, str]
     ) -> Callable[[list], list]:
         """The part as machine code: a list of its inputs, None left out, and then its weights, to its outputs.
 

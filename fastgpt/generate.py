@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 SINGLE_CACHES = ("none", "dense")
 WORTH_COMPILING = 300  # tokens of one text at a time
+TIMED_TOKENS = 1 << 16  # in all contexts together: kernels are timed for no more, which would take too much memory
 
 
 class TextGenerator:
@@ -96,11 +97,13 @@ def load(
     dtype: str = "auto",
     kernels: str = "auto",
     quantize: str = "none",
+    batch: int = 1,
 ) -> TextGenerator:
     """The generator of a trained run, from its best checkpoint unless told otherwise.
 
     Args:
         quantize: "int8" keeps matrices in 8 bits; see `fastgpt.quantized`.
+        batch: continuations that will run side by side, for which `kernels` "auto" takes the fastest on a GPU.
 
     Raises:
         UsageError: no run there, a corrupt checkpoint, or an unknown device.
@@ -119,7 +122,8 @@ def load(
     checkpoint.check_vocabulary(step_dir, vocabulary)
     config = dataclasses.replace(config, vocab_size=vocabulary.vocab_size)
     weights = checkpoint.load_weights(step_dir)
-    ops = resolve(workload=Workload.of_generation(config, weights_dtype, quantize=quantize))
+    B = max(1, min(batch, TIMED_TOKENS // config.block_size))
+    ops = resolve(workload=Workload.of_generation(config, weights_dtype, B, int8=quantize == "int8"))
     model = GPT.from_weights(config, ops, weights, where, weights_dtype)
     if quantize == "int8":
         quantize_model(model)
@@ -210,6 +214,7 @@ def _load(config: GenerateConfig) -> TextGenerator:
         dtype=config.dtype,
         kernels=config.kernels,
         quantize=config.quantize,
+        batch=config.max_batch if config.prompts is not None else min(config.num_samples, config.max_batch),
     )
     if generator.model.device.type == "cuda":  # elsewhere there is no choice to tell of
         print(f"[kernels {generator.model.ops}]", file=sys.stderr)

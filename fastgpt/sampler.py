@@ -66,11 +66,14 @@ class _Request:
     columns: int  # how many of the likeliest tokens its filters must see in order; 0: none
     top_p: bool
     min_p: bool
-    settings: tuple[float, ...]  # the first of `_Settings`
+    settings: tuple[float, ...]  # the first of `_Settings.NAMES`, in their order
 
 
 class _Settings:
-    """The settings of R rows on the device by name, float32 (R, 1) each, of which one copy brings all."""
+    """The settings of R rows on the device by name, float32 (R, 1) each, of which one copy brings all.
+
+    They are looked up as they are needed: for a small vocabulary, looking up all would take longer than the draw.
+    """
 
     NAMES = (
         *("slot", "repetition", "presence", "frequency", "temperature", "top_k", "top_p", "min_p"),
@@ -95,20 +98,19 @@ class _Texts:
 
     def penalized(self, scores: torch.Tensor, s: _Settings) -> torch.Tensor:
         """The scores (R, V) of rows after their penalties."""
-        place, _ = self._places(s)
+        _, place = self._slots(s)
         told = self.counts[place], self.prompted[place]
         return penalize(scores, *told, s["repetition"], s["presence"], s["frequency"])
 
     def count(self, tokens: torch.Tensor, s: _Settings) -> None:
         """Add to each row's text the token that it drew, tokens int64 (R,)."""
-        place, there = self._places(s)
-        self.counts.view(-1).index_add_(0, place * self.counts.shape[1] + tokens, there.float())
+        slot, place = self._slots(s)
+        self.counts.view(-1).index_add_(0, place * self.counts.shape[1] + tokens, (place == slot).float())
 
-    def _places(self, s: _Settings) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where each row's text is, int64 (R,), and whether it is there: rows without penalties may have none."""
+    def _slots(self, s: _Settings) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each row's slot, int64 (R,), and the same if it has a text, else the last: unpenalized rows may have none."""
         slot = s["slot"][:, 0].long()
-        place = slot.clamp(max=len(self.counts) - 1)
-        return place, place == slot
+        return slot, slot.clamp(max=len(self.counts) - 1)
 
 
 class Sampler:
@@ -202,30 +204,36 @@ class Sampler:
     ) -> None:
         """Set to 0, in place, the weights (R, V) that a row's filters drop.
 
-        `short`, `whole`: the rows that need an order, of some columns or of all, as in `s`.
+        `short`, `whole`: the rows that need an order, of some columns or of all, as in s["order"].
         """
-        dropped = weights < s["min_p"] if any(q.min_p for q in requests) else None  # the likeliest's weight is 1
-        least, begin = None, 0
-        for group in (short, whole):
-            if not group:
-                continue
+        least = self._least(weights, scores, requests, s, short, whole) if short or whole else None
+        if least is not None:
+            weights.masked_fill_(scores < least, 0)
+        if any(q.min_p for q in requests):
+            weights.masked_fill_(weights < s["min_p"], 0)  # the likeliest's weight is 1
+
+    def _least(
+        self,
+        weights: torch.Tensor,
+        scores: torch.Tensor,
+        requests: list[_Request],
+        s: _Settings,
+        short: list[int],
+        whole: list[int],
+    ) -> torch.Tensor:
+        """`least_kept` of each row, (R, 1), of the two groups apart; -inf where a row needs no order."""
+        least, begin = torch.full_like(s["min_p"], -INF), 0
+        for group in filter(None, (short, whole)):
             columns = max(requests[r].columns for r in group)
             top_p = s["top_p"] if any(requests[r].top_p for r in group) else None
             if len(group) == len(requests):
                 alike = all(requests[r].columns == columns for r in group)
-                top_k = None if alike else s["top_k"].long()
-                least = least_kept(scores, weights, columns, top_k, top_p)
-                break
+                return least_kept(scores, weights, columns, None if alike else s["top_k"].long(), top_p)
             rows = s["order"][begin : begin + len(group), 0].long()
-            least = torch.full_like(s["min_p"], -INF) if least is None else least
             top_p = None if top_p is None else top_p[rows]
             least[rows] = least_kept(scores[rows], weights[rows], columns, s["top_k"][rows].long(), top_p)
             begin += len(group)
-        if least is not None:
-            below = scores < least
-            dropped = below if dropped is None else dropped.logical_or_(below)
-        if dropped is not None:
-            weights.masked_fill_(dropped, 0)
+        return least
 
     def _with_logprobs(self, tokens: torch.Tensor, logits: torch.Tensor, requests: list[_Request]) -> Sampled:
         asked = tuple(q.logprobs for q in requests)
@@ -271,7 +279,7 @@ class Sampler:
     def _send(self, tensor: torch.Tensor) -> torch.Tensor:
         """A host tensor on the device; the host does not wait, and pinned memory stays until the copy is done."""
         if self.device.type == "cpu":
-            return tensor
+            return tensor  # `to` would say so too, later
         if self.device.type != "cuda":
             return tensor.to(self.device)
         return tensor.pin_memory().to(self.device, non_blocking=True)

@@ -45,9 +45,9 @@ class Workload:
         return cls._of(config, dtype, training=True, B=config.batch_size, dropout=config.dropout)
 
     @classmethod
-    def of_generation(cls, config: ModelConfig, dtype: torch.dtype, B: int = 1, quantize: str = "none") -> "Workload":
+    def of_generation(cls, config: ModelConfig, dtype: torch.dtype, B: int = 1, *, int8: bool = False) -> "Workload":
         """Decoding B sequences at the end of the context; the vocabulary's size must be known."""
-        return cls._of(config, dtype, training=False, B=B, dropout=0.0, int8=quantize == "int8")
+        return cls._of(config, dtype, training=False, B=B, dropout=0.0, int8=int8)
 
     @classmethod
     def _of(cls, config: ModelConfig, dtype: torch.dtype, **rest: Any) -> "Workload":
@@ -86,7 +86,9 @@ class Workload:
     def __str__(self) -> str:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         what, dtype = "training" if fields.pop("training") else "generating", fields.pop("dtype")
-        return ", ".join([what, str(dtype).removeprefix("torch."), *(f"{name} {fields[name]}" for name in fields)])
+        matrices = ["matrices int8"] if fields.pop("int8") else []
+        sizes = [f"{name} {value}" for name, value in fields.items()]
+        return ", ".join([what, str(dtype).removeprefix("torch."), *matrices, *sizes])
 
 
 @dataclass(frozen=True)
@@ -264,12 +266,21 @@ def _kv_write(draw: Draw) -> Iterator[Case]:
 
 
 def _linear_int8(draw: Draw) -> Iterator[Case]:
-    """The widening product of the MLP for a token of each sequence, then for a whole prompt."""
+    """The widening product of the MLP for a token of each sequence; then the narrowing one, the output layer's, and
+    the first for whole prompts.
+    """
     w = draw.w
-    weight, scale = quantize(draw(4 * w.C, w.C, dtype=torch.float32))
-    bias = draw(4 * w.C, dtype=w.dtype) if w.bias else None
-    for T in (1, w.T):
-        yield Case((draw(w.B, T, w.C, dtype=w.dtype), weight, scale, bias))
+
+    def case(T: int, outputs: int, inputs: int, bias: bool) -> Case:
+        weight, scale = quantize(draw(outputs, inputs, dtype=torch.float32))
+        return Case(
+            (draw(w.B, T, inputs, dtype=w.dtype), weight, scale, draw(outputs, dtype=w.dtype) if bias else None)
+        )
+
+    yield case(1, 4 * w.C, w.C, w.bias)
+    yield case(1, w.C, 4 * w.C, w.bias)
+    yield case(1, w.V, w.C, False)
+    yield case(w.T, 4 * w.C, w.C, w.bias)
 
 
 TRAINING: Mapping[str, Callable[[Draw], Iterator[Case]]] = {

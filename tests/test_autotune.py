@@ -284,6 +284,9 @@ def test_a_run_and_a_generator_say_what_they_will_do(resolved):
     assert (training.B, training.T, training.H, training.Hkv, training.D) == (4, 8, 4, 2, 4)
     assert (training.V, training.valid_vocab) == (128, generate.load(device="cpu").tokenizer.vocab_size)
     assert resolved[-1] == dataclasses.replace(training, training=False, B=1, dropout=0.0)
+    for batch, timed in ((64, 64), (1 << 20, generate.TIMED_TOKENS // 8)):
+        generate.load(device="cpu", quantize="int8", batch=batch)
+        assert (resolved[-1].B, resolved[-1].int8) == (timed, True)
 
 
 @pytest.mark.usefixtures("workplace", "no_picture")

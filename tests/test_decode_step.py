@@ -44,12 +44,12 @@ def generator(folder: Path) -> TextGenerator:
 def logits_of_both(model, step: DecodeStep, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """After a prompt of two, each further token's logits, by the model and by the step: (T - 2, V) each."""
     ours, theirs = (DenseCache(model.config, dtype=model.dtype) for _ in range(2))
-    got, wanted, extend = [], [], DenseStep(step, ours)
+    got, wanted, compiled = [], [], DenseStep(step, ours)
     with torch.inference_mode():
         for cache in (ours, theirs):
             model(torch.tensor([tokens[:2]]), cache=cache)
         for token in tokens[2:]:
-            got.append(extend(torch.tensor([token]))[0])
+            got.append(compiled(torch.tensor([token]))[0])
             wanted.append(model(torch.tensor([[token]]), cache=theirs)[0, 0])
     assert ours.length == theirs.length == len(tokens)
     if model.dtype == torch.float32:

@@ -75,6 +75,8 @@ class Toy:
     def __call__(self, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
         if not prompts:
             os._exit(3)
+        if new_tokens < 0:
+            raise ValueError("fewer than none")
         return [
             [os.getpid(), self.threads, torch.get_num_threads(), self.total, new_tokens, *prompt] for prompt in prompts
         ]
@@ -85,7 +87,7 @@ class Toy:
 
 def test_a_peer_has_a_process_of_its_own():
     model = untrained()
-    toy = Apart(Toy, model, "good")
+    toy = Apart("a toy", Toy, model, "good")
     ((pid, *said),) = toy([(7, 8)], 3)
     total = int(model.wte.weight.sum() * 1000)
     assert said == [torch.get_num_threads(), 1, total, 3, 7, 8]
@@ -97,8 +99,20 @@ def test_a_peer_has_a_process_of_its_own():
         os.kill(pid, 0)
 
 
-def test_a_peer_that_fails_says_why():
-    with pytest.raises(RuntimeError, match="Toy broken: ValueError: no such kind"):
-        Apart(Toy, untrained(), "broken")
-    with pytest.raises(RuntimeError, match="the process of Toy good ended"):
-        Apart(Toy, untrained(), "good")([], 1)
+def test_a_peer_that_fails_says_why_each_time():
+    with pytest.raises(RuntimeError, match="a toy: ValueError: no such kind"):
+        Apart("a toy", Toy, untrained(), "broken")
+    toy = Apart("a toy", Toy, untrained(), "good")
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="a toy: ValueError: fewer than none"):
+            toy([[1]], -1)
+    for call in (lambda: toy([], 1), lambda: toy([[1]], 1), toy.facts):
+        with pytest.raises(RuntimeError, match="the process of a toy has ended"):
+            call()
+
+
+def test_llama_cpp_says_how_fast_it_was_by_its_own_clock():
+    peer = only("llama.cpp f32")
+    assert own_facts({"it": peer})["llama_cpp"].keys() == {"build"}
+    peer(PROMPTS, NEW)
+    assert own_facts({"it": peer})["llama_cpp"]["decode_tokens_per_second"] > 0

@@ -162,14 +162,14 @@ def test_what_is_checked_is_small_and_ends_in_the_same_part_of_a_tile(T, small):
 def test_its_text_tells_workloads_apart():
     config = dataclasses.replace(PRESETS["gpt2"], dropout=0.1)
     assert str(Workload.of_training(config, torch.bfloat16)) == (
-        "training, bfloat16, B 12, T 1024, H 12, Hkv 12, D 64, V 50304, valid_vocab 50257, dropout 0.1, bias True, "
-        "int8 False"
+        "training, bfloat16, B 12, T 1024, H 12, Hkv 12, D 64, V 50304, valid_vocab 50257, dropout 0.1, bias True"
     )
     assert str(Workload.of_generation(config, torch.float32, B=8)) == (
-        "generating, float32, B 8, T 1024, H 12, Hkv 12, D 64, V 50304, valid_vocab 50257, dropout 0.0, bias True, "
-        "int8 False"
+        "generating, float32, B 8, T 1024, H 12, Hkv 12, D 64, V 50304, valid_vocab 50257, dropout 0.0, bias True"
     )
-    assert str(Workload.of_generation(config, torch.float32, quantize="int8")).endswith("int8 True")
+    assert str(Workload.of_generation(config, torch.float32, int8=True)).startswith(
+        "generating, float32, matrices int8, B 1"
+    )
 
 
 def test_without_a_vocabulary_there_is_no_workload():
