@@ -54,10 +54,11 @@ def test_the_interpreter_takes_float32_of_its_own_accord_and_refuses_bfloat16(ca
 
 
 def test_a_resumed_run_keeps_its_kernels_and_repeats_the_uninterrupted_one(capsys):
-    whole = run(f"{TOY} --dropout 0.2 --kernels triton --eval_interval 3 --lr_decay_iters 5", "whole")
-    run(f"{TOY} --dropout 0.2 --kernels triton --eval_interval 3 --lr_decay_iters 5 --max_iters 3", "parted")
+    flags = f"{TOY} --dropout 0.2 --kernels triton --eval_interval 2 --lr_decay_iters 3"
+    whole = run(f"{flags} --max_iters 3", "whole")
+    run(f"{flags} --max_iters 2", "parted")
     capsys.readouterr()
-    assert resume("--max_iters 5 --kernels auto", "parted") == 0
+    assert resume("--max_iters 3 --kernels auto", "parted") == 0
     assert "kernels     triton (as this run began" in capsys.readouterr().err
     for name, tensor in tensors(whole).items():
         assert torch.equal(tensors(whole.parent / "parted")[name], tensor), name
