@@ -279,7 +279,7 @@ class Sampler:
     def _send(self, tensor: torch.Tensor) -> torch.Tensor:
         """A host tensor on the device; the host does not wait, and pinned memory stays until the copy is done."""
         if self.device.type == "cpu":
-            return tensor  # `to` would say so too, later
+            return tensor  # as `to` would, a few microseconds later
         if self.device.type != "cuda":
             return tensor.to(self.device)
         return tensor.pin_memory().to(self.device, non_blocking=True)

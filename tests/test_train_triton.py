@@ -24,7 +24,7 @@ TOY = f"--device {DEVICE} --max_iters 5 --eval_interval 5 --eval_iters 1 --warmu
         ("", ""),
         ("--dropout 0.2", ""),
         ("--n_kv_head 1 --no-bias --position rotary", ""),
-        ("", "--compile"),
+        pytest.param("", "--compile", marks=pytest.mark.slow),
         ("--dropout 0.2", "--compile"),
     ],
 )
