@@ -78,7 +78,7 @@ class _Settings:
     NAMES = (
         *("slot", "repetition", "presence", "frequency", "temperature", "top_k", "top_p", "min_p"),
         "number",  # of `uniform`; inf where greedy
-        "order",  # row numbers, in the order in which `Sampler._filter` wants them
+        "order",  # row numbers, in the order in which `Sampler._least` wants them
     )
 
     def __init__(self, columns: torch.Tensor):
@@ -186,53 +186,39 @@ class Sampler:
             # Only differences count, and from the top they cannot overflow however low the temperature.
             weights = scores - scores.amax(-1, keepdim=True)
             weights.div_(s["temperature"]).exp_()  # (R, V), 1 for the likeliest
-            if short or whole or any(q.min_p for q in requests):
-                self._filter(weights, scores, requests, s, short, whole)
+            if short or whole:
+                weights.masked_fill_(scores < self._least(scores, weights, requests, s, short, whole), 0)
+            if any(q.min_p for q in requests):
+                weights.masked_fill_(weights < s["min_p"], 0)
             tokens = draw(scores, weights, s["number"])
         if texts is not None:
             texts.count(tokens, s)
         return self._with_logprobs(tokens, logits, requests)
 
-    def _filter(
-        self,
-        weights: torch.Tensor,
-        scores: torch.Tensor,
-        requests: list[_Request],
-        s: _Settings,
-        short: list[int],
-        whole: list[int],
-    ) -> None:
-        """Set to 0, in place, the weights (R, V) that a row's filters drop.
-
-        `short`, `whole`: the rows that need an order, of some columns or of all, as in s["order"].
-        """
-        least = self._least(weights, scores, requests, s, short, whole) if short or whole else None
-        if least is not None:
-            weights.masked_fill_(scores < least, 0)
-        if any(q.min_p for q in requests):
-            weights.masked_fill_(weights < s["min_p"], 0)  # the likeliest's weight is 1
-
     def _least(
         self,
-        weights: torch.Tensor,
         scores: torch.Tensor,
+        weights: torch.Tensor,
         requests: list[_Request],
         s: _Settings,
         short: list[int],
         whole: list[int],
     ) -> torch.Tensor:
-        """`least_kept` of each row, (R, 1), of the two groups apart; -inf where a row needs no order."""
-        least, begin = torch.full_like(s["min_p"], -INF), 0
-        for group in filter(None, (short, whole)):
-            columns = max(requests[r].columns for r in group)
-            top_p = s["top_p"] if any(requests[r].top_p for r in group) else None
-            if len(group) == len(requests):
-                alike = all(requests[r].columns == columns for r in group)
-                return least_kept(scores, weights, columns, None if alike else s["top_k"].long(), top_p)
-            rows = s["order"][begin : begin + len(group), 0].long()
-            top_p = None if top_p is None else top_p[rows]
-            least[rows] = least_kept(scores[rows], weights[rows], columns, s["top_k"][rows].long(), top_p)
-            begin += len(group)
+        """`least_kept` of each row, (R, 1); -inf where a row needs no order.
+
+        `short`, `whole`: the rows that need an order, of some columns or of all, as in s["order"].
+        """
+        groups = [group for group in (short, whole) if group]
+        columns = [max(requests[r].columns for r in group) for group in groups]
+        top_p = [s["top_p"] if any(requests[r].top_p for r in group) else None for group in groups]
+        if len(groups[0]) == len(requests):
+            top_k = None if all(q.columns == columns[0] for q in requests) else s["top_k"].long()
+            return least_kept(scores, weights, columns[0], top_k, top_p[0])
+        least, order = torch.full_like(s["number"], -INF), s["order"][:, 0].long()
+        for group, most, p in zip(groups, columns, top_p, strict=True):
+            rows, order = order[: len(group)], order[len(group) :]
+            p = None if p is None else p[rows]
+            least[rows] = least_kept(scores[rows], weights[rows], most, s["top_k"][rows].long(), p)
         return least
 
     def _with_logprobs(self, tokens: torch.Tensor, logits: torch.Tensor, requests: list[_Request]) -> Sampled:
