@@ -97,6 +97,8 @@ class TrainConfig(ModelConfig):
     )
     gpt2_vocab: str | None = option(None, "folder with GPT-2's vocab.bpe and encoder.json")
 
+    allow_data_change: bool = option(False, "resume although the text changed since the run began")
+
     # Length and batches
     max_iters: int = option(600_000, "optimizer steps", low=1)
     max_minutes: float | None = option(None, "stop, evaluate and save after this many minutes", above=0)
@@ -123,6 +125,17 @@ class TrainConfig(ModelConfig):
     )
     log_interval: int = option(10, "steps between log lines", low=1)
     sample_interval: int = option(0, "steps between printed samples; 0: only at the end", low=0)
+
+    # Safety
+    keep_last: int = option(3, "checkpoints that are kept beside the best", low=1)
+    async_save: bool = option(False, "go on training while a checkpoint is written, at the price of a copy in memory")
+    skip_loss_sigma: float = option(
+        0.0, "skip a step whose loss is this many standard deviations above its running mean; 0: none", low=0
+    )
+    rollback_after: int = option(
+        5, "skipped steps in a row after which the run goes back to its last good checkpoint and skips the data", low=1
+    )
+    max_rollbacks: int = option(3, "returns to the same checkpoint before the run gives up", low=0)
 
     # Machine
     device: str = option("auto", "auto, cpu, mps, cuda or cuda:N")

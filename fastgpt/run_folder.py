@@ -21,7 +21,7 @@ FORMAT = 1
 LOCK = ".lock"
 # Deleted in this order: config.json, by which `claim` knows that the others are a run's, goes last.
 RUN_FILES = ("tokenizer.json", "metrics.jsonl", "latest", "best", "plots/loss.png", "config.json")
-COMMANDS = ("init_from", "overwrite")  # of one start, not of the run
+COMMANDS = ("init_from", "overwrite", "allow_data_change")  # of one start, not of the run
 FIXED = ("block_size", "n_layer", "n_head", "kv_heads", "n_embd", "bias", "position", "tokenizer")
 
 
