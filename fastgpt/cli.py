@@ -6,28 +6,21 @@ turns what it raises into exit codes: 0 done, 1 failed, 2 bad usage or input, 13
 
 import argparse
 import dataclasses
-import difflib
 import io
 import os
 import sys
 import tomllib
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from fastgpt import config as configuration
-from fastgpt.errors import UsageError
+from fastgpt.errors import LONGEST_SHOWN, RunFailed, UsageError, nearest, shown
 
 Config = TypeVar("Config")
 TRUE, FALSE, AUTO = ("true", "yes", "on", "1"), ("false", "no", "off", "0"), "auto"
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """' (did you mean --x?)' for the known word that is most like `word`, or ''."""
-    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {match[0]}?" if match else ""
 
 
 def parse(
@@ -61,20 +54,22 @@ def read(
     Raises:
         UsageError: an unknown flag or key (the nearest is named) or a value outside its limits.
     """
-    parser = _parser(kind, prog, description, presets)
     words = _normalize(sys.argv[1:] if argv is None else argv, kind, presets)
-    try:
-        given = vars(parser.parse_args(words))
-    except argparse.ArgumentError as error:
-        raise UsageError(error.message) from None
+    if "--help" in words:
+        _helper(kind, prog, description, presets).print_help()
+        raise SystemExit(0)
+    given = _values(words, kind)
     file = given.pop("config", None)
     given = (_read_toml(Path(file), kind) if file is not None else {}) | given
     preset = given.pop("preset", None)
     if preset is not None and preset not in (presets or {}):
         known = presets or {}
-        raise UsageError(f"--preset {preset!r} is not one of {', '.join(known)}{nearest(preset, known)}")
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+        raise UsageError(f"--preset {shown(preset)} is not one of {', '.join(known)}{nearest(preset, known)}")
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}  # TOML's
     configuration.validate_fields(kind, given)
+    for field in dataclasses.fields(kind):
+        if field.metadata["path"] and isinstance(path := given.get(field.name), str):
+            _check_reachable(field.name, path)
     return preset, given
 
 
@@ -95,6 +90,9 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None 
     except UsageError as error:
         print("error:", *str(error).splitlines(), file=sys.stderr)
         return 2
+    except RunFailed as error:
+        print("error:", *str(error).splitlines(), file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
@@ -104,9 +102,15 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None 
         return 1
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (see {self.prog} --help)")
+def _check_reachable(name: str, path: str) -> None:
+    """Raise `UsageError` for a name that this system cannot look up, or a folder that may not be entered."""
+    try:
+        os.stat(os.path.join(path, "."))  # noqa: PTH116, PTH118 - pathlib drops the dot, which asks for the folder's inside
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"--{name} {shown(path)} cannot be looked up: {reason}; name another") from None
 
 
 def _flags(kind: type) -> dict[str, dataclasses.Field]:
@@ -118,15 +122,9 @@ def _flags(kind: type) -> dict[str, dataclasses.Field]:
     return spelled
 
 
-def _parser(kind: type, prog: str, description: str, presets: Mapping[str, Any] | None) -> _Parser:
-    parser = _Parser(
-        prog=prog,
-        usage=f"{prog} [--flag value ...]",
-        description=description,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-        exit_on_error=False,
-    )
+def _helper(kind: type, prog: str, description: str, presets: Mapping[str, Any] | None) -> argparse.ArgumentParser:
+    """What prints the help; argparse reads no flags here, as it drops a value that is --."""
+    parser = argparse.ArgumentParser(prog=prog, usage=f"{prog} [--flag value ...]", description=description)
     if presets is not None:
         parser.add_argument("--preset", metavar="NAME", help=f"starting point: {', '.join(presets)}")
         parser.add_argument("--config", metavar="FILE.toml", help="a TOML file of these flags")
@@ -138,9 +136,6 @@ def _parser(kind: type, prog: str, description: str, presets: Mapping[str, Any] 
             metavar = "NAME" if field.metadata["choices"] else {bool: "", str: "TEXT"}.get(base, base.__name__.upper())
             group.add_argument(
                 *(f"--{name}" for name in (field.name, *field.metadata["alias"])),
-                dest=field.name,
-                action="append" if typing.get_origin(hints[field.name]) is tuple else "store",
-                type=_converter(field.name, hints[field.name]),
                 metavar=metavar,
                 help=_help(field, base is bool, presets),
             )
@@ -174,27 +169,38 @@ def _base_type(hint: Any) -> type:
     return typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else hint
 
 
-def _converter(name: str, hint: Any) -> Callable[[str], Any]:
+def _values(words: Sequence[str], kind: type) -> dict[str, Any]:
+    """What normalized flags give: of one that is repeated the last, or where it has several values all."""
+    spelled, hints = _flags(kind), typing.get_type_hints(kind)
+    given: dict[str, Any] = {}
+    for word in words:
+        name, _, text = word[2:].partition("=")
+        if name not in spelled:  # --preset and --config
+            given[name] = text
+            continue
+        field = spelled[name].name
+        value = _convert(field, hints[field], text)
+        several = typing.get_origin(hints[field]) is tuple
+        given[field] = (*given.get(field, ()), value) if several else value
+    return given
+
+
+def _convert(name: str, hint: Any, text: str) -> Any:
+    """The value of a flag from its text. Raises `UsageError`."""
     kind, optional = _base_type(hint), type(None) in typing.get_args(hint)
-
-    def convert(text: str) -> Any:
-        if optional and text.lower() == "none":
+    if optional and text.lower() == "none":
+        return None
+    if kind is bool:
+        if optional and text.lower() == AUTO:
             return None
-        if kind is bool:
-            if optional and text.lower() == AUTO:
-                return None
-            if text.lower() in TRUE + FALSE:
-                return text.lower() in TRUE
-            raise argparse.ArgumentTypeError(
-                f"--{name} {text!r} is neither true nor false; pass --{name} or --no-{name}"
-            )
-        try:
-            return kind(text)
-        except ValueError:
-            what = {int: "a whole number", float: "a number"}.get(kind, f"a {kind.__name__}")
-            raise argparse.ArgumentTypeError(f"--{name} {text!r} is not {what}") from None
-
-    return convert
+        if text.lower() in TRUE + FALSE:
+            return text.lower() in TRUE
+        raise UsageError(f"--{name} {shown(text)} is neither true nor false; pass --{name} or --no-{name}")
+    try:
+        return kind(text)
+    except ValueError:
+        what = {int: "a whole number", float: "a number"}.get(kind, f"a {kind.__name__}")
+        raise UsageError(f"--{name} {shown(text)} is not {what}") from None
 
 
 def _normalize(argv: Sequence[str], kind: type, presets: Mapping[str, Any] | None) -> list[str]:
@@ -206,11 +212,10 @@ def _normalize(argv: Sequence[str], kind: type, presets: Mapping[str, Any] | Non
     result, words = [], list(argv)
     while words:
         word = words.pop(0)
-        if word == "-h" or not word.startswith("--"):
-            if word != "-h":
-                raise UsageError(f"{word!r} is not a flag; every value follows a flag such as --{known[0]}")
-            result.append(word)
-            continue
+        if word == "-h":
+            word = "--help"
+        if not word.startswith("--"):
+            raise UsageError(f"{shown(word)} is not a flag; every value follows a flag such as --{known[0]}")
         name, equals, value = word[2:].partition("=")
         name = name.replace("-", "_")
         if name.startswith("no_") and name[3:] in switches:
@@ -218,9 +223,11 @@ def _normalize(argv: Sequence[str], kind: type, presets: Mapping[str, Any] | Non
                 raise UsageError(f"{word!r}: --no-{name[3:]} takes no value; pass --{name[3:]}={value}")
             result.append(f"--{name[3:]}=false")
         elif name not in known:
-            raise UsageError(f"unknown flag --{name}{nearest('--' + name, [f'--{k}' for k in known])}")
-        elif equals or name == "help":
-            result.append(f"--{name}={value}" if equals else "--help")
+            raise UsageError(f"unknown flag --{name[:LONGEST_SHOWN]}{nearest('--' + name, [f'--{k}' for k in known])}")
+        elif name == "help":
+            result.append("--help")
+        elif equals:
+            result.append(f"--{name}={value}")
         elif name in switches:
             taken = bool(words) and words[0].lower() in (*TRUE, *FALSE, AUTO)
             result.append(f"--{name}={words.pop(0) if taken else 'true'}")
@@ -238,7 +245,7 @@ def _read_toml(path: Path, kind: type) -> dict[str, Any]:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"--config {path} cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # TOML's, UTF-8's, and those of a hostile nesting or number
         raise UsageError(f"--config {path} is not TOML: {error}") from None
     spelled = _flags(kind)
     for key in table:

@@ -10,15 +10,17 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from fastgpt.errors import UsageError
+from fastgpt.errors import UsageError, nearest, shown
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 CACHES = ("none", "dense", "paged", "auto")
 SPECULATION = ("none", "ngram")
 QUANTIZATION = ("none", "int8")
 KERNELS = ("auto", "torch", "reference", "triton")
+LEAST, MOST = -(2**63), 2**63 - 1  # what 64 bits hold: whole numbers end up in tensors and files
 
 
 def option(
@@ -31,10 +33,14 @@ def option(
     above: float | None = None,
     below: float | None = None,
     alias: tuple[str, ...] = (),
+    path: bool = False,
 ) -> Any:
-    """A dataclass field with its help text and its limits (low <= value <= high, above < value < below)."""
+    """A dataclass field with its help text and its limits (low <= value <= high, above < value < below).
+
+    `path`: its text is, or may be, the name of a file or folder.
+    """
     limits = {"low": low, "high": high, "above": above, "below": below}
-    metadata = {"help": help, "choices": choices, "alias": alias}
+    metadata = {"help": help, "choices": choices, "alias": alias, "path": path}
     return dataclasses.field(default=default, metadata=metadata | limits)
 
 
@@ -70,9 +76,24 @@ class ModelConfig:
     @property
     def padded_vocab(self) -> int:
         """vocab_size rounded up to a multiple of 128, the width of the embedding inside the model."""
+        return -(-self._known_vocab // 128) * 128
+
+    @property
+    def num_parameters(self) -> int:
+        """`GPT.num_parameters` without a model: the vocabulary's padding does not count."""
+        C, biases = self.n_embd, int(self.bias)
+        norm = C + biases * C
+        heads = (self.n_head + 2 * self.kv_heads) * self.head_size
+        attention = (C + biases) * heads + (C + biases) * C
+        mlp = (C + biases) * 4 * C + (4 * C + biases) * C
+        positions = self.block_size if self.position == "learned" else 0
+        return (self._known_vocab + positions) * C + self.n_layer * (2 * norm + attention + mlp) + norm
+
+    @property
+    def _known_vocab(self) -> int:
         if self.vocab_size is None:
             raise UsageError("vocab_size is not set: take it from the tokenizer, or pass one")
-        return -(-self.vocab_size // 128) * 128
+        return self.vocab_size
 
     def architecture(self) -> "ModelConfig":
         """The model's part of a larger configuration."""
@@ -84,18 +105,23 @@ class TrainConfig(ModelConfig):
     """A training run."""
 
     # Input and output
-    out_dir: str = option("out", "folder of the run")
-    init_from: str = option("scratch", "start anew, or continue out_dir's run", choices=("scratch", "resume"))
+    out_dir: str = option("out", "folder of the run", path=True)
+    init_from: str = option(
+        "scratch",
+        "scratch: start anew; resume: continue out_dir's run; or the path of a step's folder, to continue from there, "
+        "or of nanoGPT's ckpt.pt, to start from its weights",
+        path=True,
+    )
     overwrite: bool = option(False, "delete the run that out_dir holds and start anew")
-    dataset: str = option("pydocs", "pydocs, shakespeare, or a path: a text file, a folder of text, tokens")
-    corpus_file: str | None = option(None, "a local copy of tiny Shakespeare for --dataset shakespeare")
-    data_dir: str = option("data", "where prepared corpora are kept")
+    dataset: str = option("pydocs", "pydocs, shakespeare, or a path: a text file, a folder of text, tokens", path=True)
+    corpus_file: str | None = option(None, "a local copy of tiny Shakespeare for --dataset shakespeare", path=True)
+    data_dir: str = option("data", "where prepared corpora are kept", path=True)
     tokenizer: str = option(
         "char",
         "characters, UTF-8 bytes, GPT-2's, or a BPE trained here",
         choices=("char", "byte", "gpt2", "bpe"),
     )
-    gpt2_vocab: str | None = option(None, "folder with GPT-2's vocab.bpe and encoder.json")
+    gpt2_vocab: str | None = option(None, "folder with GPT-2's vocab.bpe and encoder.json", path=True)
 
     allow_data_change: bool = option(False, "resume although the text changed since the run began")
 
@@ -144,6 +170,16 @@ class TrainConfig(ModelConfig):
     kernels: str = option("auto", "the table's column: see fastgpt/dispatch.py", choices=KERNELS)
 
     @property
+    def resuming(self) -> bool:
+        """Whether it continues a run instead of starting one."""
+        return self.init_from != "scratch" and not self.imports
+
+    @property
+    def imports(self) -> bool:
+        """Whether it starts from the weights of another program's file."""
+        return self.init_from.endswith(".pt")
+
+    @property
     def tokens_per_step(self) -> int:
         return self.gradient_accumulation_steps * self.batch_size * self.block_size
 
@@ -190,13 +226,15 @@ class SamplingParams:
 class GenerateConfig(SamplingParams):
     """Generation from a trained run."""
 
-    out_dir: str = option("out", "folder of the run")
-    checkpoint: str = option("best", "best, latest, or a step's folder name such as step-000500")
+    out_dir: str = option("out", "folder of the run", path=True)
+    checkpoint: str = option("best", "best, latest, or a step's folder name such as step-000500", path=True)
     prompt: str = option("", "text to continue; FILE:path reads a file, - reads stdin", alias=("start",))
     prompts: str | None = option(
-        None, "a file of prompts, a line each, or .jsonl with settings of their own; - reads lines from stdin"
+        None,
+        "a file of prompts, a line each, or .jsonl with settings of their own; - reads lines from stdin",
+        path=True,
     )
-    output: str | None = option(None, "file for the JSON lines that --prompts writes; default stdout")
+    output: str | None = option(None, "file for the JSON lines that --prompts writes; default stdout", path=True)
     interactive: bool = option(False, "write in turns with the model")
     cache: str = option(
         "auto",
@@ -269,16 +307,20 @@ def _check_field(field: dataclasses.Field, hint: Any, value: Any) -> None:
     if tuple in accepted:
         item = typing.get_args(hint)[0]
         if not (isinstance(value, tuple) and all(type(v) is item for v in value)):
-            raise UsageError(f"{flag} {value!r} is not a list of {'text' if item is str else 'whole numbers'}")
+            raise UsageError(f"{flag} {shown(value)} is not a list of {'text' if item is str else 'whole numbers'}")
     number = isinstance(value, int) and not isinstance(value, bool)
     fits = isinstance(value, accepted) and (not isinstance(value, bool) or bool in accepted)
     if not fits and not (number and float in accepted):
         wanted = next(t for t in accepted if t is not type(None)).__name__
-        raise UsageError(f"{flag} {value!r} is not of type {wanted}")
+        raise UsageError(f"{flag} {shown(value)} is not of type {wanted}")
     if isinstance(value, float) and not math.isfinite(value):
         raise UsageError(f"{flag} {value} is not a finite number")
     if meta.get("choices") and value not in meta["choices"]:
-        raise UsageError(f"{flag} {value!r} is not one of {', '.join(meta['choices'])}")
+        raise UsageError(
+            f"{flag} {shown(value)} is not one of {', '.join(meta['choices'])}{nearest(str(value), meta['choices'])}"
+        )
+    if meta["path"] and isinstance(value, str):
+        _check_path(flag, value)
     bounds = {
         "low": (lambda x, limit: x >= limit, "at least"),
         "above": (lambda x, limit: x > limit, "above"),
@@ -288,7 +330,22 @@ def _check_field(field: dataclasses.Field, hint: Any, value: Any) -> None:
     for name, (holds, words) in bounds.items():
         limit = meta.get(name)
         if limit is not None and not holds(value, limit):
-            raise UsageError(f"{flag} {value} must be {words} {limit}")
+            raise UsageError(f"{flag} {shown(value)} must be {words} {limit}")
+    for one in value if isinstance(value, tuple) else (value,):
+        if isinstance(one, int) and not LEAST <= one <= MOST:
+            words = f"at most {MOST}" if one > 0 else f"at least {LEAST}"
+            raise UsageError(f"{flag} {shown(one)} must be {words}")
+
+
+def _check_path(flag: str, value: str) -> None:
+    if not value:
+        raise UsageError(f"{flag} '' is empty; name a file or folder, or leave it out")
+    if "\0" in value:
+        raise UsageError(f"{flag} {shown(value)} holds a NUL character, which no file's name can hold")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # a run's config.json, which names it, is UTF-8
+        raise UsageError(f"{flag} {shown(value)} is not UTF-8; rename it") from None
 
 
 def _check_heads(config: ModelConfig) -> None:
@@ -310,6 +367,21 @@ def _check_heads(config: ModelConfig) -> None:
 
 def _check_training(config: TrainConfig) -> None:
     if config.final_lr > config.learning_rate:
-        raise UsageError(f"--min_lr {config.final_lr:g} is above --learning_rate {config.learning_rate:g}; lower it")
-    if config.overwrite and config.init_from == "resume":
-        raise UsageError("--overwrite deletes the run that --init_from resume would continue; pass only one")
+        raise UsageError(f"--min_lr {config.final_lr} is above --learning_rate {config.learning_rate}; lower it")
+    starts = ("scratch", "resume")
+    if config.init_from not in starts and not _exists(config.init_from):
+        raise UsageError(
+            f"--init_from {shown(config.init_from)} is not one of {', '.join(starts)}, nor the path of a step's folder "
+            f"or of a .pt file{nearest(config.init_from, starts)}"
+        )
+    if config.overwrite and config.resuming:
+        raise UsageError(
+            f"--overwrite deletes the run that --init_from {config.init_from} would continue; pass only one"
+        )
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):  # too long for a name, or a folder that may not be entered
+        return False

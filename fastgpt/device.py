@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from fastgpt.config import DTYPES
-from fastgpt.errors import UsageError
+from fastgpt.errors import UsageError, nearest, shown
 
 # Dense 16-bit tensor-core peaks in FLOP/s, by the name that the driver gives; from NVIDIA's data sheets.
 PEAK_FLOPS = {
@@ -36,9 +36,10 @@ def resolve_device(name: str) -> torch.device:
         cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
         return torch.device("cuda" if cuda else "mps" if mps else "cpu")
     kind, _, index = name.partition(":")
-    numbered = kind == "cuda" and index.isdecimal()
+    numbered = kind == "cuda" and re.fullmatch("[0-9]{1,9}", index)
     if kind not in ("cpu", "cuda", "mps") or (name != kind and not numbered):
-        raise UsageError(f"--device {name!r} is not one of auto, cpu, mps, cuda, cuda:N")
+        meant = nearest(name, ("auto", "cpu", "mps", "cuda"))
+        raise UsageError(f"--device {shown(name)} is not one of auto, cpu, mps, cuda, cuda:N{meant}")
     if kind == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device {name}: PyTorch finds no CUDA GPU here; use --device auto or cpu")
     if kind == "cuda" and index and int(index) >= torch.cuda.device_count():
@@ -128,6 +129,14 @@ def free_memory(device: torch.device) -> int:
     return min(_machine_memory(), _cgroup_memory())
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that the device, or the machine, has no memory left."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    # PyTorch has no class of its own for a CPU's.
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
 def parse_memory(text: str, device: torch.device) -> int:
     """Bytes from "2GiB", "500 MB", "1000000" or "30%", which is of the free memory.
 
@@ -136,7 +145,7 @@ def parse_memory(text: str, device: torch.device) -> int:
     """
     match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?)\s*((?:[kmgt]i?)?b|%)?", text.strip().lower())
     if match is None:
-        raise UsageError(f"--kv_memory {text!r} is not an amount of memory such as 2GiB, 500MB or 30%")
+        raise UsageError(f"--kv_memory {shown(text)} is not an amount of memory such as 2GiB, 500MB or 30%")
     number, unit = float(match[1]), match[2] or "b"
     if unit == "%":
         if number > 100:

@@ -130,11 +130,21 @@ def test_toml_lists_become_tuples_and_aliases_work(tmp_path):
         ("n_layer = 0", ["--n_layer 0 must be at least 1"]),
         ("preset = 'bbay'", ["--preset 'bbay'", "did you mean baby?"]),
         ("preset = 3", ["preset 3"]),
+        (f"seed = {'9' * 5000}", ["run.toml", "is not TOML"]),
+        (f"seed = 0x{'f' * 5000}", ["--seed (thousands of digits)", "at most 9223372036854775807"]),
+        ("seed = " + "[" * 5000, ["run.toml", "is not TOML"]),
+        ('out_dir = "a\\u0000b"', [r"--out_dir 'a\x00b'", "NUL"]),
+        ("seed = 1979-05-27", ["--seed", "is not of type int"]),
         ("preset = ['baby']", ["preset ['baby']"]),
     ],
 )
 def test_a_bad_toml_file_is_refused_and_the_nearest_named(text, saying, tmp_path):
     refused(toml(tmp_path, text), saying=saying)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x/" * 5000, "a\0b", "\ud800"])
+def test_a_toml_file_with_an_impossible_name_is_refused(name):
+    refused(f"--config={name}", saying=["--config "])
 
 
 def test_a_toml_file_that_cannot_be_read_is_refused(tmp_path):
@@ -193,6 +203,8 @@ def test_a_value_may_start_with_a_dash():
     assert generate("--prompt", "-").prompt == "-"
     assert generate("--prompt", "- a list").prompt == "- a list"
     assert generate("--prompt", "a=b").prompt == "a=b"
+    assert generate("--prompt=--", "--stop=--").stop == ("--",)
+    assert generate("--prompt=--").prompt == "--"
 
 
 def test_start_is_another_name_of_prompt():

@@ -137,6 +137,43 @@ def test_values_of_another_type_are_refused(field, value, wanted):
     refused(dataclasses.replace(TrainConfig(), **{field: value}), f"--{field} {value!r}", f"type {wanted}")
 
 
+@pytest.mark.parametrize("value", [2**63, 10**30, 10**400, 10**5000], ids=["64 bits", "30", "400", "5000"])
+def test_whole_numbers_beyond_64_bits_are_refused(value):
+    for field in ("max_iters", "log_interval", "n_layer", "learning_rate", "max_minutes"):
+        refused(TrainConfig(**{field: value}), f"--{field} ", "must be at most 9223372036854775807")
+    refused(GenerateConfig(stop_tokens=(1, value)), "--stop_tokens ", "must be at most 9223372036854775807")
+    refused(GenerateConfig(stop_tokens=(-value - 1,)), "--stop_tokens ", "must be at least -9223372036854775808")
+    refused(TrainConfig(seed=value), "--seed ", "must be at most 9223372036854775807")
+    refused(TrainConfig(out_dir=value), "--out_dir ", "is not of type str")
+
+
+def test_the_largest_whole_number_is_taken():
+    validate(TrainConfig(max_iters=2**63 - 1, log_interval=2**63 - 1))
+
+
+PATHS = [p for p in FIELDS if p.values[1].metadata["path"]]
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [("", ["''", "is empty"]), ("a\0b", [r"'a\x00b'", "NUL"]), ("a\ud800", [r"'a\ud800'", "UTF-8"])]
+)
+@pytest.mark.parametrize(("kind", "field"), PATHS)
+def test_a_name_that_no_file_can_have_is_refused(kind, field, value, words):
+    refused(dataclasses.replace(kind(), **{field.name: value}), f"--{field.name} ", *words)
+
+
+def test_other_text_may_hold_anything():
+    validate(GenerateConfig(prompt="a\0b", stop=("\0", "\ud800", "")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "meant"),
+    [({"schedule": "sine"}, "cosine"), ({"tokenizer": "chars"}, "char"), ({"dtype": "float3"}, "float32")],
+)
+def test_the_nearest_choice_is_named(changes, meant):
+    refused(TrainConfig(**changes), f"; did you mean {meant}?")
+
+
 @pytest.mark.parametrize("stop", ["a", (1,), ("a", None)])
 def test_stops_are_a_list_of_text(stop):
     refused(GenerateConfig(stop=stop), "--stop", "list of text")
