@@ -1,26 +1,22 @@
 """Corpora: text becomes train.bin, val.bin and meta.json, once.
 
 `prepare` finds the text, tokenizes it in two streaming passes and returns a `Corpus`; a folder that is
-already there and whose source has not changed is reused. `load` opens a prepared folder, ours or nanoGPT's.
+already there and whose source has not changed is reused. `load` opens a prepared folder, ours or nanoGPT's, and
+checks every token in it.
 """
 
-import difflib
 import hashlib
 import json
-import os
 import re
-import secrets
-import shutil
 import sys
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from fastgpt import files, nanogpt, sources, tokenizer
-from fastgpt.errors import UsageError
+from fastgpt import files, nanogpt, sources, token_file, tokenizer
+from fastgpt.errors import UsageError, nearest, shown
+from fastgpt.scratch_folder import scratch_folder
 from fastgpt.sources import Source
 from fastgpt.tokenizer import BpeTokenizer, ByteTokenizer, CharTokenizer, Gpt2Tokenizer, Tokenizer
 
@@ -28,6 +24,7 @@ NAMES = ("pydocs", "shakespeare")
 DEFAULT_BPE = 1024
 TRAIN_SHARE = 0.9
 FORMAT = 1  # of meta.json
+TOKEN_FILES = ("train.bin", "val.bin")
 
 
 @dataclass(frozen=True)
@@ -78,6 +75,7 @@ def prepare(
     vocab_size: int | None = None,
     corpus_file: str | None = None,
     gpt2_vocab: str | None = None,
+    vocabulary: Tokenizer | None = None,
     data_dir: str = "data",
     quiet: bool = False,
 ) -> Corpus:
@@ -93,6 +91,7 @@ def prepare(
         vocab_size: largest vocabulary of a bpe, default 1024; otherwise None or the tokenizer's own size.
         corpus_file: a local copy of tiny Shakespeare; for shakespeare only.
         gpt2_vocab: folder with GPT-2's vocab.bpe and encoder.json.
+        vocabulary: tokenize a text with this one instead of its own; not for a prepared folder.
         quiet: do not say on stderr what was prepared.
 
     Raises:
@@ -105,7 +104,7 @@ def prepare(
         source = sources.shakespeare(corpus_file, quiet=quiet)
     else:
         path = _find(dataset, Path(data_dir))
-        if (path / "train.bin").exists():
+        if any((path / file).exists() for file in TOKEN_FILES):
             corpus = load(path, gpt2_vocab)
             _check_prepared(corpus, tokenizer, vocab_size)
             return _announced("opened", corpus, quiet)
@@ -113,12 +112,15 @@ def prepare(
 
     statistics = _measure(source)
     size = (vocab_size or DEFAULT_BPE) if tokenizer == "bpe" else None
-    given = Gpt2Tokenizer.from_files(gpt2_vocab) if tokenizer == "gpt2" and gpt2_vocab is not None else None
     label = [_file_name(source.name), tokenizer, *([str(size)] if size else []), statistics.sha256[:8]]
+    if vocabulary is not None:
+        label = [_file_name(source.name), vocabulary.kind, f"of-{vocabulary.sha256()[:8]}", statistics.sha256[:8]]
+    elif tokenizer == "gpt2" and gpt2_vocab is not None:
+        vocabulary = Gpt2Tokenizer.from_files(gpt2_vocab)
     target = Path(data_dir) / "-".join(label)
-    if found := _reusable(target, statistics.sha256, given):
+    if found := _reusable(target, statistics.sha256, vocabulary):
         return _announced("reused", found, quiet)
-    vocabulary = given or _vocabulary(tokenizer, size, source, statistics)
+    vocabulary = vocabulary or _vocabulary(tokenizer, size, source, statistics)
     return _announced("prepared", _write(target, source, statistics, vocabulary), quiet)
 
 
@@ -131,18 +133,21 @@ def load(path: str | Path, gpt2_vocab: str | None = None) -> Corpus:
     path = Path(path)
     if (path / "meta.json").exists():
         return _load_ours(path)
-    for file in ("train.bin", "val.bin"):
+    for file in TOKEN_FILES:
         if not (path / file).is_file():
             raise UsageError(f"{path} has no {file}; prepare the text itself with --dataset PATH")
     meta = path / "meta.pkl"
+    vocabulary = nanogpt.vocabulary(meta) if meta.exists() else Gpt2Tokenizer.from_files(gpt2_vocab)
+    digest = hashlib.sha256()
+    train, val = (token_file.scan(path / file, nanogpt.DTYPE, vocabulary.vocab_size, digest) for file in TOKEN_FILES)
     return Corpus(
         path=path,
         name=path.resolve().name,
-        tokenizer=nanogpt.vocabulary(meta) if meta.exists() else Gpt2Tokenizer.from_files(gpt2_vocab),
+        tokenizer=vocabulary,
         dtype=nanogpt.DTYPE,
-        source_sha256=files.sha256(path / "train.bin", path / "val.bin"),
-        train_tokens=_count_tokens(path / "train.bin", nanogpt.DTYPE),
-        val_tokens=_count_tokens(path / "val.bin", nanogpt.DTYPE),
+        source_sha256=digest.hexdigest(),
+        train_tokens=train,
+        val_tokens=val,
         val_bytes=None,
         characters=None,
         bytes=None,
@@ -151,14 +156,14 @@ def load(path: str | Path, gpt2_vocab: str | None = None) -> Corpus:
 
 def _load_ours(path: Path) -> Corpus:
     try:
-        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+        meta = tokenizer.read_json(path / "meta.json")
         if meta["format"] != FORMAT:
             raise ValueError(f"its format is {meta['format']!r}, this fastgpt reads {FORMAT}")
         corpus = Corpus(
             path=path,
             name=str(meta["dataset"]),
             tokenizer=tokenizer.from_json(meta["tokenizer"]),
-            dtype=_dtype(meta["vocab_size"]),
+            dtype=token_file.dtype_of(meta["vocab_size"]),
             source_sha256=str(meta["source_sha256"]),
             train_tokens=int(meta["train"]["tokens"]),
             val_tokens=int(meta["val"]["tokens"]),
@@ -168,37 +173,16 @@ def _load_ours(path: Path) -> Corpus:
         )
         if (corpus.tokenizer.vocab_size, corpus.dtype) != (meta["vocab_size"], meta["dtype"]):
             raise ValueError("vocab_size and dtype are not the tokenizer's")
+        hashes = str(meta["train"]["sha256"]), str(meta["val"]["sha256"])
     except OSError as error:
         raise UsageError(f"{path / 'meta.json'} cannot be read: {error.strerror}") from None
     except UsageError as error:
         raise UsageError(f"{path / 'meta.json'}: {error}") from None
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UsageError(f"{path / 'meta.json'} is damaged: {error}; delete {path} and prepare it again") from None
-    for file, tokens in (("train.bin", corpus.train_tokens), ("val.bin", corpus.val_tokens)):
-        found = _count_tokens(path / file, corpus.dtype)
-        if found != tokens:
-            raise UsageError(
-                f"{path / file} holds {found:,} tokens and meta.json says {tokens:,}; "
-                f"delete {path} and prepare it again"
-            )
+    for file, tokens, sha256 in zip(TOKEN_FILES, (corpus.train_tokens, corpus.val_tokens), hashes, strict=True):
+        token_file.check(path / file, corpus.tokenizer.vocab_size, tokens, sha256)
     return corpus
-
-
-def _count_tokens(path: Path, dtype: str) -> int:
-    width = np.dtype(dtype).itemsize
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}; prepare the corpus again") from None
-    if size == 0 or size % width:
-        raise UsageError(
-            f"{path} has {size:,} bytes, which is no whole number of {dtype} tokens; prepare the corpus again"
-        )
-    return size // width
-
-
-def _dtype(vocab_size: int) -> str:
-    return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
 def _check_arguments(dataset: str, kind: str, vocab_size: int | None, corpus_file: str | None) -> None:
@@ -233,16 +217,15 @@ def _find(dataset: str, data_dir: Path) -> Path:
     try:
         if dataset and Path(dataset).exists():
             return Path(dataset)
-        if dataset and (prepared / "train.bin").exists():
+        if dataset and any((prepared / file).exists() for file in TOKEN_FILES):
             return prepared
     except OSError as error:  # a name that is too long, a folder that may not be entered
-        raise UsageError(f"--dataset {dataset!r} cannot be read: {error.strerror}") from None
+        raise UsageError(f"--dataset {shown(dataset)} cannot be read: {error.strerror}") from None
     known = [*NAMES, *sorted(p.parent.name for p in data_dir.glob("[!.]*/train.bin"))]
-    nearest = difflib.get_close_matches(dataset, known, n=1, cutoff=0.5)
-    hint = f"; did you mean {nearest[0]}?" if nearest else ""
     more = f" and {len(known) - 8} more in {data_dir}" if len(known) > 8 else ""
     raise UsageError(
-        f"--dataset {dataset!r} is no file or folder and no known name ({', '.join(known[:8])}{more}){hint}"
+        f"--dataset {shown(dataset)} is no file or folder and no known name ({', '.join(known[:8])}{more})"
+        f"{nearest(dataset, known)}"
     )
 
 
@@ -307,57 +290,30 @@ def _reusable(target: Path, sha256: str, vocabulary: Tokenizer | None) -> Corpus
 
 def _write(target: Path, source: Source, statistics: Statistics, vocabulary: Tokenizer) -> Corpus:
     """The second pass, into a hidden sibling of `target` that takes its place when it is whole."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}")
-    train_end, dtype = int(TRAIN_SHARE * statistics.characters), _dtype(vocabulary.vocab_size)
+    train_end = int(TRAIN_SHARE * statistics.characters)
     try:
-        temporary.mkdir(parents=True)
-        train = _write_tokens(temporary / "train.bin", sources.span(source.texts(), 0, train_end), vocabulary, dtype)
-        val = _write_tokens(temporary / "val.bin", sources.span(source.texts(), train_end), vocabulary, dtype)
-        if train["bytes"] + val["bytes"] != statistics.bytes:
-            raise UsageError(f"--dataset {source.name} changed while it was read; run again when it is complete")
-        meta = {
-            "format": FORMAT,
-            "dataset": source.name,
-            "source_sha256": statistics.sha256,
-            "characters": statistics.characters,
-            "bytes": statistics.bytes,
-            "vocab_size": vocabulary.vocab_size,
-            "dtype": dtype,
-            "train": train,
-            "val": val,
-            "tokenizer": vocabulary.to_json(),
-        }
-        _write_synced(temporary / "meta.json", [json.dumps(meta, indent=1).encode()])
-        _publish(temporary, target, statistics.sha256, vocabulary)
+        with scratch_folder(target) as temporary:
+            train = token_file.write(temporary / "train.bin", sources.span(source.texts(), 0, train_end), vocabulary)
+            val = token_file.write(temporary / "val.bin", sources.span(source.texts(), train_end), vocabulary)
+            if train["bytes"] + val["bytes"] != statistics.bytes:
+                raise UsageError(f"--dataset {source.name} changed while it was read; run again when it is complete")
+            meta = {
+                "format": FORMAT,
+                "dataset": source.name,
+                "source_sha256": statistics.sha256,
+                "characters": statistics.characters,
+                "bytes": statistics.bytes,
+                "vocab_size": vocabulary.vocab_size,
+                "dtype": token_file.dtype_of(vocabulary.vocab_size),
+                "train": train,
+                "val": val,
+                "tokenizer": vocabulary.to_json(),
+            }
+            files.write(temporary / "meta.json", [json.dumps(meta, indent=1).encode()])
+            _publish(temporary, target, statistics.sha256, vocabulary)
     except OSError as error:
         raise UsageError(f"--data_dir {target.parent}: cannot write {target.name}: {error.strerror}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return load(target)
-
-
-def _write_tokens(path: Path, texts: Iterable[str], vocabulary: Tokenizer, dtype: str) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    counts = {"tokens": 0, "bytes": 0}
-
-    def blocks() -> Iterator[bytes]:
-        for chunk in sources.chunks(texts):
-            data = vocabulary.encode(chunk).astype(dtype).tobytes()
-            digest.update(data)
-            counts["tokens"] += len(data) // np.dtype(dtype).itemsize
-            counts["bytes"] += len(chunk.encode())
-            yield data
-
-    _write_synced(path, blocks())
-    return counts | {"sha256": digest.hexdigest()}
-
-
-def _write_synced(path: Path, blocks: Iterable[bytes]) -> None:
-    with path.open("wb") as file:
-        for block in blocks:
-            file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _publish(temporary: Path, target: Path, sha256: str, vocabulary: Tokenizer) -> None:
@@ -367,7 +323,5 @@ def _publish(temporary: Path, target: Path, sha256: str, vocabulary: Tokenizer) 
     except OSError:
         if _reusable(target, sha256, vocabulary) is not None:
             return
-        damaged = temporary.with_name(temporary.name + ".damaged")
-        target.rename(damaged)
+        target.rename(temporary.with_name(temporary.name + ".damaged"))
         temporary.rename(target)
-        shutil.rmtree(damaged, ignore_errors=True)

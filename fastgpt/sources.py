@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from fastgpt.errors import UsageError
-from fastgpt.files import write_atomic
+from fastgpt.files import sha256, write_atomic
 from fastgpt.tokenizer import cache_dir
 
 READ_BYTES = 1 << 20
@@ -90,7 +90,7 @@ def shakespeare(corpus_file: str | Path | None = None, *, quiet: bool = False) -
     if not path.is_file():
         _download(path, quiet)
     try:
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        found = sha256(path)
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
     if found != SHAKESPEARE_SHA256:
@@ -131,7 +131,8 @@ def read_text(path: Path) -> Iterator[str]:
     """A file's text as it is, in non-empty pieces; line ends are kept.
 
     Raises:
-        UsageError: the file cannot be read or is not UTF-8; byte offset (from 0) and line (from 1) are named.
+        UsageError: the file cannot be read, is not UTF-8, or holds a NUL byte and so is no text; byte offset (from 0)
+            and line (from 1) are named.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     position = newlines = 0
@@ -139,6 +140,12 @@ def read_text(path: Path) -> Iterator[str]:
         with path.open("rb") as file:
             while True:
                 block = file.read(READ_BYTES)
+                if (nul := block.find(b"\0")) >= 0:
+                    line = newlines + block.count(b"\n", 0, nul) + 1
+                    raise UsageError(
+                        f"{path} is not text: byte {position + nul:,} (line {line:,}) is NUL, as in binary files and "
+                        "UTF-16; convert it to UTF-8, or leave it out"
+                    )
                 held = len(decoder.getstate()[0])  # bytes of a character that the last block cut
                 text = decoder.decode(block, final=not block)
                 if text:

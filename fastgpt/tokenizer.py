@@ -27,6 +27,8 @@ SMALLEST_BPE = 257
 FIXED_SIZES = {"byte": 256, "gpt2": 50_257}
 ENDOFTEXT = "<|endoftext|>"
 GPT2_MERGES = 50_000
+LARGEST_BPE = 1 << 20  # tokens; the library makes room for as many as are asked for at once
+LARGEST_JSON = 64 << 20  # bytes; GPT-2's vocabulary takes less than 1 MiB
 
 # How GPT-2 parts a text before it merges bytes: contractions, words, numbers, symbols, spaces.
 # (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.2 and its encoder.)
@@ -212,6 +214,7 @@ class BpeTokenizer(Tokenizer):
 
     def __init__(self, description: dict[str, Any]):
         library = _tokenizers()
+        _check_plain_bpe(description)
         try:
             self._library = library.Tokenizer.from_str(json.dumps(description))
         except Exception as error:  # the library raises nothing narrower
@@ -232,7 +235,7 @@ class BpeTokenizer(Tokenizer):
         The same text gives the same vocabulary. A small text may hold fewer merges than asked for.
 
         Raises:
-            UsageError: `vocab_size` is below 257, or the tokenizers library is not installed.
+            UsageError: `vocab_size` is below 257 or above 2**20, or the tokenizers library is not installed.
         """
         check_bpe_size(vocab_size)
         library = _tokenizers()
@@ -259,7 +262,9 @@ class BpeTokenizer(Tokenizer):
 
 
 def check_bpe_size(vocab_size: int) -> None:
-    """Raise `UsageError` for a BPE vocabulary that would not hold the 256 bytes and one merge."""
+    """Raise `UsageError` for a BPE vocabulary that would not hold the 256 bytes and one merge, or is absurd."""
+    if vocab_size > LARGEST_BPE:
+        raise UsageError(f"--vocab_size {vocab_size} is too large for --tokenizer bpe; use at most {LARGEST_BPE}")
     if vocab_size < SMALLEST_BPE:
         raise UsageError(
             f"--vocab_size {vocab_size} is too small for --tokenizer bpe, which starts from 256 bytes; "
@@ -282,7 +287,7 @@ def from_json(description: dict[str, Any]) -> Tokenizer:
                 return BpeTokenizer(description["tokenizer"])
     except UsageError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise UsageError(f"not a {kind} tokenizer: {error}") from None
     raise UsageError(f"tokenizer kind {kind!r} is not one of {', '.join(KINDS)}")
 
@@ -290,7 +295,7 @@ def from_json(description: dict[str, Any]) -> Tokenizer:
 def load(path: str | Path) -> Tokenizer:
     """The tokenizer that `save` wrote. Raises `UsageError`, naming the file, if it is missing or corrupt."""
     try:
-        return from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+        return from_json(read_json(Path(path)))
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}; a run's folder holds its tokenizer.json") from None
     except UsageError as error:
@@ -299,12 +304,47 @@ def load(path: str | Path) -> Tokenizer:
         raise UsageError(f"{path} is not JSON: {error}; copy it anew from the run it belongs to") from None
 
 
-def _encoded(text: str, encoding: str = "utf-8") -> bytes:
+def read_json(path: Path) -> Any:
+    """The content of a JSON file that describes a vocabulary, which is at most 64 MiB large.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is larger, or no JSON.
+    """
+    with path.open("rb") as file:
+        data = file.read(LARGEST_JSON + 1)
+    if len(data) > LARGEST_JSON:
+        raise ValueError(f"it is larger than {LARGEST_JSON >> 20} MiB")
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def _check_plain_bpe(description: dict[str, Any]) -> None:
+    """Raise ValueError for what `BpeTokenizer.train` never makes, and could lose text, stall or crash the library."""
+    model = description["model"]
+    extras = {name: description.get(name) for name in ("added_tokens", "truncation", "padding", "normalizer")}
+    extras |= {name: model.get(name) for name in ("continuing_subword_prefix", "end_of_word_suffix")}
+    for name, value in extras.items():
+        if value:
+            raise ValueError(f"a byte-level BPE has no {name}")
+    if description["pre_tokenizer"]["type"] != "ByteLevel" or description.get("post_processor"):
+        raise ValueError("its text is not parted as a byte-level BPE parts it")
+
+
+def check_unicode(text: str, name: str) -> str:
+    """The text itself. Raises `UsageError`, naming it, for a lone surrogate: what a byte that is not UTF-8 becomes."""
+    _encoded(text, name=name)
+    return text
+
+
+def _encoded(text: str, encoding: str = "utf-8", name: str = "the text") -> bytes:
     try:
         return text.encode(encoding)
     except UnicodeEncodeError as error:
         raise UsageError(
-            f"the text is not valid Unicode: a lone surrogate, U+{ord(text[error.start]):04X}, "
+            f"{name} is not valid Unicode: a lone surrogate, U+{ord(text[error.start]):04X}, "
             f"at character {error.start:,}; pass valid UTF-8"
         ) from None
 
@@ -342,7 +382,7 @@ def _find_gpt2_files(gpt2_vocab: str | Path | None) -> Path:
 def _read_gpt2_ranks(folder: Path) -> list[bytes]:
     """Tokens 0 .. 50255 by encoder.json, checked against vocab.bpe: merge i must be token 256 + i."""
     try:
-        ids = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
+        ids = read_json(folder / "encoder.json")
         lines = (folder / "vocab.bpe").read_text(encoding="utf-8").splitlines()
         merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
         spelled = {id: token for token, id in ids.items()}

@@ -11,7 +11,7 @@ from fastgpt.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
 SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
-TEXT = "First Citizen:\r\nBefore we proceed, hear me speak.\n안녕하세요 👩‍👩‍👧‍👦 é e\u0301\x00\n\n" * 50
+TEXT = "First Citizen:\r\nBefore we proceed, hear me speak.\n안녕하세요 👩‍👩‍👧‍👦 é e\u0301\x01\n\n" * 50
 
 needs_shakespeare = pytest.mark.skipif(not SHAKESPEARE.exists(), reason="needs a copy of tiny Shakespeare")
 needs_gpt2 = pytest.mark.skipif(

@@ -78,7 +78,7 @@ class TestPrepare:
         assert len(learned.encode(" zq")) == 3
 
     def test_more_than_65536_tokens_take_uint32(self, tmp_path: Path):
-        text = "".join(chr(code) for code in range(0x20000) if not 0xD800 <= code < 0xE000)
+        text = "".join(chr(code) for code in range(1, 0x20001) if not 0xD800 <= code < 0xE000)
         (tmp_path / "x.txt").write_bytes(text.encode())
         prepared = prepare(tmp_path / "x.txt", tmp_path)
         assert (prepared.dtype, prepared.val().dtype) == ("uint32", np.uint32)
@@ -86,14 +86,14 @@ class TestPrepare:
         assert text_of(prepared) == text
 
     def test_exactly_65536_tokens_take_uint16(self, tmp_path: Path):
-        text = "".join(chr(code) for code in range(0x10800) if not 0xD800 <= code < 0xE000)
+        text = "".join(chr(code) for code in range(1, 0x10801) if not 0xD800 <= code < 0xE000)
         (tmp_path / "x.txt").write_bytes(text.encode())
         prepared = prepare(tmp_path / "x.txt", tmp_path)
         assert (prepared.tokenizer.vocab_size, prepared.dtype) == (1 << 16, "uint16")
         assert int(prepared.val().max()) == (1 << 16) - 1
 
     def test_odd_but_valid_text(self, tmp_path: Path):
-        for name, text in {"nul": "\x00\x00", "bom": "\ufeffab", "crlf": "a\r\nb\rc\n\r"}.items():
+        for name, text in {"bom": "\ufeffab", "crlf": "a\r\nb\rc\n\r"}.items():
             (tmp_path / name).write_bytes(text.encode())
             assert text_of(prepare(tmp_path / name, tmp_path)) == text
 
@@ -101,6 +101,14 @@ class TestPrepare:
     def test_one_enormous_line(self, kind: str, tmp_path: Path):
         (tmp_path / "line.txt").write_text("ab" * 600_000)
         assert text_of(prepare(tmp_path / "line.txt", tmp_path, tokenizer=kind)) == "ab" * 600_000
+
+    @every_kind
+    def test_a_line_of_ten_megabytes(self, kind: str, tmp_path: Path):
+        text = "The quick brown fox " * 500_000
+        (tmp_path / "line.txt").write_text(text)
+        prepared = prepare(tmp_path / "line.txt", tmp_path, tokenizer=kind)
+        assert (prepared.characters, prepared.bytes) == (len(text), len(text))
+        assert prepared.tokenizer.decode(prepared.val()) == text[-1_000_000:]
 
     def test_what_it_says(self, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         for verb in ("prepared", "reused"):
@@ -374,6 +382,14 @@ class TestCommand:
         assert out == ""
         assert err.count("\n") == 1
         assert err.startswith("error: --dataset")
+
+    @pytest.mark.parametrize("flag", ["dataset", "data_dir", "corpus_file", "gpt2_vocab"])
+    @pytest.mark.parametrize("value", ["", "x" * 300, "a\0b"])
+    def test_a_name_that_no_file_can_have(self, main, flag: str, value: str, capsys: pytest.CaptureFixture[str]):
+        assert cli.run(main, [f"--{flag}={value}"]) == 2
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1)
+        assert err.startswith(f"error: --{flag} ")
 
 
 @pytest.mark.slow

@@ -140,6 +140,7 @@ def test_equality_is_by_content(any_kind: Tokenizer):
         ('{"kind": "gpt2", "ranks": "IQ== Ig=="}', "not a gpt2 tokenizer"),
         ('{"kind": "gpt2", "ranks": "!"}', "not a gpt2 tokenizer"),
         pytest.param('{"kind": "bpe", "tokenizer": {"a": 1}}', "not a bpe tokenizer", marks=needs_bpe),
+        pytest.param('{"kind": "bpe", "tokenizer": [1]}', "not a bpe tokenizer", marks=needs_bpe),
     ],
 )
 def test_corrupt_files_are_named(tmp_path: Path, content: str, message: str):
@@ -150,6 +151,39 @@ def test_corrupt_files_are_named(tmp_path: Path, content: str, message: str):
     assert str(path) in str(error.value)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_huge_or_nested_without_end_is_refused(tmp_path: Path):
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(b'{"kind":' * 100_000)
+    with pytest.raises(UsageError, match=r"tokenizer\.json is not JSON: it is nested too deep"):
+        tokenizer.load(path)
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(UsageError, match=r"tokenizer\.json is not JSON: it is larger than 64 MiB"):
+        tokenizer.load(path)
+
+
+@needs_bpe
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("added_tokens", [{"id": 0, "content": "<|endoftext|>", "special": True}]),
+        ("truncation", {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}),
+        ("normalizer", {"type": "Lowercase"}),
+        ("pre_tokenizer", {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}),
+        ("post_processor", {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}),
+        ("pre_tokenizer", None),
+        ("model", None),
+        ("model", {"continuing_subword_prefix": "##"}),
+        ("model", {"end_of_word_suffix": "</w>"}),
+    ],
+)
+def test_a_bpe_that_would_change_the_text_or_crash_is_refused(name: str, value: object):
+    description = BpeTokenizer.train([CORPUS], 300).to_json()["tokenizer"]
+    value = description["model"] | value if name == "model" and isinstance(value, dict) else value
+    with pytest.raises(UsageError, match="not a bpe tokenizer"):
+        tokenizer.from_json({"kind": "bpe", "tokenizer": description | {name: value}})
 
 
 def test_missing_and_binary_files_are_named(tmp_path: Path):

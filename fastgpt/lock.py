@@ -1,0 +1,85 @@
+"""Locks that a process holds until it ends, however it ends: the system frees them."""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+PATIENCE_SECONDS = 2.0  # for the owner to write down who it is
+
+
+class Locked(Exception):
+    """Another process holds the lock; `owner` is its process number, as text, or "unknown"."""
+
+    def __init__(self, owner: str):
+        super().__init__(f"locked by process {owner}")
+        self.owner = owner
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Hold the lock that is the file `path` until the end of the block; the file holds this process's number.
+
+    Raises:
+        Locked: another process holds it.
+        OSError: the file cannot be made or written.
+    """
+    with path.open("a+", encoding="utf-8") as file:
+        _take_or_name_owner(file)
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+def check(path: Path) -> None:
+    """Raise `Locked` where another process holds the lock; nothing is made or changed."""
+    if path.is_file():
+        with path.open("r+", encoding="utf-8") as file:
+            _take_or_name_owner(file)
+
+
+def _take_or_name_owner(file: IO[str]) -> None:
+    """Lock an open file, or raise `Locked` with the number of a living process.
+
+    An owner that has just taken the lock has not yet written its number, and who only checks holds it for a moment.
+    """
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not _take(file):
+        file.seek(0)
+        owner = file.read().strip()
+        known = owner.isdecimal() and _is_alive(int(owner))
+        if known or time.monotonic() > deadline:
+            raise Locked(owner or "unknown")
+        time.sleep(0.01)
+
+
+def _take(file: IO[str]) -> bool:
+    """Lock an open file for this process, without waiting. Raises `OSError` where nothing can be locked."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            file.seek(1 << 20)  # beyond the text, which others may read
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # pyright: ignore[reportAttributeAccessIssue]
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # Linux and macOS; Windows
+        return False
+    return True
+
+
+def _is_alive(process: int) -> bool:
+    if os.name == "nt":
+        return True  # os.kill would end it
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True

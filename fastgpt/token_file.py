@@ -1,0 +1,81 @@
+"""Token files: the ids of a text one after another, as uint16 or uint32, and nothing else."""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastgpt import files, sources
+from fastgpt.errors import UsageError
+from fastgpt.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
+
+READ_BYTES = 1 << 20
+
+
+def dtype_of(vocab_size: int) -> str:
+    """The narrowest type that holds every id."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def write(path: Path, texts: Iterable[str], vocabulary: Tokenizer) -> dict[str, Any]:
+    """Encode a text that comes in pieces: how many tokens and UTF-8 bytes it has, and the file's sha256."""
+    dtype = dtype_of(vocabulary.vocab_size)
+    counts = {"tokens": 0, "bytes": 0}
+
+    def blocks() -> Iterator[bytes]:
+        for chunk in sources.chunks(texts):
+            data = vocabulary.encode(chunk).astype(dtype).tobytes()
+            counts["tokens"] += len(data) // np.dtype(dtype).itemsize
+            counts["bytes"] += len(chunk.encode())
+            yield data
+
+    identity = files.write(path, blocks())
+    return counts | {"sha256": identity["sha256"]}
+
+
+def scan(path: Path, dtype: str, vocab_size: int, *digests: "_Hash") -> int:
+    """How many tokens a file holds; every one is in the vocabulary, and every byte went through the digests.
+
+    Raises:
+        UsageError: the file cannot be read, is empty or cut within a token, or holds an id beyond the vocabulary.
+    """
+    width, size, largest = np.dtype(dtype).itemsize, 0, 0
+    try:
+        with path.open("rb") as file:
+            while block := file.read(READ_BYTES):
+                for digest in digests:
+                    digest.update(block)
+                size += len(block)
+                whole = np.frombuffer(block, dtype=dtype, count=len(block) // width)
+                largest = max(largest, int(whole.max(initial=0)))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}; prepare the corpus again") from None
+    if size == 0 or size % width:
+        raise UsageError(
+            f"{path} has {size:,} bytes, which is no whole number of {dtype} tokens; prepare the corpus again"
+        )
+    if largest >= vocab_size:
+        raise UsageError(
+            f"{path} holds token {largest:,}, and its vocabulary has {vocab_size:,} tokens; prepare the corpus again"
+        )
+    return size // width
+
+
+def check(path: Path, vocab_size: int, tokens: int, sha256: str) -> None:
+    """Raise `UsageError` where a file is not as it was written: `scan`, with as many tokens and the same hash."""
+    digest = hashlib.sha256()
+    found = scan(path, dtype_of(vocab_size), vocab_size, digest)
+    if found != tokens:
+        raise UsageError(
+            f"{path} holds {found:,} tokens and meta.json says {tokens:,}; delete {path.parent} and prepare it again"
+        )
+    if digest.hexdigest() != sha256:
+        raise UsageError(
+            f"{path} changed since it was prepared: sha256 {digest.hexdigest()[:8]}, in meta.json {sha256[:8]}; "
+            f"delete {path.parent} and prepare it again"
+        )
