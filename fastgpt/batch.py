@@ -22,12 +22,11 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from fastgpt import cli
 from fastgpt.completion import Completion, Stats, Timings
 from fastgpt.config import SamplingParams, validate
 from fastgpt.decode_step import DecodeStep
 from fastgpt.engine import Engine
-from fastgpt.errors import UsageError
+from fastgpt.errors import UsageError, nearest
 from fastgpt.files import decode_utf8
 from fastgpt.model import GPT
 from fastgpt.prompt import Prompt
@@ -78,7 +77,7 @@ def _read_object(where: str, line: str, defaults: SamplingParams) -> Job:
     known = [field.name for field in dataclasses.fields(SamplingParams)]
     for name in fields:
         if name not in known:
-            raise UsageError(f"{where}: unknown setting {name!r}{cli.nearest(name, known)}")
+            raise UsageError(f"{where}: unknown setting {name!r}{nearest(name, known)}")
     try:
         params = dataclasses.replace(defaults, **{name: _listed(name, value) for name, value in fields.items()})
         validate(params)

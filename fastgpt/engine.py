@@ -223,6 +223,9 @@ class Engine:
         except UsageError as error:
             sink.append(self._refusal(request, str(error)))
             return request
+        if self.slide and not params.penalizes:
+            # Nothing reads what is before the window, and each continuation would copy it.
+            tokens = tokens[-self.block_size :]
         for number in range(params.num_samples):
             sample = Sample((request.number, number), tokens, len(tokens), params)
             if self.speculate == "ngram" and not params.penalizes:  # a guess is made without regard to them

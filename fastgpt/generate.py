@@ -9,21 +9,23 @@ Python: `fastgpt.load("out").generate("The with statement")`, or `.engine()` for
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastgpt import checkpoint, cli, dispatch, run_folder, tokenizer
-from fastgpt.config import QUANTIZATION, GenerateConfig, SamplingParams, validate
+import torch
+
+from fastgpt import checkpoint, cli, dispatch, memory_need, run_folder, tokenizer
+from fastgpt.config import QUANTIZATION, GenerateConfig, ModelConfig, SamplingParams, validate
 from fastgpt.decode_step import CannotCompile, DecodeStep
 from fastgpt.device import parse_memory, resolve_device, resolve_weights_dtype, synchronize
-from fastgpt.errors import UsageError
+from fastgpt.errors import CorruptCheckpoint, UsageError, shown
 from fastgpt.files import decode_utf8
 from fastgpt.model import GPT
 from fastgpt.prompt import Prompt, prompt_tokens
 from fastgpt.quantized import quantize_model
 from fastgpt.single import Generation
-from fastgpt.tokenizer import Tokenizer
+from fastgpt.tokenizer import Tokenizer, check_unicode
 from fastgpt.workload import Workload
 
 if TYPE_CHECKING:
@@ -122,6 +124,8 @@ def load(
     checkpoint.check_vocabulary(step_dir, vocabulary)
     config = dataclasses.replace(config, vocab_size=vocabulary.vocab_size)
     weights = checkpoint.load_weights(step_dir)
+    _check_size(out_dir, step_dir, config, weights)
+    memory_need.check_position_table(config, where)
     B = max(1, min(batch, TIMED_TOKENS // config.block_size))
     ops = resolve(workload=Workload.of_generation(config, weights_dtype, B, int8=quantize == "int8"))
     model = GPT.from_weights(config, ops, weights, where, weights_dtype)
@@ -130,17 +134,28 @@ def load(
     return TextGenerator(model, vocabulary)
 
 
+def _check_size(out_dir: Path, step_dir: Path, config: ModelConfig, weights: Mapping[str, torch.Tensor]) -> None:
+    """Raise `CorruptCheckpoint` for a configuration of another size than the weights, before a model is built of it."""
+    described, held = config.num_parameters, sum(tensor.numel() for tensor in weights.values())
+    if described != held:
+        raise CorruptCheckpoint(
+            f"{out_dir / 'config.json'} describes {described:,} parameters, and {step_dir / checkpoint.MODEL} holds "
+            f"{held:,}; put the run's own config.json back"
+        )
+
+
 def read_prompt(text: str) -> str:
     """The prompt that --prompt names: the text itself, FILE:path, or - for stdin."""
     if text == "-":
         return decode_utf8(sys.stdin.buffer.read(), "--prompt: stdin")
     if not text.startswith("FILE:"):
-        return text
+        return check_unicode(text, "--prompt")
     path = Path(text.removeprefix("FILE:"))
     try:
-        return decode_utf8(path.read_bytes(), f"--prompt: {path}")
-    except OSError as error:
-        raise UsageError(f"--prompt {text}: {path} cannot be read: {error.strerror}") from None
+        content = path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise UsageError(f"--prompt {shown(text)} cannot be read: {getattr(error, 'strerror', error)}") from None
+    return decode_utf8(content, f"--prompt: {path}")
 
 
 def choose_cache(config: GenerateConfig) -> str:

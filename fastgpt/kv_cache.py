@@ -13,6 +13,7 @@ from fastgpt.block_allocator import BlockAllocator, BlockTable
 from fastgpt.config import ModelConfig
 from fastgpt.device import free_memory
 from fastgpt.errors import UsageError
+from fastgpt.memory_need import obtainable
 
 if TYPE_CHECKING:
     from fastgpt.dispatch import Ops
@@ -24,9 +25,19 @@ MOST_PAGES = 1 << 18  # more would make the start slow; only a small model in a 
 
 
 class DenseCache:
-    """One contiguous buffer a layer, for keys and for values, of B sequences of equal length: (B, S, Hkv, D)."""
+    """One contiguous buffer a layer, for keys and for values, of B sequences of equal length: (B, S, Hkv, D).
+
+    Raises:
+        UsageError: they are larger than the free memory.
+    """
 
     def __init__(self, config: ModelConfig, B: int = 1, *, device: torch.device | str = "cpu", dtype=torch.float32):
+        need, free = B * page_bytes(config, config.block_size, dtype), obtainable(torch.device(device))
+        if need > free:
+            raise UsageError(
+                f"--cache dense takes {need:,} bytes for a context of {config.block_size:,} tokens, and {free:,} are "
+                "free; use --cache paged, which takes what there is"
+            )
         shape = (config.n_layer, B, config.block_size, config.kv_heads, config.head_size)
         self.keys = torch.empty(shape, device=device, dtype=dtype).unbind()
         self.values = torch.empty(shape, device=device, dtype=dtype).unbind()

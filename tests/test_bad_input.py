@@ -1,7 +1,10 @@
 """Bad input ends with exit code 2 and one line that names the flag, the value and the way out; never a traceback."""
 
+import dataclasses
 import io
 import json
+import os
+import pickle
 import random
 import shlex
 import shutil
@@ -12,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgpt import checkpoint, cli, generate, train
+from fastgpt import checkpoint, cli, generate, run_folder, tokenizer, train
 from fastgpt_kernels import launch
 
 WORDS = "The quick brown fox jumps over a lazy dog while nine wise cats watch from trees"
@@ -48,8 +51,24 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "empty.txt").touch()
     (tmp_path / "short.txt").write_text("only a few words")
     (tmp_path / "latin.txt").write_bytes(TEXT.encode() + b" caf\xe9 " + TEXT.encode())
+    (tmp_path / "one.txt").write_bytes(b"a")
+    (tmp_path / "binary.txt").write_bytes(TEXT.encode() + b"\0" + TEXT.encode())
+    (tmp_path / "utf16.txt").write_bytes(TEXT.encode("utf-16-le"))
     (tmp_path / "nothing").mkdir()
+    for name in ("odd", "lacking", "beyond"):
+        prepared(tmp_path / name)
+    (tmp_path / "odd" / "val.bin").write_bytes(b"\1" * 201)
+    (tmp_path / "lacking" / "val.bin").unlink()
+    (tmp_path / "beyond" / "train.bin").write_bytes(bytes(2 * 999) + b"\3\0")
     return tmp_path
+
+
+def prepared(folder: Path) -> None:
+    """A folder as nanoGPT prepares one, of three characters."""
+    folder.mkdir()
+    (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 3, "itos": {0: "a", 1: "b", 2: "c"}}))
+    for file in ("train.bin", "val.bin"):
+        (folder / file).write_bytes(bytes(2 * 1000))
 
 
 @pytest.fixture
@@ -88,6 +107,15 @@ def error_of(capsys, main, flags: list[str]) -> str:
             "--dataset latin.txt",
             ["latin.txt", "UTF-8", f"{len(TEXT.encode()) + 4:,}"],
         ),
+        ("--dataset one.txt", ["--dataset one", "1 character", "at least 2 characters"]),
+        (
+            "--dataset binary.txt",
+            ["binary.txt is not text", f"byte {len(TEXT):,} (line 1) is NUL", "convert it to UTF-8"],
+        ),
+        ("--dataset utf16.txt", ["utf16.txt is not text", "byte 1 (line 1) is NUL", "UTF-16"]),
+        ("--dataset odd", ["odd/val.bin has 201 bytes", "no whole number of uint16 tokens", "prepare"]),
+        ("--dataset lacking", ["lacking has no val.bin", "--dataset PATH"]),
+        ("--dataset beyond", ["beyond/train.bin holds token 3", "its vocabulary has 3 tokens", "prepare"]),
         ("--learning_rte 1", ["unknown flag --learning_rte", "did you mean --learning_rate?"]),
         ("--n-layr 1", ["unknown flag --n_layr", "did you mean --n_layer?"]),
         ("--n_head 3", ["--n_head 3", "--n_embd 16", "try --n_head 2"]),
@@ -107,12 +135,29 @@ def error_of(capsys, main, flags: list[str]) -> str:
         ("--seed -1", ["--seed -1", "at least 0"]),
         ("--device tpu", ["--device 'tpu'", "auto, cpu, mps, cuda"]),
         ("--dtype int8", ["--dtype 'int8'", "auto, float32, bfloat16, float16"]),
-        ("--schedule sine", ["--schedule 'sine'", "cosine, linear, constant, wsd"]),
+        ("--schedule sine", ["--schedule 'sine'", "cosine, linear, constant, wsd", "did you mean cosine?"]),
+        ("--device cdua", ["--device 'cdua'", "did you mean cuda?"]),
         ("--init_from restart", ["--init_from 'restart'", "scratch, resume"]),
         ("--kernels cuda", ["--kernels 'cuda'", "auto, torch, reference, triton"]),
         ("--kernels triton --device cpu", ["--kernels triton needs a CUDA GPU, found cpu; use --kernels auto"]),
         ("--compile maybe", ["'maybe'"]),
         ("--preset huge", ["--preset 'huge'", "mini"]),
+        ("--preset bbay", ["--preset 'bbay'", "did you mean baby?"]),
+        ("--n_layer 1000000000", ["--n_layer 1000000000", "GiB of memory", "GiB free"]),
+        ("--n_embd 65536 --n_layer 1000", ["--n_layer 1000", "--n_embd 65536", "GiB of memory", "GiB free"]),
+        (f"--batch_size {10**12}", [f"--batch_size {10**12}", "GiB of memory", "GiB free"]),
+        (
+            f"--gradient_accumulation_steps {10**12}",
+            [f"--gradient_accumulation_steps {10**12}", "GiB of memory", "GiB free"],
+        ),
+        (f"--max_iters {10**30}", [f"--max_iters {10**30}", "at most 9223372036854775807"]),
+        (f"--log_interval {10**400}", ["--log_interval 1000", "at most 9223372036854775807"]),
+        (f"--tokenizer bpe --vocab_size {10**12}", [f"--vocab_size {10**12}", "at most 1048576"]),
+        ("--out_dir ''", ["--out_dir ''", "is empty"]),
+        ("--data_dir ''", ["--data_dir ''", "is empty"]),
+        ("--dataset ''", ["--dataset ''", "is empty"]),
+        (f"--out_dir {'x' * 300}", ["--out_dir 'xxx", "name too long", "name another"]),
+        (f"--data_dir {'x/' * 5000}", ["--data_dir 'x/x", "name too long", "name another"]),
         ("--config nowhere.toml", ["--config nowhere.toml", "cannot be read"]),
         ("--out_dir text.txt", ["--out_dir text.txt is a file", "name a folder"]),
         ("--out_dir text.txt/out", ["--out_dir text.txt/out", "cannot be written"]),
@@ -140,8 +185,8 @@ def test_a_gpu_that_is_not_there_is_refused(capsys, out: Path, main):
     ("flags", "words"),
     [
         ("--prompt 'The ¿ and #'", ["vocabulary", "'¿' (U+00BF)", "'#' (U+0023)", "--tokenizer byte"]),
-        ("--prompt FILE:nowhere.txt", ["--prompt FILE:nowhere.txt", "cannot be read", "No such file"]),
-        ("--prompt FILE:nothing", ["--prompt FILE:nothing", "cannot be read"]),
+        ("--prompt FILE:nowhere.txt", ["--prompt 'FILE:nowhere.txt' cannot be read", "No such file"]),
+        ("--prompt FILE:nothing", ["--prompt 'FILE:nothing' cannot be read"]),
         ("--prompt FILE:latin.txt", ["--prompt", "latin.txt is not UTF-8", f"byte {len(TEXT.encode()) + 4} is 0xe9"]),
         ("--prompt -", ["--prompt", "stdin is not UTF-8", "byte 1 is 0xff"]),
         ("--out_dir nowhere", ["--out_dir nowhere", "no run", "python -m fastgpt.train --out_dir nowhere"]),
@@ -204,6 +249,19 @@ def test_generation_refuses_an_altered_configuration(capsys, out: Path, change: 
 
 
 @pytest.mark.parametrize(
+    "change", [{"n_layer": 10**9}, {"block_size": 10**9}, {"n_embd": 65_536}, {"bias": False}], ids=str
+)
+def test_generation_builds_no_model_of_another_size_than_its_weights(capsys, monkeypatch, out: Path, change: dict):
+    config, about = run_folder.load(out)
+    about = {name: value for name, value in about.items() if name not in ("format", "config", "sha256")}
+    run_folder.save(out, dataclasses.replace(config, **change), tokenizer.load(out / "tokenizer.json"), about)
+    monkeypatch.setattr(generate, "GPT", None)
+    line = error_of(capsys, generate.main, ["--prompt", "The "])
+    assert f"{out / 'config.json'} describes" in line
+    assert "step-000002/model.safetensors holds" in line
+
+
+@pytest.mark.parametrize(
     "vocabulary", ["The quick", "\n" + "".join(sorted(set(TEXT))), "".join(sorted(set(TEXT), reverse=True))]
 )
 def test_generation_refuses_a_checkpoint_of_another_vocabulary(capsys, out: Path, vocabulary: str):
@@ -211,6 +269,26 @@ def test_generation_refuses_a_checkpoint_of_another_vocabulary(capsys, out: Path
     (out / "tokenizer.json").write_text(json.dumps({"kind": "char", "chars": chars}))
     line = error_of(capsys, generate.main, ["--prompt", "The"])
     assert "out/step-000002 was trained with another vocabulary than out/tokenizer.json holds" in line
+
+
+def test_a_line_of_ten_megabytes_is_no_bad_input(capsys, folder: Path):
+    (folder / "line.txt").write_text("The quick brown fox " * 500_000)
+    assert cli.run(train.main, [*FLAGS, "--dataset", "line.txt"]) == 0
+    assert checkpoint.find(Path("out"), "latest").name == "step-000002"
+
+
+def test_a_folder_that_may_not_be_entered_is_refused(capsys, monkeypatch, folder: Path):
+    real = os.stat
+
+    def denied(path, *rest, **named):
+        if str(path).startswith("locked"):
+            raise PermissionError(13, "Permission denied")
+        return real(path, *rest, **named)
+
+    monkeypatch.setattr(os, "stat", denied)
+    for main in (train.main, generate.main):
+        line = error_of(capsys, main, ["--out_dir", "locked"])
+        assert line == "error: --out_dir 'locked' cannot be looked up: Permission denied; name another"
 
 
 def test_a_pointer_to_a_missing_checkpoint_is_refused(capsys, out: Path):
