@@ -5,53 +5,106 @@
 
 A checkpoint is written into a temporary sibling, synced and renamed, and `latest` and `best` are replaced last,
 so whenever the process dies they name whole checkpoints. `manifest.json` holds every file's size and sha256.
+What is to be written is a `Snapshot`, so that another thread can write it while training goes on.
 """
 
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
+from fastgpt import tensor_file
+from fastgpt.device import synchronize
 from fastgpt.errors import CorruptCheckpoint, UsageError
-from fastgpt.files import TEMPORARY, sha256, sync, temporary_sibling, write_atomic
+from fastgpt.files import (
+    delete_folder,
+    replace_folder,
+    sha256,
+    sync,
+    temporary_sibling,
+    write,
+    write_atomic,
+)
 from fastgpt.model import GPT
 from fastgpt.tokenizer import Tokenizer
 
 FORMAT = 1
+LARGEST_JSON = 64 << 20  # bytes
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optim.safetensors", "state.json", "manifest.json"
 FILES = (MODEL, OPTIMIZER, STATE)  # what the manifest lists
+STEP_NAME = re.compile(r"step-\d{6,18}")
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
-def save(out_dir: Path, step: int, model: GPT, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> Path:
-    """Write `out_dir/step-NNNNNN` and point `latest` at it. Returns the folder.
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint is made of: `state` is what JSON can hold, `tensors` those of MODEL and of OPTIMIZER."""
+
+    step: int
+    state: Mapping[str, Any]
+    tensors: Mapping[str, Mapping[str, torch.Tensor]]
+
+    def copied(self, memory: dict[str, torch.Tensor]) -> "Snapshot":
+        """The same, in memory of the host that training does not change: in `memory`, kept for the next time."""
+        copies: dict[str, dict[str, torch.Tensor]] = {}
+        device = torch.device("cpu")
+        for file, tensors in self.tensors.items():
+            copies[file] = {}
+            for name, tensor in tensors.items():
+                device, key = tensor.device, f"{file}/{name}"
+                if key not in memory:
+                    memory[key] = torch.empty_like(tensor, device="cpu", pin_memory=device.type == "cuda")
+                copies[file][name] = memory[key].copy_(tensor, non_blocking=True)
+        synchronize(device)
+        return Snapshot(self.step, self.state, copies)
+
+
+def capture(step: int, model: GPT, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> Snapshot:
+    """The model, the optimizer's moments and the state as they are now; tensors are shared, not copied.
 
     Args:
         state: what JSON can hold; `step` and the format are added.
     """
-    final = out_dir / f"step-{step:06d}"
-    folder = temporary_sibling(final)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    _write_json(folder / STATE, {"format": FORMAT, "step": step, **state})
-    for name, tensors in ((MODEL, model.weights()), (OPTIMIZER, _moments(model, optimizer))):
-        save_file(tensors, folder / name, metadata={"format": "pt"})
-        shutil.copymode(folder / STATE, folder / name)  # safetensors lets nobody else read
-        sync(folder / name)
-    _write_json(folder / MANIFEST, {"format": FORMAT, "files": {name: _identity(folder / name) for name in FILES}})
-    sync(folder)
-    if final.exists():  # the same step of the same run, saved again after a resume
-        final.rename(temporary_sibling(out_dir / f"old-{final.name}"))
-    folder.rename(final)
-    sync(out_dir)
+    content = {"format": FORMAT, "step": step, **state}
+    return Snapshot(step, content, {MODEL: model.weights(), OPTIMIZER: _moments(model, optimizer)})
+
+
+def save(out_dir: Path, snapshot: Snapshot, best_step: int | None = None) -> Path:
+    """Write `out_dir/step-NNNNNN` and point `latest` at it, and `best` at the best step's. Returns the folder.
+
+    Raises:
+        OSError: the disk does not take it; `latest` and `best` are as they were.
+    """
+    final = folder_of(out_dir, snapshot.step)
+    temporary = temporary_sibling(final)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        files = {name: write(temporary / name, tensor_file.parts(part)) for name, part in snapshot.tensors.items()}
+        files[STATE] = write(temporary / STATE, [_json(snapshot.state)])
+        write(temporary / MANIFEST, [_json({"format": FORMAT, "files": files})])
+        sync(temporary)
+        replace_folder(temporary, final)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)  # a full disk needs the room
+        raise
     point(out_dir, "latest", final)
+    if best_step is not None:
+        point_best(out_dir, best_step)
     return final
+
+
+def point_best(out_dir: Path, step: int) -> None:
+    """Make `best` name the checkpoint of a step, where it is still there."""
+    folder = folder_of(out_dir, step)
+    if folder.is_dir() and _named_by(out_dir / "best") != folder:
+        point(out_dir, "best", folder)
 
 
 def point(out_dir: Path, name: str, folder: Path) -> None:
@@ -59,23 +112,35 @@ def point(out_dir: Path, name: str, folder: Path) -> None:
     write_atomic(out_dir / name, folder.name + "\n")
 
 
-def prune(out_dir: Path) -> None:
-    """Delete the step folders that neither `latest` nor `best` names, and what a killed save left behind."""
-    kept = [_named_by(out_dir / name) for name in ("latest", "best")]
-    for folder in [*_unfinished(out_dir), *(step for step in steps(out_dir) if step not in kept)]:
-        shutil.rmtree(folder)
+def prune(out_dir: Path, keep_last: int) -> None:
+    """Delete the step folders but the last `keep_last` up to `latest`, and `best`.
+
+    Those beyond `latest` are of a time that was undone: by a resume from an earlier step, or by a rollback.
+    """
+    latest, best = (_named_by(out_dir / name) for name in ("latest", "best"))
+    if latest is None:
+        return
+    undone = [step for step in steps(out_dir) if _number(step) > _number(latest)]
+    for folder in [*undone, *[step for step in steps(out_dir) if step not in undone][:-keep_last]]:
+        if folder != best:
+            delete_folder(folder)
 
 
 def delete(out_dir: Path) -> None:
-    """Delete every checkpoint of a run, and what a killed save left behind."""
-    for folder in [*_unfinished(out_dir), *steps(out_dir)]:
-        shutil.rmtree(folder)
+    """Delete every checkpoint of a run."""
+    for folder in steps(out_dir):
+        delete_folder(folder)
+
+
+def folder_of(out_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies, there or not."""
+    return out_dir / f"step-{step:06d}"
 
 
 def steps(out_dir: Path) -> list[Path]:
     """The step folders of a run, the earliest first; what only resembles one is not ours."""
-    folders = [path for path in out_dir.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name) and path.is_dir()]
-    return sorted(folders, key=lambda path: int(path.name[5:]))
+    folders = [path for path in out_dir.glob("step-*") if STEP_NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(folders, key=_number)
 
 
 def holds_run(out_dir: Path) -> bool:
@@ -84,31 +149,79 @@ def holds_run(out_dir: Path) -> bool:
     return bool(steps(out_dir)) or (record.exists() and record.stat().st_size > 0)
 
 
+def require(out_dir: Path) -> None:
+    """Raise `UsageError` where there is no run, or one without a checkpoint."""
+    if not holds_run(out_dir):
+        raise UsageError(
+            f"--out_dir {out_dir} holds no run; train one first: python -m fastgpt.train --out_dir {out_dir}"
+        )
+    if not steps(out_dir):
+        raise UsageError(f"--out_dir {out_dir} holds a run without a checkpoint yet; start it with --overwrite")
+
+
 def find(out_dir: Path, name: str) -> Path:
     """The folder of checkpoint `name`: latest, best, or a step's own name.
 
     Raises:
         UsageError: the run or the checkpoint does not exist.
     """
-    if not holds_run(out_dir):
-        raise UsageError(
-            f"--out_dir {out_dir} holds no run; train one first: python -m fastgpt.train --out_dir {out_dir}"
-        )
+    require(out_dir)
     if name not in ("latest", "best"):
         folder = out_dir / Path(name).name
-        if not folder.is_dir():
+        if not STEP_NAME.fullmatch(folder.name) or not folder.is_dir():
             known = ", ".join(["latest", "best", *(step.name for step in steps(out_dir))])
             raise UsageError(f"--checkpoint {name!r} is not in {out_dir}; there are: {known}")
         return folder
     if name == "best" and not (out_dir / name).exists():
         name = "latest"  # the run has not been evaluated yet
     if not (out_dir / name).exists():
-        raise UsageError(f"--out_dir {out_dir} holds a run without a checkpoint yet; start it with --overwrite")
+        raise CorruptCheckpoint(f"{out_dir / name} is missing; name one of the checkpoints in {out_dir}")
     folder = _named_by(out_dir / name)
-    if folder is None or not folder.is_dir():
+    if folder is None or not STEP_NAME.fullmatch(folder.name) or not folder.is_dir():
         missing = folder.name if folder else ""
         raise CorruptCheckpoint(f"{out_dir / name} names {missing!r}, which is missing from {out_dir}")
     return folder
+
+
+def newest_intact(out_dir: Path, tell: Callable[[str], None]) -> Path:
+    """The newest checkpoint that is whole, `latest` or one before it; `tell` hears of each that is not.
+
+    Raises:
+        UsageError: there is no run, or none of its checkpoints is whole.
+    """
+    require(out_dir)
+    damaged = []
+    try:
+        folders = [find(out_dir, "latest")]
+        folders += [step for step in reversed(steps(out_dir)) if _number(step) < _number(folders[0])]
+    except CorruptCheckpoint as error:  # the pointer itself
+        damaged.append(str(error))
+        folders = steps(out_dir)[::-1]
+    for folder in folders:
+        try:
+            verify(folder)
+        except CorruptCheckpoint as error:
+            damaged.append(str(error))
+            continue
+        for message in damaged:
+            tell(f"damaged: {message}")
+        if damaged:
+            tell(f"going on from {folder}, the newest checkpoint that is whole")
+        return folder
+    others = f"; none of {len(folders)} checkpoints is whole" if len(folders) > 1 else ""
+    raise CorruptCheckpoint(damaged[0] + others)
+
+
+def newest_good(out_dir: Path, before: int) -> Path | None:
+    """The newest whole checkpoint of a step before `before` that was not saved within a row of skipped steps."""
+    for folder in reversed(steps(out_dir)):
+        if _number(folder) >= before:
+            continue
+        with suppress(CorruptCheckpoint):
+            verify(folder)
+            if load_state(folder)["guard"]["in_row"] == 0:
+                return folder
+    return None
 
 
 def verify(step_dir: Path | str, names: Sequence[str] = FILES) -> None:
@@ -120,25 +233,28 @@ def verify(step_dir: Path | str, names: Sequence[str] = FILES) -> None:
     step_dir = Path(step_dir)
     manifest = read_json(step_dir / MANIFEST)
     files = manifest.get("files")
-    if manifest != {"format": FORMAT, "files": files} or not isinstance(files, dict) or files.keys() != set(FILES):
+    listed = isinstance(files, dict) and files.keys() == set(FILES)
+    if not listed or (step_dir / MANIFEST).read_bytes() != _json({"format": FORMAT, "files": files}):
         raise CorruptCheckpoint(f"{step_dir / MANIFEST} is not the list of this version's checkpoint files")
     ways_out = f"put back a copy of {step_dir.name}, or use another checkpoint"
+    if STATE in names and STEP_NAME.fullmatch(step_dir.name) and load_state(step_dir).get("step") != _number(step_dir):
+        raise CorruptCheckpoint(f"{step_dir / STATE} is of another step than its folder; {ways_out}")
     for name in names:
         path = step_dir / name
         if not path.is_file():
             raise CorruptCheckpoint(f"{path} is missing; {ways_out}")
-        if _identity(path) != files[name]:
+        if not _is(path, files[name]):
             raise CorruptCheckpoint(f"{path} is not what was saved (see {MANIFEST}); {ways_out}")
 
 
 def load_weights(step_dir: Path) -> dict[str, torch.Tensor]:
     """The model's weights by name, for `GPT.load_weights`. Raises `CorruptCheckpoint`."""
-    return _read_tensors(step_dir / MODEL)
+    return tensor_file.read(step_dir / MODEL)
 
 
 def load_optimizer(step_dir: Path, model: GPT, optimizer: torch.optim.Optimizer) -> None:
     """Fill the optimizer's moments, by the parameters' names. Raises `CorruptCheckpoint`."""
-    tensors = _read_tensors(step_dir / OPTIMIZER)
+    tensors = tensor_file.read(step_dir / OPTIMIZER)
     for name, parameter in model.named_parameters():
         moments = {kind: tensors.get(f"{kind}.{name}") for kind in MOMENTS}
         if any(value is None for value in moments.values()):
@@ -168,6 +284,8 @@ def check_vocabulary(step_dir: Path, vocabulary: Tokenizer) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The object that a JSON file of a run holds. Raises `CorruptCheckpoint`."""
     try:
+        if path.stat().st_size > LARGEST_JSON:
+            raise CorruptCheckpoint(f"{path} is larger than {LARGEST_JSON >> 20} MiB, which no file of a run is")
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise CorruptCheckpoint(f"{path} cannot be read: {error.strerror}") from None
@@ -178,11 +296,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _unfinished(out_dir: Path) -> list[Path]:
-    """The folders that a killed save left behind."""
-    return [path for path in out_dir.glob(f"{TEMPORARY}*") if path.is_dir()]
-
-
 def _named_by(pointer: Path) -> Path | None:
     """The folder that `latest` or `best` names, there or not; None where nothing is named."""
     if not pointer.is_file():
@@ -191,12 +304,22 @@ def _named_by(pointer: Path) -> Path | None:
     return pointer.parent / name if name else None
 
 
-def _identity(path: Path) -> dict[str, Any]:
-    return {"size": path.stat().st_size, "sha256": sha256(path)}
+def _number(step_dir: Path) -> int:
+    """The step of a folder that is named for one; -1 of any other."""
+    return int(step_dir.name[5:]) if STEP_NAME.fullmatch(step_dir.name) else -1
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    write_atomic(path, json.dumps(content, indent=1) + "\n")
+def _is(path: Path, identity: Any) -> bool:
+    """Whether a file is what its manifest says; a wrong size says at once what a hash would need all of it for."""
+    try:
+        size = path.stat().st_size
+        return identity == {"size": size, "sha256": identity["sha256"]} and identity["sha256"] == sha256(path)
+    except (KeyError, TypeError, OSError):  # no identity, or a disk that cannot read it
+        return False
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=1) + "\n").encode()
 
 
 def _moments(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -205,10 +328,3 @@ def _moments(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, torch.Te
         for kind, value in optimizer.state[parameter].items():
             tensors[f"{kind}.{name}"] = value if kind == "step" else model.unpad(name, value)
     return tensors
-
-
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CorruptCheckpoint(f"{path} cannot be read: {error}") from None

@@ -1,26 +1,97 @@
-"""Files that are whole or absent, and known by their hash."""
+"""Files that are whole or absent, and known by their hash.
+
+Every step that reaches the disk raises an audit event (PEP 578) beforehand: `fastgpt.write` and `fastgpt.sync` here,
+`open`, `os.mkdir`, `os.rename` and `os.remove` by Python itself. Tests hook into them to kill the process, or to fill
+the disk, at any of these steps.
+"""
 
 import hashlib
 import os
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypedDict
 
 from fastgpt.errors import UsageError
 
-TEMPORARY = ".tmp-"
+TEMPORARY = ".fastgpt-tmp-"
+ASIDE, DOOMED = "aside-", "doomed-"  # after TEMPORARY: what was moved out of the way, to be deleted
+BLOCK = 8 << 20  # bytes that are written, and hashed meanwhile, at once
+SMALL = 1 << 18  # bytes below which parts are joined
+Block = bytes | memoryview
 
 
-def temporary_sibling(path: Path) -> Path:
+class Identity(TypedDict):
+    """How a file is recognized: its size in bytes, and its hash in hexadecimal."""
+
+    size: int
+    sha256: str
+
+
+def temporary_sibling(path: Path, purpose: str = "") -> Path:
     """A name in the same folder, for what is renamed to `path` once it is whole."""
-    return path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
+    return path.with_name(f"{TEMPORARY}{purpose}{path.name}-{os.getpid()}")
 
 
-def write_atomic(path: Path, content: bytes | str) -> None:
+def write(path: Path, parts: Iterable[Block]) -> Identity:
+    """Write a file and sync it; its identity, hashed on a second core while the first one writes."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("wb") as file, ThreadPoolExecutor(1) as hasher:
+        for block in _blocks(parts):
+            hashing = hasher.submit(digest.update, block)
+            sys.audit("fastgpt.write", str(path), len(block))
+            file.write(block)
+            hashing.result()
+            size += len(block)
+    sync(path)
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
+def write_atomic(path: Path, content: bytes | str) -> Identity:
     """Write a file by way of a synced temporary sibling, so that `path` is never half written."""
     temporary = temporary_sibling(path)
-    temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-    sync(temporary)
+    identity = write(temporary, [content.encode("utf-8") if isinstance(content, str) else content])
     temporary.replace(path)
     sync(path.parent)
+    return identity
+
+
+def replace_folder(temporary: Path, path: Path) -> None:
+    """Put a whole and synced folder in the place of another, or of none.
+
+    A process that dies in between leaves the other one aside, from where `recover` puts it back.
+    """
+    aside = temporary_sibling(path, ASIDE)
+    if path.exists():
+        path.rename(aside)
+    temporary.rename(path)
+    sync(path.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def delete_folder(path: Path) -> None:
+    """Delete a folder in a way that leaves no half of it under its name, wherever the process dies."""
+    doomed = temporary_sibling(path, DOOMED)
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def recover(parent: Path) -> None:
+    """Mend what a process that died left behind in a folder, which nobody else is writing to.
+
+    Folders that had been put aside are put back, unless they were replaced; all else that is temporary is deleted.
+    """
+    for path in sorted(parent.glob(f"{TEMPORARY}*")):
+        name = path.name.removeprefix(TEMPORARY)
+        original = parent / name.removeprefix(ASIDE).rpartition("-")[0]
+        if name.startswith(ASIDE) and path.is_dir() and not original.exists():
+            path.rename(original)
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def sha256(*paths: Path) -> str:
@@ -42,6 +113,7 @@ def sync(path: Path) -> None:
     else:
         descriptor = os.open(path, os.O_RDWR)  # Windows syncs only what is open for writing
     try:
+        sys.audit("fastgpt.sync", str(path))
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -53,3 +125,19 @@ def decode_utf8(content: bytes, name: str) -> str:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(f"{name} is not UTF-8: byte {error.start} is 0x{content[error.start]:02x}") from None
+
+
+def _blocks(parts: Iterable[Block]) -> Iterator[Block]:
+    """The same bytes in blocks: small parts joined, large ones cut."""
+    small = bytearray()
+    for part in parts:
+        if len(part) < SMALL:
+            small += part
+        if small and (len(part) >= SMALL or len(small) >= SMALL):
+            yield bytes(small)
+            small.clear()
+        if len(part) >= SMALL:
+            for start in range(0, len(part), BLOCK):
+                yield part[start : start + BLOCK]
+    if small:
+        yield bytes(small)

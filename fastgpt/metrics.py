@@ -1,8 +1,12 @@
 """What a run says about itself: `metrics.jsonl`, the progress display, and the curves.
 
-A line of `metrics.jsonl` is a JSON object with `step` (optimizer steps done) and `tokens` (seen so far), and either
-`loss`, `lr`, `grad_norm`, `ms` (a step), `tokens_per_second`, `mfu` (share of the chip's peak) and `memory` (peak
-bytes), or `val_loss`. Null is what is not known: the speed of the first step, the peak of a CPU.
+A line of `metrics.jsonl` is a JSON object with `step` (optimizer steps done) and `tokens` (seen so far), and one of
+- `loss`, `lr`, `grad_norm`, `ms` (a step), `tokens_per_second`, `mfu` (share of the chip's peak) and `memory` (peak
+  bytes);
+- `val_loss`;
+- `skipped` (why the step changed nothing) and `batch` (its place in the order of the data);
+- `rolled_back_from` (the step), `skipped` (why) and `batches` (the first and the last that are left out from here on).
+Null is what is not known: the speed of the first step, the peak of a CPU; or not finite.
 """
 
 import json
@@ -22,19 +26,24 @@ from rich.text import Text
 
 from fastgpt.config import ModelConfig
 from fastgpt.device import synchronize
-from fastgpt.files import write_atomic
+from fastgpt.units import format_bytes, format_seconds
 
 BAR_WIDTH = 16
 Record = dict[str, Any]
 
 
 class MetricsFile:
-    """`metrics.jsonl`, to which whole lines are appended. Opening it forgets what lies beyond `step`."""
+    """`metrics.jsonl`, to which whole lines are appended, by steps in order.
+
+    The only thing that is ever taken back is the end: half a line, and the records of steps that are done again.
+
+    Raises:
+        OSError: the file cannot be read, written or made.
+    """
 
     def __init__(self, path: Path, step: int):
-        kept = [record for record in read_metrics(path) if record["step"] <= step]
-        write_atomic(path, "".join(json.dumps(record) + "\n" for record in kept))
-        self.file = path.open("a", encoding="utf-8")
+        self.path, self.file = path, path.open("ab", buffering=0)
+        self.take_back(step)
 
     def __enter__(self) -> "MetricsFile":
         return self
@@ -42,24 +51,57 @@ class MetricsFile:
     def __exit__(self, *_: object) -> None:
         self.file.close()
 
+    def take_back(self, step: int) -> None:
+        """Cut off the records of steps after `step`, and a line that a crash cut short."""
+        self.end, line = 0, b"\n"
+        with self.path.open("rb") as file:
+            for line in file:
+                record = _record(line)
+                whole = record is not None or line.endswith(b"\n")
+                if not whole or (record and record["step"] > step):
+                    line = b"\n"
+                    break
+                self.end += len(line)
+        self.file.truncate(self.end)
+        if not line.endswith(b"\n"):  # cut just before its end
+            self.end += self.file.write(b"\n")
+
     def write(self, record: Record) -> None:
-        """Append a record, with null for a number that JSON has not (the norm of a step that float16 skipped)."""
+        """Append a record, with null for a number that JSON has not (the loss of a step that was skipped).
+
+        Raises:
+            OSError: the disk does not take it; nothing of it stays.
+        """
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self.file.write(json.dumps(finite) + "\n")
-        self.file.flush()
+        line = rest = json.dumps(finite).encode() + b"\n"
+        try:
+            sys.audit("fastgpt.write", str(self.path), len(line))
+            while rest:
+                rest = rest[self.file.write(rest) :]
+        except OSError:
+            self.file.truncate(self.end)
+            raise
+        self.end += len(line)
+
+    def sync(self) -> None:
+        """Force the records to the disk."""
+        os.fsync(self.file.fileno())
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """The records of a `metrics.jsonl`; a last line cut short by a crash is left out."""
+    """The records of a `metrics.jsonl`; lines that are damaged, or cut short by a crash, are left out."""
     if not path.exists():
         return []
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
+    with path.open("rb") as file:
+        return [record for line in file if (record := _record(line))]
+
+
+def _record(line: bytes) -> Record | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
 class Display:
@@ -176,16 +218,3 @@ def flops_per_token(config: ModelConfig, parameters: int) -> float:
     """
     used = parameters - (config.block_size * config.n_embd if config.position == "learned" else 0)
     return 6 * used + 6 * config.n_layer * config.n_embd * config.block_size
-
-
-def format_bytes(count: int | None) -> str:
-    if count is None:
-        return "memory unknown"
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
-
-
-def format_seconds(seconds: float) -> str:
-    """h:mm:ss, or m:ss under an hour."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

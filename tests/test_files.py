@@ -62,7 +62,7 @@ def test_content_is_on_the_disk_before_the_name_and_then_the_folder(tmp_path: Pa
 def test_a_temporary_name_is_in_the_same_folder_and_of_this_process(tmp_path: Path):
     name = temporary_sibling(tmp_path / "config.json")
     assert name.parent == tmp_path
-    assert name.name == f".tmp-config.json-{os.getpid()}"
+    assert name.name == f".fastgpt-tmp-config.json-{os.getpid()}"
 
 
 @pytest.mark.parametrize("sizes", [[0], [3], [(1 << 20) + 1], [5, 0, 1 << 20, 7]], ids=str)
