@@ -1,4 +1,4 @@
-"""One optimizer step: micro-batches forward and backward, clipping, AdamW.
+"""One optimizer step: micro-batches forward and backward, clipping, the guard's verdict, AdamW.
 
     step = TrainStep(model, config, device, torch.bfloat16)
     loss, norm, rate = step(0, [(x, y)])
@@ -6,7 +6,7 @@
 `fastgpt.train` runs it in its loop, and bench/bench_train.py measures it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,13 +14,14 @@ import torch
 from fastgpt.config import TrainConfig
 from fastgpt.device import autocast
 from fastgpt.errors import UsageError
+from fastgpt.guard import Guard
 from fastgpt.loader import Batch
 from fastgpt.model import GPT
 from fastgpt.optim import clip, learning_rate, make_optimizer, set_learning_rate
 
 
 class TrainStep:
-    """The model with what trains it: AdamW, the scaler of float16 and, with --compile, the compiled model.
+    """The model with what trains it: AdamW, the guard, the scaler of float16 and, with --compile, the compiled model.
 
     Weights, moments and gradients are float32 whatever `dtype` the matrix products are in.
     """
@@ -29,14 +30,15 @@ class TrainStep:
         self.model, self.config, self.device, self.dtype = model, config, device, dtype
         self.parameters = list(model.parameters())
         self.optimizer = make_optimizer(model, config)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.guard = Guard(device, config.rollback_after, config.skip_loss_sigma)
+        self.scaler = self._make_scaler()
         # On a CPU Inductor's own random numbers are slower than PyTorch's, and are other ones than without --compile.
         options: dict[str, Any] = {"fallback_random": device.type == "cpu"}
         # Nothing changes the modules of PyTorch in the model, so that need not be checked in every step.
         options["guard_filter_fn"] = torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe
         self.compiled = torch.compile(model, options=options) if config.compile else model
 
-    def __call__(self, number: int, batches: Iterable[Batch]) -> tuple[torch.Tensor, torch.Tensor, float]:
+    def __call__(self, number: int, batches: Sequence[Batch]) -> tuple[torch.Tensor, torch.Tensor, float]:
         """Take step `number`, counted from 0, over its micro-batches, each (inputs, targets) int64 (B, T).
 
         Returns:
@@ -46,23 +48,58 @@ class TrainStep:
         Raises:
             UsageError: the model cannot be compiled.
         """
-        config = self.config
         # Dropout is a pure function of (seed, step), so a resumed run repeats it.
-        torch.manual_seed((config.seed + (number + 1) * 0x9E3779B97F4A7C15) % 2**64)
-        rate = learning_rate(number, config)
+        torch.manual_seed((self.config.seed + (number + 1) * 0x9E3779B97F4A7C15) % 2**64)
+        rate = learning_rate(number, self.config)
         set_learning_rate(self.optimizer, rate)
         total = torch.zeros((), device=self.device)
         with autocast(self.device, self.dtype):  # around all micro-batches: the weights are cast once
             for x, y in batches:
-                loss = self._loss(x, y) / config.gradient_accumulation_steps
+                loss = self._loss(x, y) / len(batches)
                 self.scaler.scale(loss).backward()
                 total += loss.detach()
         self.scaler.unscale_(self.optimizer)
-        norm = clip(self.parameters, config.grad_clip)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        norm = clip(self.parameters, self.config.grad_clip)
+        scale = self.scaler.scale(torch.ones_like(total)) if self.scaler.is_enabled() else None
+        self.optimizer.found_inf = self.guard.judge(total, norm, scale)
+        self.optimizer.step()
+        self._update_scale(total, scale)
         self.optimizer.zero_grad(set_to_none=True)
         return total, norm, rate
+
+    def abandon(self) -> None:
+        """Forget a step that an exception cut short before the optimizer's turn, so that it can be taken again."""
+        self.optimizer.zero_grad(set_to_none=True)
+        state, self.scaler = self.scaler.state_dict(), self._make_scaler()
+        if state:
+            self.scaler.load_state_dict(state)
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs beside the weights and moments, as JSON; waits for the device."""
+        return {"guard": self.guard.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state` gave. Raises KeyError, TypeError or ValueError for what is not of its making."""
+        self.guard.load_state_dict(state["guard"])
+        if state["scaler"]:  # empty where the run was not in float16 until now
+            self.scaler.load_state_dict(state["scaler"])
+
+    def reset(self) -> None:
+        """Become what it was before the first step, the weights aside."""
+        self.optimizer.reset()
+        self.guard.load_state_dict({})
+        self.scaler = self._make_scaler()
+
+    def _make_scaler(self) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
+    def _update_scale(self, loss: torch.Tensor, before: torch.Tensor | None) -> None:
+        """Let the scaler learn from the gradients, unless the loss itself was not finite: no scale mends that."""
+        if before is None:
+            return
+        self.scaler.update()
+        after = self.scaler.scale(torch.ones_like(loss))
+        self.scaler.update(torch.where(torch.isfinite(loss), after, before))
 
     def _loss(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         if not self.config.compile:
