@@ -4,7 +4,6 @@ import math
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -22,7 +21,10 @@ from fastgpt.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class RunSummary:
-    """How a run ended. Seconds and tokens/s are of the steps alone, without compiling, evaluating and saving."""
+    """How a run ended. Seconds and tokens/s are of the steps alone, without compiling, evaluating and saving.
+
+    `failures` counts what the disk did not take: checkpoints, lines of metrics, the picture.
+    """
 
     steps: int
     finished: bool
@@ -34,6 +36,7 @@ class RunSummary:
     tokens_per_second: float | None
     peak_memory: int | None
     stopped_by: int | None = None
+    failures: int = 0
 
 
 def introduce(
@@ -63,15 +66,17 @@ def introduce(
     console.print(_lines(facts, bold=True), highlight=False, soft_wrap=True)
 
 
-def saved(step: int, folder: Path, best_val_loss: float | None, val_loss: float | None) -> str:
-    """One line about a checkpoint; `val_loss` is None where the run was stopped before an evaluation."""
-    if val_loss is None or best_val_loss is None:
-        return f"step {step}: stopped before an evaluation; saved {folder}"
+def judged(best_val_loss: float | None, val_loss: float | None) -> str:
+    """How good a checkpoint is; `val_loss` is None where it was not evaluated."""
+    if val_loss is None:
+        return "not evaluated"
+    if best_val_loss is None:
+        return f"val loss {val_loss:.4f}"
     best = "the best so far" if val_loss == best_val_loss else f"the best is {best_val_loss:.4f}"
-    return f"step {step}: val loss {val_loss:.4f}, {best}; saved {folder}"
+    return f"val loss {val_loss:.4f}, {best}"
 
 
-def conclude(summary: RunSummary, config: TrainConfig, picture: Path, data: Corpus) -> str:
+def conclude(summary: RunSummary, config: TrainConfig, picture: str, data: Corpus) -> str:
     """The result, where it lies, and the command that comes next."""
     facts = {}
     if summary.best_val_loss is not None:
@@ -83,7 +88,7 @@ def conclude(summary: RunSummary, config: TrainConfig, picture: Path, data: Corp
             f"{summary.tokens_per_second:,.0f} tokens/s; {spent} in steps, without compiling and evaluating"
         )
     facts["peak memory"] = format_bytes(summary.peak_memory)
-    facts["curves"] = str(picture)
+    facts["curves"] = picture
     where = "" if config.out_dir == "out" else f" --out_dir {shlex.quote(config.out_dir)}"
     lines = [_lines(facts)]
     if not summary.finished:
@@ -92,6 +97,8 @@ def conclude(summary: RunSummary, config: TrainConfig, picture: Path, data: Corp
         lines.append(f"go on:  python -m fastgpt.train --init_from resume{where}")
     if summary.stopped_by is None:
         lines.append(f"next:  python -m fastgpt.generate{where}{_opening(data.tokenizer)}")
+    if summary.failures:
+        lines.append(f"{summary.failures} times the disk did not take what was written; see the warnings above")
     return "\n".join(lines)
 
 

@@ -4,18 +4,22 @@ out/  config.json  tokenizer.json  metrics.jsonl  .lock  latest  best  step-0005
 """
 
 import dataclasses
+import hashlib
 import json
 import os
+import shutil
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from fastgpt import checkpoint, tokenizer
+from fastgpt import checkpoint, lock, tokenizer
 from fastgpt.config import TrainConfig, validate
 from fastgpt.corpus import Corpus
 from fastgpt.errors import CorruptCheckpoint, UsageError
-from fastgpt.files import TEMPORARY, write_atomic
+from fastgpt.files import recover, temporary_sibling, write, write_atomic
+from fastgpt.units import format_bytes
 
 FORMAT = 1
 LOCK = ".lock"
@@ -29,42 +33,87 @@ FIXED = ("block_size", "n_layer", "n_head", "kv_heads", "n_embd", "bias", "posit
 def locked(out_dir: Path) -> Iterator[None]:
     """Own the folder until the end of the block; the system frees it when the process dies.
 
+    What a process that died left half done is mended first.
+
     Raises:
         UsageError: another process owns it, or it cannot be made or written.
     """
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        file = (out_dir / LOCK).open("a+", encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"--out_dir {out_dir} cannot be written: {error.strerror}; name another") from None
-    with file:
-        if not _take(file):
-            file.seek(0)
-            raise UsageError(
-                f"--out_dir {out_dir} is in use by process {file.read().strip()}; "
-                "wait for it, or name another --out_dir"
-            )
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
+    with ExitStack() as stack:
+        with _explained(out_dir):
+            out_dir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock.held(out_dir / LOCK))
+            recover(out_dir)
         yield
 
 
-def _take(file: IO[str]) -> bool:
-    """Lock an open file for this process, without waiting."""
+def check_free(out_dir: Path) -> None:
+    """Raise `UsageError` where another process owns the folder; nothing is made or changed."""
+    with _explained(out_dir):
+        lock.check(out_dir / LOCK)
+
+
+@contextmanager
+def _explained(out_dir: Path) -> Iterator[None]:
     try:
-        if os.name == "nt":
-            import msvcrt
+        yield
+    except lock.Locked as error:
+        raise UsageError(
+            f"--out_dir {out_dir} is in use by process {error.owner}; wait for it, or name another --out_dir"
+        ) from None
+    except OSError as error:
+        raise UsageError(f"--out_dir {out_dir} cannot be written: {error.strerror}; name another") from None
 
-            file.seek(1 << 20)  # beyond the text, which others may read
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # pyright: ignore[reportAttributeAccessIssue]
-        else:
-            import fcntl
 
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+def named_step(out_dir: Path, init_from: str) -> Path | None:
+    """The checkpoint of this run that --init_from names by its path, or None for "resume".
+
+    Raises:
+        UsageError: it is none of this run's.
+    """
+    if init_from == "resume":
+        return None
+    folder = out_dir / Path(init_from).name
+    if folder not in checkpoint.steps(out_dir) or not folder.samefile(init_from):
+        raise UsageError(f"--init_from {init_from} is not the folder of a step in {out_dir}, such as out/step-000500")
+    return folder
+
+
+def check_disk(out_dir: Path, config: TrainConfig, parameters: int, step: int) -> None:
+    """Make sure that the disk takes the checkpoints to come, as far as that can be known beforehand.
+
+    Raises:
+        UsageError: the folder cannot be written, or there is no room.
+    """
+    weights = 4 * parameters
+    size = 3 * weights  # AdamW's two moments
+    saves = -(-(config.max_iters - step) // config.eval_interval)
+    count = min(saves, config.keep_last + 2)  # the best one, and the one that is being written
+    held = sum(file.stat().st_size for folder in checkpoint.steps(out_dir) for file in folder.iterdir())
+    probe = temporary_sibling(out_dir / "probe")
+    with _explained(out_dir):
+        write(probe, [bytes(1 << 16)])
+        probe.unlink()
+    free, largest = shutil.disk_usage(out_dir).free + held, _largest_file()
+    if count * size > free:
+        raise UsageError(
+            f"--out_dir {out_dir}: {count} checkpoints of {format_bytes(size)} need {format_bytes(count * size)}, and "
+            f"its disk has {format_bytes(free)}; make room, name a folder elsewhere, or lower --keep_last"
+        )
+    if 2 * weights > largest:
+        raise UsageError(
+            f"--out_dir {out_dir}: a checkpoint has a file of {format_bytes(2 * weights)}, and this process may write "
+            f"{format_bytes(largest)} into one; raise that with ulimit -f"
+        )
+
+
+def _largest_file() -> int:
+    """Bytes that this process may write into a file."""
+    if os.name == "nt":
+        return sys.maxsize
+    import resource
+
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    return sys.maxsize if limit == resource.RLIM_INFINITY else limit
 
 
 def claim(out_dir: Path, overwrite: bool) -> None:
@@ -86,6 +135,8 @@ def claim(out_dir: Path, overwrite: bool) -> None:
 
 
 def _is_ours(out_dir: Path) -> bool:
+    if any((step / checkpoint.MANIFEST).is_file() for step in checkpoint.steps(out_dir)):
+        return True  # though its configuration may be damaged
     try:
         return load(out_dir)[1]["format"] == FORMAT
     except UsageError:
@@ -95,8 +146,9 @@ def _is_ours(out_dir: Path) -> bool:
 def delete(out_dir: Path) -> None:
     """Delete a run's own files and folders, and nothing else that its folder may hold."""
     checkpoint.delete(out_dir)
-    for path in [*out_dir.glob(f"{TEMPORARY}*"), *(out_dir / name for name in RUN_FILES)]:
-        path.unlink(missing_ok=True)
+    recover(out_dir)
+    for name in RUN_FILES:
+        (out_dir / name).unlink(missing_ok=True)
     with suppress(OSError):  # it holds something else, or is not there
         (out_dir / "plots").rmdir()
 
@@ -105,6 +157,7 @@ def save(out_dir: Path, config: TrainConfig, vocabulary: tokenizer.Tokenizer, ab
     """Write `config.json`, with the configuration and what was resolved, and `tokenizer.json`."""
     asked = {name: value for name, value in dataclasses.asdict(config).items() if name not in COMMANDS}
     content = {"format": FORMAT, "config": asked, **about}
+    content["sha256"] = _sha256(content)
     write_atomic(out_dir / "config.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     vocabulary.save(out_dir / "tokenizer.json")
 
@@ -113,7 +166,7 @@ def load(out_dir: Path) -> tuple[TrainConfig, dict[str, Any]]:
     """The configuration of a run, and the whole of its `config.json`.
 
     Raises:
-        CorruptCheckpoint: the file is not one of ours.
+        CorruptCheckpoint: the file is not one of ours, or was altered.
     """
     path = out_dir / "config.json"
     content = checkpoint.read_json(path)
@@ -121,13 +174,21 @@ def load(out_dir: Path) -> tuple[TrainConfig, dict[str, Any]]:
     saved = content.get("config")
     if content.get("format") != FORMAT or not isinstance(saved, dict) or not saved.keys() <= known:
         raise CorruptCheckpoint(f"{path} is not the configuration of a run of this version")
+    if content.get("sha256") != _sha256(content):
+        raise CorruptCheckpoint(f"{path} is not what was saved; put back a copy of it, and change settings by flags")
     config = TrainConfig(**saved)
     validate(config)
     return config, content
 
 
+def _sha256(content: Mapping[str, Any]) -> str:
+    """The hash of what a `config.json` says, its own hash left out."""
+    rest = {name: value for name, value in content.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def check_resume(out_dir: Path, config: TrainConfig, data: Corpus) -> None:
-    """A resumed run keeps its shape, its vocabulary and its text.
+    """A resumed run keeps its shape, its vocabulary and its text; with --allow_data_change only the first two.
 
     Raises:
         UsageError: one of them changed.
@@ -138,14 +199,23 @@ def check_resume(out_dir: Path, config: TrainConfig, data: Corpus) -> None:
         if asked != had:
             flag = "n_kv_head" if name == "kv_heads" else name
             raise UsageError(f"--{flag} {asked}: the run in {out_dir} has {had}, and a resume keeps it; leave it out")
-    if data.tokenizer != tokenizer.load(out_dir / "tokenizer.json"):
+    ways_out = "" if config.allow_data_change else "go on with it by --allow_data_change, "
+    if data.tokenizer != vocabulary(out_dir):
         raise UsageError(
             f"--dataset {config.dataset}: its vocabulary is not that of the run in {out_dir}; "
-            "resume with the run's own data, or start another --out_dir"
+            f"resume with the run's own data, {ways_out}or start another --out_dir"
         )
     began_with = about.get("corpus", {}).get("source_sha256")
     if data.source_sha256 != began_with:
-        raise UsageError(
-            f"--dataset {config.dataset}: the text changed since the run in {out_dir} began (sha256 "
-            f"{data.source_sha256[:8]}, then {str(began_with)[:8]}); restore it, or start another --out_dir"
-        )
+        change = f"(sha256 {data.source_sha256[:8]}, then {str(began_with)[:8]})"
+        if not config.allow_data_change:
+            raise UsageError(
+                f"--dataset {config.dataset}: the text changed since the run in {out_dir} began {change}; "
+                f"restore it, {ways_out}or start another --out_dir"
+            )
+        print(f"going on with a text that changed since the run began {change}", file=sys.stderr)
+
+
+def vocabulary(out_dir: Path) -> tokenizer.Tokenizer:
+    """The vocabulary of a run. Raises `UsageError` where its tokenizer.json is missing or damaged."""
+    return tokenizer.load(out_dir / "tokenizer.json")

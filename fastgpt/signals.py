@@ -1,28 +1,36 @@
-"""Stopping without losing anything: a signal is noted, and the loop stops where it can save."""
+"""Stopping and saving without losing anything: a signal is noted, and the loop acts where it can save."""
 
 import os
 import signal
 from contextlib import suppress
 from types import FrameType
 
+STOPPING = ("SIGINT", "SIGTERM", "SIGHUP")
+SAVING = "SIGUSR1"
+
 
 class Signals:
-    """Between `with` and its end, SIGINT, SIGTERM and SIGHUP are noted, to stop where all can be saved.
+    """Between `with` and its end, signals are noted: SIGINT, SIGTERM and SIGHUP to stop, SIGUSR1 to save and go on.
 
-    A second signal stops at once.
+    A second signal to stop does so at once.
+
+    Attributes:
+        caught: the number of the signal to stop, or None.
+        save_asked: a checkpoint is wanted; whoever saves sets it back.
     """
 
     def __init__(self):
         self.caught: int | None = None
+        self.save_asked = False
 
     def __enter__(self) -> "Signals":
         self.previous = {}
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows has no SIGHUP
+        for name, handler in [*((name, self._stop) for name in STOPPING), (SAVING, self._save)]:
+            number = getattr(signal, name, None)  # Windows has neither SIGHUP nor SIGUSR1
             if number is None:
                 continue
             try:
-                self.previous[number] = signal.signal(number, self._note)
+                self.previous[number] = signal.signal(number, handler)
             except ValueError:  # not in the main thread, where signals do not arrive
                 break
         return self
@@ -31,10 +39,18 @@ class Signals:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _stop(self, number: int, frame: FrameType | None) -> None:
         if self.caught is not None:
             raise SystemExit(128 + number)
         self.caught = number
-        with suppress(OSError):  # a closed terminal, which is what SIGHUP tells
-            # Not print: the signal may have come while the buffer of stderr was being written.
-            os.write(2, b"\nstopping after this step, then saving; once more stops at once\n")
+        _say("stopping after this step, then saving; once more stops at once")
+
+    def _save(self, number: int, frame: FrameType | None) -> None:
+        self.save_asked = True
+        _say("saving after this step")
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):  # a closed terminal, which is what SIGHUP tells
+        # Not print: the signal may have come while the buffer of stderr was being written.
+        os.write(2, f"\n{text}\n".encode())

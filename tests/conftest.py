@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgpt import plots, train
+from fastgpt import plots
+from fastgpt import run as training
 from tests import runs
 from tests.offline import sitecustomize as offline
 
@@ -54,7 +55,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder of the test's own, which holds text.txt; samples in it are short."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "SAMPLE_TOKENS", 20)
+    monkeypatch.setattr(training, "SAMPLE_TOKENS", 20)
     (tmp_path / "text.txt").write_text(runs.TEXT, encoding="utf-8")
     return tmp_path
 

@@ -1,5 +1,6 @@
 """What the tests of training runs share: a small run in the folder of the fixture `workplace`, and what it leaves."""
 
+import hashlib
 import json
 import os
 import random
@@ -74,6 +75,16 @@ def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
     """Every file's bytes and time of change, the lock's aside."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
     return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+def forge_manifest(step_dir: Path) -> None:
+    """Make the manifest of an altered checkpoint fit its files, as somebody hostile would."""
+    files = {
+        name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for name in checkpoint.FILES
+        if (content := (step_dir / name).read_bytes())
+    }
+    (step_dir / checkpoint.MANIFEST).write_text(json.dumps({"format": 1, "files": files}, indent=1) + "\n")
 
 
 def parts(out_dir: Path, name: str) -> tuple[GPT, Loader, Loader]:

@@ -88,12 +88,11 @@ def test_a_run_that_stopped_says_why_and_how_to_go_on(tmp_path: Path):
     assert lines[6].startswith("next:  python -m fastgpt.generate")
 
 
-def test_a_saved_checkpoint_is_a_line_beside_the_best():
-    folder = Path("out/step-000006")
-    assert report.saved(6, folder, 2.5, 2.5) == f"step 6: val loss 2.5000, the best so far; saved {folder}"
-    assert report.saved(6, folder, 2.5, 2.75) == f"step 6: val loss 2.7500, the best is 2.5000; saved {folder}"
-    for best in (None, 2.5):
-        assert report.saved(6, folder, best, None) == f"step 6: stopped before an evaluation; saved {folder}"
+def test_a_checkpoint_is_judged_beside_the_best():
+    assert report.judged(2.5, 2.5) == "val loss 2.5000, the best so far"
+    assert report.judged(2.5, 2.75) == "val loss 2.7500, the best is 2.5000"
+    assert report.judged(None, math.nan) == "val loss nan"
+    assert report.judged(None, None) == report.judged(2.5, None) == "not evaluated"
 
 
 def test_max_minutes_stops_evaluates_saves_says_so_and_a_resume_goes_on(capsys):

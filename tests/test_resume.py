@@ -1,16 +1,18 @@
 """A run that stops and goes on is bit for bit the run that never stopped, wherever its folder lies."""
 
 import json
+import os
 import pickle
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from fastgpt import checkpoint, cli, generate, run_folder, train
-from tests.runs import FLAGS, TEXT, contents, resume, run
+from tests.runs import FLAGS, TEXT, contents, forge_manifest, resume, run
 
 pytestmark = pytest.mark.usefixtures("workplace", "no_picture")
 HARDER = (
@@ -60,11 +62,11 @@ def test_what_a_crash_left_behind_is_done_again_and_not_twice():
     crashed = start("--max_iters 30", "crashed")
     with (crashed / "metrics.jsonl").open("a") as file:
         file.write('{"step": 32, "tokens": 1536, "loss": 99.0}\n{"step": 36, "tok')
-    (crashed / ".tmp-step-000040-1").mkdir()
-    (crashed / ".tmp-step-000040-1" / "model.safetensors").write_bytes(b"half")
+    (crashed / ".fastgpt-tmp-step-000040-1").mkdir()
+    (crashed / ".fastgpt-tmp-step-000040-1" / "model.safetensors").write_bytes(b"half")
     assert resume("--max_iters 40", "crashed") == 0
     assert state_of(crashed) == state_of(whole)
-    assert not list(crashed.glob(".tmp-*"))
+    assert not list(crashed.glob(".fastgpt-tmp-*"))
 
 
 def test_a_moved_and_renamed_run_resumes_and_generates(capsys):
@@ -153,18 +155,142 @@ def test_another_vocabulary_is_refused(capsys):
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optim.safetensors", "state.json", "manifest.json"])
-def test_a_corrupt_checkpoint_is_refused_by_name(capsys, file: str):
+def test_the_only_checkpoint_is_refused_by_name_where_it_is_damaged(capsys, file: str):
     path = checkpoint.find(start("--max_iters 2"), "latest") / file
     path.write_bytes(path.read_bytes()[:-5])
     refused(capsys, "--max_iters 9", str(path))
 
 
-@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "latest"])
+def swapped(folder: Path) -> None:
+    """The weights of another step in the place of this one's."""
+    (folder / checkpoint.MODEL).write_bytes((folder.with_name("step-000020") / checkpoint.MODEL).read_bytes())
+
+
+DAMAGES = {
+    "flipped": lambda folder: flip(folder / checkpoint.OPTIMIZER),
+    "truncated": lambda folder: os.truncate(folder / checkpoint.MODEL, 100),
+    "missing": lambda folder: (folder / checkpoint.STATE).unlink(),
+    "swapped": swapped,
+    "gone": shutil.rmtree,
+    "manifest": lambda folder: flip(folder / checkpoint.MANIFEST),
+}
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_resume_falls_back_to_the_newest_whole_checkpoint_and_says_so(capsys, damage: str):
+    whole = start("--max_iters 40", "whole")
+    damaged = start("--max_iters 30", "damaged")
+    DAMAGES[damage](damaged / "step-000030")
+    capsys.readouterr()
+    assert resume("--max_iters 40", "damaged") == 0
+    told = capsys.readouterr().err
+    assert re.search(r"^damaged: damaged/(latest names 'step-000030'|step-000030/\w+\.)", told, re.M)
+    assert "going on from damaged/step-000020, the newest checkpoint that is whole" in told
+    assert state_of(damaged) == state_of(whole)
+    assert [folder.name for folder in checkpoint.steps(damaged)] == [folder.name for folder in checkpoint.steps(whole)]
+
+
+def test_a_checkpoint_that_is_named_by_its_path_does_not_fall_back(capsys):
+    start("--max_iters 30")
+    flip(Path("out/step-000020") / checkpoint.MODEL)
+    before = contents(Path("out"))
+    for flags in ("", "--out_dir out"):
+        code = cli.run(train.main, ["--init_from", "out/step-000020", "--max_iters", "40", *flags.split()])
+        assert code == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith("error: out/step-000020/model.safetensors is not")
+    assert contents(Path("out")) == before
+
+
+def test_a_run_goes_on_from_the_step_that_is_named(capsys):
+    whole, undone = start("--max_iters 40", "whole"), start("--max_iters 30", "undone")
+    assert cli.run(train.main, ["--init_from", "undone/step-000010", "--max_iters", "40"]) == 0
+    assert state_of(undone) == state_of(whole)
+
+
+@pytest.mark.parametrize(
+    ("init_from", "flags", "words"),
+    [
+        ("out/step-000099", "", ["--init_from 'out/step-000099'", "is not one of scratch, resume", "path of a step"]),
+        ("out", "", ["--init_from out is not the folder of a step in ., such as out/step-000500"]),
+        ("out", "--out_dir out", ["--init_from out is not the folder of a step in out"]),
+        ("other/step-000002", "--out_dir out", ["--init_from other/step-000002 is not the folder of a step in out"]),
+        ("out/plots", "", ["--init_from out/plots is not the folder of a step in out"]),
+        ("resum", "", ["--init_from 'resum'", "did you mean resume?"]),
+        ("out/step-000002", "--preset mini", ["--preset mini", "keeps the run's own settings"]),
+        ("out/step-000002", "--overwrite", ["--overwrite deletes the run that --init_from out/step-000002"]),
+    ],
+)
+def test_a_start_from_what_is_no_step_of_the_run_is_refused(capsys, init_from: str, flags: str, words: list[str]):
+    start("--max_iters 2")
+    start("--max_iters 2", "other")
+    (Path("out") / "plots").mkdir(exist_ok=True)
+    capsys.readouterr()
+    assert cli.run(train.main, ["--init_from", init_from, "--max_iters", "9", *flags.split()]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert [word for word in words if word not in line] == [], line
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json"])
 @pytest.mark.parametrize("content", [b"", b"{}", b"\xff\x00", None])
 def test_a_damaged_run_file_is_refused_by_name(capsys, file: str, content: bytes | None):
     path = start("--max_iters 2") / file
     path.unlink() if content is None else path.write_bytes(content)
-    refused(capsys, "--max_iters 9", "out" if (file, content) == ("latest", None) else str(path))
+    refused(capsys, "--max_iters 9", str(path))
+
+
+def test_every_digit_of_the_configuration_counts(capsys):
+    path = start("--max_iters 2") / "config.json"
+    whole = path.read_text()
+    path.write_text(whole.replace('"learning_rate": 0.01', '"learning_rate": 0.03'))
+    refused(capsys, "--max_iters 9", str(path), "not what was saved")
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"\xff\x00", b"step-000009\n", b"plots\n", b"../../etc\n", None])
+def test_a_damaged_pointer_is_mended(capsys, content: bytes | None):
+    whole = start("--max_iters 40", "whole")
+    out = start("--max_iters 20")
+    (out / "plots").mkdir(exist_ok=True)
+    (out / "latest").unlink() if content is None else (out / "latest").write_bytes(content)
+    assert resume("--max_iters 40") == 0
+    told = capsys.readouterr().err
+    assert re.search(r"^damaged: out/latest (names|is missing)", told, re.M)
+    assert "going on from out/step-000020" in told
+    assert state_of(out) == state_of(whole)
+
+
+def test_metrics_are_only_ever_taken_back_at_the_end():
+    out = start("--max_iters 20")
+    path = out / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[2] = b'{"step": damaged\n'
+    path.write_bytes(b"".join(lines))
+    assert resume("--max_iters 24") == 0
+    assert path.read_bytes().startswith(b"".join(lines))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"progress": {"step": 2, "gradient": 1}},
+        {"progress": None},
+        {"guard": None},
+        {"guard": {"in_row": "many"}},
+        {"scaler": {"scale": "large"}},
+    ],
+    ids=str,
+)
+def test_a_forged_state_is_refused_by_name(capsys, change: dict):
+    folder = checkpoint.find(start("--max_iters 2 --dtype float16"), "latest")
+    state = json.loads((folder / checkpoint.STATE).read_text())
+    (folder / checkpoint.STATE).write_text(json.dumps(state | change))
+    forge_manifest(folder)
+    refused(capsys, "--max_iters 9", str(folder / checkpoint.STATE))
 
 
 def test_no_run_there_is_refused_with_the_command_that_makes_one(capsys):
@@ -189,7 +315,7 @@ def test_the_crash_that_parts_latest_from_best_is_mended(monkeypatch):
     assert (out / "latest").read_text() == "step-000008\n"
     assert (out / "best").read_text() == "step-000004\n"
     assert resume("--max_iters 9 --learning_rate 9 --schedule constant --grad_clip 0") == 0  # which is worse
-    assert [path.name for path in checkpoint.steps(out)] == ["step-000008", "step-000009"]
+    assert [path.name for path in checkpoint.steps(out)] == [f"step-{step:06d}" for step in (4, 8, 9)]
     assert (out / "best").read_text() == "step-000008\n"
 
 
@@ -234,8 +360,7 @@ def test_a_checkpoint_of_another_vocabulary_is_refused_though_the_run_folder_agr
     folder = checkpoint.find(Path("out"), "latest")
     state = json.loads((folder / checkpoint.STATE).read_text())
     (folder / checkpoint.STATE).write_text(json.dumps(state | {"vocabulary": "0" * 64}))
-    files = {name: checkpoint._identity(folder / name) for name in checkpoint.FILES}
-    (folder / checkpoint.MANIFEST).write_text(json.dumps({"format": 1, "files": files}))
+    forge_manifest(folder)
     refused(capsys, "--max_iters 9", "trained with another vocabulary")
 
 

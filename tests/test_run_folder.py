@@ -93,10 +93,10 @@ class TestClaim:
         assert [path.name for path in checkpoint.steps(out)] == ["step-000002"]
         assert list(records(out)) == [1, 2]
         assert all((out / name).read_text() == "mine" for name in names)
-        (out / ".tmp-step-000003-7").mkdir()
-        (out / ".tmp-config.json-7").touch()
+        (out / ".fastgpt-tmp-step-000003-7").mkdir()
+        (out / ".fastgpt-tmp-config.json-7").touch()
         run_folder.delete(out)
-        assert not list(out.glob(".tmp-*"))
+        assert not list(out.glob(".fastgpt-tmp-*"))
         assert sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()) == sorted([*names, ".lock"])
 
     def test_a_deletion_that_dies_anywhere_is_no_obstacle(self, monkeypatch):
@@ -182,7 +182,7 @@ class TestConfiguration:
         run_folder.save(tmp_path, config, CharTokenizer("añ"), about)
         content = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
         assert content.items() >= {"format": 1, **about}.items()
-        assert content["config"].keys() == vars(config).keys() - {"init_from", "overwrite"}
+        assert content["config"].keys() == vars(config).keys() - {"init_from", "overwrite", "allow_data_change"}
         loaded, again = run_folder.load(tmp_path)
         assert vars(loaded) == vars(config) | {"overwrite": False}
         assert again == content

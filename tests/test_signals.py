@@ -1,21 +1,28 @@
 """Signals: the first is noted and loses nothing, the second ends at once."""
 
+import itertools
 import os
 import re
 import shlex
+import shutil
 import signal
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastgpt import checkpoint, cli, evaluate, run_folder, train
+from fastgpt import checkpoint, cli, evaluate, files, run_folder, train
+from fastgpt import run as run_module
 from fastgpt.config import TrainConfig
 from fastgpt.signals import Signals
-from tests.runs import ENDLESS, contents, records, run, signal_at_step, spawn, tensors
+from fastgpt.step import TrainStep
+from tests.runs import ENDLESS, FLAGS, contents, records, run, signal_at_step, spawn, tensors
 
 pytestmark = [
-    pytest.mark.usefixtures("workplace"),
+    pytest.mark.usefixtures("workplace", "no_picture"),
     pytest.mark.skipif(os.name == "nt", reason="Windows sends no such signals"),
 ]
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
@@ -47,7 +54,7 @@ def test_a_signal_saves_and_the_resumed_run_is_the_one_that_was_not_stopped(name
     stopped = int(re.search(r"^stopped at step (\d+) of 1000000, saved in stop ped$", out, re.M)[1])
     checkpoint.verify(folder := checkpoint.find(Path("stop ped"), "latest"))
     assert folder.name == f"step-{stopped:06d}"
-    assert f"step {stopped}: stopped before an evaluation; saved {folder}" in err
+    assert f"step {stopped}: not evaluated; saved {folder}" in err
     assert checkpoint.load_state(folder)["progress"]["val_loss"] is None
     assert "best val loss" not in out
     (command,) = re.findall(r"^go on:  python -m fastgpt\.train (.*)$", out, re.M)
@@ -70,32 +77,154 @@ def test_a_second_signal_ends_at_once_and_leaves_the_last_checkpoint():
     checkpoint.verify(checkpoint.find(out, "latest"))
 
 
-@pytest.mark.parametrize("moment", ["step", "evaluation"])
-def test_a_signal_in_the_last_step_or_evaluation_finds_the_run_finished(capfd, monkeypatch, moment: str):
-    def interrupting(call, at: int):
-        count = 0
+def at_call(monkeypatch, owner: object, name: str, call: int, action: Callable[[], None]) -> None:
+    """Let an action happen in the n-th call of a function, before the function's own work."""
+    function, calls = getattr(owner, name), itertools.count(1)
 
-        def wrapped(*arguments, **named):
-            nonlocal count
-            count += 1
-            if count == at:
-                os.kill(os.getpid(), signal.SIGINT)
-            return call(*arguments, **named)
+    def wrapped(*arguments, **named):
+        if next(calls) == call:
+            action()
+        return function(*arguments, **named)
 
-        return wrapped
+    monkeypatch.setattr(owner, name, wrapped)
 
-    if moment == "step":
-        monkeypatch.setattr(train.Run, "_train_step", interrupting(train.Run._train_step, 6))
-    else:
-        monkeypatch.setattr(evaluate, "mean_loss", interrupting(evaluate.mean_loss, 2))
+
+MOMENTS = {  # each at step 6
+    "step": (TrainStep, "_loss", 11),  # in a micro-batch
+    "evaluation": (evaluate, "_loss", 3),  # in a batch
+    "saving": (checkpoint, "save", 2),
+}
+STEPS = "--max_iters 12 --eval_interval 3 --dropout 0.1"
+
+
+@pytest.mark.parametrize(
+    ("moment", "flags"), [(m, "") for m in MOMENTS] + [(m, "--async_save") for m in ("step", "evaluation")]
+)
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_at_any_moment_saves_and_loses_nothing(monkeypatch, moment: str, flags: str, name: str, code: int):
+    whole = run(STEPS, "whole")
+    with monkeypatch.context() as patch:
+        at_call(patch, *MOMENTS[moment], lambda: os.kill(os.getpid(), getattr(signal, name)))
+        assert cli.run(train.main, [*FLAGS, *shlex.split(f"{STEPS} {flags}")]) == code
+    folder = checkpoint.find(Path("out"), "latest")
+    checkpoint.verify(folder)
+    assert folder.name == "step-000006"
+    assert cli.run(train.main, ["--init_from", "resume"]) == 0
+    assert {name: tensor.tolist() for name, tensor in tensors(Path("out")).items()} == {
+        name: tensor.tolist() for name, tensor in tensors(whole).items()
+    }
+    for key in ("loss", "val_loss"):  # those that a signal cut short as well
+        assert records(Path("out"), key) == records(whole, key)
+
+
+def test_sigusr1_in_a_step_that_is_not_evaluated_saves_after_it(monkeypatch):
+    saved, save = [], checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda *rest: saved.append(rest[1].step) or save(*rest))
+    at_call(monkeypatch, TrainStep, "_loss", 9, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    run(STEPS)
+    assert saved == [3, 5, 6, 9, 12]
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_sigusr1_saves_and_goes_on(monkeypatch, capfd, moment: str):
+    whole = run(STEPS, "whole")
+    saved = []
+    save = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda *rest: saved.append(rest[1].step) or save(*rest))
+    at_call(monkeypatch, *MOMENTS[moment], lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    out = run(STEPS)
+    assert "saving after this step" in capfd.readouterr().err
+    # It is saved at once, though an evaluation comes first, and after that as ever.
+    assert saved == ([3, 6, 9, 12] if moment == "saving" else [3, 6, 6, 9, 12])
+    assert all(torch.equal(tensor, tensors(whole)[name]) for name, tensor in tensors(out).items())
+    assert records(out, "val_loss") == records(whole, "val_loss")
+
+
+def test_a_checkpoint_of_the_middle_of_an_evaluation_resumes_with_that_evaluation(monkeypatch):
+    whole = run(STEPS, "whole")
+    with monkeypatch.context() as patch:
+        at_call(patch, evaluate, "_loss", 4, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+        at_call(patch, run_module.Run, "_train_step", 8, lambda: os._exit(9))
+        patch.setattr(checkpoint, "prune", lambda *rest: None)
+        if (child := os.fork()) == 0:
+            cli.run(train.main, [*FLAGS, *shlex.split(STEPS)])
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    shutil.rmtree("out/step-000006")  # which was saved once more after the evaluation
+    assert cli.run(train.main, ["--init_from", "resume"]) == 0
+    assert records(Path("out"), "val_loss") == records(whole, "val_loss")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_in_a_long_evaluation_is_heard_within_seconds(name: str):
+    process = spawn(f"{ENDLESS} --eval_interval 3 --eval_iters 1000000")  # an evaluation would take hours
+    signal_at_step(process, 3, 0)
+    time.sleep(0.3)
+    process.send_signal(getattr(signal, name))
+    if name == "SIGUSR1":
+        wait_for(Path("out/latest"), 10)
+        process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == (130 if name == "SIGINT" else 143), err
+    checkpoint.verify(checkpoint.find(Path("out"), "latest"))
+    assert checkpoint.find(Path("out"), "latest").name == "step-000003"
+
+
+def wait_for(path: Path, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < deadline, f"no {path} after {seconds} seconds"
+        time.sleep(0.01)
+
+
+def test_a_second_signal_does_not_wait_for_a_save_in_the_background(monkeypatch):
+    run("--max_iters 3")
+    before = contents(Path("out/step-000003"))
+    asleep = threading.Event()
+
+    def sleepy(path: Path) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            asleep.set()
+            time.sleep(60)
+
+    monkeypatch.setattr(files, "sync", sleepy)
+    at_call(monkeypatch, run_module.Run, "_train_step", 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    at_call(
+        monkeypatch,
+        run_module.Run,
+        "_save_the_rest",
+        1,
+        lambda: asleep.wait(10) and os.kill(os.getpid(), signal.SIGTERM),
+    )
+    began = time.monotonic()
+    flags = f"--init_from resume --async_save {ENDLESS} --eval_interval 4"
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(train.main, [*FLAGS, *shlex.split(flags)])
+    assert stopped.value.code == 143
+    assert asleep.is_set()
+    assert time.monotonic() - began < 10
+    assert contents(Path("out/step-000003")) == before
+
+
+def test_a_signal_after_the_last_evaluation_finds_the_run_finished(monkeypatch, capfd):
+    at_call(monkeypatch, checkpoint, "save", 2, lambda: os.kill(os.getpid(), signal.SIGINT))
     out = run()
     captured = capfd.readouterr()
     assert "once more stops at once" in captured.err
-    assert list(records(out, "val_loss")) == [3, 6]
     assert checkpoint.find(out, "latest").name == "step-000006"
     assert "--- sample after step 6" in captured.out
-    assert "python -m fastgpt.generate" in captured.out
     assert "go on:" not in captured.out
+
+
+def test_a_run_that_was_stopped_in_its_last_evaluation_is_resumed_for_that_alone(monkeypatch, capfd):
+    whole = run("", "whole")
+    with monkeypatch.context() as patch:
+        at_call(patch, evaluate, "_loss", 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert cli.run(train.main, FLAGS) == 143
+    assert "stopped at step 6 of 6" in capfd.readouterr().out
+    assert list(records(Path("out"), "val_loss")) == [3]
+    assert cli.run(train.main, ["--init_from", "resume"]) == 0
+    assert records(Path("out"), "val_loss") == records(whole, "val_loss")
+    assert cli.run(train.main, ["--init_from", "resume"]) == 2  # nothing is left to do
 
 
 def test_a_signal_before_the_end_is_in_the_summary(monkeypatch):

@@ -100,21 +100,23 @@ def test_the_seed_decides_the_run():
     assert records(first)[1] != records(other)[1]
 
 
-def test_the_best_and_the_last_checkpoint_are_kept_and_no_other():
+def test_the_best_and_the_last_three_checkpoints_are_kept_and_no_other():
     out = run("--max_iters 40 --eval_interval 20")
     run("--init_from resume --max_iters 60 --eval_interval 5 --learning_rate 3 --schedule constant --grad_clip 0")
     losses = records(out, "val_loss")
     best = min(losses, key=losses.__getitem__)
     assert best != 60
     assert checkpoint.find(out, "best").name == f"step-{best:06d}"
-    assert [path.name for path in checkpoint.steps(out)] == [f"step-{best:06d}", "step-000060"]
+    assert [path.name for path in checkpoint.steps(out)] == [f"step-{s:06d}" for s in (best, 50, 55, 60)]
     state = checkpoint.load_state(checkpoint.find(out, "latest"))
     assert state["progress"] == {
         "step": 60,
         "tokens": 60 * 2 * 4 * 8,
         "val_loss": losses[60],
+        "evaluated_step": 60,
         "best_val_loss": losses[best],
         "best_step": best,
+        "skipped_batches": 0,
     }
 
 

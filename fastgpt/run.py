@@ -1,0 +1,475 @@
+"""A training run, from its first step, or its last checkpoint, to its end.
+
+The data flows forward: corpus -> loader -> model -> loss -> optimizer -> checkpoint. What can go wrong on the way does
+not end the run: a bad step changes nothing (`fastgpt.guard`), a row of them leads back to the last good checkpoint, a
+micro-batch that is too large is made smaller, a signal waits for the step, a full disk for the next checkpoint.
+"""
+
+import dataclasses
+import functools
+import math
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, cast
+
+import torch
+from rich.console import Console
+
+from fastgpt import checkpoint, corpus, dispatch, evaluate, foreign, memory_need, report, run_folder
+from fastgpt.config import TrainConfig
+from fastgpt.device import autocast, is_out_of_memory, peak_flops, peak_memory, resolve_device, resolve_dtype
+from fastgpt.errors import CorruptCheckpoint, RunFailed, UsageError
+from fastgpt.generate import TextGenerator
+from fastgpt.guard import Verdict
+from fastgpt.loader import Loader
+from fastgpt.metrics import Display, Lasting, MetricsFile, Record, Stopwatch, flops_per_token, print_product
+from fastgpt.model import GPT
+from fastgpt.report import RunSummary
+from fastgpt.saver import Saver
+from fastgpt.signals import Signals
+from fastgpt.step import TrainStep
+from fastgpt.workload import Workload
+
+SAMPLE_TOKENS = 200
+MOST_UNREAD = 1000  # steps whose verdicts may wait on the device
+
+
+@dataclass
+class Progress:
+    """How far a run is: what `state.json` says beside the weights. Losses are None before the first evaluation.
+
+    Attributes:
+        evaluated_step: the step at which `val_loss` was measured.
+        skipped_batches: how many batches of the data were left out: step s takes batch s + this many.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    val_loss: float | None = None
+    evaluated_step: int = 0
+    best_val_loss: float | None = None
+    best_step: int = 0
+    skipped_batches: int = 0
+
+
+class Run:
+    """A run: made without writing into its folder, then opened, then trained."""
+
+    def __init__(self, config: TrainConfig):
+        resuming = config.resuming
+        self.asked, self.out_dir = config, Path(config.out_dir)
+        self.device = resolve_device(config.device)
+        if resuming:
+            checkpoint.require(self.out_dir)
+            run_folder.named_step(self.out_dir, config.init_from)
+        else:
+            run_folder.claim(self.out_dir, config.overwrite)
+        about = run_folder.load(self.out_dir)[1] if resuming else {}
+        same = about.get("device") == self.device.type  # as the run began on: then its choices are kept
+        recorded = about.get("dtype", "auto") if same else "auto"
+        columns = about.get("columns") if same else None
+        resolve = functools.partial(dispatch.resolve, config.kernels, self.device, recorded=columns)
+        dtype = recorded if config.dtype == "auto" else config.dtype
+        self.dtype = resolve_dtype(dtype, self.device, interpreted=resolve().interpreted)
+        # A text that was allowed to change is read with the run's vocabulary, from then on.
+        self.own_vocabulary = resuming and (config.allow_data_change or about.get("corpus", {}).get("own_vocabulary"))
+        self.data = corpus.prepare(
+            config.dataset,
+            tokenizer=config.tokenizer,
+            vocab_size=config.vocab_size,
+            corpus_file=config.corpus_file,
+            gpt2_vocab=config.gpt2_vocab,
+            vocabulary=run_folder.vocabulary(self.out_dir) if self.own_vocabulary else None,
+            data_dir=config.data_dir,
+        )
+        if resuming:
+            run_folder.check_resume(self.out_dir, config, self.data)
+        self.config = dataclasses.replace(config, vocab_size=self.data.tokenizer.vocab_size)
+        self.train_loader, self.val_loader = self._loaders()
+        memory_need.check_training(self.config, self.device)
+        self.ops = resolve(workload=Workload.of_training(self.config, self.dtype))
+        self.model = self._make_model()
+        self.step = TrainStep(self.model, self.config, self.device, self.dtype)
+        self.progress = Progress()
+        self.micro_batches, self.batch_size = config.gradient_accumulation_steps, config.batch_size
+        self.saver = Saver(self.out_dir, config.keep_last, beside=config.async_save)
+        self.saved_step = 0  # of the last checkpoint that was begun
+        self.saved_best: tuple[float | None, int] = (None, 0)  # of the last that was finished
+        self.rollbacks: Counter[int] = Counter()  # by the step that was gone back to
+        self.failures = 0
+        self.watch = Stopwatch(self.device)
+        self.console = Console(file=cast(IO[str], Lasting(sys.stderr)))
+
+    def open(self) -> None:
+        """Take the folder, which is now this process's: restore what is resumed, or make room for what is new."""
+        if self.config.resuming:
+            self._resume()
+        else:
+            run_folder.claim(self.out_dir, self.config.overwrite)
+            if self.config.overwrite:
+                run_folder.delete(self.out_dir)
+        run_folder.check_disk(self.out_dir, self.config, self.model.num_parameters(), self.progress.step)
+
+    def train(self) -> RunSummary:
+        config = self.config
+        report.introduce(self.console, config, self.model, self.data, self.device, self.dtype, self.progress.step)
+        with (
+            Signals() as self.signals,
+            MetricsFile(self.out_dir / "metrics.jsonl", self.progress.step) as self.metrics,
+            Display(self.console, config.max_iters) as self.display,
+            self.saver,
+        ):
+            self._take_steps()
+            self._save_the_rest()
+            stopped_by = None if self._is_finished() else self.signals.caught
+        return self._finish(stopped_by)
+
+    def _take_steps(self) -> None:
+        """Steps, evaluations and checkpoints, until the run is finished, its time is over or a signal came."""
+        config, over = self.config, False
+        deadline = time.monotonic() + 60 * (config.max_minutes or math.inf)
+        if self._owes_evaluation():
+            self._evaluate_and_save()
+        while not (self._is_finished() or over or self.signals.caught):
+            with self.watch:
+                self._train_step()
+                step, over = self.progress.step, time.monotonic() > deadline
+                due = step % config.eval_interval == 0 or step == config.max_iters or over
+                logged = due or step % config.log_interval == 0
+                unread = len(self.step.guard.unread)
+                read = logged or self.signals.save_asked or unread >= MOST_UNREAD
+                verdicts = self.step.guard.read() if read else []  # waits for the device
+            if not self._follow(verdicts):
+                continue
+            if logged:
+                self._log(verdicts[-1])
+            if due:
+                self._evaluate_and_save()
+            elif self.signals.save_asked:
+                self._save()
+            self._tell_of_save(wait=False)
+            if config.sample_interval and step % config.sample_interval == 0 and not self._is_finished():
+                self.display.product(f"--- sample at step {step}\n{self._sample()}\n---")
+
+    def _is_finished(self) -> bool:
+        return self.progress.step == self.config.max_iters and not self._owes_evaluation()
+
+    def _owes_evaluation(self) -> bool:
+        """Whether the last step calls for an evaluation that has not been, because a signal cut it short."""
+        step, config = self.progress.step, self.config
+        due = step == config.max_iters or step % config.eval_interval == 0
+        return due and step > 0 and self.progress.evaluated_step != step
+
+    def _train_step(self) -> None:
+        """One optimizer step; where its micro-batches do not fit into the memory, they are made smaller for good."""
+        progress = self.progress
+        place = progress.step + progress.skipped_batches  # in the order of the data
+        while True:
+            batches = [
+                self.train_loader.batch(place, micro, self.micro_batches, self.batch_size)
+                for micro in range(self.micro_batches)
+            ]
+            try:
+                _, _, self.rate = self.step(progress.step, batches)
+                break
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Not in the except block, where the exception would keep what the step took.
+            self._split_micro_batches()
+        progress.step += 1
+        progress.tokens += self.config.tokens_per_step
+
+    def _split_micro_batches(self) -> None:
+        """Halve the micro-batch, or divide it by its next factor, and take as many more of them."""
+        self.step.abandon()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self.batch_size == 1:
+            self._save_the_rest()
+            raise RunFailed(
+                f"out of memory in step {self.progress.step + 1} with one sequence at a time; lower --block_size "
+                f"{self.config.block_size}, --n_layer {self.config.n_layer} or --n_embd {self.config.n_embd}, "
+                "or free memory"
+            )
+        factor = next(n for n in range(2, self.batch_size + 1) if self.batch_size % n == 0)
+        self.batch_size, self.micro_batches = self.batch_size // factor, self.micro_batches * factor
+        self.display.say(
+            f"out of memory in step {self.progress.step + 1}: going on with --batch_size {self.batch_size} "
+            f"--gradient_accumulation_steps {self.micro_batches}, the same sequences in each step"
+        )
+
+    def _follow(self, verdicts: Sequence[Verdict]) -> bool:
+        """Tell of the last steps that were skipped; False where they were too many, and the run has gone back."""
+        for step, verdict in enumerate(verdicts, self.progress.step - len(verdicts) + 1):
+            if verdict.skipped is None or verdict.scaling:
+                continue
+            batch = step - 1 + self.progress.skipped_batches
+            self.display.say(f"step {step}: skipped, because {verdict.skipped} (batch {batch} of the data)")
+            tokens = step * self.config.tokens_per_step
+            self._write({"step": step, "tokens": tokens, "skipped": verdict.skipped, "batch": batch})
+            if verdict.in_row == self.config.rollback_after:
+                self._roll_back(step, verdict.skipped)
+                return False
+        return True
+
+    def _log(self, verdict: Verdict) -> None:
+        record = self._record(verdict)
+        self._write(record)
+        self.display.show(record, self.progress.val_loss)
+
+    def _write(self, record: Record) -> None:
+        """Append to `metrics.jsonl`; a disk that does not take it does not stop the run."""
+        try:
+            self.metrics.write(record)
+        except OSError as error:
+            self.failures += 1
+            self.display.say(f"warning: {self.metrics.path} misses a line of step {record['step']}: {error}")
+
+    def _record(self, verdict: Verdict) -> Record:
+        """A line of `metrics.jsonl` about the steps since the last one."""
+        seconds = self.watch.lap()
+        speed = self.config.tokens_per_step / seconds if seconds else None
+        peak = peak_flops(self.device, self.dtype)
+        flops = flops_per_token(self.config, self.model.num_parameters())
+        return {
+            "step": self.progress.step,
+            "tokens": self.progress.tokens,
+            "loss": verdict.loss,
+            "lr": self.rate,
+            "grad_norm": verdict.norm,
+            "ms": seconds * 1e3 if seconds else None,
+            "tokens_per_second": speed,
+            "mfu": flops * speed / peak if peak and speed else None,
+            "memory": peak_memory(self.device),
+        }
+
+    def _evaluate_and_save(self) -> None:
+        """Measure the val loss, unless a signal cuts that short, and save."""
+        progress = self.progress
+        loss = evaluate.mean_loss(
+            self.model,
+            evaluate.batches(self.val_loader, self.config),
+            autocast(self.device, self.dtype),
+            stopping=self._is_asked_to_stop,
+        )
+        if loss is not None:
+            progress.val_loss, progress.evaluated_step = loss, progress.step
+            if math.isfinite(loss) and (progress.best_val_loss is None or loss < progress.best_val_loss):
+                progress.best_val_loss, progress.best_step = loss, progress.step
+            self._write({"step": progress.step, "tokens": progress.tokens, "val_loss": loss})
+        self._save()
+
+    def _is_asked_to_stop(self) -> bool:
+        """What signals want, between two batches of an evaluation: a checkpoint, which is written here, or an end."""
+        if self.signals.save_asked:
+            self._save()
+        return self.signals.caught is not None
+
+    def _save(self) -> None:
+        """Write a checkpoint, or begin to, and what the run is made from."""
+        self._tell_of_save(wait=True)  # of the one before, which may still be under way
+        progress = self.progress
+        state = {
+            "progress": dataclasses.asdict(progress),
+            **self.step.state(),
+            "vocabulary": self.data.tokenizer.sha256(),
+        }
+        snapshot = checkpoint.capture(progress.step, self.model, self.step.optimizer, state)
+        val_loss = progress.val_loss if progress.evaluated_step == progress.step else None
+        self.saved_step = progress.step
+        self.saving = report.judged(progress.best_val_loss, val_loss), (progress.best_val_loss, progress.best_step)
+        self.saver.save(snapshot, progress.best_step if progress.best_val_loss is not None else None, self._describe)
+        if not self.config.async_save:
+            self._tell_of_save(wait=True)
+        self.signals.save_asked = False
+
+    def _save_the_rest(self) -> None:
+        """Write a checkpoint of the steps since the last one, if there are any, and wait for it."""
+        if self.progress.step != self.saved_step:
+            verdicts = self.step.guard.read()
+            if self._follow(verdicts):
+                if verdicts:
+                    self._log(verdicts[-1])
+                self._save()
+        self._tell_of_save(wait=True)
+
+    def _describe(self) -> None:
+        """Write what the run is made from into its folder, and what it logged to the disk."""
+        self.metrics.sync()
+        run_folder.save(
+            self.out_dir,
+            self.asked,
+            self.data.tokenizer,
+            {
+                "columns": self.model.ops.columns,
+                "device": self.device.type,
+                "dtype": str(self.dtype).removeprefix("torch."),
+                "corpus": {
+                    "name": self.data.name,
+                    "source_sha256": self.data.source_sha256,
+                    "own_vocabulary": bool(self.own_vocabulary),
+                },
+                "torch": torch.__version__,
+            },
+        )
+
+    def _tell_of_save(self, wait: bool) -> None:
+        """Say what became of the last save, if it is known; one that failed is made up for by the next."""
+        outcome = self.saver.outcome(wait)
+        if outcome is None:
+            return
+        told, best = self.saving
+        if outcome.saved:
+            self.saved_best = best
+            self.display.say(f"step {outcome.step}: {told}; saved {outcome.folder}")
+        elif self.progress.best_step == outcome.step:  # no checkpoint holds the best model
+            self.progress.best_val_loss, self.progress.best_step = self.saved_best
+        if outcome.error:
+            self.failures += 1
+            what = "old checkpoints were not deleted" if outcome.saved else "not saved, the checkpoint before it stays"
+            self.display.say(f"warning: step {outcome.step}: {what}: {outcome.error}")
+
+    def _resume(self) -> None:
+        """Take up the newest checkpoint that is whole, or the very one that --init_from names."""
+        folder = run_folder.named_step(self.out_dir, self.config.init_from)
+        if folder is None:
+            folder = checkpoint.newest_intact(self.out_dir, functools.partial(print, file=sys.stderr))
+        else:
+            checkpoint.verify(folder)
+        self._load(folder)
+        step = self.progress.step
+        if step >= self.config.max_iters and not self._owes_evaluation():
+            raise UsageError(
+                f"--max_iters {self.config.max_iters}: {self.out_dir} is already at step {step}; "
+                f"continue with a larger one, such as --max_iters {2 * step}"
+            )
+        checkpoint.point_best(self.out_dir, self.progress.best_step)  # a crash may have come after `latest`
+
+    def _load(self, folder: Path) -> None:
+        """Become the run that was saved there. Raises `CorruptCheckpoint`."""
+        state = checkpoint.load_state(folder)
+        checkpoint.check_vocabulary(folder, self.data.tokenizer)
+        self.model.load_weights(checkpoint.load_weights(folder))
+        checkpoint.load_optimizer(folder, self.model, self.step.optimizer)
+        try:
+            self.step.load_state(state)
+            self.progress = Progress(**state["progress"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CorruptCheckpoint(f"{folder / checkpoint.STATE} is not this version's: {error!r}") from None
+        self.saved_step, self.saved_best = self.progress.step, (self.progress.best_val_loss, self.progress.best_step)
+
+    def _roll_back(self, step: int, why: str) -> None:
+        """Go back to the last checkpoint before the row of skipped steps, and leave out the data since.
+
+        Raises:
+            RunFailed: going back there has not helped before, as often as --max_rollbacks says.
+        """
+        self._tell_of_save(wait=True)
+        skipped = self.progress.skipped_batches
+        folder = checkpoint.newest_good(self.out_dir, step)
+        back_to = checkpoint.load_state(folder)["step"] if folder else 0
+        row = f"{self.config.rollback_after} steps in a row were skipped, the last because {why}"
+        self.rollbacks[back_to] += 1
+        if self.rollbacks[back_to] > self.config.max_rollbacks:
+            raise RunFailed(
+                f"step {step}: {row}; {self.config.max_rollbacks} returns to step {back_to} did not help: lower "
+                f"--learning_rate {self.config.learning_rate:g} or --grad_clip {self.config.grad_clip:g}, or look at "
+                f"batch {step - 1 + skipped} of the data"
+            )
+        if folder:
+            self._load(folder)
+        else:
+            self._start_over()
+        self.progress.skipped_batches = skipped + step - back_to
+        self.metrics.take_back(back_to)
+        left_out = [back_to + skipped, step - 1 + skipped]
+        self._write(
+            {
+                "step": back_to,
+                "tokens": self.progress.tokens,
+                "rolled_back_from": step,
+                "skipped": why,
+                "batches": left_out,
+            }
+        )
+        self.display.say(
+            f"step {step}: {row}; back to step {back_to}, and batches {left_out[0]} to {left_out[1]} are left out"
+        )
+
+    def _start_over(self) -> None:
+        """Become the run before its first step."""
+        self.model.load_weights(self._make_model().weights())
+        self.step.reset()
+        self.progress, self.saved_step = Progress(), 0
+
+    def _make_model(self) -> GPT:
+        """The model before the first step."""
+        torch.manual_seed(self.config.seed)
+        with self.device:
+            model = GPT(self.config, self.ops)
+        if self.config.imports:
+            model.load_weights(foreign.load(self.config.init_from).weights(self.data.tokenizer.vocab_size))
+        return model
+
+    def _loaders(self) -> tuple[Loader, Loader]:
+        """Of the train and the val split."""
+        needed, shortest = self.config.block_size + 1, min(self.data.train_tokens, self.data.val_tokens)
+        if shortest < needed:
+            fix = f"try --block_size {shortest - 1}, or " if shortest > 1 else ""
+            raise UsageError(
+                f"--block_size {self.config.block_size} needs {needed:,} tokens in each split, and {self.data.name} "
+                f"has {self.data.train_tokens:,} to train on and {self.data.val_tokens:,} to validate on; "
+                f"{fix}use a longer text"
+            )
+        splits = {"train": self.data.train(), "val": self.data.val()}
+        train_loader, val_loader = (
+            Loader(
+                tokens,
+                self.config.block_size,
+                self.data.tokenizer.vocab_size,
+                seed=self.config.seed,
+                device=self.device,
+                name=f"{self.data.name}'s {split} split",
+            )
+            for split, tokens in splits.items()
+        )
+        return train_loader, val_loader
+
+    def _sample(self) -> str:
+        self.model.eval()
+        generator = TextGenerator(self.model, self.data.tokenizer)
+        text = generator.generate(max_new_tokens=SAMPLE_TOKENS, seed=self.config.seed)
+        self.model.train()
+        return text
+
+    def _finish(self, stopped_by: int | None) -> RunSummary:
+        from fastgpt.plots import plot_loss  # matplotlib, which the first step need not wait for
+
+        progress, watch = self.progress, self.watch
+        try:
+            picture = str(plot_loss(self.out_dir))
+        except OSError as error:
+            self.failures += 1
+            picture = f"not drawn: {error}"
+        summary = RunSummary(
+            steps=progress.step,
+            finished=self._is_finished(),
+            best_step=progress.best_step,
+            best_val_loss=progress.best_val_loss,
+            val_loss=progress.val_loss,
+            bits_per_byte=report.bits_per_byte(progress.best_val_loss, self.data),
+            train_seconds=watch.seconds,
+            tokens_per_second=watch.steps * self.config.tokens_per_step / watch.seconds if watch.steps else None,
+            peak_memory=peak_memory(self.device),
+            stopped_by=stopped_by,
+            failures=self.failures,
+        )
+        if stopped_by is None:
+            print_product(f"--- sample after step {progress.step}\n{self._sample()}\n---")
+        print_product(report.conclude(summary, self.config, picture, self.data))
+        return summary

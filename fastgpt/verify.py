@@ -1,0 +1,97 @@
+"""Check every checkpoint of a run, byte by byte.
+
+    python -m fastgpt.verify out
+
+Exit code 0: all are whole; 1: one is not, or `latest` or `best` names none; 2: there is no run.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, cast
+
+from rich.console import Console
+from rich.table import Table
+
+from fastgpt import checkpoint, cli, run_folder
+from fastgpt.config import option
+from fastgpt.errors import UsageError
+from fastgpt.metrics import Lasting
+from fastgpt.units import format_bytes
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """The run to check."""
+
+    out_dir: str = option("out", "folder of the run; the flag's name may be left out", path=True)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found about a checkpoint: bytes of its files, what is damaged, or None, and its val loss if known."""
+
+    folder: Path
+    size: int
+    damage: str | None
+    val_loss: float | None
+
+
+def check(folder: Path) -> Report | None:
+    """Read a checkpoint's files, all of them, and compare them with its manifest; None if it is deleted meanwhile."""
+    try:
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        checkpoint.verify(folder)
+        state = checkpoint.load_state(folder)
+    except FileNotFoundError:
+        return None
+    except UsageError as error:
+        return Report(folder, size, str(error), None) if folder.is_dir() else None
+    progress = state.get("progress", {})
+    return Report(folder, size, None, progress["val_loss"] if progress.get("evaluated_step") == state["step"] else None)
+
+
+def table(reports: Sequence[Report], pointers: dict[str, str]) -> Table:
+    """The reports, a line each; `pointers` says which step is the latest and which the best."""
+    result = Table(box=None, pad_edge=False)
+    for column in ("step", "size", "intact", "val loss"):
+        result.add_column(column, justify="right")
+    result.add_column()
+    for report in reports:
+        names = ", ".join(name for name, step in pointers.items() if step == report.folder.name)
+        loss = "-" if report.val_loss is None else f"{report.val_loss:.4f}"
+        step = f"{int(report.folder.name.removeprefix('step-')):,}"
+        result.add_row(step, format_bytes(report.size), "no" if report.damage else "yes", loss, names)
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and not words[0].startswith("-"):
+        words.insert(0, "--out_dir")
+    config = cli.parse(
+        VerifyConfig, words, prog="python -m fastgpt.verify", description="Check every checkpoint of a run."
+    )
+    out_dir = Path(config.out_dir)
+    checkpoint.require(out_dir)
+    faults, pointers = [], {}
+    for name in ("latest", "best"):
+        try:
+            pointers[name] = checkpoint.find(out_dir, name).name
+        except UsageError as error:
+            faults.append(str(error))
+    try:
+        run_folder.load(out_dir)
+    except UsageError as error:
+        faults.append(str(error))
+    reports = [report for folder in checkpoint.steps(out_dir) if (report := check(folder))]
+    Console(file=cast(IO[str], Lasting(sys.stdout))).print(table(reports, pointers), highlight=False)
+    faults += [report.damage for report in reports if report.damage]
+    for fault in faults:
+        print(f"damaged: {fault}", file=sys.stderr)
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))
