@@ -77,6 +77,7 @@ def against(clock: Clock, benchmark, request: pytest.FixtureRequest) -> Callable
         aim: float | None = None,
         aim_peer: str | None = None,
         launching: bool = True,
+        settle: Callable[[], Any] = lambda: None,
         **info: Any,
     ) -> dict[str, float]:
         """
@@ -89,6 +90,7 @@ def against(clock: Clock, benchmark, request: pytest.FixtureRequest) -> Callable
             flops, bytes: what one call computes, and moves at the least; either sets a limit.
             arithmetic: the dtype of its matrix products, or "tf32".
             aim: the ratio aimed at, against `aim_peer` or else the best peer.
+            settle: called after each call, untimed: waits for what the call has left under way.
             launching: count the time that Python needs to launch work on a GPU; False times the kernels alone.
             info: goes to the results.
 
@@ -100,6 +102,7 @@ def against(clock: Clock, benchmark, request: pytest.FixtureRequest) -> Callable
         calls, memory, order = {**peers, "": ours}, {}, random.Random(0)
         for name, call in calls.items():
             call()  # compile, allocate
+            settle()
             if clock.device.type == "cuda":
                 memory[name] = call_memory(call, clock.device)
         timed = clock.wall if launching else clock.kernels
@@ -110,6 +113,7 @@ def against(clock: Clock, benchmark, request: pytest.FixtureRequest) -> Callable
             """Each once, in an order drawn anew, as what ran before leaves its mark: on caches, clocks, threads."""
             for name in order.sample(list(calls), len(calls)):
                 seconds[name].append(timed(turns[name]) / in_a_row)
+                settle()
             clock.count(seconds[""][-1])
 
         benchmark.pedantic(time_all, rounds=rounds)

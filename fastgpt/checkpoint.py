@@ -213,15 +213,16 @@ def newest_intact(out_dir: Path, tell: Callable[[str], None]) -> Path:
 
 
 def newest_good(out_dir: Path, before: int) -> Path | None:
-    """The newest whole checkpoint of a step before `before` that was not saved within a row of skipped steps."""
+    """The newest whole checkpoint of a step before `before`, outside of a row of skipped steps if there is one."""
+    whole = []
     for folder in reversed(steps(out_dir)):
-        if _number(folder) >= before:
-            continue
-        with suppress(CorruptCheckpoint):
-            verify(folder)
-            if load_state(folder)["guard"]["in_row"] == 0:
-                return folder
-    return None
+        if _number(folder) < before:
+            with suppress(CorruptCheckpoint):
+                verify(folder)
+                whole.append(folder)
+                if not load_state(folder)["guard"]["in_row"]:
+                    return folder
+    return whole[0] if whole else None
 
 
 def verify(step_dir: Path | str, names: Sequence[str] = FILES) -> None:
@@ -233,8 +234,11 @@ def verify(step_dir: Path | str, names: Sequence[str] = FILES) -> None:
     step_dir = Path(step_dir)
     manifest = read_json(step_dir / MANIFEST)
     files = manifest.get("files")
-    listed = isinstance(files, dict) and files.keys() == set(FILES)
-    if not listed or (step_dir / MANIFEST).read_bytes() != _json({"format": FORMAT, "files": files}):
+    if (
+        not isinstance(files, dict)
+        or files.keys() != set(FILES)
+        or (step_dir / MANIFEST).read_bytes() != _json({"format": FORMAT, "files": files})
+    ):
         raise CorruptCheckpoint(f"{step_dir / MANIFEST} is not the list of this version's checkpoint files")
     ways_out = f"put back a copy of {step_dir.name}, or use another checkpoint"
     if STATE in names and STEP_NAME.fullmatch(step_dir.name) and load_state(step_dir).get("step") != _number(step_dir):

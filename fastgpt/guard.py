@@ -96,6 +96,10 @@ class Guard:
             why = f"its loss {loss:.4f} is {self.sigma:g} standard deviations above those before it"
         return Verdict(loss, norm, why, in_row=int(in_row))
 
+    def open(self) -> None:
+        """Forget the row of skipped steps, after it has led back."""
+        self.in_row = torch.zeros_like(self.in_row)
+
     def state_dict(self) -> dict[str, float]:
         """What a resumed run needs to judge as this one would; JSON keeps it exactly. Waits for the device."""
         return dict(zip(STATE, torch.stack([getattr(self, name) for name in STATE]).tolist(), strict=True))

@@ -383,6 +383,7 @@ class Run:
             )
         if folder:
             self._load(folder)
+            self.step.guard.open()
         else:
             self._start_over()
         self.progress.skipped_batches = skipped + step - back_to

@@ -1,5 +1,6 @@
 """A bad step changes nothing, is told, and a row of them leads back: whole runs with what goes wrong put in."""
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -171,6 +172,16 @@ def test_a_checkpoint_within_a_row_is_none_to_go_back_to(monkeypatch):
     out = run(f"{LONG} --rollback_after 3")
     (record,) = lines(out, "rolled_back_from")
     assert (record["step"], record["rolled_back_from"], record["batches"]) == (4, 9, [4, 8])
+
+
+def test_where_only_checkpoints_within_the_row_are_left_the_newest_will_do(monkeypatch):
+    with_losses(monkeypatch, bad_at(6, 7, 8, 9))
+    falling = itertools.count(-1, -1)  # so that the latest is always the best
+    monkeypatch.setattr(run_module.evaluate, "mean_loss", lambda *rest, **named: float(next(falling)))
+    out = run("--max_iters 14 --eval_interval 1 --keep_last 1 --rollback_after 4")
+    (record,) = lines(out, "rolled_back_from")
+    assert (record["step"], record["rolled_back_from"], record["batches"]) == (9, 10, [9, 9])
+    assert finite(out)
 
 
 def test_a_run_that_is_killed_within_a_row_goes_back_as_well(monkeypatch):

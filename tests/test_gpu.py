@@ -5,6 +5,8 @@ import torch
 
 from fastgpt import generate
 from fastgpt.config import TrainConfig
+from fastgpt.model import GPT
+from fastgpt.step import TrainStep
 from fastgpt.train import train
 from fastgpt_kernels import reference, stock
 from fastgpt_kernels.dropout import dropout_mask
@@ -57,3 +59,26 @@ def test_training_in_bfloat16_learns_and_generates(tmp_path):
     summary = train(config)
     assert summary.best_val_loss < 1.0
     assert "fox" in generate.load(tmp_path / "out").generate("the quick brown ", max_new_tokens=30, temperature=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_step_waits_for_nothing_and_a_bad_one_changes_nothing(dtype: torch.dtype):
+    config = TrainConfig(vocab_size=65, block_size=32, n_layer=2, n_head=2, n_embd=64, skip_loss_sigma=6.0)
+    with torch.device("cuda"):
+        step = TrainStep(GPT(config), config, torch.device("cuda"), dtype)
+        tokens = torch.randint(65, (4, 33))
+    loss, batch = step._loss, [(tokens[:, :-1], tokens[:, 1:])]
+    for number in range(3):  # allocate, and settle float16's scale
+        step(number, batch)
+    before = [p.detach().clone() for p in step.parameters]
+    step._loss = lambda x, y: loss(x, y) * torch.full((), float("nan"), device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(3, batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(a, b) for a, b in zip(before, step.parameters, strict=True))
+    assert [bool(verdict.skipped) for verdict in step.guard.read()][-1]
+    step._loss = loss
+    step(4, batch)
+    assert not all(torch.equal(a, b) for a, b in zip(before, step.parameters, strict=True))

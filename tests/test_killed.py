@@ -46,7 +46,7 @@ def start(action: Callable[[], None]) -> int:
 
 
 def is_killed_at(step: int, action: Callable[[], None]) -> bool:
-    """Run an action in a process that kills itself before its n-th step that reaches the disk; whether it came to it."""
+    """Run an action in a process that kills itself before its n-th step that reaches the disk; whether it did."""
     count = itertools.count()
 
     def hook(event: str, _: object) -> None:

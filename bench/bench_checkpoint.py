@@ -1,0 +1,103 @@
+"""Saving GPT-2's smallest size with its optimizer, 1.5 GB: against the same bytes written plainly, and beside training.
+
+A save writes into a new folder, hashes, syncs and renames. The plain peer writes the same bytes over the same file,
+syncs and hashes them; its fellow without the sync shows what the disk costs. torch.save is what nanoGPT does.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastgpt import checkpoint, tensor_file
+from fastgpt.checkpoint import Snapshot
+from fastgpt.config import PRESETS
+from fastgpt.model import GPT
+from fastgpt.optim import make_optimizer
+from fastgpt.saver import Saver
+
+ROUNDS = 3
+PLAIN = "write, sync, hash"
+
+
+@pytest.fixture(scope="module")
+def snapshot(device: torch.device) -> Snapshot:
+    config = PRESETS["gpt2"]
+    with device:
+        model = GPT(config)
+    return checkpoint.capture(1, model, make_optimizer(model, config), {})
+
+
+@pytest.fixture
+def saver(tmp_path: Path) -> Callable[..., Saver]:
+    return lambda beside: Saver(tmp_path / "out", 1, beside=beside)
+
+
+def save(saver: Saver, snapshot: Snapshot) -> None:
+    saver.save(snapshot, 1, lambda: None)
+
+
+def finish(saver: Saver) -> None:
+    outcome = saver.outcome(wait=True)
+    assert outcome is None or outcome.saved
+
+
+def blocks(snapshot: Snapshot) -> Iterator[bytes | memoryview]:
+    for tensors in snapshot.tensors.values():
+        yield from tensor_file.parts(tensors)
+
+
+def plain(path: Path, snapshot: Snapshot, sync: bool) -> None:
+    """The bytes of the snapshot, one after the other, then their hash."""
+    with path.open("wb") as file:
+        for block in blocks(snapshot):
+            file.write(block)
+        file.flush()
+        if sync:
+            os.fsync(file.fileno())
+    digest = hashlib.sha256()
+    for block in blocks(snapshot):
+        digest.update(block)
+    assert digest.hexdigest()
+
+
+def with_torch(path: Path, snapshot: Snapshot) -> None:
+    torch.save({name: dict(tensors) for name, tensors in snapshot.tensors.items()}, path)
+
+
+def size(snapshot: Snapshot) -> int:
+    return sum(map(len, blocks(snapshot)))
+
+
+def test_save(against, tmp_path: Path, saver: Callable[..., Saver], snapshot: Snapshot):
+    ours = saver(beside=False)
+    against(
+        lambda: (save(ours, snapshot), finish(ours)),
+        {
+            PLAIN: lambda: plain(tmp_path / "plain", snapshot, sync=True),
+            "write, hash, without sync": lambda: plain(tmp_path / "unsynced", snapshot, sync=False),
+            "torch.save, neither synced nor hashed": lambda: with_torch(tmp_path / "torch", snapshot),
+        },
+        rounds=ROUNDS,
+        units=size(snapshot) / 1e6,
+        unit="MB",
+        aim=1 / 1.5,
+        aim_peer=PLAIN,
+    )
+
+
+def test_async_save_blocks(against, saver: Callable[..., Saver], snapshot: Snapshot):
+    """How long training waits for a save that is written beside it, against one that is not."""
+    ours, waiting = saver(beside=True), saver(beside=False)
+    against(
+        lambda: save(ours, snapshot),
+        {"save that training waits for": lambda: (save(waiting, snapshot), finish(waiting))},
+        rounds=ROUNDS,
+        units=size(snapshot) / 1e6,
+        unit="MB",
+        aim=10,
+        settle=lambda: finish(ours),
+    )
