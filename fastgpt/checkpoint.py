@@ -103,13 +103,14 @@ def save(out_dir: Path, snapshot: Snapshot, best_step: int | None = None) -> Pat
 def point_best(out_dir: Path, step: int) -> None:
     """Make `best` name the checkpoint of a step, where it is still there."""
     folder = folder_of(out_dir, step)
-    if folder.is_dir() and _named_by(out_dir / "best") != folder:
+    if folder.is_dir():
         point(out_dir, "best", folder)
 
 
 def point(out_dir: Path, name: str, folder: Path) -> None:
-    """Make the one-line file `name` (latest or best) name a step's folder, atomically."""
-    write_atomic(out_dir / name, folder.name + "\n")
+    """Make the one-line file `name` (latest or best) name a step's folder, atomically, if it does not."""
+    if _named_by(out_dir / name) != folder:
+        write_atomic(out_dir / name, folder.name + "\n")
 
 
 def prune(out_dir: Path, keep_last: int) -> None:

@@ -319,7 +319,7 @@ def _check_field(field: dataclasses.Field, hint: Any, value: Any) -> None:
         raise UsageError(
             f"{flag} {shown(value)} is not one of {', '.join(meta['choices'])}{nearest(str(value), meta['choices'])}"
         )
-    if meta["path"] and isinstance(value, str):
+    if meta.get("path") and isinstance(value, str):
         _check_path(flag, value)
     bounds = {
         "low": (lambda x, limit: x >= limit, "at least"),

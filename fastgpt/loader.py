@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from fastgpt.config import TrainConfig
+from fastgpt.corpus import Corpus
 from fastgpt.errors import UsageError
 
 IGNORED = -100  # the target of a position that does not count
@@ -81,3 +83,43 @@ class Loader:
         if self.device.type == "cuda":
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
+
+
+class MicroBatches:
+    """The batches of a step: `count` micro-batches of `batch_size` sequences, which can be divided further."""
+
+    def __init__(self, loader: Loader, batch_size: int, count: int):
+        self.loader, self.batch_size, self.count = loader, batch_size, count
+
+    def of_step(self, step: int) -> list[Batch]:
+        """The same sequences for a step, however they are divided."""
+        return [self.loader.batch(step, micro, self.count, self.batch_size) for micro in range(self.count)]
+
+    def divide(self) -> bool:
+        """Halve the micro-batches, or divide them by their next factor, for good; False where they are single ones."""
+        if self.batch_size == 1:
+            return False
+        factor = next(n for n in range(2, self.batch_size + 1) if self.batch_size % n == 0)
+        self.batch_size, self.count = self.batch_size // factor, self.count * factor
+        return True
+
+
+def loaders(data: Corpus, config: TrainConfig, device: torch.device) -> tuple[Loader, Loader]:
+    """Loaders of the train and the val split.
+
+    Raises:
+        UsageError: a split is shorter than the context and the token that follows.
+    """
+    needed, shortest = config.block_size + 1, min(data.train_tokens, data.val_tokens)
+    if shortest < needed:
+        fix = f"try --block_size {shortest - 1}, or " if shortest > 1 else ""
+        raise UsageError(
+            f"--block_size {config.block_size} needs {needed:,} tokens in each split, and {data.name} "
+            f"has {data.train_tokens:,} to train on and {data.val_tokens:,} to validate on; {fix}use a longer text"
+        )
+    vocab_size, block_size, seed = data.tokenizer.vocab_size, config.block_size, config.seed
+    train, val = (
+        Loader(tokens, block_size, vocab_size, seed=seed, device=device, name=f"{data.name}'s {split} split")
+        for split, tokens in (("train", data.train()), ("val", data.val()))
+    )
+    return train, val

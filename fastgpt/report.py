@@ -93,6 +93,8 @@ def conclude(summary: RunSummary, config: TrainConfig, picture: str, data: Corpu
     lines = [_lines(facts)]
     if not summary.finished:
         what = "stopped" if summary.stopped_by is not None else f"--max_minutes {config.max_minutes} are over: stopped"
+        if summary.steps == 0:
+            return f"{what} before the first step"
         lines.append(f"{what} at step {summary.steps} of {config.max_iters}, saved in {config.out_dir}")
         lines.append(f"go on:  python -m fastgpt.train --init_from resume{where}")
     if summary.stopped_by is None:

@@ -19,13 +19,13 @@ from typing import IO, cast
 import torch
 from rich.console import Console
 
-from fastgpt import checkpoint, corpus, dispatch, evaluate, foreign, memory_need, report, run_folder
-from fastgpt.config import TrainConfig
+from fastgpt import checkpoint, corpus, dispatch, evaluate, foreign, loader, memory_need, report, run_folder
+from fastgpt.config import TrainConfig, validate_fields
 from fastgpt.device import autocast, is_out_of_memory, peak_flops, peak_memory, resolve_device, resolve_dtype
 from fastgpt.errors import CorruptCheckpoint, RunFailed, UsageError
 from fastgpt.generate import TextGenerator
 from fastgpt.guard import Verdict
-from fastgpt.loader import Loader
+from fastgpt.loader import MicroBatches
 from fastgpt.metrics import Display, Lasting, MetricsFile, Record, Stopwatch, flops_per_token, print_product
 from fastgpt.model import GPT
 from fastgpt.report import RunSummary
@@ -89,13 +89,13 @@ class Run:
         if resuming:
             run_folder.check_resume(self.out_dir, config, self.data)
         self.config = dataclasses.replace(config, vocab_size=self.data.tokenizer.vocab_size)
-        self.train_loader, self.val_loader = self._loaders()
+        self.train_loader, self.val_loader = loader.loaders(self.data, self.config, self.device)
+        self.micro_batches = MicroBatches(self.train_loader, config.batch_size, config.gradient_accumulation_steps)
         memory_need.check_training(self.config, self.device)
         self.ops = resolve(workload=Workload.of_training(self.config, self.dtype))
         self.model = self._make_model()
         self.step = TrainStep(self.model, self.config, self.device, self.dtype)
         self.progress = Progress()
-        self.micro_batches, self.batch_size = config.gradient_accumulation_steps, config.batch_size
         self.saver = Saver(self.out_dir, config.keep_last, beside=config.async_save)
         self.saved_step = 0  # of the last checkpoint that was begun
         self.saved_best: tuple[float | None, int] = (None, 0)  # of the last that was finished
@@ -106,20 +106,24 @@ class Run:
 
     def open(self) -> None:
         """Take the folder, which is now this process's: restore what is resumed, or make room for what is new."""
-        if self.config.resuming:
-            self._resume()
-        else:
+        resumed = self._resume() if self.config.resuming else None
+        if not resumed:
             run_folder.claim(self.out_dir, self.config.overwrite)
             if self.config.overwrite:
                 run_folder.delete(self.out_dir)
         run_folder.check_disk(self.out_dir, self.config, self.model.num_parameters(), self.progress.step)
+        with run_folder.explained(self.out_dir):
+            self.metrics = MetricsFile(self.out_dir / "metrics.jsonl", self.progress.step)
+            if resumed:
+                checkpoint.point(self.out_dir, "latest", resumed)  # the damaged, or those that were left, are undone
+                checkpoint.point_best(self.out_dir, self.progress.best_step)  # a crash may have come after `latest`
 
     def train(self) -> RunSummary:
         config = self.config
         report.introduce(self.console, config, self.model, self.data, self.device, self.dtype, self.progress.step)
         with (
             Signals() as self.signals,
-            MetricsFile(self.out_dir / "metrics.jsonl", self.progress.step) as self.metrics,
+            self.metrics,
             Display(self.console, config.max_iters) as self.display,
             self.saver,
         ):
@@ -169,38 +173,33 @@ class Run:
         progress = self.progress
         place = progress.step + progress.skipped_batches  # in the order of the data
         while True:
-            batches = [
-                self.train_loader.batch(place, micro, self.micro_batches, self.batch_size)
-                for micro in range(self.micro_batches)
-            ]
             try:
-                _, _, self.rate = self.step(progress.step, batches)
+                _, _, self.rate = self.step(progress.step, self.micro_batches.of_step(place))
                 break
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
             # Not in the except block, where the exception would keep what the step took.
-            self._split_micro_batches()
+            self._divide_micro_batches()
         progress.step += 1
         progress.tokens += self.config.tokens_per_step
 
-    def _split_micro_batches(self) -> None:
-        """Halve the micro-batch, or divide it by its next factor, and take as many more of them."""
+    def _divide_micro_batches(self) -> None:
+        """After a step ran out of memory: make the micro-batches smaller, or save what is done and give up."""
         self.step.abandon()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        if self.batch_size == 1:
+        number = self.progress.step + 1
+        if not self.micro_batches.divide():
             self._save_the_rest()
             raise RunFailed(
-                f"out of memory in step {self.progress.step + 1} with one sequence at a time; lower --block_size "
+                f"out of memory in step {number} with one sequence at a time; lower --block_size "
                 f"{self.config.block_size}, --n_layer {self.config.n_layer} or --n_embd {self.config.n_embd}, "
                 "or free memory"
             )
-        factor = next(n for n in range(2, self.batch_size + 1) if self.batch_size % n == 0)
-        self.batch_size, self.micro_batches = self.batch_size // factor, self.micro_batches * factor
         self.display.say(
-            f"out of memory in step {self.progress.step + 1}: going on with --batch_size {self.batch_size} "
-            f"--gradient_accumulation_steps {self.micro_batches}, the same sequences in each step"
+            f"out of memory in step {number}: going on with --batch_size {self.micro_batches.batch_size} "
+            f"--gradient_accumulation_steps {self.micro_batches.count}, the same sequences in each step"
         )
 
     def _follow(self, verdicts: Sequence[Verdict]) -> bool:
@@ -334,7 +333,7 @@ class Run:
             what = "old checkpoints were not deleted" if outcome.saved else "not saved, the checkpoint before it stays"
             self.display.say(f"warning: step {outcome.step}: {what}: {outcome.error}")
 
-    def _resume(self) -> None:
+    def _resume(self) -> Path:
         """Take up the newest checkpoint that is whole, or the very one that --init_from names."""
         folder = run_folder.named_step(self.out_dir, self.config.init_from)
         if folder is None:
@@ -348,7 +347,7 @@ class Run:
                 f"--max_iters {self.config.max_iters}: {self.out_dir} is already at step {step}; "
                 f"continue with a larger one, such as --max_iters {2 * step}"
             )
-        checkpoint.point_best(self.out_dir, self.progress.best_step)  # a crash may have come after `latest`
+        return folder
 
     def _load(self, folder: Path) -> None:
         """Become the run that was saved there. Raises `CorruptCheckpoint`."""
@@ -358,6 +357,7 @@ class Run:
         checkpoint.load_optimizer(folder, self.model, self.step.optimizer)
         try:
             self.step.load_state(state)
+            validate_fields(Progress, state["progress"])
             self.progress = Progress(**state["progress"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CorruptCheckpoint(f"{folder / checkpoint.STATE} is not this version's: {error!r}") from None
@@ -416,30 +416,6 @@ class Run:
         if self.config.imports:
             model.load_weights(foreign.load(self.config.init_from).weights(self.data.tokenizer.vocab_size))
         return model
-
-    def _loaders(self) -> tuple[Loader, Loader]:
-        """Of the train and the val split."""
-        needed, shortest = self.config.block_size + 1, min(self.data.train_tokens, self.data.val_tokens)
-        if shortest < needed:
-            fix = f"try --block_size {shortest - 1}, or " if shortest > 1 else ""
-            raise UsageError(
-                f"--block_size {self.config.block_size} needs {needed:,} tokens in each split, and {self.data.name} "
-                f"has {self.data.train_tokens:,} to train on and {self.data.val_tokens:,} to validate on; "
-                f"{fix}use a longer text"
-            )
-        splits = {"train": self.data.train(), "val": self.data.val()}
-        train_loader, val_loader = (
-            Loader(
-                tokens,
-                self.config.block_size,
-                self.data.tokenizer.vocab_size,
-                seed=self.config.seed,
-                device=self.device,
-                name=f"{self.data.name}'s {split} split",
-            )
-            for split, tokens in splits.items()
-        )
-        return train_loader, val_loader
 
     def _sample(self) -> str:
         self.model.eval()

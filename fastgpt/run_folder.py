@@ -39,7 +39,7 @@ def locked(out_dir: Path) -> Iterator[None]:
         UsageError: another process owns it, or it cannot be made or written.
     """
     with ExitStack() as stack:
-        with _explained(out_dir):
+        with explained(out_dir):
             out_dir.mkdir(parents=True, exist_ok=True)
             stack.enter_context(lock.held(out_dir / LOCK))
             recover(out_dir)
@@ -48,12 +48,13 @@ def locked(out_dir: Path) -> Iterator[None]:
 
 def check_free(out_dir: Path) -> None:
     """Raise `UsageError` where another process owns the folder; nothing is made or changed."""
-    with _explained(out_dir):
+    with explained(out_dir):
         lock.check(out_dir / LOCK)
 
 
 @contextmanager
-def _explained(out_dir: Path) -> Iterator[None]:
+def explained(out_dir: Path) -> Iterator[None]:
+    """Raise `UsageError` for what the system says against writing to the folder."""
     try:
         yield
     except lock.Locked as error:
@@ -90,7 +91,7 @@ def check_disk(out_dir: Path, config: TrainConfig, parameters: int, step: int) -
     count = min(saves, config.keep_last + 2)  # the best one, and the one that is being written
     held = sum(file.stat().st_size for folder in checkpoint.steps(out_dir) for file in folder.iterdir())
     probe = temporary_sibling(out_dir / "probe")
-    with _explained(out_dir):
+    with explained(out_dir):
         write(probe, [bytes(1 << 16)])
         probe.unlink()
     free, largest = shutil.disk_usage(out_dir).free + held, _largest_file()

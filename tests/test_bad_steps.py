@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgpt import checkpoint, cli, train
+from fastgpt import checkpoint, cli, loader, train
 from fastgpt import run as run_module
 from fastgpt.run import Run
 from fastgpt.step import TrainStep
@@ -21,7 +21,7 @@ LONG = "--max_iters 20 --eval_interval 4 --dropout 0.1"
 
 def with_losses(monkeypatch, change: Callable[[int, torch.Tensor], torch.Tensor]) -> None:
     """Change the loss of each micro-batch, by the place of its step's batch in the data, counted from 0."""
-    batch, loss = run_module.Loader.batch, TrainStep._loss
+    batch, loss = loader.Loader.batch, TrainStep._loss
     place = 0
 
     def remembering(self, step: int, *rest):
@@ -29,7 +29,7 @@ def with_losses(monkeypatch, change: Callable[[int, torch.Tensor], torch.Tensor]
         place = step
         return batch(self, step, *rest)
 
-    monkeypatch.setattr(run_module.Loader, "batch", remembering)
+    monkeypatch.setattr(loader.Loader, "batch", remembering)
     monkeypatch.setattr(TrainStep, "_loss", lambda self, x, y: change(place, loss(self, x, y)))
 
 
@@ -144,9 +144,9 @@ def test_after_going_back_it_is_the_run_that_never_saw_the_data(monkeypatch):
     with monkeypatch.context() as patch:
         with_losses(patch, bad_at(9, 10, 11))
         out = run(flags)
-    batch = run_module.Loader.batch
+    batch = loader.Loader.batch
     skipping = lambda self, step, *rest: batch(self, step + 4 * (step >= 8), *rest)  # noqa: E731
-    monkeypatch.setattr(run_module.Loader, "batch", skipping)
+    monkeypatch.setattr(loader.Loader, "batch", skipping)
     other = run(flags, "other")
     assert all(torch.equal(tensor, tensors(other)[name]) for name, tensor in tensors(out).items())
     assert {step: loss.hex() for step, loss in records(out).items()} == {
@@ -161,8 +161,8 @@ def test_a_row_of_bad_steps_before_the_first_checkpoint_leads_back_to_the_start(
         out = run(flags)
     (record,) = lines(out, "rolled_back_from")
     assert (record["step"], record["rolled_back_from"], record["batches"]) == (0, 3, [0, 2])
-    batch = run_module.Loader.batch
-    monkeypatch.setattr(run_module.Loader, "batch", lambda self, step, *rest: batch(self, step + 3, *rest))
+    batch = loader.Loader.batch
+    monkeypatch.setattr(loader.Loader, "batch", lambda self, step, *rest: batch(self, step + 3, *rest))
     other = run(flags, "other")
     assert all(torch.equal(tensor, tensors(other)[name]) for name, tensor in tensors(out).items())
 

@@ -264,6 +264,13 @@ def test_a_damaged_pointer_is_mended(capsys, content: bytes | None):
     assert state_of(out) == state_of(whole)
 
 
+def test_metrics_that_cannot_be_opened_are_one_line(capsys):
+    path = start("--max_iters 2") / "metrics.jsonl"
+    path.unlink()
+    path.mkdir()
+    refused(capsys, "--max_iters 9", "--out_dir out cannot be written: Is a directory")
+
+
 def test_metrics_are_only_ever_taken_back_at_the_end():
     out = start("--max_iters 20")
     path = out / "metrics.jsonl"
@@ -279,6 +286,8 @@ def test_metrics_are_only_ever_taken_back_at_the_end():
     [
         {"progress": {"step": 2, "gradient": 1}},
         {"progress": None},
+        {"progress": {"step": "two"}},
+        {"progress": {"step": True, "tokens": 1.5}},
         {"guard": None},
         {"guard": {"in_row": "many"}},
         {"scaler": {"scale": "large"}},

@@ -215,6 +215,14 @@ def test_a_signal_after_the_last_evaluation_finds_the_run_finished(monkeypatch, 
     assert "go on:" not in captured.out
 
 
+def test_a_signal_before_the_first_step_leaves_nothing_to_resume(monkeypatch, capfd):
+    at_call(monkeypatch, run_module.Run, "_take_steps", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert cli.run(train.main, FLAGS) == 143
+    assert "stopped before the first step" in capfd.readouterr().out
+    assert not checkpoint.holds_run(Path("out"))
+    run()
+
+
 def test_a_run_that_was_stopped_in_its_last_evaluation_is_resumed_for_that_alone(monkeypatch, capfd):
     whole = run("", "whole")
     with monkeypatch.context() as patch:
