@@ -109,9 +109,9 @@ class Run:
         resumed = self._resume() if self.config.resuming else None
         if not resumed:
             run_folder.claim(self.out_dir, self.config.overwrite)
-            if self.config.overwrite:
-                run_folder.delete(self.out_dir)
         run_folder.check_disk(self.out_dir, self.config, self.model.num_parameters(), self.progress.step)
+        if self.config.overwrite:
+            run_folder.delete(self.out_dir)
         with run_folder.explained(self.out_dir):
             self.metrics = MetricsFile(self.out_dir / "metrics.jsonl", self.progress.step)
             if resumed:
