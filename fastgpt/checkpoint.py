@@ -11,8 +11,8 @@ What is to be written is a `Snapshot`, so that another thread can write it while
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from fastgpt.model import GPT
 from fastgpt.tokenizer import Tokenizer
 
 FORMAT = 1
+LONGEST_NAME = 100  # bytes of `latest` and `best` that are read
 LARGEST_JSON = 64 << 20  # bytes
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optim.safetensors", "state.json", "manifest.json"
 FILES = (MODEL, OPTIMIZER, STATE)  # what the manifest lists
@@ -79,7 +80,7 @@ def save(out_dir: Path, snapshot: Snapshot, best_step: int | None = None) -> Pat
     """Write `out_dir/step-NNNNNN` and point `latest` at it, and `best` at the best step's. Returns the folder.
 
     Raises:
-        OSError: the disk does not take it; `latest` and `best` are as they were.
+        OSError: the disk does not take it; what `latest` and `best` name is whole.
     """
     final = folder_of(out_dir, snapshot.step)
     temporary = temporary_sibling(final)
@@ -252,6 +253,15 @@ def verify(step_dir: Path | str, names: Sequence[str] = FILES) -> None:
             raise CorruptCheckpoint(f"{path} is not what was saved (see {MANIFEST}); {ways_out}")
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let a `CorruptCheckpoint` begin with the file that it is about."""
+    try:
+        yield
+    except CorruptCheckpoint as error:
+        raise CorruptCheckpoint(f"{path}: {error}") from None
+
+
 def load_weights(step_dir: Path) -> dict[str, torch.Tensor]:
     """The model's weights by name, for `GPT.load_weights`. Raises `CorruptCheckpoint`."""
     return tensor_file.read(step_dir / MODEL)
@@ -261,14 +271,16 @@ def load_optimizer(step_dir: Path, model: GPT, optimizer: torch.optim.Optimizer)
     """Fill the optimizer's moments, by the parameters' names. Raises `CorruptCheckpoint`."""
     tensors = tensor_file.read(step_dir / OPTIMIZER)
     for name, parameter in model.named_parameters():
-        moments = {kind: tensors.get(f"{kind}.{name}") for kind in MOMENTS}
-        if any(value is None for value in moments.values()):
+        moments = {kind: tensors[key] for kind in MOMENTS if (key := f"{kind}.{name}") in tensors}
+        if moments.keys() != set(MOMENTS):
             raise CorruptCheckpoint(f"{step_dir / OPTIMIZER} has no moments of {name}")
+        shapes = {kind: () if kind == "step" else model.unpad(name, parameter).shape for kind in MOMENTS}
+        if any(value.shape != shapes[kind] or value.dtype != parameter.dtype for kind, value in moments.items()):
+            raise CorruptCheckpoint(f"{step_dir / OPTIMIZER} has moments of {name} in another shape or dtype")
         # A copy: what was read is a map of a file that the next checkpoint deletes.
         optimizer.state[parameter] = {
             kind: (value if kind == "step" else model.pad(name, value)).to(parameter.device, copy=True)
             for kind, value in moments.items()
-            if value is not None
         }
 
 
@@ -305,7 +317,8 @@ def _named_by(pointer: Path) -> Path | None:
     """The folder that `latest` or `best` names, there or not; None where nothing is named."""
     if not pointer.is_file():
         return None
-    name = Path(pointer.read_text(encoding="utf-8", errors="replace").strip()).name
+    with pointer.open("rb") as file:
+        name = Path(file.read(LONGEST_NAME).decode("utf-8", errors="replace").strip()).name
     return pointer.parent / name if name else None
 
 

@@ -66,7 +66,12 @@ def replace_folder(temporary: Path, path: Path) -> None:
     aside = temporary_sibling(path, ASIDE)
     if path.exists():
         path.rename(aside)
-    temporary.rename(path)
+    try:
+        temporary.rename(path)
+    except OSError:
+        if aside.exists():
+            aside.rename(path)
+        raise
     sync(path.parent)
     shutil.rmtree(aside, ignore_errors=True)
 

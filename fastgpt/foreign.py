@@ -64,8 +64,10 @@ def load(path: str | Path) -> ForeignModel:
 
 
 def _check_archive(path: Path) -> None:
-    """Raise ValueError for a file whose parts claim more bytes than it has."""
+    """Raise ValueError for what is no archive, or one whose parts claim more bytes than it has."""
     size = path.stat().st_size
+    if not path.is_file():
+        raise ValueError("it is no file")
     if not zipfile.is_zipfile(path):
         raise ValueError("it is no zip archive, as torch.save has written since PyTorch 1.6")
     with zipfile.ZipFile(path) as archive:
@@ -91,7 +93,16 @@ def _tensors(weights: dict[str, Any]) -> dict[str, torch.Tensor]:
             name = name.removeprefix(prefix)
         if name.endswith(DERIVED):
             continue
-        if not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"its weight {name} is no tensor")
+        _check_stored(name, tensor)
         result[name] = tensor
+    if "wte.weight" not in result or result["wte.weight"].dim() != 2:
+        raise ValueError("it has no table of embeddings")
     return result
+
+
+def _check_stored(name: str, tensor: Any) -> None:
+    """Raise ValueError for a weight that the file does not hold whole, whatever its shape claims."""
+    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_meta:
+        raise ValueError(f"its weight {name} is no plain tensor")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise ValueError(f"its weight {name} claims more bytes than it has")

@@ -128,7 +128,8 @@ def load(
     memory_need.check_position_table(config, where)
     B = max(1, min(batch, TIMED_TOKENS // config.block_size))
     ops = resolve(workload=Workload.of_generation(config, weights_dtype, B, int8=quantize == "int8"))
-    model = GPT.from_weights(config, ops, weights, where, weights_dtype)
+    with checkpoint.naming(step_dir / checkpoint.MODEL):
+        model = GPT.from_weights(config, ops, weights, where, weights_dtype)
     if quantize == "int8":
         quantize_model(model)
     return TextGenerator(model, vocabulary)

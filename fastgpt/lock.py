@@ -1,6 +1,7 @@
 """Locks that a process holds until it ends, however it ends: the system frees them."""
 
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,9 +51,9 @@ def _take_or_name_owner(file: IO[str]) -> None:
     while not _take(file):
         file.seek(0)
         owner = file.read().strip()
-        known = owner.isdecimal() and _is_alive(int(owner))
+        known = re.fullmatch(r"\d{1,18}", owner, re.ASCII) is not None and _is_alive(int(owner))
         if known or time.monotonic() > deadline:
-            raise Locked(owner or "unknown")
+            raise Locked(owner if known else "unknown")
         time.sleep(0.01)
 
 

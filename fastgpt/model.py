@@ -180,6 +180,8 @@ class GPT(nn.Module):
         if missing := own.keys() ^ weights.keys():
             raise CorruptCheckpoint(f"the checkpoint's weights are not this model's: {', '.join(sorted(missing))}")
         for name, parameter in self.named_parameters():
+            if not weights[name].is_floating_point():
+                raise CorruptCheckpoint(f"the checkpoint's {name} is of type {weights[name].dtype}")
             if weights[name].shape != own[name].shape:
                 raise CorruptCheckpoint(
                     f"the checkpoint's {name} is {tuple(weights[name].shape)}, and the run's configuration and "

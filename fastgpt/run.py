@@ -12,15 +12,14 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, cast
 
 import torch
 from rich.console import Console
 
-from fastgpt import checkpoint, corpus, dispatch, evaluate, foreign, loader, memory_need, report, run_folder
-from fastgpt.config import TrainConfig, validate_fields
+from fastgpt import checkpoint, corpus, dispatch, evaluate, foreign, loader, memory_need, progress, report, run_folder
+from fastgpt.config import TrainConfig
 from fastgpt.device import autocast, is_out_of_memory, peak_flops, peak_memory, resolve_device, resolve_dtype
 from fastgpt.errors import CorruptCheckpoint, RunFailed, UsageError
 from fastgpt.generate import TextGenerator
@@ -28,6 +27,7 @@ from fastgpt.guard import Verdict
 from fastgpt.loader import MicroBatches
 from fastgpt.metrics import Display, Lasting, MetricsFile, Record, Stopwatch, flops_per_token, print_product
 from fastgpt.model import GPT
+from fastgpt.progress import Progress
 from fastgpt.report import RunSummary
 from fastgpt.saver import Saver
 from fastgpt.signals import Signals
@@ -36,24 +36,6 @@ from fastgpt.workload import Workload
 
 SAMPLE_TOKENS = 200
 MOST_UNREAD = 1000  # steps whose verdicts may wait on the device
-
-
-@dataclass
-class Progress:
-    """How far a run is: what `state.json` says beside the weights. Losses are None before the first evaluation.
-
-    Attributes:
-        evaluated_step: the step at which `val_loss` was measured.
-        skipped_batches: how many batches of the data were left out: step s takes batch s + this many.
-    """
-
-    step: int = 0
-    tokens: int = 0
-    val_loss: float | None = None
-    evaluated_step: int = 0
-    best_val_loss: float | None = None
-    best_step: int = 0
-    skipped_batches: int = 0
 
 
 class Run:
@@ -170,19 +152,18 @@ class Run:
 
     def _train_step(self) -> None:
         """One optimizer step; where its micro-batches do not fit into the memory, they are made smaller for good."""
-        progress = self.progress
-        place = progress.step + progress.skipped_batches  # in the order of the data
+        place = self.progress.step + self.progress.skipped_batches  # in the order of the data
         while True:
             try:
-                _, _, self.rate = self.step(progress.step, self.micro_batches.of_step(place))
+                _, _, self.rate = self.step(self.progress.step, self.micro_batches.of_step(place))
                 break
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
             # Not in the except block, where the exception would keep what the step took.
             self._divide_micro_batches()
-        progress.step += 1
-        progress.tokens += self.config.tokens_per_step
+        self.progress.step += 1
+        self.progress.tokens += self.config.tokens_per_step
 
     def _divide_micro_batches(self) -> None:
         """After a step ran out of memory: make the micro-batches smaller, or save what is done and give up."""
@@ -249,15 +230,16 @@ class Run:
 
     def _evaluate_and_save(self) -> None:
         """Measure the val loss, unless a signal cuts that short, and save."""
-        progress = self.progress
         loss = evaluate.mean_loss(
             self.model,
             evaluate.batches(self.val_loader, self.config),
             autocast(self.device, self.dtype),
             stopping=self._is_asked_to_stop,
         )
+        self._tell_of_save(wait=True)  # one that failed does not hold the best model
+        progress = self.progress
         if loss is not None:
-            progress.val_loss, progress.evaluated_step = loss, progress.step
+            progress.val_loss, progress.evaluated_step = loss if math.isfinite(loss) else None, progress.step
             if math.isfinite(loss) and (progress.best_val_loss is None or loss < progress.best_val_loss):
                 progress.best_val_loss, progress.best_step = loss, progress.step
             self._write({"step": progress.step, "tokens": progress.tokens, "val_loss": loss})
@@ -279,9 +261,10 @@ class Run:
             "vocabulary": self.data.tokenizer.sha256(),
         }
         snapshot = checkpoint.capture(progress.step, self.model, self.step.optimizer, state)
-        val_loss = progress.val_loss if progress.evaluated_step == progress.step else None
+        val_loss = progress.val_loss if progress.val_loss is not None else math.nan
+        judged = report.judged(progress.best_val_loss, val_loss if progress.evaluated_step == progress.step else None)
         self.saved_step = progress.step
-        self.saving = report.judged(progress.best_val_loss, val_loss), (progress.best_val_loss, progress.best_step)
+        self.saving = judged, (progress.best_val_loss, progress.best_step)
         self.saver.save(snapshot, progress.best_step if progress.best_val_loss is not None else None, self._describe)
         if not self.config.async_save:
             self._tell_of_save(wait=True)
@@ -353,14 +336,14 @@ class Run:
         """Become the run that was saved there. Raises `CorruptCheckpoint`."""
         state = checkpoint.load_state(folder)
         checkpoint.check_vocabulary(folder, self.data.tokenizer)
-        self.model.load_weights(checkpoint.load_weights(folder))
+        self.progress = progress.read(state, folder / checkpoint.STATE)
+        with checkpoint.naming(folder / checkpoint.MODEL):
+            self.model.load_weights(checkpoint.load_weights(folder))
         checkpoint.load_optimizer(folder, self.model, self.step.optimizer)
         try:
             self.step.load_state(state)
-            validate_fields(Progress, state["progress"])
-            self.progress = Progress(**state["progress"])
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise CorruptCheckpoint(f"{folder / checkpoint.STATE} is not this version's: {error!r}") from None
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+            raise CorruptCheckpoint(f"{folder / checkpoint.STATE} is not what a run saves: {error!r:.80}") from None
         self.saved_step, self.saved_best = self.progress.step, (self.progress.best_val_loss, self.progress.best_step)
 
     def _roll_back(self, step: int, why: str) -> None:
@@ -414,7 +397,8 @@ class Run:
         with self.device:
             model = GPT(self.config, self.ops)
         if self.config.imports:
-            model.load_weights(foreign.load(self.config.init_from).weights(self.data.tokenizer.vocab_size))
+            with checkpoint.naming(Path(self.config.init_from)):
+                model.load_weights(foreign.load(self.config.init_from).weights(self.data.tokenizer.vocab_size))
         return model
 
     def _sample(self) -> str:

@@ -92,8 +92,10 @@ def check_disk(out_dir: Path, config: TrainConfig, parameters: int, step: int) -
     held = sum(file.stat().st_size for folder in checkpoint.steps(out_dir) for file in folder.iterdir())
     probe = temporary_sibling(out_dir / "probe")
     with explained(out_dir):
-        write(probe, [bytes(1 << 16)])
-        probe.unlink()
+        try:
+            write(probe, [bytes(1 << 16)])
+        finally:
+            probe.unlink(missing_ok=True)
     free, largest = shutil.disk_usage(out_dir).free + held, _largest_file()
     if count * size > free:
         raise UsageError(
@@ -174,6 +176,8 @@ def load(out_dir: Path) -> tuple[TrainConfig, dict[str, Any]]:
     known = {field.name for field in dataclasses.fields(TrainConfig)}
     saved = content.get("config")
     if content.get("format") != FORMAT or not isinstance(saved, dict) or not saved.keys() <= known:
+        raise CorruptCheckpoint(f"{path} is not the configuration of a run of this version")
+    if any(not isinstance(content.get(name, {}), dict) for name in ("columns", "corpus")):
         raise CorruptCheckpoint(f"{path} is not the configuration of a run of this version")
     if content.get("sha256") != _sha256(content):
         raise CorruptCheckpoint(f"{path} is not what was saved; put back a copy of it, and change settings by flags")

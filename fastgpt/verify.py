@@ -2,11 +2,13 @@
 
     python -m fastgpt.verify out
 
-Exit code 0: all are whole; 1: one is not, or `latest` or `best` names none; 2: there is no run.
+Exit code 0: all are whole; 1: one is not, or `latest` or `best` names none, or config.json is damaged; 2: there is no
+run, or no vocabulary to read it by.
 """
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, cast
@@ -14,10 +16,11 @@ from typing import IO, cast
 from rich.console import Console
 from rich.table import Table
 
-from fastgpt import checkpoint, cli, run_folder
+from fastgpt import checkpoint, cli, progress, run_folder, tensor_file
 from fastgpt.config import option
 from fastgpt.errors import UsageError
 from fastgpt.metrics import Lasting
+from fastgpt.tokenizer import Tokenizer
 from fastgpt.units import format_bytes
 
 
@@ -38,18 +41,20 @@ class Report:
     val_loss: float | None
 
 
-def check(folder: Path) -> Report | None:
+def check(folder: Path, vocabulary: Tokenizer) -> Report | None:
     """Read a checkpoint's files, all of them, and compare them with its manifest; None if it is deleted meanwhile."""
+    size = 0
+    with suppress(OSError):
+        size = sum(file.lstat().st_size for file in folder.iterdir())
     try:
-        size = sum(file.stat().st_size for file in folder.iterdir())
         checkpoint.verify(folder)
-        state = checkpoint.load_state(folder)
-    except FileNotFoundError:
-        return None
-    except UsageError as error:
+        checkpoint.check_vocabulary(folder, vocabulary)
+        for name in (checkpoint.MODEL, checkpoint.OPTIMIZER):
+            tensor_file.read(folder / name)  # which looks at the header alone
+        done = progress.read(checkpoint.load_state(folder), folder / checkpoint.STATE)
+    except (OSError, UsageError) as error:
         return Report(folder, size, str(error), None) if folder.is_dir() else None
-    progress = state.get("progress", {})
-    return Report(folder, size, None, progress["val_loss"] if progress.get("evaluated_step") == state["step"] else None)
+    return Report(folder, size, None, done.val_loss if done.evaluated_step == done.step else None)
 
 
 def table(reports: Sequence[Report], pointers: dict[str, str]) -> Table:
@@ -85,7 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_folder.load(out_dir)
     except UsageError as error:
         faults.append(str(error))
-    reports = [report for folder in checkpoint.steps(out_dir) if (report := check(folder))]
+    vocabulary = run_folder.vocabulary(out_dir)
+    reports = [report for folder in checkpoint.steps(out_dir) if (report := check(folder, vocabulary))]
     Console(file=cast(IO[str], Lasting(sys.stdout))).print(table(reports, pointers), highlight=False)
     faults += [report.damage for report in reports if report.damage]
     for fault in faults:

@@ -1,0 +1,39 @@
+"""How far a run is: what `state.json` says beside the weights."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from fastgpt.config import option, validate_fields
+from fastgpt.errors import CorruptCheckpoint, UsageError
+
+
+@dataclass
+class Progress:
+    """Counts and losses so far; losses are None before the first evaluation."""
+
+    step: int = option(0, "optimizer steps done", low=0)
+    tokens: int = option(0, "tokens seen", low=0)
+    val_loss: float | None = option(None, "of the last evaluation; may be NaN")
+    evaluated_step: int = option(0, "the step of that evaluation", low=0)
+    best_val_loss: float | None = option(None, "the lowest val loss")
+    best_step: int = option(0, "the step of that", low=0)
+    skipped_batches: int = option(0, "batches of the data that were left out: step s takes batch s + this", low=0)
+
+
+def read(state: Mapping[str, Any], path: Path) -> Progress:
+    """The progress in the content of a state.json, which is at `path`. Raises `CorruptCheckpoint`."""
+    values = state.get("progress")
+    try:
+        if not isinstance(values, dict) or values.keys() != {field.name for field in fields(Progress)}:
+            raise UsageError("its progress has other fields")
+        finite = {name: value for name, value in values.items() if name != "val_loss" or value == value}
+        validate_fields(Progress, finite)
+        if values["step"] != state.get("step"):
+            raise UsageError(f"its progress is at step {values['step']!r:.20}")
+        if max(values["best_step"], values["evaluated_step"]) > values["step"]:
+            raise UsageError("its progress knows of later steps")
+    except UsageError as error:
+        raise CorruptCheckpoint(f"{path} is not what a run saves: {error}") from None
+    return Progress(**values)
