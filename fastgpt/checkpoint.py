@@ -215,14 +215,20 @@ def newest_intact(out_dir: Path, tell: Callable[[str], None]) -> Path:
 
 
 def newest_good(out_dir: Path, before: int) -> Path | None:
-    """The newest whole checkpoint of a step before `before`, outside of a row of skipped steps if there is one."""
-    whole = []
+    """The newest whole checkpoint of a step before `before`, up to `latest`, of those that are good if there are any.
+
+    Good is one outside of a row of skipped steps, and whose val loss, if it was measured, is a number.
+    """
+    latest, whole = _named_by(out_dir / "latest"), []
     for folder in reversed(steps(out_dir)):
-        if _number(folder) < before:
+        if _number(folder) < before and (latest is None or _number(folder) <= _number(latest)):
             with suppress(CorruptCheckpoint):
                 verify(folder)
                 whole.append(folder)
-                if not load_state(folder)["guard"]["in_row"]:
+                state = load_state(folder)
+                progress = state["progress"]
+                diverged = progress["evaluated_step"] == progress["step"] and progress["val_loss"] is None
+                if not (state["guard"]["in_row"] or diverged):
                     return folder
     return whole[0] if whole else None
 

@@ -133,8 +133,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that the device, or the machine, has no memory left."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    # PyTorch has no class of its own for a CPU's.
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    # PyTorch has no class of its own for those of CPUs and of Apple GPUs.
+    said = ("DefaultCPUAllocator", "MPS backend out of memory")
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
 
 
 def parse_memory(text: str, device: torch.device) -> int:

@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypedDict
 
@@ -37,13 +37,17 @@ def temporary_sibling(path: Path, purpose: str = "") -> Path:
 
 def write(path: Path, parts: Iterable[Block]) -> Identity:
     """Write a file and sync it; its identity, hashed on a second core while the first one writes."""
-    digest, size = hashlib.sha256(), 0
+    digest, size, beside = hashlib.sha256(), 0, True
     with path.open("wb") as file, ThreadPoolExecutor(1) as hasher:
+        hashing: Future[None] | None
         for block in _blocks(parts):
-            hashing = hasher.submit(digest.update, block)
+            try:
+                hashing = hasher.submit(digest.update, block) if beside else None
+            except RuntimeError:  # the system has no thread left
+                beside, hashing = False, None
             sys.audit("fastgpt.write", str(path), len(block))
             file.write(block)
-            hashing.result()
+            hashing.result() if hashing else digest.update(block)
             size += len(block)
     sync(path)
     return {"size": size, "sha256": digest.hexdigest()}

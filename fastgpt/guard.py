@@ -88,7 +88,9 @@ class Guard:
             return Verdict(loss, norm)
         if not bad:
             return Verdict(loss, norm, "float16's loss scale was too high", scaling=True)
-        if not math.isfinite(loss):
+        if in_row > self.patience:
+            why = f"{in_row - 1:.0f} steps before it were"
+        elif not math.isfinite(loss):
             why = f"its loss is {loss}"
         elif not math.isfinite(norm):
             why = f"its gradient's norm is {norm}"

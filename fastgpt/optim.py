@@ -36,6 +36,8 @@ class AdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
+        if self.found_inf is not None and self.found_inf.device.type == "mps" and self.found_inf.item():
+            return  # PyTorch's kernel for Apple GPUs takes no notice of it, so there it has to be waited for
         taken = 1 if self.found_inf is None else 1 - self.found_inf
         for group in self.param_groups:
             params = group["params"]

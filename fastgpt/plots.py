@@ -12,11 +12,11 @@ def plot_loss(out_dir: Path) -> Path:
     """Draw `plots/loss.png`: training and validation loss against steps (below) and tokens (above)."""
     from matplotlib.figure import Figure
 
-    records = read_metrics(out_dir / "metrics.jsonl")
+    records = [record for record in read_metrics(out_dir / "metrics.jsonl") if isinstance(record.get("tokens"), int)]
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.subplots()
     for key, label, style in (("loss", "train", "-"), ("val_loss", "val", "o-")):
-        points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
+        points = [(r["step"], r[key]) for r in records if isinstance(r.get(key), int | float)]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.2, markersize=3.5)
     axes.set_xlabel("step")

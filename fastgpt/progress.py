@@ -15,10 +15,11 @@ class Progress:
 
     step: int = option(0, "optimizer steps done", low=0)
     tokens: int = option(0, "tokens seen", low=0)
-    val_loss: float | None = option(None, "of the last evaluation; may be NaN")
+    val_loss: float | None = option(None, "of the last evaluation, if that was a number")
     evaluated_step: int = option(0, "the step of that evaluation", low=0)
     best_val_loss: float | None = option(None, "the lowest val loss")
     best_step: int = option(0, "the step of that", low=0)
+    rollbacks: int = option(0, "how often the run came back to this step's checkpoint", low=0)
     skipped_batches: int = option(0, "batches of the data that were left out: step s takes batch s + this", low=0)
 
 
@@ -28,8 +29,7 @@ def read(state: Mapping[str, Any], path: Path) -> Progress:
     try:
         if not isinstance(values, dict) or values.keys() != {field.name for field in fields(Progress)}:
             raise UsageError("its progress has other fields")
-        finite = {name: value for name, value in values.items() if name != "val_loss" or value == value}
-        validate_fields(Progress, finite)
+        validate_fields(Progress, values)
         if values["step"] != state.get("step"):
             raise UsageError(f"its progress is at step {values['step']!r:.20}")
         if max(values["best_step"], values["evaluated_step"]) > values["step"]:

@@ -14,16 +14,17 @@ from fastgpt.config import TrainConfig
 from fastgpt.corpus import Corpus
 from fastgpt.device import describe
 from fastgpt.errors import UsageError
-from fastgpt.metrics import format_bytes, format_seconds
 from fastgpt.model import GPT
 from fastgpt.tokenizer import Tokenizer
+from fastgpt.units import format_bytes, format_seconds
 
 
 @dataclass(frozen=True)
 class RunSummary:
     """How a run ended. Seconds and tokens/s are of the steps alone, without compiling, evaluating and saving.
 
-    `failures` counts what the disk did not take: checkpoints, lines of metrics, the picture.
+    `saved_step` is that of the last checkpoint; `failures` counts what the disk did not take: checkpoints, lines of
+    metrics, the picture.
     """
 
     steps: int
@@ -36,6 +37,7 @@ class RunSummary:
     tokens_per_second: float | None
     peak_memory: int | None
     stopped_by: int | None = None
+    saved_step: int = 0
     failures: int = 0
 
 
@@ -95,7 +97,8 @@ def conclude(summary: RunSummary, config: TrainConfig, picture: str, data: Corpu
         what = "stopped" if summary.stopped_by is not None else f"--max_minutes {config.max_minutes} are over: stopped"
         if summary.steps == 0:
             return f"{what} before the first step"
-        lines.append(f"{what} at step {summary.steps} of {config.max_iters}, saved in {config.out_dir}")
+        saved = "saved" if summary.saved_step == summary.steps else f"and step {summary.saved_step} is the last saved"
+        lines.append(f"{what} at step {summary.steps} of {config.max_iters}, {saved} in {config.out_dir}")
         lines.append(f"go on:  python -m fastgpt.train --init_from resume{where}")
     if summary.stopped_by is None:
         lines.append(f"next:  python -m fastgpt.generate{where}{_opening(data.tokenizer)}")

@@ -10,7 +10,6 @@ import functools
 import math
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, cast
@@ -79,9 +78,9 @@ class Run:
         self.step = TrainStep(self.model, self.config, self.device, self.dtype)
         self.progress = Progress()
         self.saver = Saver(self.out_dir, config.keep_last, beside=config.async_save)
-        self.saved_step = 0  # of the last checkpoint that was begun
+        self.saved_step = self.last_saved = 0  # of the last checkpoint that was begun, and that was finished
         self.saved_best: tuple[float | None, int] = (None, 0)  # of the last that was finished
-        self.rollbacks: Counter[int] = Counter()  # by the step that was gone back to
+        self.restarts = 0  # rollbacks to the time before the first checkpoint
         self.failures = 0
         self.watch = Stopwatch(self.device)
         self.console = Console(file=cast(IO[str], Lasting(sys.stderr)))
@@ -100,19 +99,16 @@ class Run:
                 checkpoint.point(self.out_dir, "latest", resumed)  # the damaged, or those that were left, are undone
                 checkpoint.point_best(self.out_dir, self.progress.best_step)  # a crash may have come after `latest`
 
-    def train(self) -> RunSummary:
-        config = self.config
+    def train(self, signals: Signals) -> RunSummary:
+        """Take the steps that are left, and tell how it went; once there are steps, signals wait for a checkpoint."""
+        config, self.signals = self.config, signals
         report.introduce(self.console, config, self.model, self.data, self.device, self.dtype, self.progress.step)
-        with (
-            Signals() as self.signals,
-            self.metrics,
-            Display(self.console, config.max_iters) as self.display,
-            self.saver,
-        ):
+        with self.metrics, Display(self.console, config.max_iters) as self.display, self.saver:
+            signals.patient = True
             self._take_steps()
             self._save_the_rest()
-            stopped_by = None if self._is_finished() else self.signals.caught
-        return self._finish(stopped_by)
+            signals.patient = False
+        return self._finish(None if self._is_finished() else signals.caught)
 
     def _take_steps(self) -> None:
         """Steps, evaluations and checkpoints, until the run is finished, its time is over or a signal came."""
@@ -126,8 +122,8 @@ class Run:
                 step, over = self.progress.step, time.monotonic() > deadline
                 due = step % config.eval_interval == 0 or step == config.max_iters or over
                 logged = due or step % config.log_interval == 0
-                unread = len(self.step.guard.unread)
-                read = logged or self.signals.save_asked or unread >= MOST_UNREAD
+                asked = self.signals.save_asked
+                read = logged or asked or len(self.step.guard.unread) >= MOST_UNREAD
                 verdicts = self.step.guard.read() if read else []  # waits for the device
             if not self._follow(verdicts):
                 continue
@@ -135,14 +131,14 @@ class Run:
                 self._log(verdicts[-1])
             if due:
                 self._evaluate_and_save()
-            elif self.signals.save_asked:
+            elif asked:
                 self._save()
             self._tell_of_save(wait=False)
             if config.sample_interval and step % config.sample_interval == 0 and not self._is_finished():
                 self.display.product(f"--- sample at step {step}\n{self._sample()}\n---")
 
     def _is_finished(self) -> bool:
-        return self.progress.step == self.config.max_iters and not self._owes_evaluation()
+        return self.progress.step >= self.config.max_iters and not self._owes_evaluation()
 
     def _owes_evaluation(self) -> bool:
         """Whether the last step calls for an evaluation that has not been, because a signal cut it short."""
@@ -155,13 +151,14 @@ class Run:
         place = self.progress.step + self.progress.skipped_batches  # in the order of the data
         while True:
             try:
-                _, _, self.rate = self.step(self.progress.step, self.micro_batches.of_step(place))
+                loss = self.step.accumulate(self.progress.step, self.micro_batches.of_step(place))
                 break
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
             # Not in the except block, where the exception would keep what the step took.
             self._divide_micro_batches()
+        _, self.rate = self.step.update(self.progress.step, loss)
         self.progress.step += 1
         self.progress.tokens += self.config.tokens_per_step
 
@@ -192,7 +189,7 @@ class Run:
             self.display.say(f"step {step}: skipped, because {verdict.skipped} (batch {batch} of the data)")
             tokens = step * self.config.tokens_per_step
             self._write({"step": step, "tokens": tokens, "skipped": verdict.skipped, "batch": batch})
-            if verdict.in_row == self.config.rollback_after:
+            if verdict.in_row >= self.config.rollback_after:
                 self._roll_back(step, verdict.skipped)
                 return False
         return True
@@ -251,10 +248,11 @@ class Run:
             self._save()
         return self.signals.caught is not None
 
-    def _save(self) -> None:
-        """Write a checkpoint, or begin to, and what the run is made from."""
+    def _save(self, returned: bool = False) -> None:
+        """Write a checkpoint, or begin to, and what the run is made from; `returned`: after going back to its step."""
         self._tell_of_save(wait=True)  # of the one before, which may still be under way
         progress = self.progress
+        progress.rollbacks = progress.rollbacks if returned else 0
         state = {
             "progress": dataclasses.asdict(progress),
             **self.step.state(),
@@ -265,13 +263,17 @@ class Run:
         judged = report.judged(progress.best_val_loss, val_loss if progress.evaluated_step == progress.step else None)
         self.saved_step = progress.step
         self.saving = judged, (progress.best_val_loss, progress.best_step)
+        beside = self.saver.beside
         self.saver.save(snapshot, progress.best_step if progress.best_val_loss is not None else None, self._describe)
-        if not self.config.async_save:
+        if not self.saver.beside:
             self._tell_of_save(wait=True)
+        if beside and not self.saver.beside:
+            self.display.say("no memory or thread for --async_save: training waits for its checkpoints from here on")
         self.signals.save_asked = False
 
     def _save_the_rest(self) -> None:
         """Write a checkpoint of the steps since the last one, if there are any, and wait for it."""
+        self._tell_of_save(wait=True)
         if self.progress.step != self.saved_step:
             verdicts = self.step.guard.read()
             if self._follow(verdicts):
@@ -309,6 +311,7 @@ class Run:
         if outcome.saved:
             self.saved_best = best
             self.display.say(f"step {outcome.step}: {told}; saved {outcome.folder}")
+            self.last_saved = outcome.step
         elif self.progress.best_step == outcome.step:  # no checkpoint holds the best model
             self.progress.best_val_loss, self.progress.best_step = self.saved_best
         if outcome.error:
@@ -325,7 +328,7 @@ class Run:
             checkpoint.verify(folder)
         self._load(folder)
         step = self.progress.step
-        if step >= self.config.max_iters and not self._owes_evaluation():
+        if step > self.config.max_iters or self._is_finished():
             raise UsageError(
                 f"--max_iters {self.config.max_iters}: {self.out_dir} is already at step {step}; "
                 f"continue with a larger one, such as --max_iters {2 * step}"
@@ -344,7 +347,8 @@ class Run:
             self.step.load_state(state)
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise CorruptCheckpoint(f"{folder / checkpoint.STATE} is not what a run saves: {error!r:.80}") from None
-        self.saved_step, self.saved_best = self.progress.step, (self.progress.best_val_loss, self.progress.best_step)
+        self.saved_step = self.last_saved = self.progress.step
+        self.saved_best = self.progress.best_val_loss, self.progress.best_step
 
     def _roll_back(self, step: int, why: str) -> None:
         """Go back to the last checkpoint before the row of skipped steps, and leave out the data since.
@@ -355,41 +359,42 @@ class Run:
         self._tell_of_save(wait=True)
         skipped = self.progress.skipped_batches
         folder = checkpoint.newest_good(self.out_dir, step)
-        back_to = checkpoint.load_state(folder)["step"] if folder else 0
-        row = f"{self.config.rollback_after} steps in a row were skipped, the last because {why}"
-        self.rollbacks[back_to] += 1
-        if self.rollbacks[back_to] > self.config.max_rollbacks:
-            raise RunFailed(
-                f"step {step}: {row}; {self.config.max_rollbacks} returns to step {back_to} did not help: lower "
-                f"--learning_rate {self.config.learning_rate:g} or --grad_clip {self.config.grad_clip:g}, or look at "
-                f"batch {step - 1 + skipped} of the data"
-            )
         if folder:
             self._load(folder)
             self.step.guard.open()
+            self.progress.rollbacks = returns = self.progress.rollbacks + 1
         else:
             self._start_over()
-        self.progress.skipped_batches = skipped + step - back_to
-        self.metrics.take_back(back_to)
+            self.restarts = returns = self.restarts + 1
+        back_to, row = self.progress.step, f"{self.config.rollback_after} steps in a row were skipped"
+        if returns > self.config.max_rollbacks:
+            raise RunFailed(
+                f"step {step}: {row}, the last because {why}; {returns - 1} returns to step {back_to} did not help: "
+                f"lower --learning_rate {self.config.learning_rate:g} or --grad_clip {self.config.grad_clip:g}, or "
+                f"look at batch {step - 1 + skipped} of the data"
+            )
         left_out = [back_to + skipped, step - 1 + skipped]
-        self._write(
-            {
-                "step": back_to,
-                "tokens": self.progress.tokens,
-                "rolled_back_from": step,
-                "skipped": why,
-                "batches": left_out,
-            }
-        )
+        self.progress.skipped_batches = left_out[1] + 1 - back_to
         self.display.say(
-            f"step {step}: {row}; back to step {back_to}, and batches {left_out[0]} to {left_out[1]} are left out"
+            f"step {step}: {row}, the last because {why}; back to step {back_to}, and batches {left_out[0]} to "
+            f"{left_out[1]} are left out"
         )
+        try:
+            self.metrics.take_back(back_to)
+        except OSError as error:
+            self.failures += 1
+            self.display.say(f"warning: {self.metrics.path} keeps the steps that are done again: {error}")
+        tokens = self.progress.tokens
+        record = {"step": back_to, "tokens": tokens, "rolled_back_from": step, "skipped": why, "batches": left_out}
+        self._write(record)
+        if folder:
+            self._save(returned=True)  # so that a resume need not find out again
 
     def _start_over(self) -> None:
         """Become the run before its first step."""
         self.model.load_weights(self._make_model().weights())
         self.step.reset()
-        self.progress, self.saved_step = Progress(), 0
+        self.progress, self.saved_step, self.last_saved = Progress(), 0, 0
 
     def _make_model(self) -> GPT:
         """The model before the first step."""
@@ -404,9 +409,14 @@ class Run:
     def _sample(self) -> str:
         self.model.eval()
         generator = TextGenerator(self.model, self.data.tokenizer)
-        text = generator.generate(max_new_tokens=SAMPLE_TOKENS, seed=self.config.seed)
-        self.model.train()
-        return text
+        try:
+            return generator.generate(max_new_tokens=SAMPLE_TOKENS, seed=self.config.seed)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return "(out of memory)"
+        finally:
+            self.model.train()
 
     def _finish(self, stopped_by: int | None) -> RunSummary:
         from fastgpt.plots import plot_loss  # matplotlib, which the first step need not wait for
@@ -428,6 +438,7 @@ class Run:
             tokens_per_second=watch.steps * self.config.tokens_per_step / watch.seconds if watch.steps else None,
             peak_memory=peak_memory(self.device),
             stopped_by=stopped_by,
+            saved_step=self.last_saved,
             failures=self.failures,
         )
         if stopped_by is None:

@@ -89,9 +89,9 @@ def check_disk(out_dir: Path, config: TrainConfig, parameters: int, step: int) -
     size = 3 * weights  # AdamW's two moments
     saves = -(-(config.max_iters - step) // config.eval_interval)
     count = min(saves, config.keep_last + 2)  # the best one, and the one that is being written
-    held = sum(file.stat().st_size for folder in checkpoint.steps(out_dir) for file in folder.iterdir())
     probe = temporary_sibling(out_dir / "probe")
     with explained(out_dir):
+        held = sum(file.lstat().st_size for folder in checkpoint.steps(out_dir) for file in folder.iterdir())
         try:
             write(probe, [bytes(1 << 16)])
         finally:

@@ -14,6 +14,7 @@ import torch
 
 from fastgpt import checkpoint
 from fastgpt.checkpoint import Snapshot
+from fastgpt.device import is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Saver:
 
     Args:
         keep_last: checkpoints that stay beside the best one.
-        beside: write in a thread, from a copy in the host's memory.
+        beside: write in a thread, from a copy in the host's memory; afterwards, whether it still does.
     """
 
     def __init__(self, out_dir: Path, keep_last: int, *, beside: bool):
@@ -49,12 +50,20 @@ class Saver:
     def save(self, snapshot: Snapshot, best_step: int | None, describe: Callable[[], None]) -> None:
         """Write a checkpoint, or begin to. `outcome` tells what became of it, and is to be asked before the next one.
 
+        Where there is no memory for the copy, or no thread can be had, all are written at once from then on.
+
         Args:
             describe: writes what else the checkpoint needs in the run's folder.
         """
         assert self.pending is None
         if self.beside:
-            snapshot = snapshot.copied(self.memory)
+            try:
+                snapshot = snapshot.copied(self.memory)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self.beside = False
+                self.memory.clear()
         pending: Future[Outcome] = Future()
 
         def write() -> None:
@@ -63,11 +72,14 @@ class Saver:
             except BaseException as error:
                 pending.set_exception(error)
 
-        self.pending = pending
         if self.beside:
-            Thread(target=write, name="checkpoint", daemon=True).start()
-        else:
+            try:
+                Thread(target=write, name="checkpoint", daemon=True).start()
+            except RuntimeError:  # the system has no thread left
+                self.beside = False
+        if not self.beside:
             write()
+        self.pending = pending
 
     def outcome(self, wait: bool) -> Outcome | None:
         """What became of the last save, once; None where that was told, or is not known yet."""

@@ -27,11 +27,13 @@ def scratch_folder(target: Path) -> Iterator[Path]:
         while True:
             folder = target.with_name(f".{target.name}.{secrets.token_hex(4)}{SUFFIX}")
             stack.callback(_delete, folder)
+            own_lock = folder.with_name(folder.name + LOCK)
             try:
-                stack.enter_context(lock.held(folder.with_name(folder.name + LOCK)))
-                break
+                stack.enter_context(lock.held(own_lock))
             except lock.Locked:  # by a process that looked for leftovers before this one had its new lock
                 continue
+            if own_lock.exists():  # which that process has not deleted
+                break
         folder.mkdir()
         yield folder
 
@@ -40,8 +42,7 @@ def _delete_if_left(path: Path) -> None:
     """Delete a folder whose lock this is, unless somebody holds it."""
     try:
         with lock.held(path):
-            pass
-        _delete(path.with_name(path.name.removesuffix(LOCK)))
+            _delete(path.with_name(path.name.removesuffix(LOCK)))
     except (lock.Locked, OSError):  # in use, or somebody else's
         return
 

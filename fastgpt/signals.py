@@ -12,22 +12,24 @@ SAVING = "SIGUSR1"
 class Signals:
     """Between `with` and its end, signals are noted: SIGINT, SIGTERM and SIGHUP to stop, SIGUSR1 to save and go on.
 
-    A second signal to stop does so at once.
+    A second signal to stop does so at once, and so does the first while there is nothing to save. One that is ignored,
+    as SIGHUP is under nohup, stays ignored.
 
     Attributes:
         caught: the number of the signal to stop, or None.
         save_asked: a checkpoint is wanted; whoever saves sets it back.
+        patient: whether there is something to save.
     """
 
-    def __init__(self):
+    def __init__(self, patient: bool = True):
         self.caught: int | None = None
-        self.save_asked = False
+        self.save_asked, self.patient = False, patient
 
     def __enter__(self) -> "Signals":
         self.previous = {}
         for name, handler in [*((name, self._stop) for name in STOPPING), (SAVING, self._save)]:
             number = getattr(signal, name, None)  # Windows has neither SIGHUP nor SIGUSR1
-            if number is None:
+            if number is None or (name in STOPPING and signal.getsignal(number) is signal.SIG_IGN):
                 continue
             try:
                 self.previous[number] = signal.signal(number, handler)
@@ -40,7 +42,9 @@ class Signals:
             signal.signal(number, handler)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        if self.caught is not None:
+        if not self.patient and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if not self.patient or self.caught is not None:
             raise SystemExit(128 + number)
         self.caught = number
         _say("stopping after this step, then saving; once more stops at once")

@@ -3,7 +3,7 @@
     step = TrainStep(model, config, device, torch.bfloat16)
     loss, norm, rate = step(0, [(x, y)])
 
-`fastgpt.train` runs it in its loop, and bench/bench_train.py measures it.
+`fastgpt.run` runs it in its loop, and bench/bench_train.py measures it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -48,31 +48,37 @@ class TrainStep:
         Raises:
             UsageError: the model cannot be compiled.
         """
+        loss = self.accumulate(number, batches)
+        return loss, *self.update(number, loss)
+
+    def accumulate(self, number: int, batches: Sequence[Batch]) -> torch.Tensor:
+        """The first half of a step, which takes the memory: forward and backward. Returns the mean loss."""
         # Dropout is a pure function of (seed, step), so a resumed run repeats it.
         torch.manual_seed((self.config.seed + (number + 1) * 0x9E3779B97F4A7C15) % 2**64)
-        rate = learning_rate(number, self.config)
-        set_learning_rate(self.optimizer, rate)
         total = torch.zeros((), device=self.device)
         with autocast(self.device, self.dtype):  # around all micro-batches: the weights are cast once
             for x, y in batches:
                 loss = self._loss(x, y) / len(batches)
                 self.scaler.scale(loss).backward()
                 total += loss.detach()
+        return total
+
+    def update(self, number: int, loss: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """The second half: clip, judge, update. Returns the gradients' norm and the learning rate."""
+        rate = learning_rate(number, self.config)
+        set_learning_rate(self.optimizer, rate)
         self.scaler.unscale_(self.optimizer)
         norm = clip(self.parameters, self.config.grad_clip)
-        scale = self.scaler.scale(torch.ones_like(total)) if self.scaler.is_enabled() else None
-        self.optimizer.found_inf = self.guard.judge(total, norm, scale)
+        scale = self.scaler.scale(torch.ones_like(loss)) if self.scaler.is_enabled() else None
+        self.optimizer.found_inf = self.guard.judge(loss, norm, scale)
         self.optimizer.step()
-        self._update_scale(total, scale)
+        self._update_scale(loss, scale)
         self.optimizer.zero_grad(set_to_none=True)
-        return total, norm, rate
+        return norm, rate
 
     def abandon(self) -> None:
-        """Forget a step that an exception cut short before the optimizer's turn, so that it can be taken again."""
+        """Forget a step whose first half an exception cut short, so that it can be taken again."""
         self.optimizer.zero_grad(set_to_none=True)
-        state, self.scaler = self.scaler.state_dict(), self._make_scaler()
-        if state:
-            self.scaler.load_state_dict(state)
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs beside the weights and moments, as JSON; waits for the device."""

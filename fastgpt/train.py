@@ -18,6 +18,7 @@ from fastgpt.device import resolve_device
 from fastgpt.errors import UsageError
 from fastgpt.report import RunSummary
 from fastgpt.run import Run
+from fastgpt.signals import Signals
 
 
 def train(config: TrainConfig) -> RunSummary:
@@ -29,10 +30,11 @@ def train(config: TrainConfig) -> RunSummary:
     """
     validate(config)
     run_folder.check_free(Path(config.out_dir))
-    run = Run(config)
-    with run_folder.locked(run.out_dir):
-        run.open()
-        return run.train()
+    with Signals(patient=False) as signals:
+        run = Run(config)
+        with run_folder.locked(run.out_dir):
+            run.open()
+            return run.train(signals)
 
 
 def starting_point(preset: str | None, given: Mapping[str, object]) -> tuple[TrainConfig, str]:

@@ -5,6 +5,7 @@ import torch
 
 from fastgpt import generate
 from fastgpt.config import TrainConfig
+from fastgpt.files import sha256
 from fastgpt.model import GPT
 from fastgpt.step import TrainStep
 from fastgpt.train import train
@@ -82,3 +83,31 @@ def test_a_step_waits_for_nothing_and_a_bad_one_changes_nothing(dtype: torch.dty
     step._loss = loss
     step(4, batch)
     assert not all(torch.equal(a, b) for a, b in zip(before, step.parameters, strict=True))
+
+
+def test_a_checkpoint_that_is_written_beside_training_is_that_which_training_waits_for(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 200)
+    hashes = []
+    for beside in (False, True):
+        out = tmp_path / str(beside)
+        config = TrainConfig(
+            dataset=str(text),
+            out_dir=str(out),
+            data_dir=str(tmp_path / "data"),
+            n_layer=2,
+            n_head=2,
+            n_embd=64,
+            block_size=32,
+            batch_size=16,
+            gradient_accumulation_steps=1,
+            max_iters=40,
+            eval_interval=20,
+            warmup_iters=10,
+            dtype="float32",
+            kernels="torch",
+            async_save=beside,
+        )
+        train(config)
+        hashes.append([sha256(out / step / "model.safetensors") for step in ("step-000020", "step-000040")])
+    assert hashes[0] == hashes[1]

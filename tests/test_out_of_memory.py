@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgpt import checkpoint, cli, train
+from fastgpt import checkpoint, cli, saver, train
+from fastgpt.generate import TextGenerator
 from fastgpt.model import GPT
 from fastgpt.run import Run
 from fastgpt.step import TrainStep
@@ -99,6 +100,28 @@ def test_not_even_one_sequence_saves_what_is_done_and_names_the_flags(capsys, mo
     assert "Traceback" not in err
     assert checkpoint.find(Path("out"), "latest").name == "step-000004"
     assert list(records(Path("out"))) == [1, 2, 3, 4]
+
+
+def test_a_sample_without_memory_is_left_out(capsys, monkeypatch):
+    def greedy(*rest, **named):
+        raise ERRORS[0]
+
+    monkeypatch.setattr(TextGenerator, "generate", greedy)
+    out = run("--sample_interval 2")
+    assert capsys.readouterr().out.count("(out of memory)") == 3
+    assert checkpoint.find(out, "latest").name == "step-000006"
+
+
+@pytest.mark.parametrize("cause", ["copy", "thread"])
+def test_async_save_without_room_waits_for_its_checkpoints(capfd, monkeypatch, cause: str):
+    def failing(*rest):
+        raise ERRORS[1] if cause == "copy" else RuntimeError("can't start new thread")
+
+    owner, name = (checkpoint.Snapshot, "copied") if cause == "copy" else (saver.Thread, "start")
+    monkeypatch.setattr(owner, name, failing)
+    out = run("--async_save")
+    assert capfd.readouterr().err.count("no memory or thread for --async_save") == 1
+    assert [folder.name for folder in checkpoint.steps(out)] == ["step-000003", "step-000006"]
 
 
 def test_other_errors_are_no_lack_of_memory(monkeypatch):

@@ -24,6 +24,7 @@ SUMMARY = RunSummary(
     train_seconds=61.0,
     tokens_per_second=1234.5,
     peak_memory=3 << 20,
+    saved_step=6,
 )
 
 
@@ -75,7 +76,9 @@ def test_a_conclusion_leaves_out_what_is_not_known(tmp_path: Path):
 
 
 def test_a_run_that_stopped_says_why_and_how_to_go_on(tmp_path: Path):
-    lines = concluded(tmp_path, "my run", finished=False, stopped_by=15)
+    lost = concluded(tmp_path, "my run", finished=False, stopped_by=15, saved_step=3, failures=1)
+    assert lost[4] == "stopped at step 6 of 9, and step 3 is the last saved in my run"
+    lines = concluded(tmp_path, "my run", finished=False, stopped_by=15, saved_step=6)
     assert lines[4:] == [
         "stopped at step 6 of 9, saved in my run",
         "go on:  python -m fastgpt.train --init_from resume --out_dir 'my run'",

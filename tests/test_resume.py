@@ -142,6 +142,15 @@ def test_a_run_that_is_done_names_a_larger_max_iters(capsys):
     refused(capsys, "", "--max_iters 2", "already at step 2", "--max_iters 4")
 
 
+def test_a_run_beyond_max_iters_is_refused_though_its_evaluation_is_owed(capsys):
+    folder = checkpoint.find(start("--max_iters 4 --eval_interval 2"), "latest")
+    state = json.loads((folder / checkpoint.STATE).read_text())
+    state["progress"]["evaluated_step"] = 2  # as a signal leaves it
+    (folder / checkpoint.STATE).write_text(json.dumps(state))
+    forge_manifest(folder)
+    refused(capsys, "--max_iters 3", "--max_iters 3", "already at step 4")
+
+
 def test_a_changed_text_is_refused(capsys):
     start("--max_iters 2")
     Path("text.txt").write_text(TEXT + " fox", encoding="utf-8")

@@ -215,6 +215,25 @@ def test_a_signal_after_the_last_evaluation_finds_the_run_finished(monkeypatch, 
     assert "go on:" not in captured.out
 
 
+def test_what_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with Signals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.caught is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 0)])
+def test_a_signal_before_training_begins_stops_at_once_or_is_kept(monkeypatch, name: str, code: int):
+    at_call(monkeypatch, run_module.Run, "__init__", 1, lambda: os.kill(os.getpid(), getattr(signal, name)))
+    with pytest.raises(SystemExit) as ended:
+        raise SystemExit(cli.run(train.main, FLAGS))
+    assert ended.value.code == code
+    assert checkpoint.holds_run(Path("out")) == (code == 0)
+
+
 def test_a_signal_before_the_first_step_leaves_nothing_to_resume(monkeypatch, capfd):
     at_call(monkeypatch, run_module.Run, "_take_steps", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert cli.run(train.main, FLAGS) == 143

@@ -116,6 +116,7 @@ def test_the_best_and_the_last_three_checkpoints_are_kept_and_no_other():
         "evaluated_step": 60,
         "best_val_loss": losses[best],
         "best_step": best,
+        "rollbacks": 0,
         "skipped_batches": 0,
     }
 
