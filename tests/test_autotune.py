@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from fastgpt import autotune, dispatch, generate
+from fastgpt import autotune, dispatch, generate, run_folder
 from fastgpt.autotune import BUDGET, FEWEST_ROUNDS, MOST_REPEATS, MOST_ROUNDS, choose, contest, measure
 from fastgpt.choices import CANDIDATES, Choice, Environment
 from fastgpt.config import PRESETS
@@ -292,9 +292,10 @@ def test_a_run_and_a_generator_say_what_they_will_do(resolved):
 @pytest.mark.usefixtures("workplace", "no_picture")
 @pytest.mark.parametrize(("kernels", "expected"), [("reference", "reference"), ("auto", "torch")])
 def test_generation_keeps_columns_that_were_asked_for_and_not_those_found_fastest_for_training(kernels, expected):
-    path = run(f"--max_iters 1 --eval_iters 1 --kernels {kernels}") / "config.json"
-    about = json.loads(path.read_text())
-    path.write_text(json.dumps(about | {"columns": dict.fromkeys(TABLE, "reference")}))
+    out = run(f"--max_iters 1 --eval_iters 1 --kernels {kernels}")
+    config, about = run_folder.load(out)
+    found = {"columns": dict.fromkeys(TABLE, "reference"), "device": about["device"]}
+    run_folder.save(out, config, run_folder.vocabulary(out), found)
     assert set(generate.load(device="cpu").model.ops.columns.values()) == {expected}
 
 

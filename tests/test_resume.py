@@ -48,6 +48,16 @@ def test_twenty_steps_and_twenty_more_are_forty(setting: str):
     assert state_of(parted) == state_of(whole)
 
 
+def test_a_compiled_run_goes_on_to_the_bit():
+    whole = start("--compile --max_iters 12", "whole")
+    parted = start("--compile --max_iters 6 --lr_decay_iters 40", "parted")
+    assert resume("--max_iters 12", "parted") == 0
+    parts, at_end = state_of(parted), state_of(whole)
+    assert parts[1] == at_end[1]
+    own = [value for value in at_end[2] if value[0] not in (6,)]  # where the parted run was evaluated as well
+    assert [value for value in parts[2] if value[0] not in (6,)] == own
+
+
 def test_a_run_cut_into_many_parts_is_the_same_run():
     whole = start("--max_iters 24 --log_interval 1 --eval_interval 1", "whole")
     parted = start("--max_iters 1 --log_interval 1 --eval_interval 1", "parted")
