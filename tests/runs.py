@@ -34,6 +34,17 @@ def run(flags: str = "", out_dir: str = "out") -> Path:
     return Path(out_dir)
 
 
+def run_in(folder: Path, flags: str) -> Path:
+    """Train in a folder that becomes the working folder for that time, with the text in it; the run's folder."""
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        return run(flags).resolve()
+    finally:
+        os.chdir(before)
+
+
 def resume(flags: str = "", out_dir: str = "out") -> int:
     """The exit code of going on with a run."""
     return cli.run(train.main, ["--init_from", "resume", "--out_dir", out_dir, *shlex.split(flags)])

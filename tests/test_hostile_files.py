@@ -36,15 +36,7 @@ MAINS: dict[str, Callable[[], int]] = {
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     """A run with one checkpoint."""
-    folder = tmp_path_factory.mktemp("made")
-    (folder / "text.txt").write_text(runs.TEXT, encoding="utf-8")
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        runs.run("--eval_interval 6")
-    finally:
-        os.chdir(before)
-    return folder / "out"
+    return runs.run_in(tmp_path_factory.mktemp("made"), "--eval_interval 6")
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,5 @@
 """`python -m fastgpt.verify out`: every checkpoint is read, what is damaged is named, and nothing is changed."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -22,15 +21,7 @@ STEPS = (3, 6, 8)
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     """A run of three checkpoints."""
-    folder = tmp_path_factory.mktemp("made")
-    (folder / "text.txt").write_text(runs.TEXT, encoding="utf-8")
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        runs.run(FLAGS)
-    finally:
-        os.chdir(before)
-    return folder / "out"
+    return runs.run_in(tmp_path_factory.mktemp("made"), FLAGS)
 
 
 @pytest.fixture
