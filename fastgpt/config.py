@@ -122,7 +122,6 @@ class TrainConfig(ModelConfig):
         choices=("char", "byte", "gpt2", "bpe"),
     )
     gpt2_vocab: str | None = option(None, "folder with GPT-2's vocab.bpe and encoder.json", path=True)
-
     allow_data_change: bool = option(False, "resume although the text changed since the run began")
 
     # Length and batches

@@ -63,7 +63,7 @@ class Saver:
                 if not is_out_of_memory(error):
                     raise
                 self.beside = False
-                self.memory.clear()
+                self.memory.clear()  # what of the copy there was room for
         pending: Future[Outcome] = Future()
 
         def write() -> None:
@@ -79,6 +79,7 @@ class Saver:
                 self.beside = False
         if not self.beside:
             write()
+            self.memory.clear()
         self.pending = pending
 
     def outcome(self, wait: bool) -> Outcome | None:
