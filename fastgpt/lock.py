@@ -20,16 +20,19 @@ class Locked(Exception):
 
 
 @contextmanager
-def held(path: Path) -> Iterator[None]:
+def held(path: Path, *, make: bool = True) -> Iterator[None]:
     """Hold the lock that is the file `path` until the end of the block; the file holds this process's number.
+
+    Args:
+        make: make the file where there is none.
 
     Raises:
         Locked: another process holds it.
         OSError: the file cannot be made or written.
     """
-    with path.open("a+", encoding="utf-8") as file:
-        _take_or_name_owner(file)
+    with _opened(path, "a+" if make else "r+") as file:
         file.truncate(0)
+        file.seek(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
         yield
@@ -40,6 +43,24 @@ def check(path: Path) -> None:
     if path.is_file():
         with path.open("r+", encoding="utf-8") as file:
             _take_or_name_owner(file)
+
+
+@contextmanager
+def _opened(path: Path, mode: str) -> Iterator[IO[str]]:
+    """The file `path`, opened and locked; who waited for a file that its owner then deleted opens the next one."""
+    while True:
+        with path.open(mode, encoding="utf-8") as file:
+            _take_or_name_owner(file)
+            if _is_still(path, file):
+                yield file
+                return
+
+
+def _is_still(path: Path, file: IO[str]) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def _take_or_name_owner(file: IO[str]) -> None:

@@ -27,13 +27,11 @@ def scratch_folder(target: Path) -> Iterator[Path]:
         while True:
             folder = target.with_name(f".{target.name}.{secrets.token_hex(4)}{SUFFIX}")
             stack.callback(_delete, folder)
-            own_lock = folder.with_name(folder.name + LOCK)
             try:
-                stack.enter_context(lock.held(own_lock))
+                stack.enter_context(lock.held(folder.with_name(folder.name + LOCK)))
+                break
             except lock.Locked:  # by a process that looked for leftovers before this one had its new lock
                 continue
-            if own_lock.exists():  # which that process has not deleted
-                break
         folder.mkdir()
         yield folder
 
@@ -41,7 +39,7 @@ def scratch_folder(target: Path) -> Iterator[Path]:
 def _delete_if_left(path: Path) -> None:
     """Delete a folder whose lock this is, unless somebody holds it."""
     try:
-        with lock.held(path):
+        with lock.held(path, make=False):  # made anew, it could be the one that its owner is about to make
             _delete(path.with_name(path.name.removesuffix(LOCK)))
     except (lock.Locked, OSError):  # in use, or somebody else's
         return

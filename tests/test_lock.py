@@ -214,6 +214,45 @@ class TestNameOfTheOwner:
                 assert path.read_text() == f"{os.getpid()}\n"
 
 
+class TestFileThatIsDeleted:
+    """Who has a lock may delete its file, while others have opened it and wait to lock it."""
+
+    @pytest.fixture
+    def deleted(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """A lock whose file is deleted just before it is locked the first time."""
+        path, take, deleted = tmp_path / "lock", lock._take, []
+
+        def delete_and_take(file) -> bool:
+            if file.name == str(path) and not deleted:
+                deleted.append(path.unlink())
+            return take(file)
+
+        monkeypatch.setattr(lock, "_take", delete_and_take)
+        return path
+
+    def test_the_next_file_is_locked(self, deleted: Path):
+        with lock.held(deleted):
+            assert deleted.read_text() == f"{os.getpid()}\n"
+            assert owner_of(deleted) == str(os.getpid())
+
+    def test_the_next_files_owner_is_not_disturbed(self, deleted: Path, monkeypatch: pytest.MonkeyPatch):
+        other, unlink = deleted.with_name("other"), Path.unlink
+        with child(holder(other)) as (number, pipe):
+            os.read(pipe, 1)
+            monkeypatch.setattr(Path, "unlink", lambda path: (unlink(path), other.rename(path)))
+            with pytest.raises(Locked) as refused, lock.held(deleted):
+                pass
+            assert refused.value.owner == str(number)
+
+    @pytest.mark.parametrize("when", ["before it was opened", "before it was locked"])
+    def test_none_is_made_that_was_not_asked_for(self, deleted: Path, when: str):
+        if when == "before it was locked":
+            deleted.touch()
+        with pytest.raises(FileNotFoundError), lock.held(deleted, make=False):
+            pass
+        assert not list(deleted.parent.iterdir())
+
+
 class TestNoLocks:
     """A file system that cannot lock is told apart from a lock that is held."""
 

@@ -137,6 +137,24 @@ def test_many_at_once_do_not_disturb_each_other(tmp_path: Path):
     assert names(tmp_path) == []
 
 
+def test_a_folder_that_was_in_use_a_moment_ago_is_not_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Between seeing a lock and taking it, its owner may be done: one that is made then would be the next owner's."""
+    opened, made = Path.open, []
+
+    def late(path: Path, *arguments, **options):
+        monkeypatch.setattr(Path, "open", opened)
+        path.unlink()
+        file = opened(path, *arguments, **options)
+        made.append(path)
+        return file
+
+    (tmp_path / ".text.0123abcd.scratch.lock").touch()
+    monkeypatch.setattr(Path, "open", late)
+    with scratch_folder(tmp_path / "text") as folder:
+        assert names(tmp_path) == [folder.name, f"{folder.name}.lock"]
+    assert not made
+
+
 def test_a_failed_write_says_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def full(*_):
         raise OSError(28, "No space left on device")
