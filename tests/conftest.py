@@ -1,9 +1,12 @@
-"""What every test shares: no network but loopback, its own cache, one thread, and `gpu` tests skipped without one.
+"""What every test shares: no network but loopback, its own cache, one thread, signals as a terminal has them, and `gpu`
+tests skipped without one.
 
 Without a GPU the kernels run in Triton's interpreter.
 """
 
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,6 +46,14 @@ def one_thread() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 
+@pytest.fixture(autouse=True, scope="session")
+def usual_signals() -> None:
+    """Hear the signals that nohup, or a shell's &, has left ignored: processes that tests start inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder, so that no test sees or fills the user's."""
@@ -52,12 +63,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder of the test's own, which holds text.txt; samples in it are short."""
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working folder of the test's own, with text.txt in it; samples are short, and what was spawned ends with it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(training, "SAMPLE_TOKENS", 20)
     (tmp_path / "text.txt").write_text(runs.TEXT, encoding="utf-8")
-    return tmp_path
+    yield tmp_path
+    while runs.SPAWNED:
+        runs.SPAWNED.pop().kill()
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ FLAGS = shlex.split(
     "--eval_interval 3 --eval_iters 2 --log_interval 1 --sample_interval 0"
 )
 ENDLESS = "--max_iters 1000000 --eval_interval 1000000"
+SPAWNED: list[subprocess.Popen] = []
 
 
 def run(flags: str = "", out_dir: str = "out") -> Path:
@@ -51,9 +52,11 @@ def resume(flags: str = "", out_dir: str = "out") -> int:
 
 
 def spawn(flags: str = "", **options) -> subprocess.Popen:
-    """The same training as `run`, in a process of its own with pipes."""
+    """The same training as `run`, in a process of its own with pipes; the fixture `workplace` ends it."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-m", "fastgpt.train", *FLAGS, *shlex.split(flags)], **pipes | options)
+    command = [sys.executable, "-m", "fastgpt.train", *FLAGS, *shlex.split(flags)]
+    SPAWNED.append(process := subprocess.Popen(command, **pipes | options))
+    return process
 
 
 def signal_at_step(process: subprocess.Popen, step: int, number: int) -> None:

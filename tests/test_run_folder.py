@@ -250,12 +250,15 @@ class TestWatchers:
         command = [sys.executable, "-c", code, *FLAGS, *shlex.split(ENDLESS)]
         wide = os.environ | {"TERM": "xterm", "COLUMNS": "200"}
         process = subprocess.Popen(command, **terminal, env=wide, start_new_session=True)
-        os.close(child)
-        shown = b""
-        while b"/1000000" not in shown:
-            shown += os.read(parent, 4096)
-        os.close(parent)  # the window is closed: SIGHUP, and nothing can be written any more
-        assert process.wait(60) == 129
+        try:
+            os.close(child)
+            shown = b""
+            while b"/1000000" not in shown:
+                shown += os.read(parent, 4096)
+            os.close(parent)  # the window is closed: SIGHUP, and nothing can be written any more
+            assert process.wait(60) == 129
+        finally:
+            process.kill()
         folder = checkpoint.find(Path("out"), "latest")
         checkpoint.verify(folder)
         assert resume(f"--max_iters {int(folder.name[5:]) + 1}") == 0
