@@ -3,8 +3,9 @@
     out/step-000500/  model.safetensors  optim.safetensors  state.json  manifest.json
     out/latest, out/best                 one line each: the name of a step's folder
 
-A checkpoint is written into a temporary sibling, synced and renamed, and `latest` and `best` are replaced last,
-so whenever the process dies they name whole checkpoints. `manifest.json` holds every file's size and sha256.
+A checkpoint is written into a temporary sibling, synced and renamed, and then `best` and, last of all, `latest` are
+replaced, so whenever the process dies they name whole checkpoints, and a resume goes on from one before which all was
+done. `manifest.json` holds every file's size and sha256.
 What is to be written is a `Snapshot`, so that another thread can write it while training goes on.
 """
 
@@ -24,6 +25,7 @@ from fastgpt.device import synchronize
 from fastgpt.errors import CorruptCheckpoint, UsageError
 from fastgpt.files import (
     delete_folder,
+    regular,
     replace_folder,
     sha256,
     sync,
@@ -77,7 +79,7 @@ def capture(step: int, model: GPT, optimizer: torch.optim.Optimizer, state: Mapp
 
 
 def save(out_dir: Path, snapshot: Snapshot, best_step: int | None = None) -> Path:
-    """Write `out_dir/step-NNNNNN` and point `latest` at it, and `best` at the best step's. Returns the folder.
+    """Write `out_dir/step-NNNNNN` and point `best` at the best step's, and `latest` at it. Returns the folder.
 
     Raises:
         OSError: the disk does not take it; what `latest` and `best` name is whole.
@@ -95,9 +97,9 @@ def save(out_dir: Path, snapshot: Snapshot, best_step: int | None = None) -> Pat
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)  # a full disk needs the room
         raise
-    point(out_dir, "latest", final)
     if best_step is not None:
         point_best(out_dir, best_step)
+    point(out_dir, "latest", final)
     return final
 
 
@@ -307,7 +309,7 @@ def check_vocabulary(step_dir: Path, vocabulary: Tokenizer) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The object that a JSON file of a run holds. Raises `CorruptCheckpoint`."""
     try:
-        if path.stat().st_size > LARGEST_JSON:
+        if regular(path).stat().st_size > LARGEST_JSON:
             raise CorruptCheckpoint(f"{path} is larger than {LARGEST_JSON >> 20} MiB, which no file of a run is")
         content = json.loads(path.read_bytes())
     except OSError as error:

@@ -327,12 +327,12 @@ def test_no_run_there_is_refused_with_the_command_that_makes_one(capsys):
     refused(capsys, "", "--out_dir out", "no run")
 
 
-def test_the_crash_that_parts_latest_from_best_is_mended(monkeypatch):
-    """The process dies after `latest` names the new checkpoint, which is the best, and before `best` does."""
+def test_the_crash_that_parts_best_from_latest_is_mended(monkeypatch):
+    """The process dies after `best` names the new checkpoint, and before `latest` does."""
     point, out = checkpoint.point, Path("out")
 
     def dying(out_dir: Path, name: str, folder: Path) -> None:
-        if (name, folder.name) == ("best", "step-000008"):
+        if (name, folder.name) == ("latest", "step-000008"):
             raise KeyboardInterrupt
         point(out_dir, name, folder)
 
@@ -340,11 +340,11 @@ def test_the_crash_that_parts_latest_from_best_is_mended(monkeypatch):
         patch.setattr(checkpoint, "point", dying)
         flags = shlex.split(f"{HARDER} --max_iters 30 --eval_interval 4")
         assert cli.run(train.main, [*FLAGS, *flags]) == 130
-    assert (out / "latest").read_text() == "step-000008\n"
-    assert (out / "best").read_text() == "step-000004\n"
-    assert resume("--max_iters 9 --learning_rate 9 --schedule constant --grad_clip 0") == 0  # which is worse
-    assert [path.name for path in checkpoint.steps(out)] == [f"step-{step:06d}" for step in (4, 8, 9)]
+    assert (out / "latest").read_text() == "step-000004\n"
     assert (out / "best").read_text() == "step-000008\n"
+    assert resume("--max_iters 5 --learning_rate 9 --schedule constant --grad_clip 0") == 0  # which is worse
+    assert [path.name for path in checkpoint.steps(out)] == [f"step-{step:06d}" for step in (4, 5)]
+    assert (out / "best").read_text() == "step-000004\n"
 
 
 def test_a_run_begun_with_overwrite_is_resumed_and_not_overwritten():
