@@ -5,6 +5,7 @@ Every step that reaches the disk raises an audit event (PEP 578) beforehand: `fa
 the disk, at any of these steps.
 """
 
+import errno
 import hashlib
 import os
 import shutil
@@ -28,6 +29,13 @@ class Identity(TypedDict):
 
     size: int
     sha256: str
+
+
+def regular(path: Path) -> Path:
+    """The path of a file, or of nothing yet. Raises `OSError` for a pipe or a device, which might never end."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(errno.EINVAL, f"{path.name} is no regular file")
+    return path
 
 
 def temporary_sibling(path: Path, purpose: str = "") -> Path:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from fastgpt.files import regular
+
 PATIENCE_SECONDS = 2.0  # for the owner to write down who it is
 
 
@@ -49,7 +51,7 @@ def check(path: Path) -> None:
 def _opened(path: Path, mode: str) -> Iterator[IO[str]]:
     """The file `path`, opened and locked; who waited for a file that its owner then deleted opens the next one."""
     while True:
-        with path.open(mode, encoding="utf-8") as file:
+        with regular(path).open(mode, encoding="utf-8") as file:
             _take_or_name_owner(file)
             if _is_still(path, file):
                 yield file

@@ -30,6 +30,14 @@ def check_training(config: TrainConfig, device: torch.device) -> None:
     _check(B * steps * TOKEN, CPU, f"--gradient_accumulation_steps {steps} with --batch_size {B} takes")
 
 
+def lacking(where: str, config: ModelConfig) -> str:
+    """What to say of a run that has no memory left: where, and what a smaller one would have less of."""
+    return (
+        f"out of memory {where}; lower --block_size {config.block_size}, --n_layer {config.n_layer} or "
+        f"--n_embd {config.n_embd}, or free memory"
+    )
+
+
 def check_position_table(config: ModelConfig, device: torch.device) -> None:
     """Raise `UsageError` for a context whose table of positions cannot fit: no weight tells that it is so long."""
     _check(position_table_bytes(config), device, f"--block_size {config.block_size} takes")

@@ -26,6 +26,7 @@ from rich.text import Text
 
 from fastgpt.config import ModelConfig
 from fastgpt.device import synchronize
+from fastgpt.files import regular
 from fastgpt.units import format_bytes, format_seconds
 
 BAR_WIDTH = 16
@@ -42,7 +43,7 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, step: int):
-        self.path, self.file = path, path.open("ab", buffering=0)
+        self.path, self.file = path, regular(path).open("ab", buffering=0)
         self.take_back(step)
 
     def __enter__(self) -> "MetricsFile":

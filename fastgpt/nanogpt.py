@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fastgpt.errors import UsageError
+from fastgpt.files import regular
 from fastgpt.tokenizer import CharTokenizer
 
 DTYPE = "uint16"
@@ -34,7 +35,7 @@ def vocabulary(meta: Path) -> CharTokenizer:
         UsageError: the file is unreadable, larger than 4 MiB, not plain data, or no character vocabulary.
     """
     try:
-        with meta.open("rb") as file:
+        with regular(meta).open("rb") as file:
             data = file.read(LARGEST_META + 1)
         if len(data) > LARGEST_META:
             raise ValueError(f"it is larger than {LARGEST_META >> 20} MiB")

@@ -10,6 +10,7 @@ import functools
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, cast
@@ -80,7 +81,7 @@ class Run:
         self.saver = Saver(self.out_dir, config.keep_last, beside=config.async_save)
         self.saved_step = self.last_saved = 0  # of the last checkpoint that was begun, and that was finished
         self.saved_best: tuple[float | None, int] = (None, 0)  # of the last that was finished
-        self.restarts = 0  # rollbacks to the time before the first checkpoint
+        self.returns: Counter[int] = Counter()  # rollbacks to each step, which the disk may not have taken
         self.failures = 0
         self.watch = Stopwatch(self.device)
         self.console = Console(file=cast(IO[str], Lasting(sys.stderr)))
@@ -97,7 +98,7 @@ class Run:
             self.metrics = MetricsFile(self.out_dir / "metrics.jsonl", self.progress.step)
             if resumed:
                 checkpoint.point(self.out_dir, "latest", resumed)  # the damaged, or those that were left, are undone
-                checkpoint.point_best(self.out_dir, self.progress.best_step)  # a crash may have come after `latest`
+                checkpoint.point_best(self.out_dir, self.progress.best_step)  # a crash may have come before `latest`
 
     def train(self, signals: Signals) -> RunSummary:
         """Take the steps that are left, and tell how it went; once there are steps, signals wait for a checkpoint."""
@@ -170,11 +171,7 @@ class Run:
         number = self.progress.step + 1
         if not self.micro_batches.divide():
             self._save_the_rest()
-            raise RunFailed(
-                f"out of memory in step {number} with one sequence at a time; lower --block_size "
-                f"{self.config.block_size}, --n_layer {self.config.n_layer} or --n_embd {self.config.n_embd}, "
-                "or free memory"
-            )
+            raise RunFailed(memory_need.lacking(f"in step {number} with one sequence at a time", self.config))
         self.display.say(
             f"out of memory in step {number}: going on with --batch_size {self.micro_batches.batch_size} "
             f"--gradient_accumulation_steps {self.micro_batches.count}, the same sequences in each step"
@@ -227,12 +224,7 @@ class Run:
 
     def _evaluate_and_save(self) -> None:
         """Measure the val loss, unless a signal cuts that short, and save."""
-        loss = evaluate.mean_loss(
-            self.model,
-            evaluate.batches(self.val_loader, self.config),
-            autocast(self.device, self.dtype),
-            stopping=self._is_asked_to_stop,
-        )
+        loss = self._evaluate()
         self._tell_of_save(wait=True)  # one that failed does not hold the best model
         progress = self.progress
         if loss is not None:
@@ -241,6 +233,23 @@ class Run:
                 progress.best_val_loss, progress.best_step = loss, progress.step
             self._write({"step": progress.step, "tokens": progress.tokens, "val_loss": loss})
         self._save()
+
+    def _evaluate(self) -> float | None:
+        """The val loss, or None where a signal cut it short; what is done is saved where the memory is too small."""
+        try:
+            return evaluate.mean_loss(
+                self.model,
+                evaluate.batches(self.val_loader, self.config),
+                autocast(self.device, self.dtype),
+                stopping=self._is_asked_to_stop,
+            )
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # Not in the except block, where the exception would keep what the evaluation took.
+        self._save_the_rest()
+        where = f"in the evaluation after step {self.progress.step} with one sequence at a time"
+        raise RunFailed(memory_need.lacking(where, self.config))
 
     def _is_asked_to_stop(self) -> bool:
         """What signals want, between two batches of an evaluation: a checkpoint, which is written here, or an end."""
@@ -362,11 +371,11 @@ class Run:
         if folder:
             self._load(folder)
             self.step.guard.open()
-            self.progress.rollbacks = returns = self.progress.rollbacks + 1
         else:
             self._start_over()
-            self.restarts = returns = self.restarts + 1
         back_to, row = self.progress.step, f"{self.config.rollback_after} steps in a row were skipped"
+        returns = max(self.returns[back_to], self.progress.rollbacks) + 1
+        self.returns[back_to] = self.progress.rollbacks = returns
         if returns > self.config.max_rollbacks:
             raise RunFailed(
                 f"step {step}: {row}, the last because {why}; {returns - 1} returns to step {back_to} did not help: "

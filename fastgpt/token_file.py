@@ -46,7 +46,7 @@ def scan(path: Path, dtype: str, vocab_size: int, *digests: "_Hash") -> int:
     """
     width, size, largest = np.dtype(dtype).itemsize, 0, 0
     try:
-        with path.open("rb") as file:
+        with files.regular(path).open("rb") as file:
             while block := file.read(READ_BYTES):
                 for digest in digests:
                     digest.update(block)

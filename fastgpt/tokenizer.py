@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from fastgpt.errors import UsageError
-from fastgpt.files import write_atomic
+from fastgpt.files import regular, write_atomic
 
 KINDS = ("char", "byte", "gpt2", "bpe")
 SMALLEST_BPE = 257
@@ -311,7 +311,7 @@ def read_json(path: Path) -> Any:
         OSError: it cannot be read.
         ValueError: it is larger, or no JSON.
     """
-    with path.open("rb") as file:
+    with regular(path).open("rb") as file:
         data = file.read(LARGEST_JSON + 1)
     if len(data) > LARGEST_JSON:
         raise ValueError(f"it is larger than {LARGEST_JSON >> 20} MiB")

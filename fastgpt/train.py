@@ -12,10 +12,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fastgpt import checkpoint, cli, foreign, run_folder
+from fastgpt import checkpoint, cli, foreign, memory_need, run_folder
 from fastgpt.config import PRESETS, TrainConfig, validate
-from fastgpt.device import resolve_device
-from fastgpt.errors import UsageError
+from fastgpt.device import is_out_of_memory, resolve_device
+from fastgpt.errors import RunFailed, UsageError
 from fastgpt.report import RunSummary
 from fastgpt.run import Run
 from fastgpt.signals import Signals
@@ -30,11 +30,17 @@ def train(config: TrainConfig) -> RunSummary:
     """
     validate(config)
     run_folder.check_free(Path(config.out_dir))
-    with Signals(patient=False) as signals:
-        run = Run(config)
-        with run_folder.locked(run.out_dir):
-            run.open()
-            return run.train(signals)
+    try:
+        with Signals(patient=False) as signals:
+            run = Run(config)
+            with run_folder.locked(run.out_dir):
+                run.open()
+                return run.train(signals)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        # In an update, for one, and then half of the weights may have changed: nothing is saved.
+        raise RunFailed(memory_need.lacking("outside of forward and backward passes", config)) from None
 
 
 def starting_point(preset: str | None, given: Mapping[str, object]) -> tuple[TrainConfig, str]:

@@ -1,5 +1,6 @@
 """A bad step changes nothing, is told, and a row of them leads back: whole runs with what goes wrong put in."""
 
+import errno
 import itertools
 import json
 import math
@@ -259,6 +260,25 @@ def test_going_back_in_vain_ends_with_one_line_and_code_1(capsys, monkeypatch, r
     assert "Traceback" not in err
     folder = checkpoint.find(Path("out"), "latest")
     checkpoint.verify(folder)
+    assert finite(Path("out"))
+
+
+@pytest.mark.parametrize("flags", ["", "--async_save"])
+def test_going_back_in_vain_ends_where_the_disk_is_full_too(capsys, monkeypatch, flags: str):
+    """How often it went back is kept in a checkpoint, and here none is taken after the first."""
+    save = checkpoint.save
+
+    def full(out_dir: Path, *rest):
+        if checkpoint.steps(out_dir):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save(out_dir, *rest)
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    with_losses(monkeypatch, lambda place, loss: loss + math.nan if place >= 6 else loss)
+    assert cli.run(train.main, [*FLAGS, *f"{LONG} --rollback_after 3 --max_rollbacks 2 {flags}".split()]) == 1
+    err = capsys.readouterr().err
+    assert err.count("; back to step 4, ") == 2
+    assert "2 returns to step 4 did not help" in err.splitlines()[-1]
     assert finite(Path("out"))
 
 

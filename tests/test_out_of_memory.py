@@ -1,17 +1,18 @@
 """Where the memory is too small for a micro-batch, smaller ones give the same step."""
 
+import itertools
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastgpt import checkpoint, cli, saver, train
+from fastgpt import checkpoint, cli, evaluate, optim, saver, train
 from fastgpt.generate import TextGenerator
 from fastgpt.model import GPT
 from fastgpt.run import Run
 from fastgpt.step import TrainStep
-from tests.runs import FLAGS, records, run, tensors
+from tests.runs import FLAGS, records, resume, run, tensors
 
 pytestmark = pytest.mark.usefixtures("workplace", "no_picture")
 ERRORS = [
@@ -100,6 +101,43 @@ def test_not_even_one_sequence_saves_what_is_done_and_names_the_flags(capsys, mo
     assert "Traceback" not in err
     assert checkpoint.find(Path("out"), "latest").name == "step-000004"
     assert list(records(Path("out"))) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("flags", ["", "--async_save"])
+def test_an_evaluation_without_memory_saves_what_is_done(capsys, monkeypatch, flags: str):
+    def greedy(*rest):
+        raise ERRORS[1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "_loss", greedy)
+        assert cli.run(train.main, [*FLAGS, *flags.split()]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: out of memory in the evaluation after step 3 with one sequence at a time; lower --")
+    assert checkpoint.find(Path("out"), "latest").name == "step-000003"
+    whole = run("", "whole")
+    assert resume() == 0
+    for key in ("loss", "val_loss"):
+        assert records(Path("out"), key) == records(whole, key)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "saved"), [(TrainStep, "update", 3), (Run, "_make_model", None), (optim.AdamW, "reset", None)]
+)
+def test_memory_that_ends_elsewhere_ends_the_run_in_one_line(capsys, monkeypatch, owner, name: str, saved: int | None):
+    """In an update half of the weights may have changed, so the checkpoint before it stays."""
+    function, calls = getattr(owner, name), itertools.count(1)
+
+    def greedy(*rest):
+        if saved is None or next(calls) == 5:
+            raise ERRORS[1]
+        return function(*rest)
+
+    monkeypatch.setattr(owner, name, greedy)
+    assert cli.run(train.main, FLAGS) == 1
+    err = capsys.readouterr().err
+    assert err.splitlines()[-1].startswith("error: out of memory outside of forward and backward passes; lower ")
+    assert "Traceback" not in err
+    assert [folder.name for folder in checkpoint.steps(Path("out"))] == (["step-000003"] if saved else [])
 
 
 def test_a_sample_without_memory_is_left_out(capsys, monkeypatch):
