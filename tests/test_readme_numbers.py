@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import pytest
@@ -27,6 +27,7 @@ ALLOWED = {
 UNITS = "x|×|ms|µs|s|%|GB|MB|MiB|GiB|k"
 NUMBER = re.compile(rf"(?P<digits>\d[\d,]*(?:\.\d+)?)(?: ?(?P<unit>{UNITS})(?![A-Za-z]))?")
 NAME_BEFORE = re.compile(r"[A-Za-z_][\w.]*-?$")  # the 16 of bfloat16, the 2 of GPT-2
+LONGEST_NAME = 40  # characters before a number that are looked at
 STATISTICS = ("median", "iqr")  # not the extremes: the more numbers, the easier a made-up one finds its like
 
 
@@ -37,15 +38,18 @@ class Shown:
     text: str
     unit: str
 
-    @property
-    def decimals(self) -> int:
-        return len(self.text.partition(".")[2])
+    @cached_property
+    def value(self) -> float:
+        return float(self.text.replace(",", ""))
+
+    @cached_property
+    def tolerance(self) -> float:
+        if len(self.text.replace(",", "").replace(".", "").lstrip("0")) <= 1:
+            return 0.0
+        return 0.5 * 10 ** -len(self.text.partition(".")[2]) * (1 + 1e-9)
 
     def is_rounded(self, value: float) -> bool:
-        shown = float(self.text.replace(",", ""))
-        if len(self.text.replace(",", "").replace(".", "").lstrip("0")) <= 1:
-            return shown == value
-        return abs(shown - value) <= 0.5 * 10**-self.decimals * (1 + 1e-9)
+        return abs(self.value - value) <= self.tolerance
 
 
 @dataclass
@@ -66,7 +70,7 @@ def read_numbers(text: str) -> Iterator[Shown]:
     """The numbers in a text, but for those that are part of a name, as in bfloat16, GPT-2 or 8481C."""
     for match in NUMBER.finditer(text):
         after = text[match.end() : match.end() + 1]
-        if not NAME_BEFORE.search(text[: match.start()]) and not after.isalpha():
+        if not NAME_BEFORE.search(text[max(0, match.start() - LONGEST_NAME) : match.start()]) and not after.isalpha():
             yield Shown(match["digits"].rstrip(","), match["unit"] or "")
 
 
