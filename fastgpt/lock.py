@@ -1,14 +1,14 @@
 """Locks that a process holds until it ends, however it ends: the system frees them."""
 
+import errno
 import os
 import re
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
-
-from fastgpt.files import regular
 
 PATIENCE_SECONDS = 2.0  # for the owner to write down who it is
 
@@ -43,7 +43,7 @@ def held(path: Path, *, make: bool = True) -> Iterator[None]:
 def check(path: Path) -> None:
     """Raise `Locked` where another process holds the lock; nothing is made or changed."""
     if path.is_file():
-        with path.open("r+", encoding="utf-8") as file:
+        with open(path, "r+", encoding="utf-8", opener=_open_regular) as file:
             _take_or_name_owner(file)
 
 
@@ -51,11 +51,20 @@ def check(path: Path) -> None:
 def _opened(path: Path, mode: str) -> Iterator[IO[str]]:
     """The file `path`, opened and locked; who waited for a file that its owner then deleted opens the next one."""
     while True:
-        with regular(path).open(mode, encoding="utf-8") as file:
+        with open(path, mode, encoding="utf-8", opener=_open_regular) as file:
             _take_or_name_owner(file)
             if _is_still(path, file):
                 yield file
                 return
+
+
+def _open_regular(path: str, flags: int) -> int:
+    """Open a file, but no link, behind which may lie a file that is not to be overwritten, nor a pipe."""
+    descriptor = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, f"{Path(path).name} is no regular file")
+    return descriptor
 
 
 def _is_still(path: Path, file: IO[str]) -> bool:

@@ -253,6 +253,23 @@ class TestFileThatIsDeleted:
         assert not list(deleted.parent.iterdir())
 
 
+class TestLinks:
+    """A lock is written to, so a link in its place would have another file written over."""
+
+    @pytest.mark.parametrize("there", [True, False])
+    def test_what_a_link_leads_to_is_not_touched(self, tmp_path: Path, there: bool):
+        path, precious = tmp_path / "lock", tmp_path / "precious"
+        if there:
+            precious.write_text("precious")
+        path.symlink_to(precious)
+        for make in (True, False):
+            with pytest.raises(OSError, match="symbolic links"), lock.held(path, make=make):
+                pass
+        with pytest.raises(OSError, match="symbolic links") if there else nullcontext():
+            lock.check(path)
+        assert (precious.read_text() if there else precious.exists()) == ("precious" if there else False)
+
+
 class TestNoLocks:
     """A file system that cannot lock is told apart from a lock that is held."""
 

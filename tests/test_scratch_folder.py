@@ -111,6 +111,14 @@ def test_somebody_elses_hidden_files_stay(tmp_path: Path):
     assert names(tmp_path) == [".cache.lock", ".git", ".text.scratch", "x.scratch"]
 
 
+def test_a_link_in_the_place_of_a_lock_harms_nobody(tmp_path: Path):
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / ".x.scratch.lock").symlink_to(tmp_path / "precious")
+    with scratch_folder(tmp_path / "text"):
+        pass
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
 def test_many_at_once_do_not_disturb_each_other(tmp_path: Path):
     """Every thread holds its own locks, as processes do."""
     stop, failures = time.monotonic() + 1.0, []
