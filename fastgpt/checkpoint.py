@@ -25,6 +25,7 @@ from fastgpt.device import synchronize
 from fastgpt.errors import CorruptCheckpoint, UsageError
 from fastgpt.files import (
     delete_folder,
+    leftovers,
     regular,
     replace_folder,
     sha256,
@@ -38,10 +39,10 @@ from fastgpt.tokenizer import Tokenizer
 
 FORMAT = 1
 LONGEST_NAME = 100  # bytes of `latest` and `best` that are read
-LARGEST_JSON = 64 << 20  # bytes
+LARGEST_JSON = 1 << 20  # bytes; they are a few thousand
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optim.safetensors", "state.json", "manifest.json"
 FILES = (MODEL, OPTIMIZER, STATE)  # what the manifest lists
-STEP_NAME = re.compile(r"step-\d{6,18}")
+STEP_NAME = re.compile(r"step-(\d{6}|[1-9]\d{6,17})", re.ASCII)
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -78,8 +79,8 @@ def capture(step: int, model: GPT, optimizer: torch.optim.Optimizer, state: Mapp
     return Snapshot(step, content, {MODEL: model.weights(), OPTIMIZER: _moments(model, optimizer)})
 
 
-def save(out_dir: Path, snapshot: Snapshot, best_step: int | None = None) -> Path:
-    """Write `out_dir/step-NNNNNN` and point `best` at the best step's, and `latest` at it. Returns the folder.
+def save(out_dir: Path, snapshot: Snapshot, best_step: int = 0) -> Path:
+    """Write `out_dir/step-NNNNNN`, point `best` at the best step's, if any, and `latest` at it. Returns the folder.
 
     Raises:
         OSError: the disk does not take it; what `latest` and `best` name is whole.
@@ -94,20 +95,21 @@ def save(out_dir: Path, snapshot: Snapshot, best_step: int | None = None) -> Pat
         write(temporary / MANIFEST, [_json({"format": FORMAT, "files": files})])
         sync(temporary)
         replace_folder(temporary, final)
-    except OSError:
+    except Exception:
         shutil.rmtree(temporary, ignore_errors=True)  # a full disk needs the room
         raise
-    if best_step is not None:
-        point_best(out_dir, best_step)
+    point_best(out_dir, best_step)
     point(out_dir, "latest", final)
     return final
 
 
 def point_best(out_dir: Path, step: int) -> None:
-    """Make `best` name the checkpoint of a step, where it is still there."""
+    """Make `best` name the checkpoint of a step; where that is not there, none is the best."""
     folder = folder_of(out_dir, step)
     if folder.is_dir():
         point(out_dir, "best", folder)
+    else:
+        (out_dir / "best").unlink(missing_ok=True)
 
 
 def point(out_dir: Path, name: str, folder: Path) -> None:
@@ -147,6 +149,14 @@ def steps(out_dir: Path) -> list[Path]:
     return sorted(folders, key=_number)
 
 
+def size(step_dir: Path) -> int:
+    """Bytes of a checkpoint's files; 0 where they cannot be looked at."""
+    try:
+        return sum(file.lstat().st_size for file in step_dir.iterdir())
+    except OSError:
+        return 0
+
+
 def holds_run(out_dir: Path) -> bool:
     """Whether there is a run that would be lost: a checkpoint, or the record of a step."""
     record = out_dir / "metrics.jsonl"
@@ -159,8 +169,13 @@ def require(out_dir: Path) -> None:
         raise UsageError(
             f"--out_dir {out_dir} holds no run; train one first: python -m fastgpt.train --out_dir {out_dir}"
         )
-    if not steps(out_dir):
+    if not steps(out_dir) and not leftovers(out_dir):
         raise UsageError(f"--out_dir {out_dir} holds a run without a checkpoint yet; start it with --overwrite")
+    if not steps(out_dir):
+        raise UsageError(
+            f"--out_dir {out_dir} has its checkpoint put aside by a process that died; put it back by going on: "
+            "python -m fastgpt.train --init_from resume"
+        )
 
 
 def find(out_dir: Path, name: str) -> Path:
@@ -224,14 +239,14 @@ def newest_good(out_dir: Path, before: int) -> Path | None:
     latest, whole = _named_by(out_dir / "latest"), []
     for folder in reversed(steps(out_dir)):
         if _number(folder) < before and (latest is None or _number(folder) <= _number(latest)):
-            with suppress(CorruptCheckpoint):
+            with suppress(CorruptCheckpoint, KeyError, TypeError):  # damaged, or its state is not of this version
                 verify(folder)
-                whole.append(folder)
                 state = load_state(folder)
                 progress = state["progress"]
                 diverged = progress["evaluated_step"] == progress["step"] and progress["val_loss"] is None
                 if not (state["guard"]["in_row"] or diverged):
                     return folder
+                whole.append(folder)
     return whole[0] if whole else None
 
 

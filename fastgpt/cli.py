@@ -5,6 +5,7 @@ turns what it raises into exit codes: 0 done, 1 failed, 2 bad usage or input, 13
 """
 
 import argparse
+import contextlib
 import dataclasses
 import io
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fastgpt import config as configuration
+from fastgpt import streams
 from fastgpt.errors import LONGEST_SHOWN, RunFailed, UsageError, nearest, shown
 
 Config = TypeVar("Config")
@@ -82,9 +84,15 @@ def change(start: Config, given: Mapping[str, Any]) -> Config:
 
 def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
     """Call `main(argv)` and return its exit code; an error that the user can mend is one line on stderr."""
+    streams.open_missing()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a character is no reason to stop
+    with contextlib.redirect_stderr(typing.cast(typing.IO[str], streams.Lasting(sys.stderr))):
+        return _exit_code(main, argv)
+
+
+def _exit_code(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:
     try:
         return main(argv)
     except UsageError as error:

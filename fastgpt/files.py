@@ -12,6 +12,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TypedDict
 
@@ -92,23 +93,30 @@ def delete_folder(path: Path) -> None:
     """Delete a folder in a way that leaves no half of it under its name, wherever the process dies."""
     doomed = temporary_sibling(path, DOOMED)
     path.rename(doomed)
-    shutil.rmtree(doomed)
+    doomed.unlink() if doomed.is_symlink() else shutil.rmtree(doomed)
+
+
+def leftovers(parent: Path) -> list[Path]:
+    """What a process that died, or one that is writing now, has in a folder under a temporary name."""
+    return sorted(parent.glob(f"{TEMPORARY}*"))
 
 
 def recover(parent: Path) -> None:
     """Mend what a process that died left behind in a folder, which nobody else is writing to.
 
-    Folders that had been put aside are put back, unless they were replaced; all else that is temporary is deleted.
+    Folders that had been put aside are put back, unless they were replaced; all else that is temporary is deleted, or
+    left where it cannot be.
     """
-    for path in sorted(parent.glob(f"{TEMPORARY}*")):
+    for path in leftovers(parent):
         name = path.name.removeprefix(TEMPORARY)
         original = parent / name.removeprefix(ASIDE).rpartition("-")[0]
         if name.startswith(ASIDE) and path.is_dir() and not original.exists():
             path.rename(original)
-        elif path.is_dir():
-            shutil.rmtree(path)
+        elif path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
         else:
-            path.unlink()
+            with suppress(OSError):
+                path.unlink()
 
 
 def sha256(*paths: Path) -> str:

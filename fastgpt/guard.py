@@ -16,7 +16,8 @@ import torch
 
 MEMORY = 0.02  # what a new loss counts in the running mean and variance: they look back over about 50 steps
 WARMUP = 50  # good steps before a loss can lie too high
-STATE = ("in_row", "good", "mean", "variance")
+COUNTS = ("in_row", "good")
+STATE = (*COUNTS, "mean", "variance")
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,14 @@ class Guard:
         return dict(zip(STATE, torch.stack([getattr(self, name) for name in STATE]).tolist(), strict=True))
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Judge as the guard whose `state_dict` this is; an empty one is that of a new run."""
+        """Judge as the guard whose `state_dict` this is; an empty one is that of a new run.
+
+        Raises:
+            TypeError, ValueError: it is none.
+        """
         for name in STATE:
-            setattr(self, name, torch.full_like(self.in_row, state.get(name, 0.0)))
+            value = float(state.get(name, 0.0))
+            if math.isnan(value) or (name in COUNTS and not 0 <= value < 2**53):
+                raise ValueError(f"the guard's {name} is {value}")
+            setattr(self, name, torch.full_like(self.in_row, value))
         self.unread.clear()

@@ -27,6 +27,8 @@ from rich.text import Text
 from fastgpt.config import ModelConfig
 from fastgpt.device import synchronize
 from fastgpt.files import regular
+from fastgpt.progress import Progress
+from fastgpt.streams import Lasting
 from fastgpt.units import format_bytes, format_seconds
 
 BAR_WIDTH = 16
@@ -36,15 +38,18 @@ Record = dict[str, Any]
 class MetricsFile:
     """`metrics.jsonl`, to which whole lines are appended, by steps in order.
 
-    The only thing that is ever taken back is the end: half a line, and the records of steps that are done again.
+    The only thing that is ever taken back is the end: half a line, and the records of what is done again.
+
+    Args:
+        progress: of the run, which is to have no record of what comes later.
 
     Raises:
         OSError: the file cannot be read, written or made.
     """
 
-    def __init__(self, path: Path, step: int):
+    def __init__(self, path: Path, progress: Progress):
         self.path, self.file = path, regular(path).open("ab", buffering=0)
-        self.take_back(step)
+        self.take_back(progress)
 
     def __enter__(self) -> "MetricsFile":
         return self
@@ -52,14 +57,14 @@ class MetricsFile:
     def __exit__(self, *_: object) -> None:
         self.file.close()
 
-    def take_back(self, step: int) -> None:
-        """Cut off the records of steps after `step`, and a line that a crash cut short."""
+    def take_back(self, progress: Progress) -> None:
+        """Cut off all from the first record of a later time than `progress`, and a line that a crash cut short."""
         self.end, line = 0, b"\n"
         with self.path.open("rb") as file:
             for line in file:
                 record = _record(line)
                 whole = record is not None or line.endswith(b"\n")
-                if not whole or (record and record["step"] > step):
+                if not whole or (record and _is_later(record, progress)):
                     line = b"\n"
                     break
                 self.end += len(line)
@@ -95,6 +100,14 @@ def read_metrics(path: Path) -> list[Record]:
         return []
     with path.open("rb") as file:
         return [record for line in file if (record := _record(line))]
+
+
+def _is_later(record: Record, progress: Progress) -> bool:
+    """Whether it is of a later step, or of an evaluation or a return that has yet to come at that step."""
+    left_out = record.get("batches")
+    if isinstance(left_out, list) and left_out and isinstance(left_out[-1], int):
+        return record["step"] > progress.step or left_out[-1] + 1 - record["step"] > progress.skipped_batches
+    return record["step"] > (progress.evaluated_step if "val_loss" in record else progress.step)
 
 
 def _record(line: bytes) -> Record | None:
@@ -158,31 +171,6 @@ class Display:
 def print_product(text: str) -> None:
     """Print to stdout, for as long as somebody reads it."""
     print(text, file=Lasting(sys.stdout), flush=True)
-
-
-class Lasting:
-    """A standard stream that leads nowhere once its pipe or terminal is closed: a run outlives whoever watches it."""
-
-    def __init__(self, stream: Any):
-        self.stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> None:
-        try:
-            self.stream.write(text)
-        except OSError:
-            self._lead_nowhere()
-
-    def flush(self) -> None:
-        try:
-            self.stream.flush()
-        except OSError:
-            self._lead_nowhere()
-
-    def _lead_nowhere(self) -> None:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 class Stopwatch:

@@ -7,16 +7,19 @@ import numpy as np
 
 from fastgpt.metrics import read_metrics
 
+LARGEST = 1e15  # steps, tokens, nats
+
 
 def plot_loss(out_dir: Path) -> Path:
     """Draw `plots/loss.png`: training and validation loss against steps (below) and tokens (above)."""
     from matplotlib.figure import Figure
 
-    records = [record for record in read_metrics(out_dir / "metrics.jsonl") if isinstance(record.get("tokens"), int)]
+    found = read_metrics(out_dir / "metrics.jsonl")
+    records = [record for record in found if all(_is_drawn(record.get(key)) for key in ("step", "tokens"))]
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.subplots()
     for key, label, style in (("loss", "train", "-"), ("val_loss", "val", "o-")):
-        points = [(r["step"], r[key]) for r in records if isinstance(r.get(key), int | float)]
+        points = [(r["step"], r[key]) for r in records if _is_drawn(r.get(key))]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.2, markersize=3.5)
     axes.set_xlabel("step")
@@ -39,3 +42,8 @@ def plot_loss(out_dir: Path) -> Path:
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path)
     return path
+
+
+def _is_drawn(value: Any) -> bool:
+    """Whether it is a number that a picture has room for."""
+    return isinstance(value, int | float) and abs(value) <= LARGEST

@@ -22,6 +22,10 @@ class Progress:
     rollbacks: int = option(0, "how often the run came back to this step's checkpoint", low=0)
     skipped_batches: int = option(0, "batches of the data that were left out: step s takes batch s + this", low=0)
 
+    def forget_best(self) -> None:
+        """Let the next evaluation be the best so far."""
+        self.best_val_loss, self.best_step = None, 0
+
 
 def read(state: Mapping[str, Any], path: Path) -> Progress:
     """The progress in the content of a state.json, which is at `path`. Raises `CorruptCheckpoint`."""

@@ -25,13 +25,14 @@ from fastgpt.errors import CorruptCheckpoint, RunFailed, UsageError
 from fastgpt.generate import TextGenerator
 from fastgpt.guard import Verdict
 from fastgpt.loader import MicroBatches
-from fastgpt.metrics import Display, Lasting, MetricsFile, Record, Stopwatch, flops_per_token, print_product
+from fastgpt.metrics import Display, MetricsFile, Record, Stopwatch, flops_per_token, print_product
 from fastgpt.model import GPT
 from fastgpt.progress import Progress
 from fastgpt.report import RunSummary
 from fastgpt.saver import Saver
 from fastgpt.signals import Signals
 from fastgpt.step import TrainStep
+from fastgpt.streams import Lasting
 from fastgpt.workload import Workload
 
 SAMPLE_TOKENS = 200
@@ -95,10 +96,10 @@ class Run:
         if self.config.overwrite:
             run_folder.delete(self.out_dir)
         with run_folder.explained(self.out_dir):
-            self.metrics = MetricsFile(self.out_dir / "metrics.jsonl", self.progress.step)
             if resumed:
-                checkpoint.point(self.out_dir, "latest", resumed)  # the damaged, or those that were left, are undone
                 checkpoint.point_best(self.out_dir, self.progress.best_step)  # a crash may have come before `latest`
+                checkpoint.point(self.out_dir, "latest", resumed)  # the damaged, or those that were left, are undone
+            self.metrics = MetricsFile(self.out_dir / "metrics.jsonl", self.progress)
 
     def train(self, signals: Signals) -> RunSummary:
         """Take the steps that are left, and tell how it went; once there are steps, signals wait for a checkpoint."""
@@ -184,7 +185,7 @@ class Run:
                 continue
             batch = step - 1 + self.progress.skipped_batches
             self.display.say(f"step {step}: skipped, because {verdict.skipped} (batch {batch} of the data)")
-            tokens = step * self.config.tokens_per_step
+            tokens = self.progress.tokens - (self.progress.step - step) * self.config.tokens_per_step
             self._write({"step": step, "tokens": tokens, "skipped": verdict.skipped, "batch": batch})
             if verdict.in_row >= self.config.rollback_after:
                 self._roll_back(step, verdict.skipped)
@@ -273,7 +274,7 @@ class Run:
         self.saved_step = progress.step
         self.saving = judged, (progress.best_val_loss, progress.best_step)
         beside = self.saver.beside
-        self.saver.save(snapshot, progress.best_step if progress.best_val_loss is not None else None, self._describe)
+        self.saver.save(snapshot, progress.best_step, self._describe)
         if not self.saver.beside:
             self._tell_of_save(wait=True)
         if beside and not self.saver.beside:
@@ -326,7 +327,8 @@ class Run:
         if outcome.error:
             self.failures += 1
             what = "old checkpoints were not deleted" if outcome.saved else "not saved, the checkpoint before it stays"
-            self.display.say(f"warning: step {outcome.step}: {what}: {outcome.error}")
+            why = (str(outcome.error) or type(outcome.error).__name__).splitlines()[0]
+            self.display.say(f"warning: step {outcome.step}: {what}: {why}")
 
     def _resume(self) -> Path:
         """Take up the newest checkpoint that is whole, or the very one that --init_from names."""
@@ -336,6 +338,8 @@ class Run:
         else:
             checkpoint.verify(folder)
         self._load(folder)
+        if run_folder.text_changed(self.out_dir, self.data):
+            self.progress.forget_best()  # whose loss is that of another text
         step = self.progress.step
         if step > self.config.max_iters or self._is_finished():
             raise UsageError(
@@ -349,6 +353,8 @@ class Run:
         state = checkpoint.load_state(folder)
         checkpoint.check_vocabulary(folder, self.data.tokenizer)
         self.progress = progress.read(state, folder / checkpoint.STATE)
+        if not checkpoint.folder_of(self.out_dir, self.progress.best_step).is_dir():
+            self.progress.forget_best()  # it was left out of what was kept in a time that is undone now
         with checkpoint.naming(folder / checkpoint.MODEL):
             self.model.load_weights(checkpoint.load_weights(folder))
         checkpoint.load_optimizer(folder, self.model, self.step.optimizer)
@@ -388,16 +394,16 @@ class Run:
             f"step {step}: {row}, the last because {why}; back to step {back_to}, and batches {left_out[0]} to "
             f"{left_out[1]} are left out"
         )
+        if folder:
+            self._save(returned=True)  # so that a resume need not find out again
         try:
-            self.metrics.take_back(back_to)
+            self.metrics.take_back(self.progress)
         except OSError as error:
             self.failures += 1
             self.display.say(f"warning: {self.metrics.path} keeps the steps that are done again: {error}")
         tokens = self.progress.tokens
         record = {"step": back_to, "tokens": tokens, "rolled_back_from": step, "skipped": why, "batches": left_out}
         self._write(record)
-        if folder:
-            self._save(returned=True)  # so that a resume need not find out again
 
     def _start_over(self) -> None:
         """Become the run before its first step."""

@@ -18,13 +18,14 @@ from fastgpt import checkpoint, lock, tokenizer
 from fastgpt.config import TrainConfig, validate
 from fastgpt.corpus import Corpus
 from fastgpt.errors import CorruptCheckpoint, UsageError
-from fastgpt.files import recover, temporary_sibling, write, write_atomic
+from fastgpt.files import leftovers, recover, temporary_sibling, write, write_atomic
 from fastgpt.units import format_bytes
 
 FORMAT = 1
 LOCK = ".lock"
 # Deleted in this order: config.json, by which `claim` knows that the others are a run's, goes last.
-RUN_FILES = ("tokenizer.json", "metrics.jsonl", "latest", "best", "plots/loss.png", "config.json")
+RUN_FILES = ("tokenizer.json", "metrics.jsonl", "latest", "best", "config.json")
+PICTURE = "plots/loss.png"
 COMMANDS = ("init_from", "overwrite", "allow_data_change")  # of one start, not of the run
 FIXED = ("block_size", "n_layer", "n_head", "kv_heads", "n_embd", "bias", "position", "tokenizer")
 
@@ -44,6 +45,17 @@ def locked(out_dir: Path) -> Iterator[None]:
             stack.enter_context(lock.held(out_dir / LOCK))
             recover(out_dir)
         yield
+
+
+def mend(out_dir: Path) -> None:
+    """Mend what a process that died left half done, before a resume looks at what there is.
+
+    Raises:
+        UsageError: another process owns the folder, or it cannot be written.
+    """
+    if leftovers(out_dir):
+        with locked(out_dir):
+            pass
 
 
 def check_free(out_dir: Path) -> None:
@@ -91,7 +103,7 @@ def check_disk(out_dir: Path, config: TrainConfig, parameters: int, step: int) -
     count = min(saves, config.keep_last + 2)  # the best one, and the one that is being written
     probe = temporary_sibling(out_dir / "probe")
     with explained(out_dir):
-        held = sum(file.lstat().st_size for folder in checkpoint.steps(out_dir) for file in folder.iterdir())
+        held = sum(checkpoint.size(folder) for folder in checkpoint.steps(out_dir))
         try:
             write(probe, [bytes(1 << 16)])
         finally:
@@ -147,11 +159,17 @@ def _is_ours(out_dir: Path) -> bool:
 
 
 def delete(out_dir: Path) -> None:
-    """Delete a run's own files and folders, and nothing else that its folder may hold."""
-    checkpoint.delete(out_dir)
-    recover(out_dir)
-    for name in RUN_FILES:
-        (out_dir / name).unlink(missing_ok=True)
+    """Delete a run's own files and folders, and nothing else that its folder may hold.
+
+    Raises:
+        UsageError: one of them cannot be deleted; those after it are still there.
+    """
+    with explained(out_dir):
+        (out_dir / PICTURE).unlink(missing_ok=True)  # first, as it lies in a folder of its own and is drawn again
+        checkpoint.delete(out_dir)
+        recover(out_dir)
+        for name in RUN_FILES:
+            (out_dir / name).unlink(missing_ok=True)
     with suppress(OSError):  # it holds something else, or is not there
         (out_dir / "plots").rmdir()
 
@@ -211,14 +229,22 @@ def check_resume(out_dir: Path, config: TrainConfig, data: Corpus) -> None:
             f"resume with the run's own data, {ways_out}or start another --out_dir"
         )
     began_with = about.get("corpus", {}).get("source_sha256")
-    if data.source_sha256 != began_with:
+    if text_changed(out_dir, data):
         change = f"(sha256 {data.source_sha256[:8]}, then {str(began_with)[:8]})"
         if not config.allow_data_change:
             raise UsageError(
                 f"--dataset {config.dataset}: the text changed since the run in {out_dir} began {change}; "
                 f"restore it, {ways_out}or start another --out_dir"
             )
-        print(f"going on with a text that changed since the run began {change}", file=sys.stderr)
+        print(
+            f"going on with a text that changed since the run began {change}; which checkpoint is best begins anew",
+            file=sys.stderr,
+        )
+
+
+def text_changed(out_dir: Path, data: Corpus) -> bool:
+    """Whether the text is another one than the run's until now."""
+    return data.source_sha256 != load(out_dir)[1].get("corpus", {}).get("source_sha256")
 
 
 def vocabulary(out_dir: Path) -> tokenizer.Tokenizer:

@@ -19,12 +19,12 @@ from fastgpt.device import is_out_of_memory
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a save; `error` is why the disk took nothing, or kept checkpoints that should have gone."""
+    """What became of a save; `error` is why nothing was saved, or checkpoints stayed that should have gone."""
 
     step: int
     folder: Path
     saved: bool
-    error: OSError | None = None
+    error: Exception | None = None
 
 
 class Saver:
@@ -47,7 +47,7 @@ class Saver:
         if kind is None or issubclass(kind, Exception):  # a second signal does not wait
             self.outcome(wait=True)
 
-    def save(self, snapshot: Snapshot, best_step: int | None, describe: Callable[[], None]) -> None:
+    def save(self, snapshot: Snapshot, best_step: int, describe: Callable[[], None]) -> None:
         """Write a checkpoint, or begin to. `outcome` tells what became of it, and is to be asked before the next one.
 
         Where there is no memory for the copy, or no thread can be had, all are written at once from then on.
@@ -89,13 +89,15 @@ class Saver:
         pending, self.pending = self.pending, None
         return pending.result()
 
-    def _write(self, snapshot: Snapshot, best_step: int | None, describe: Callable[[], None]) -> Outcome:
+    def _write(self, snapshot: Snapshot, best_step: int, describe: Callable[[], None]) -> Outcome:
         folder, saved = checkpoint.folder_of(self.out_dir, snapshot.step), False
         try:
             describe()
             checkpoint.save(self.out_dir, snapshot, best_step)
             saved = True
             checkpoint.prune(self.out_dir, self.keep_last)
-        except OSError as error:
+        except (OSError, RuntimeError, MemoryError) as error:
+            if not (isinstance(error, OSError) or is_out_of_memory(error)):
+                raise
             return Outcome(snapshot.step, folder, saved, error)
         return Outcome(snapshot.step, folder, saved)

@@ -54,6 +54,13 @@ class Signals:
         _say("saving after this step")
 
 
+def ignore_saving() -> None:
+    """Ignore SIGUSR1 where no run listens: before and after one there is nothing to save, and it would kill."""
+    if hasattr(signal, SAVING):
+        with suppress(ValueError):  # not in the main thread
+            signal.signal(getattr(signal, SAVING), signal.SIG_IGN)
+
+
 def _say(text: str) -> None:
     with suppress(OSError):  # a closed terminal, which is what SIGHUP tells
         # Not print: the signal may have come while the buffer of stderr was being written.

@@ -19,6 +19,8 @@ from fastgpt.loader import Batch
 from fastgpt.model import GPT
 from fastgpt.optim import clip, learning_rate, make_optimizer, set_learning_rate
 
+SCALER = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
+
 
 class TrainStep:
     """The model with what trains it: AdamW, the guard, the scaler of float16 and, with --compile, the compiled model.
@@ -87,8 +89,12 @@ class TrainStep:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take up what `state` gave. Raises KeyError, TypeError or ValueError for what is not of its making."""
         self.guard.load_state_dict(state["guard"])
-        if state["scaler"]:  # empty where the run was not in float16 until now
-            self.scaler.load_state_dict(state["scaler"])
+        scaler = state["scaler"]
+        if scaler:  # empty where the run was not in float16 until now
+            wrong = [name for name in SCALER if not (type(scaler[name]) in (int, float) and 0 <= scaler[name] < 2**63)]
+            if wrong or not scaler["scale"]:
+                raise ValueError(f"the scaler's {(wrong or ['scale'])[0]} is none")
+            self.scaler.load_state_dict({name: scaler[name] for name in SCALER})
 
     def reset(self) -> None:
         """Become what it was before the first step, the weights aside."""

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fastgpt import checkpoint, cli, foreign, memory_need, run_folder
+from fastgpt import checkpoint, cli, foreign, memory_need, run_folder, signals
 from fastgpt.config import PRESETS, TrainConfig, validate
 from fastgpt.device import is_out_of_memory, resolve_device
 from fastgpt.errors import RunFailed, UsageError
@@ -30,12 +30,14 @@ def train(config: TrainConfig) -> RunSummary:
     """
     validate(config)
     run_folder.check_free(Path(config.out_dir))
+    if config.resuming:
+        run_folder.mend(Path(config.out_dir))
     try:
-        with Signals(patient=False) as signals:
+        with Signals(patient=False) as noted:
             run = Run(config)
             with run_folder.locked(run.out_dir):
                 run.open()
-                return run.train(signals)
+                return run.train(noted)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -51,11 +53,12 @@ def starting_point(preset: str | None, given: Mapping[str, object]) -> tuple[Tra
     init_from = str(given.get("init_from", "scratch"))
     asked = TrainConfig(init_from=init_from)
     if asked.resuming:
+        by_path = init_from != "resume"
+        out_dir = str(given.get("out_dir", Path(init_from).parent if by_path else "out"))
+        run_folder.mend(Path(out_dir))
         validate(asked)
         if preset is not None:
             raise UsageError(f"--preset {preset}: --init_from {init_from} keeps the run's own settings; leave it out")
-        by_path = init_from != "resume"
-        out_dir = str(given.get("out_dir", Path(init_from).parent if by_path else "out"))
         if by_path:
             run_folder.named_step(Path(out_dir), init_from)
         checkpoint.require(Path(out_dir))
@@ -75,6 +78,7 @@ def starting_point(preset: str | None, given: Mapping[str, object]) -> tuple[Tra
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    signals.ignore_saving()
     preset, given = cli.read(
         TrainConfig, argv, prog="python -m fastgpt.train", description="Train a GPT on text.", presets=PRESETS
     )

@@ -8,7 +8,6 @@ run, or no vocabulary to read it by.
 
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, cast
@@ -19,7 +18,7 @@ from rich.table import Table
 from fastgpt import checkpoint, cli, progress, run_folder, tensor_file
 from fastgpt.config import option
 from fastgpt.errors import UsageError
-from fastgpt.metrics import Lasting
+from fastgpt.streams import Lasting
 from fastgpt.tokenizer import Tokenizer
 from fastgpt.units import format_bytes
 
@@ -43,9 +42,7 @@ class Report:
 
 def check(folder: Path, vocabulary: Tokenizer) -> Report | None:
     """Read a checkpoint's files, all of them, and compare them with its manifest; None if it is deleted meanwhile."""
-    size = 0
-    with suppress(OSError):
-        size = sum(file.lstat().st_size for file in folder.iterdir())
+    size = checkpoint.size(folder)
     try:
         checkpoint.verify(folder)
         checkpoint.check_vocabulary(folder, vocabulary)

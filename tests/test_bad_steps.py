@@ -282,6 +282,16 @@ def test_going_back_in_vain_ends_where_the_disk_is_full_too(capsys, monkeypatch,
     assert finite(Path("out"))
 
 
+def test_a_skipped_step_is_told_with_its_tokens_whatever_the_batches_before_it_were(monkeypatch):
+    run("--max_iters 4")
+    with_losses(monkeypatch, bad_at(5))
+    assert resume("--max_iters 8 --batch_size 8") == 0
+    tokens = {step: 4 * 64 + (step - 4) * 128 for step in (5, 6, 7, 8)}
+    found = {record["step"]: record["tokens"] for record in lines(Path("out"), "loss")}
+    assert {step: found[step] for step in tokens} == tokens
+    assert [record["tokens"] for record in lines(Path("out"), "skipped")] == [tokens[6]]
+
+
 def test_float16s_own_skips_are_no_bad_steps(monkeypatch):
     def overflowing(place: int, loss: torch.Tensor) -> torch.Tensor:
         if place in range(4, 12):

@@ -228,7 +228,7 @@ def test_steps_of_a_time_that_was_undone_go_with_the_next_save(tmp_path: Path):
     parts = trained()
     for step in (1, 2, 3, 4):
         checkpoint.save(tmp_path, capture(step, *parts, {}), best_step=min(step, 3))
-    checkpoint.save(tmp_path, capture(2, *parts, {}))  # as after a resume from step 1
+    checkpoint.save(tmp_path, capture(2, *parts, {}), best_step=3)  # as after a resume from step 1
     checkpoint.prune(tmp_path, keep_last=9)
     assert kept_steps(tmp_path) == [1, 2, 3]  # 3 is the best
     assert checkpoint.find(tmp_path, "latest").name == "step-000002"

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastgpt import checkpoint, cli, corpus, run_folder, train
+from fastgpt import checkpoint, cli, corpus, evaluate, run_folder, train
 from fastgpt import tokenizer as tokenizers
 from tests import runs
 
@@ -77,6 +77,18 @@ def test_the_new_text_is_the_runs_own_from_then_on(text: str, out: Path, capsys)
     assert "text that changed" not in capsys.readouterr().err
     write(runs.TEXT + " dog")
     assert "text changed" in refusal(capsys, "--max_iters 8")
+
+
+def test_which_checkpoint_is_best_begins_anew(monkeypatch, capsys):
+    """The loss of one text says nothing about that of another."""
+    losses = iter([1.0, 3.0])
+    monkeypatch.setattr(evaluate, "mean_loss", lambda *rest, **named: next(losses))
+    out = runs.run("--max_iters 2", "changing")
+    write(SHORTER)
+    capsys.readouterr()
+    assert runs.resume("--max_iters 4 --eval_interval 4 --allow_data_change", "changing") == 0
+    assert "which checkpoint is best begins anew" in capsys.readouterr().err
+    assert (out / "best").read_text() == "step-000004\n"
 
 
 def test_an_unchanged_text_changes_nothing_with_it(out: Path, capsys):

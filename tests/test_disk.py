@@ -460,11 +460,11 @@ class TestSaver:
         def broken() -> None:
             raise ZeroDivisionError("a defect")
 
-        saver.save(capture(1, *parts, {}), None, broken)
+        saver.save(capture(1, *parts, {}), 0, broken)
         with pytest.raises(ZeroDivisionError, match="a defect"):
             saver.outcome(wait=True)
         assert saver.outcome(wait=True) is None  # it is told once
-        saver.save(capture(2, *parts, {}), None, lambda: None)
+        saver.save(capture(2, *parts, {}), 0, lambda: None)
         assert saver.outcome(wait=True).saved
 
     def test_what_is_no_error_of_the_disk_comes_out_at_the_end_at_the_latest(self, saver: Saver, parts):
@@ -472,13 +472,13 @@ class TestSaver:
             raise ZeroDivisionError
 
         with pytest.raises(ZeroDivisionError), saver:
-            saver.save(capture(1, *parts, {}), None, broken)
+            saver.save(capture(1, *parts, {}), 0, broken)
 
     def test_what_describes_the_run_comes_first_and_is_part_of_the_save(self, saver: Saver, parts):
         def full() -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        saver.save(capture(1, *parts, {}), None, full)
+        saver.save(capture(1, *parts, {}), 0, full)
         outcome = saver.outcome(wait=True)
         assert (outcome.step, outcome.saved, outcome.error.errno) == (1, False, errno.ENOSPC)
         assert not saver.out_dir.exists()
@@ -488,15 +488,15 @@ class TestSaver:
             raise OSError(errno.EROFS, "Read-only file system")
 
         for step in (1, 2):
-            saver.save(capture(step, *parts, {}), None, lambda: None)
+            saver.save(capture(step, *parts, {}), 0, lambda: None)
             assert saver.outcome(wait=True).error is None
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint, "delete_folder", unable)
-            saver.save(capture(3, *parts, {}), None, lambda: None)
+            saver.save(capture(3, *parts, {}), 0, lambda: None)
             outcome = saver.outcome(wait=True)
         assert (outcome.saved, outcome.error.errno) == (True, errno.EROFS)
         assert checkpoint.find(saver.out_dir, "latest") == outcome.folder == saver.out_dir / "step-000003"
-        saver.save(capture(4, *parts, {}), None, lambda: None)  # which makes up for it
+        saver.save(capture(4, *parts, {}), 0, lambda: None)  # which makes up for it
         assert saver.outcome(wait=True).error is None
         assert [folder.name for folder in checkpoint.steps(saver.out_dir)] == ["step-000003", "step-000004"]
 
@@ -547,7 +547,7 @@ class TestBest:
         losses, save = iter([3.0, 1.0, 2.5, 2.7]), checkpoint.save
         monkeypatch.setattr(evaluate, "mean_loss", lambda *rest, **named: next(losses))
 
-        def full(out_dir: Path, snapshot: checkpoint.Snapshot, best_step: int | None = None) -> Path:
+        def full(out_dir: Path, snapshot: checkpoint.Snapshot, best_step: int) -> Path:
             if snapshot.step == 4:
                 raise OSError(errno.ENOSPC, "No space left on device")
             return save(out_dir, snapshot, best_step)

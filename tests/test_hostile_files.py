@@ -3,6 +3,7 @@
 import faulthandler
 import io
 import json
+import math
 import os
 import resource
 import shutil
@@ -117,6 +118,9 @@ TENSOR_FILES: dict[str, bytes] = {
     "a header of a list": tensor_file([]),
     "a pickle": b"\x80\x04cposix\nsystem\n(S'touch canary'\ntR.",
 }
+
+
+SCALER = {"scale": 2.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 0}
 
 
 class TestTensorFiles:
@@ -303,6 +307,20 @@ class TestJson:
         (STEP / STATE).write_bytes(checkpoint._json(state))
         runs.forge_manifest(STEP)
         told("verify")  # without a traceback
+        refused("resume", STATE)
+
+    @pytest.mark.parametrize(
+        "part",
+        [{"guard": part} for part in (None, [], {"in_row": math.inf}, {"in_row": math.nan}, {"good": -1})]
+        + [{"guard": {"variance": "x"}}, {"guard": {"mean": math.nan}}]
+        + [{"scaler": SCALER | part} for part in ({"scale": math.nan}, {"scale": 0}, {"scale": 1e300}, {"scale": "x"})]
+        + [{"scaler": SCALER | part} for part in ({"_growth_tracker": []}, {"growth_factor": None})]
+        + [{"scaler": {"scale": 1.0}}, {"scaler": "x"}, {"scaler": 1}],
+        ids=str,
+    )
+    def test_a_state_that_is_nonsense_is_refused(self, part: dict):
+        (STEP / STATE).write_text(json.dumps(checkpoint.load_state(STEP) | part))
+        runs.forge_manifest(STEP)
         refused("resume", STATE)
 
     @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from fastgpt.config import ModelConfig
 from fastgpt.metrics import Display, MetricsFile, Stopwatch, flops_per_token, format_bytes, format_seconds, read_metrics
 from fastgpt.model import GPT
 from fastgpt.plots import plot_loss
+from fastgpt.progress import Progress
 
 RECORD = {
     "step": 30,
@@ -44,7 +45,7 @@ def lines(path: Path) -> list[dict]:
 
 
 def test_every_line_is_on_disk_as_soon_as_it_is_written(path: Path):
-    with MetricsFile(path, 0) as file:
+    with MetricsFile(path, Progress()) as file:
         for step in (1, 2):
             file.write(RECORD | {"step": step})
             assert [line["step"] for line in lines(path)] == list(range(1, step + 1))
@@ -54,10 +55,35 @@ def test_every_line_is_on_disk_as_soon_as_it_is_written(path: Path):
 
 def test_reopening_forgets_the_steps_that_are_done_again(path: Path):
     path.write_text("".join(json.dumps({"step": step, "tokens": 0}) + "\n" for step in (10, 20, 20, 30)))
-    with MetricsFile(path, 20) as file:
+    with MetricsFile(path, Progress(step=20, evaluated_step=20)) as file:
         file.write({"step": 30, "tokens": 1})
     assert [line["step"] for line in lines(path)] == [10, 20, 20, 30]
     assert list(path.parent.iterdir()) == [path]
+
+
+def kept(path: Path, records: list[dict], progress: Progress) -> list[dict]:
+    """What is left of records when a run goes on from there."""
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    with MetricsFile(path, progress):
+        return lines(path)
+
+
+def test_an_evaluation_that_is_made_up_for_stands_there_once(path: Path):
+    """The process died after the record, while the checkpoint that knows of the evaluation was written."""
+    records = [{"step": 10, "loss": 2.0}, {"step": 10, "val_loss": 2.5}]
+    assert kept(path, records, Progress(step=10, evaluated_step=0)) == records[:1]
+    assert kept(path, records, Progress(step=10, evaluated_step=10)) == records
+
+
+def test_a_return_that_is_done_again_stands_there_once(path: Path):
+    records = [
+        {"step": 8, "loss": 2.0},
+        {"step": 8, "rolled_back_from": 12, "batches": [8, 11]},
+        {"step": 8, "rolled_back_from": 11, "batches": [12, 14]},
+    ]
+    assert kept(path, records, Progress(step=8, skipped_batches=4)) == records[:2]
+    assert kept(path, records, Progress(step=12, skipped_batches=4)) == records[:2]
+    assert kept(path, records, Progress(step=8, skipped_batches=7)) == records
 
 
 @given(cut=st.integers(0, 60))
@@ -67,14 +93,14 @@ def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path_factory, cut: int):
     path.write_text(text[: len(text) - 1 - cut])
     whole = len(text[: len(text) - 1 - cut].split("}")) - 1
     assert [record["step"] for record in read_metrics(path)] == [1, 2][:whole]
-    with MetricsFile(path, 2):
+    with MetricsFile(path, Progress(step=2, evaluated_step=2)):
         pass
     assert len(lines(path)) == whole
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_number_that_json_lacks_is_null(path: Path, value: float):
-    with MetricsFile(path, 0) as file:
+    with MetricsFile(path, Progress()) as file:
         file.write(RECORD | {"grad_norm": value})
     assert lines(path) == [RECORD | {"grad_norm": None}]
 
@@ -192,10 +218,13 @@ def test_bytes_are_written_in_binary_units(count: int | None, text: str):
 
 @pytest.mark.parametrize("steps", [0, 1, 5])
 def test_the_curves_are_a_png_however_short_the_run(path: Path, steps: int):
-    with MetricsFile(path, 0) as file:
+    with MetricsFile(path, Progress()) as file:
         for step in range(1, steps + 1):
             file.write({"step": step, "tokens": step * 32, "loss": 3.0 / step})
             file.write({"step": step, "tokens": step * 32, "val_loss": math.nan if step == 2 else 3.1})
+            file.write({"step": step, "tokens": 10**400, "loss": 1.0})
+            file.write({"step": 10**400, "tokens": step, "loss": 1.0})
+            file.write({"step": step, "tokens": step, "loss": 1e308, "val_loss": 10**400})
     picture = plot_loss(path.parent)
     assert picture == path.parent / "plots" / "loss.png"
     content = picture.read_bytes()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgpt import checkpoint, cli, evaluate, optim, saver, train
+from fastgpt import checkpoint, cli, evaluate, files, optim, saver, train
 from fastgpt.generate import TextGenerator
 from fastgpt.model import GPT
 from fastgpt.run import Run
@@ -148,6 +148,24 @@ def test_a_sample_without_memory_is_left_out(capsys, monkeypatch):
     out = run("--sample_interval 2")
     assert capsys.readouterr().out.count("(out of memory)") == 3
     assert checkpoint.find(out, "latest").name == "step-000006"
+
+
+@pytest.mark.parametrize("flags", ["", "--async_save"])
+def test_a_checkpoint_without_memory_is_made_up_for_by_the_next(capfd, monkeypatch, flags: str):
+    write, calls = files.write, itertools.count(1)
+
+    def greedy(*rest):
+        if next(calls) == 6:  # in the second checkpoint
+            raise ERRORS[1]
+        return write(*rest)
+
+    monkeypatch.setattr(checkpoint, "write", greedy)
+    assert cli.run(train.main, [*FLAGS, *f"{flags} --eval_interval 2".split()]) == 1
+    captured = capfd.readouterr()
+    assert captured.err.count("warning: step 4: not saved, the checkpoint before it stays: [enforce fail") == 1
+    assert "see the warnings above" in captured.out
+    assert [folder.name for folder in checkpoint.steps(Path("out"))] == ["step-000002", "step-000006"]
+    assert not list(Path("out").glob(".fastgpt-tmp-*"))
 
 
 @pytest.mark.parametrize("cause", ["copy", "thread"])

@@ -1,6 +1,7 @@
 """A run that stops and goes on is bit for bit the run that never stopped, wherever its folder lies."""
 
 import json
+import math
 import os
 import pickle
 import re
@@ -12,7 +13,9 @@ import numpy as np
 import pytest
 
 from fastgpt import checkpoint, cli, generate, run_folder, train
-from tests.runs import FLAGS, TEXT, contents, forge_manifest, resume, run
+from fastgpt import run as run_module
+from fastgpt.progress import Progress
+from tests.runs import FLAGS, TEXT, contents, forge_manifest, records, resume, run
 
 pytestmark = pytest.mark.usefixtures("workplace", "no_picture")
 HARDER = (
@@ -345,6 +348,108 @@ def test_the_crash_that_parts_best_from_latest_is_mended(monkeypatch):
     assert resume("--max_iters 5 --learning_rate 9 --schedule constant --grad_clip 0") == 0  # which is worse
     assert [path.name for path in checkpoint.steps(out)] == [f"step-{step:06d}" for step in (4, 5)]
     assert (out / "best").read_text() == "step-000004\n"
+
+
+@pytest.mark.parametrize("init_from", ["resume", "out/step-000002"])
+def test_a_checkpoint_that_was_put_aside_is_put_back_first(capsys, init_from: str):
+    """The process died between the two renames that put a checkpoint in the place of another of the same step."""
+    whole = start("--max_iters 4", "whole")
+    out = start("--max_iters 2 --lr_decay_iters 40")
+    (out / "step-000002").rename(out / ".fastgpt-tmp-aside-step-000002-1")
+    capsys.readouterr()
+    assert cli.run(generate.main, ["--max_new_tokens", "3"]) == 2
+    told = capsys.readouterr().err
+    assert "--init_from resume" in told
+    assert "--overwrite" not in told
+    assert cli.run(train.main, ["--init_from", init_from, "--max_iters", "4"]) == 0
+    assert state_of(out)[1] == state_of(whole)[1]
+
+
+def test_a_kill_while_going_back_loses_no_record(monkeypatch):
+    """`latest` is moved before the records of later steps are cut off."""
+    start("--max_iters 20 --eval_interval 5")
+
+    def dying(path: Path, progress: Progress) -> None:
+        raise SystemExit(9)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "MetricsFile", dying)
+        with pytest.raises(SystemExit):
+            cli.run(train.main, ["--init_from", "out/step-000010", "--max_iters", "20"])
+    assert checkpoint.find(Path("out"), "latest").name == "step-000010"
+    assert resume("--max_iters 20") == 0
+    assert list(records(Path("out"), "val_loss")) == [5, 10, 15, 20]
+
+
+def test_a_best_checkpoint_that_is_gone_is_none_to_compare_with(monkeypatch, capsys):
+    """Going back in time meets a `best` that was deleted, in the time that is undone, for a better one."""
+    losses = iter([2.0, 3.0, 3.0, 1.0, 2.9, 2.5, 2.6])
+    monkeypatch.setattr(run_module.evaluate, "mean_loss", lambda *rest, **named: next(losses))
+    out = start("--max_iters 8 --eval_interval 2")
+    assert (out / "best").read_text() == "step-000008\n"
+    assert not (out / "step-000002").exists()
+    assert cli.run(train.main, ["--init_from", "out/step-000006", "--max_iters", "12"]) == 0
+    assert (out / "best").read_text() == "step-000010\n"
+    assert "best val loss  2.5000 at step 10" in capsys.readouterr().out
+
+
+def test_a_step_of_a_time_before_any_evaluation_leaves_no_best(monkeypatch):
+    losses = iter([None, 2.0])  # the first is cut short
+    monkeypatch.setattr(run_module.evaluate, "mean_loss", lambda *rest, **named: next(losses))
+    out = start("--max_iters 4 --eval_interval 2")
+    assert (out / "best").read_text() == "step-000004\n"
+    monkeypatch.setattr(run_module.evaluate, "mean_loss", lambda *rest, **named: math.nan)
+    assert cli.run(train.main, ["--init_from", "out/step-000002", "--max_iters", "3", "--eval_interval", "9"]) == 0
+    assert not (out / "best").exists()
+    assert [folder.name for folder in checkpoint.steps(out)] == ["step-000002", "step-000003"]
+
+
+def test_what_cannot_be_deleted_stops_no_start(monkeypatch):
+    out = start("--max_iters 2")
+    elsewhere = Path("elsewhere")
+    elsewhere.mkdir()
+    (elsewhere / "file").touch()
+    (out / ".fastgpt-tmp-doomed-step-000001-1").symlink_to(elsewhere.resolve())
+    (out / ".fastgpt-tmp-latest-1").touch()
+    unlink = Path.unlink
+
+    def unable(path: Path, missing_ok: bool = False) -> None:
+        if path.name == ".fastgpt-tmp-latest-1":
+            raise PermissionError(13, "Permission denied")
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unable)
+    assert resume("--max_iters 4") == 0
+    assert [path.name for path in out.glob(".fastgpt-tmp-*")] == [".fastgpt-tmp-latest-1"]
+    assert (elsewhere / "file").exists()
+
+
+def test_a_step_that_lies_elsewhere_goes_with_its_link(monkeypatch):
+    out = start("--max_iters 2")
+    (out / "step-000002").rename("elsewhere")
+    (out / "step-000002").symlink_to(Path("elsewhere").resolve())
+    assert resume("--max_iters 4 --eval_interval 1 --keep_last 1") == 0
+    assert not (out / "step-000002").exists()
+    checkpoint.verify(Path("elsewhere"))
+
+
+def test_an_overwrite_that_is_not_allowed_loses_nothing(monkeypatch, capsys):
+    """The picture lies in a folder of its own, which may be one that cannot be written."""
+    out = start("--max_iters 2")
+    before = contents(out)
+    unlink = Path.unlink
+
+    def unable(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "loss.png":
+            raise PermissionError(13, "Permission denied")
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unable)
+    assert cli.run(train.main, [*FLAGS, "--overwrite"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: --out_dir out cannot be written: Permission denied; name another"
+    )
+    assert contents(out) == before
 
 
 def test_a_run_begun_with_overwrite_is_resumed_and_not_overwritten():
