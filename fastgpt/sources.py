@@ -114,13 +114,20 @@ def text_files(path: Path, skip: Path | None = None) -> TextFiles:
     if not path.is_dir():
         raise UsageError(f"--dataset {path} is neither a regular file nor a folder; give the text's own path")
     found = []
-    for folder, folders, files in os.walk(path):
-        here = Path(folder)
-        folders[:] = [f for f in folders if f[0] != "." and not _is_left_out(here / f, skip)]
-        found += [here / file for file in files if file[0] != "." and (here / file).is_file()]
+    try:
+        for folder, folders, files in os.walk(path, onerror=_raise):
+            here = Path(folder)
+            folders[:] = [f for f in folders if f[0] != "." and not _is_left_out(here / f, skip)]
+            found += [here / file for file in files if file[0] != "." and (here / file).is_file()]
+    except OSError as error:
+        raise UsageError(f"--dataset {path}: {error.filename} cannot be read: {error.strerror}") from None
     if not found:
         raise UsageError(f"--dataset {path}: the folder holds no text file; hidden files are not read")
     return TextFiles(name, tuple(sorted(found, key=lambda file: file.relative_to(path).as_posix())))
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _is_left_out(folder: Path, skip: Path | None) -> bool:

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import http.server
+import os
 import socket
 import threading
 from pathlib import Path
@@ -95,6 +96,23 @@ class TestFolders:
         (tmp_path / "texts" / "a.txt").write_text("fine")
         (tmp_path / "texts" / "b.txt").write_bytes(b"\xff")
         assert f"{tmp_path / 'texts' / 'b.txt'} is not UTF-8" in refused(tmp_path / "texts", tmp_path)
+
+    @pytest.mark.parametrize("within", [os, Path], ids=["walk", "look"])
+    def test_a_folder_that_may_not_be_entered_is_not_left_out_in_silence(self, within, tmp_path: Path, monkeypatch):
+        closed = tmp_path / "text" / "closed"
+        closed.mkdir(parents=True)
+        (closed / "b.txt").write_text("b" * 500)
+        (tmp_path / "text" / "a.txt").write_text("a" * 500)
+        name = "scandir" if within is os else "exists"
+        function = getattr(within, name)
+
+        def unable(path, **rest):
+            if closed in (Path(path), Path(path).parent):
+                raise PermissionError(13, "Permission denied", str(closed))
+            return function(path, **rest)
+
+        monkeypatch.setattr(within, name, unable)
+        assert f"{closed} cannot be read: Permission denied" in refused(tmp_path / "text", tmp_path)
 
 
 class TestDownload:
