@@ -1,15 +1,18 @@
 """What the tests of training runs share: a small run in the folder of the fixture `workplace`, and what it leaves."""
 
 import hashlib
+import itertools
 import json
 import os
 import random
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -66,6 +69,18 @@ def signal_at_step(process: subprocess.Popen, step: int, number: int) -> None:
             os.kill(process.pid, number)
             return
     raise AssertionError(f"the process ended before step {step}")
+
+
+def at_call(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, call: int, action: Callable[[], None]) -> None:
+    """Let an action happen in the n-th call of a function, before the function's own work."""
+    function, calls = getattr(owner, name), itertools.count(1)
+
+    def wrapped(*arguments, **named):
+        if next(calls) == call:
+            action()
+        return function(*arguments, **named)
+
+    monkeypatch.setattr(owner, name, wrapped)
 
 
 def records(out_dir: Path, key: str = "loss") -> dict[int, float]:

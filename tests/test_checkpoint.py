@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -18,6 +19,7 @@ from fastgpt.config import TrainConfig
 from fastgpt.errors import CorruptCheckpoint, UsageError
 from fastgpt.model import GPT
 from fastgpt.optim import make_optimizer
+from fastgpt.saver import Saver
 from fastgpt.tokenizer import CharTokenizer
 
 FILES = (MODEL, OPTIMIZER, STATE, MANIFEST)
@@ -106,7 +108,7 @@ def test_250_flipped_bits_are_found(step_dir: Path, name: str):
         path.write_bytes(flipped)
         with pytest.raises(CorruptCheckpoint):
             verify(step_dir)
-        if name not in (STATE, MANIFEST):  # a digit of a digest accuses the file it belongs to
+        if name != MANIFEST:  # a digit of a digest accuses the file it belongs to
             damaged(step_dir, name)
     path.write_bytes(content)
     verify(step_dir)
@@ -210,7 +212,7 @@ def kept_steps(run: Path) -> list[int]:
 
 def test_the_last_ones_and_the_best_are_kept_and_foreign_folders(tmp_path: Path):
     parts = trained()
-    foreign = ["step-000001-backup", "step-by-step", "mine"]
+    foreign = ["step-000001-backup", "step-by-step", "mine", "step-0000009", "step-٠٠٠٠٠٩"]
     for name in foreign:
         (tmp_path / name).mkdir()
     for step in range(1, 7):
@@ -234,19 +236,33 @@ def test_steps_of_a_time_that_was_undone_go_with_the_next_save(tmp_path: Path):
     assert checkpoint.find(tmp_path, "latest").name == "step-000002"
 
 
-def test_nothing_old_goes_before_the_new_one_is_whole(tmp_path: Path, monkeypatch):
-    parts = trained()
-    for step in (1, 2):
-        checkpoint.save(tmp_path, capture(step, *parts, {}))
+@pytest.mark.parametrize("beside", [False, True])
+def test_nothing_old_goes_before_the_new_one_is_whole(tmp_path: Path, monkeypatch, beside: bool):
+    parts, fsync = trained(), os.fsync
+    for taken in itertools.count():
+        run, calls = tmp_path / str(taken), itertools.count()
+        for step in (1, 2, 3):  # of which 2 is neither the latest nor the best
+            checkpoint.save(run, capture(step, *parts, {}), best_step=1)
 
-    def full(path: Path) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        def full(file: int, taken: int = taken, calls: itertools.count = calls) -> None:
+            if next(calls) == taken:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            fsync(file)
 
-    monkeypatch.setattr(files, "sync", full)
-    with pytest.raises(OSError, match="No space"):
-        checkpoint.save(tmp_path, capture(3, *parts, {}))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000001", "step-000002"]
-    verify(checkpoint.find(tmp_path, "latest"))
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            saver = Saver(run, keep_last=1, beside=beside)
+            saver.save(capture(4, *parts, {}), 4, lambda: None)
+            outcome = saver.outcome(wait=True)
+        verify(checkpoint.find(run, "latest"))
+        verify(checkpoint.find(run, "best"))
+        if outcome.error is None:
+            break
+        assert not outcome.saved
+        assert kept_steps(run)[:3] == [1, 2, 3]
+        assert not list(run.glob(".fastgpt-tmp-step*"))  # a full disk needs the room
+    assert taken > 5
+    assert kept_steps(run) == [4]
 
 
 def test_a_snapshot_does_not_change_with_the_model(tmp_path: Path):

@@ -3,6 +3,8 @@
 import itertools
 import os
 import random
+import shlex
+import shutil
 import signal
 import sys
 import time
@@ -12,16 +14,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgpt import checkpoint, files
+from fastgpt import checkpoint, cli, evaluate, files, train
 from fastgpt.checkpoint import capture
 from fastgpt.config import TrainConfig
 from fastgpt.model import GPT
 from fastgpt.optim import make_optimizer
 from fastgpt.saver import Saver
+from tests.runs import FLAGS, at_call, records, resume
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 CONFIG = TrainConfig(vocab_size=11, block_size=8, n_layer=1, n_head=2, n_embd=8)
 DISK = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "fastgpt.write", "fastgpt.sync"}
+TINY = [  # at this rate the best checkpoint is step 2, still so after step 4, and then step 6
+    *FLAGS,
+    *shlex.split("--eval_interval 2 --keep_last 1 --dropout 0.1 --lr_decay_iters 6 --learning_rate 0.1 --min_lr 0.1"),
+]
 Parts = tuple[GPT, torch.optim.Optimizer]
 
 
@@ -45,12 +52,26 @@ def start(action: Callable[[], None]) -> int:
         os._exit(1)
 
 
-def is_killed_at(step: int, action: Callable[[], None]) -> bool:
-    """Run an action in a process that kills itself before its n-th step that reaches the disk; whether it did."""
+def reaches_the_disk(event: str, _: tuple) -> bool:
+    return event in DISK
+
+
+def changes_the_run(event: str, arguments: tuple) -> bool:
+    """Whether a step that reaches the disk changes something in `out`, the rest being no concern of a resume."""
+    if event not in DISK or (event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR)):
+        return False
+    # rmtree names what it deletes without its folder, which is open.
+    return event in ("os.remove", "os.rmdir") or str(arguments[0]).partition("/")[0] == "out"
+
+
+def is_killed_at(
+    step: int, action: Callable[[], None], counts: Callable[[str, tuple], bool] = reaches_the_disk
+) -> bool:
+    """Run an action in a process that kills itself before its n-th step that counts; whether it did."""
     count = itertools.count()
 
-    def hook(event: str, _: object) -> None:
-        if event in DISK and next(count) == step:
+    def hook(event: str, arguments: tuple) -> None:
+        if counts(event, arguments) and next(count) == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def watched() -> None:
@@ -152,3 +173,91 @@ def test_killed_at_25_random_moments(tmp_path: Path, parts: Parts, beside: bool)
         os.close(reading)
         lost.append(told - int(whole(run).name[5:]))
     assert set(lost) <= {0, -1}  # -1: it was committed, and had not yet been told
+
+
+def trained(*flags: str) -> None:
+    assert cli.run(train.main, [*TINY, *flags]) == 0
+
+
+def continued() -> None:
+    assert resume("--max_iters 6") == 0
+
+
+def changes_by(action: Callable[[], None]) -> list[str]:
+    """The steps in which an action changes `out`, in order, where nothing kills it."""
+
+    def watched() -> None:
+        seen = []
+
+        def hook(event: str, arguments: tuple) -> None:
+            if changes_the_run(event, arguments):
+                seen.append(f"{event} {arguments[0]}")
+
+        sys.addaudithook(hook)
+        action()
+        Path("changes").write_text("\n".join(seen))
+
+    assert os.waitstatus_to_exitcode(os.waitpid(start(watched), 0)[1]) == 0
+    return Path("changes").read_text().split("\n")
+
+
+def finish(begun: bool) -> int:
+    """Do what a user does after a kill: resume the run, or start it anew if it had not come to a checkpoint."""
+    if begun or checkpoint.steps(Path("out")):
+        return resume("--max_iters 6")
+    return cli.run(train.main, [*TINY, *["--overwrite"] * checkpoint.holds_run(Path("out"))])
+
+
+def end_of(out_dir: Path) -> dict[str, object]:
+    """What a run ends with: its losses, where its pointers lead, its last checkpoint, and nothing half done."""
+    return {
+        "losses": records(out_dir),
+        "val losses": records(out_dir, "val_loss"),
+        "pointers": [(out_dir / name).read_text() for name in ("latest", "best")],
+        "hashes": {path.name: files.sha256(path) for path in checkpoint.find(out_dir, "latest").iterdir()},
+        "half done": list(out_dir.glob(".fastgpt-tmp-*")),
+    }
+
+
+@pytest.fixture(params=["nothing", "a finished run", "a run whose evaluation was cut short"])
+def start_from(request: pytest.FixtureRequest, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path | None:
+    """The folder that a run is resumed in, of which step 2 is the only checkpoint; None where it starts anew."""
+    if request.param == "nothing":
+        return None
+    if request.param == "a finished run":
+        trained("--out_dir", "before", "--max_iters", "2")
+    else:  # which is saved before it, and after it again
+        with monkeypatch.context() as patch:
+            at_call(patch, evaluate, "_loss", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+            assert cli.run(train.main, [*TINY, "--out_dir", "before"]) == 128 + signal.SIGTERM
+    return workplace / "before"
+
+
+@pytest.mark.usefixtures("workplace", "no_picture")
+@pytest.mark.parametrize("samples", [8, pytest.param(None, marks=pytest.mark.slow, id="all")])
+def test_killed_at_any_step_of_a_run_it_ends_as_the_run_that_was_not(
+    capfd, start_from: Path | None, samples: int | None
+):
+    def set_out() -> None:
+        shutil.rmtree("out", ignore_errors=True)
+        if start_from:
+            shutil.copytree(start_from, "out")
+
+    action = continued if start_from else trained
+    trained("--out_dir", "whole")
+    whole, val_losses = end_of(Path("whole")), records(Path("whole"), "val_loss")
+    assert val_losses[6] < val_losses[2] < val_losses[4]
+    set_out()
+    changes = changes_by(action)
+    assert end_of(Path("out")) == whole
+    places = range(len(changes)) if samples is None else [len(changes) * i // samples for i in range(samples)]
+    for place in places:
+        set_out()
+        assert is_killed_at(place, action, changes_the_run)
+        try:
+            # It may have been finished, and the process died while it deleted what was old.
+            assert finish(begun=start_from is not None) == 0 or "out is already at step 6" in capfd.readouterr().err
+            assert end_of(Path("out")) == whole
+        except Exception as error:
+            error.add_note(f"killed before step {place} of {len(changes)}, which is {changes[place]}")
+            raise

@@ -1,6 +1,5 @@
 """Signals: the first is noted and loses nothing, the second ends at once."""
 
-import itertools
 import os
 import re
 import shlex
@@ -8,7 +7,6 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,7 +17,7 @@ from fastgpt import run as run_module
 from fastgpt.config import TrainConfig
 from fastgpt.signals import Signals
 from fastgpt.step import TrainStep
-from tests.runs import ENDLESS, FLAGS, contents, records, run, signal_at_step, spawn, tensors
+from tests.runs import ENDLESS, FLAGS, at_call, contents, records, resume, run, signal_at_step, spawn, tensors
 
 pytestmark = [
     pytest.mark.usefixtures("workplace", "no_picture"),
@@ -48,7 +46,7 @@ def test_a_signal_is_noted_and_a_second_one_ends_at_once(capfd, name: str):
 def test_a_signal_saves_and_the_resumed_run_is_the_one_that_was_not_stopped(name: str, code: int):
     process = spawn(f"{ENDLESS} --dropout 0.2 --lr_decay_iters 40 --log_interval 4 --out_dir 'stop ped'")
     signal_at_step(process, 8, getattr(signal, name))
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=10)
     assert process.returncode == code, err
     assert "Traceback" not in err
     stopped = int(re.search(r"^stopped at step (\d+) of 1000000, saved in stop ped$", out, re.M)[1])
@@ -68,25 +66,18 @@ def test_a_signal_saves_and_the_resumed_run_is_the_one_that_was_not_stopped(name
 def test_a_second_signal_ends_at_once_and_leaves_the_last_checkpoint():
     out = run()
     before = contents(out / "step-000006")
-    process = spawn(f"{ENDLESS} --eval_iters 1000000 --init_from resume")  # the last evaluation would take hours
-    signal_at_step(process, 9, signal.SIGTERM)
-    os.kill(process.pid, signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert process.returncode == 143
-    assert contents(out / "step-000006") == before or not (out / "step-000006").exists()
-    checkpoint.verify(checkpoint.find(out, "latest"))
-
-
-def at_call(monkeypatch, owner: object, name: str, call: int, action: Callable[[], None]) -> None:
-    """Let an action happen in the n-th call of a function, before the function's own work."""
-    function, calls = getattr(owner, name), itertools.count(1)
-
-    def wrapped(*arguments, **named):
-        if next(calls) == call:
-            action()
-        return function(*arguments, **named)
-
-    monkeypatch.setattr(owner, name, wrapped)
+    # A step of seconds, after which the first signal alone would save.
+    process = spawn(f"{ENDLESS} --gradient_accumulation_steps 2000 --batch_size 1 --init_from resume")
+    signal_at_step(process, 7, 0)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    assert any("once more stops at once" in line for line in process.stderr)  # or the two might become one
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == 143, err
+    assert "saved" not in err
+    assert checkpoint.find(out, "latest").name == "step-000006"
+    assert contents(out / "step-000006") == before
 
 
 MOMENTS = {  # each at step 6
@@ -97,24 +88,70 @@ MOMENTS = {  # each at step 6
 STEPS = "--max_iters 12 --eval_interval 3 --dropout 0.1"
 
 
-@pytest.mark.parametrize(
-    ("moment", "flags"), [(m, "") for m in MOMENTS] + [(m, "--async_save") for m in ("step", "evaluation")]
-)
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
-def test_a_signal_at_any_moment_saves_and_loses_nothing(monkeypatch, moment: str, flags: str, name: str, code: int):
-    whole = run(STEPS, "whole")
-    with monkeypatch.context() as patch:
-        at_call(patch, *MOMENTS[moment], lambda: os.kill(os.getpid(), getattr(signal, name)))
-        assert cli.run(train.main, [*FLAGS, *shlex.split(f"{STEPS} {flags}")]) == code
-    folder = checkpoint.find(Path("out"), "latest")
-    checkpoint.verify(folder)
-    assert folder.name == "step-000006"
-    assert cli.run(train.main, ["--init_from", "resume"]) == 0
+def resumes_as(whole: Path) -> None:
+    """Go on with the run in `out`, which then must be the one that was not stopped, and nothing besides."""
+    assert resume() == 0
     assert {name: tensor.tolist() for name, tensor in tensors(Path("out")).items()} == {
         name: tensor.tolist() for name, tensor in tensors(whole).items()
     }
     for key in ("loss", "val_loss"):  # those that a signal cut short as well
         assert records(Path("out"), key) == records(whole, key)
+    assert not list(Path("out").glob(".fastgpt-tmp-*"))
+
+
+@pytest.mark.parametrize("flags", ["", "--async_save"])
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_at_any_moment_saves_and_loses_nothing(monkeypatch, moment: str, flags: str, name: str, code: int):
+    whole, sent = run(STEPS, "whole"), []
+
+    def send() -> None:
+        sent.append(time.monotonic())
+        os.kill(os.getpid(), getattr(signal, name))
+
+    with monkeypatch.context() as patch:
+        at_call(patch, *MOMENTS[moment], send)
+        assert cli.run(train.main, [*FLAGS, *shlex.split(f"{STEPS} {flags}")]) == code
+    assert time.monotonic() - sent[0] < 10
+    folder = checkpoint.find(Path("out"), "latest")
+    checkpoint.verify(folder)
+    if (moment, flags) != ("saving", "--async_save"):  # where training is some steps further by then
+        assert folder.name == "step-000006"
+    resumes_as(whole)
+
+
+IN_A_SAVE = {  # of step 6: which call of files.sync
+    "weights written": 1,
+    "moments written": 2,
+    "renamed": 5,
+    "best written": 7,
+}
+
+
+@pytest.mark.parametrize(
+    ("moment", "flags"),
+    [(m, "") for m in [*MOMENTS, *IN_A_SAVE]] + [(m, "--async_save") for m in ("step", "evaluation")],
+)
+def test_a_second_signal_at_any_moment_ends_at_once_and_loses_no_checkpoint(monkeypatch, moment: str, flags: str):
+    whole = run(STEPS, "whole")
+
+    def twice() -> None:
+        wait_for(Path("out/latest"), 10)  # another thread may be writing it
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("went on")
+
+    with monkeypatch.context() as patch:
+        if moment in MOMENTS:
+            at_call(patch, *MOMENTS[moment], twice)
+        else:
+            at_call(patch, *MOMENTS["saving"], lambda: at_call(patch, files, "sync", IN_A_SAVE[moment], twice))
+        with pytest.raises(SystemExit) as stopped:
+            raise SystemExit(cli.run(train.main, [*FLAGS, *shlex.split(f"{STEPS} {flags}")]))
+    assert stopped.value.code == 143
+    assert checkpoint.find(Path("out"), "latest").name == "step-000003"
+    checkpoint.verify("out/step-000003")
+    resumes_as(whole)
 
 
 def test_sigusr1_in_a_step_that_is_not_evaluated_saves_after_it(monkeypatch):
@@ -232,6 +269,13 @@ def test_a_signal_before_training_begins_stops_at_once_or_is_kept(monkeypatch, n
         raise SystemExit(cli.run(train.main, FLAGS))
     assert ended.value.code == code
     assert checkpoint.holds_run(Path("out")) == (code == 0)
+
+
+def test_sigusr1_kills_nobody_before_a_run_or_after_it(monkeypatch):
+    for flags, code in (("--n_layer 0", 2), ("", 0)):  # the first is refused before there is a run
+        assert cli.run(train.main, [*FLAGS, *shlex.split(flags)]) == code
+        os.kill(os.getpid(), signal.SIGUSR1)
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
 
 
 def test_a_signal_before_the_first_step_leaves_nothing_to_resume(monkeypatch, capfd):
