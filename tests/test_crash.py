@@ -46,7 +46,7 @@ def result(out_dir: Path) -> dict:
     [
         ("", 2),
         ("--async_save", 1),
-        pytest.param("--compile", 1, marks=pytest.mark.slow),
+        ("--compile", 1),
         pytest.param("", 20, marks=pytest.mark.slow),
         pytest.param("--async_save", 20, marks=pytest.mark.slow),
         pytest.param("--compile", 20, marks=pytest.mark.slow),
