@@ -24,8 +24,9 @@ from fastgpt import tensor_file
 from fastgpt.device import synchronize
 from fastgpt.errors import CorruptCheckpoint, UsageError
 from fastgpt.files import (
+    ASIDE,
+    TEMPORARY,
     delete_folder,
-    leftovers,
     regular,
     replace_folder,
     sha256,
@@ -106,7 +107,7 @@ def save(out_dir: Path, snapshot: Snapshot, best_step: int = 0) -> Path:
 def point_best(out_dir: Path, step: int) -> None:
     """Make `best` name the checkpoint of a step; where that is not there, none is the best."""
     folder = folder_of(out_dir, step)
-    if folder.is_dir():
+    if step and folder.is_dir():
         point(out_dir, "best", folder)
     else:
         (out_dir / "best").unlink(missing_ok=True)
@@ -149,6 +150,11 @@ def steps(out_dir: Path) -> list[Path]:
     return sorted(folders, key=_number)
 
 
+def aside(out_dir: Path) -> list[Path]:
+    """Checkpoints that were about to be replaced when the process died; `files.recover` puts them back."""
+    return list(out_dir.glob(f"{TEMPORARY}{ASIDE}step-*"))
+
+
 def size(step_dir: Path) -> int:
     """Bytes of a checkpoint's files; 0 where they cannot be looked at."""
     try:
@@ -169,13 +175,14 @@ def require(out_dir: Path) -> None:
         raise UsageError(
             f"--out_dir {out_dir} holds no run; train one first: python -m fastgpt.train --out_dir {out_dir}"
         )
-    if not steps(out_dir) and not leftovers(out_dir):
-        raise UsageError(f"--out_dir {out_dir} holds a run without a checkpoint yet; start it with --overwrite")
-    if not steps(out_dir):
+    if steps(out_dir):
+        return
+    if aside(out_dir):
         raise UsageError(
             f"--out_dir {out_dir} has its checkpoint put aside by a process that died; put it back by going on: "
-            "python -m fastgpt.train --init_from resume"
+            f"python -m fastgpt.train --init_from resume --out_dir {out_dir}"
         )
+    raise UsageError(f"--out_dir {out_dir} holds a run without a checkpoint yet; start it with --overwrite")
 
 
 def find(out_dir: Path, name: str) -> Path:
@@ -192,7 +199,7 @@ def find(out_dir: Path, name: str) -> Path:
             raise UsageError(f"--checkpoint {name!r} is not in {out_dir}; there are: {known}")
         return folder
     if name == "best" and not (out_dir / name).exists():
-        name = "latest"  # the run has not been evaluated yet
+        name = "latest"  # the run has not been evaluated yet, or not since its best was forgotten
     if not (out_dir / name).exists():
         raise CorruptCheckpoint(f"{out_dir / name} is missing; name one of the checkpoints in {out_dir}")
     folder = _named_by(out_dir / name)

@@ -33,7 +33,7 @@ class Identity(TypedDict):
 
 
 def regular(path: Path) -> Path:
-    """The path of a file, or of nothing yet. Raises `OSError` for a pipe or a device, which might never end."""
+    """The same path. Raises `OSError` where it is that of a pipe or a device, which might never end."""
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise OSError(errno.EINVAL, f"{path.name} is no regular file")
     return path
@@ -96,18 +96,13 @@ def delete_folder(path: Path) -> None:
     doomed.unlink() if doomed.is_symlink() else shutil.rmtree(doomed)
 
 
-def leftovers(parent: Path) -> list[Path]:
-    """What a process that died, or one that is writing now, has in a folder under a temporary name."""
-    return sorted(parent.glob(f"{TEMPORARY}*"))
-
-
 def recover(parent: Path) -> None:
     """Mend what a process that died left behind in a folder, which nobody else is writing to.
 
     Folders that had been put aside are put back, unless they were replaced; all else that is temporary is deleted, or
     left where it cannot be.
     """
-    for path in leftovers(parent):
+    for path in sorted(parent.glob(f"{TEMPORARY}*")):
         name = path.name.removeprefix(TEMPORARY)
         original = parent / name.removeprefix(ASIDE).rpartition("-")[0]
         if name.startswith(ASIDE) and path.is_dir() and not original.exists():

@@ -16,6 +16,7 @@ import torch
 
 MEMORY = 0.02  # what a new loss counts in the running mean and variance: they look back over about 50 steps
 WARMUP = 50  # good steps before a loss can lie too high
+MOST = torch.finfo(torch.float32).max
 COUNTS = ("in_row", "good")
 STATE = (*COUNTS, "mean", "variance")
 
@@ -115,7 +116,7 @@ class Guard:
         """
         for name in STATE:
             value = float(state.get(name, 0.0))
-            if math.isnan(value) or (name in COUNTS and not 0 <= value < 2**53):
+            if math.isnan(value) or MOST < abs(value) < math.inf or (name in COUNTS and not 0 <= value < 2**31):
                 raise ValueError(f"the guard's {name} is {value}")
             setattr(self, name, torch.full_like(self.in_row, value))
         self.unread.clear()

@@ -1,6 +1,6 @@
 """What a model surely takes of the memory, told from its configuration before anything is allocated.
 
-Only lower bounds count: what is refused could not have run, and what passes may still run out.
+Only lower bounds count: what is refused could not have run, and what passes may still run out; then `lacking` says so.
 """
 
 import torch
@@ -34,7 +34,7 @@ def lacking(where: str, config: ModelConfig) -> str:
     """What to say of a run that has no memory left: where, and what a smaller one would have less of."""
     return (
         f"out of memory {where}; lower --block_size {config.block_size}, --n_layer {config.n_layer} or "
-        f"--n_embd {config.n_embd}, or free memory"
+        f"--n_embd {config.n_embd} in a new run, or free memory"
     )
 
 

@@ -22,6 +22,7 @@ from fastgpt import checkpoint, corpus, dispatch, evaluate, foreign, loader, mem
 from fastgpt.config import TrainConfig
 from fastgpt.device import autocast, is_out_of_memory, peak_flops, peak_memory, resolve_device, resolve_dtype
 from fastgpt.errors import CorruptCheckpoint, RunFailed, UsageError
+from fastgpt.files import regular
 from fastgpt.generate import TextGenerator
 from fastgpt.guard import Verdict
 from fastgpt.loader import MicroBatches
@@ -89,6 +90,9 @@ class Run:
 
     def open(self) -> None:
         """Take the folder, which is now this process's: restore what is resumed, or make room for what is new."""
+        metrics = self.out_dir / "metrics.jsonl"
+        with run_folder.explained(self.out_dir):
+            regular(metrics)
         resumed = self._resume() if self.config.resuming else None
         if not resumed:
             run_folder.claim(self.out_dir, self.config.overwrite)
@@ -99,7 +103,7 @@ class Run:
             if resumed:
                 checkpoint.point_best(self.out_dir, self.progress.best_step)  # a crash may have come before `latest`
                 checkpoint.point(self.out_dir, "latest", resumed)  # the damaged, or those that were left, are undone
-            self.metrics = MetricsFile(self.out_dir / "metrics.jsonl", self.progress)
+            self.metrics = MetricsFile(metrics, self.progress)
 
     def train(self, signals: Signals) -> RunSummary:
         """Take the steps that are left, and tell how it went; once there are steps, signals wait for a checkpoint."""
@@ -267,6 +271,7 @@ class Run:
             "progress": dataclasses.asdict(progress),
             **self.step.state(),
             "vocabulary": self.data.tokenizer.sha256(),
+            "text": self.data.source_sha256,
         }
         snapshot = checkpoint.capture(progress.step, self.model, self.step.optimizer, state)
         val_loss = progress.val_loss if progress.val_loss is not None else math.nan
@@ -338,8 +343,6 @@ class Run:
         else:
             checkpoint.verify(folder)
         self._load(folder)
-        if run_folder.text_changed(self.out_dir, self.data):
-            self.progress.forget_best()  # whose loss is that of another text
         step = self.progress.step
         if step > self.config.max_iters or self._is_finished():
             raise UsageError(
@@ -353,8 +356,9 @@ class Run:
         state = checkpoint.load_state(folder)
         checkpoint.check_vocabulary(folder, self.data.tokenizer)
         self.progress = progress.read(state, folder / checkpoint.STATE)
-        if not checkpoint.folder_of(self.out_dir, self.progress.best_step).is_dir():
-            self.progress.forget_best()  # it was left out of what was kept in a time that is undone now
+        changed = state.get("text", self.data.source_sha256) != self.data.source_sha256
+        if changed or not checkpoint.folder_of(self.out_dir, self.progress.best_step).is_dir():
+            self.progress.forget_best()  # it is of another text, or was deleted for a better one of a time now undone
         with checkpoint.naming(folder / checkpoint.MODEL):
             self.model.load_weights(checkpoint.load_weights(folder))
         checkpoint.load_optimizer(folder, self.model, self.step.optimizer)
@@ -394,8 +398,6 @@ class Run:
             f"step {step}: {row}, the last because {why}; back to step {back_to}, and batches {left_out[0]} to "
             f"{left_out[1]} are left out"
         )
-        if folder:
-            self._save(returned=True)  # so that a resume need not find out again
         try:
             self.metrics.take_back(self.progress)
         except OSError as error:
@@ -404,6 +406,8 @@ class Run:
         tokens = self.progress.tokens
         record = {"step": back_to, "tokens": tokens, "rolled_back_from": step, "skipped": why, "batches": left_out}
         self._write(record)
+        if folder:
+            self._save(returned=True)  # so that a resume need not find out again
 
     def _start_over(self) -> None:
         """Become the run before its first step."""

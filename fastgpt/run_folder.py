@@ -18,7 +18,7 @@ from fastgpt import checkpoint, lock, tokenizer
 from fastgpt.config import TrainConfig, validate
 from fastgpt.corpus import Corpus
 from fastgpt.errors import CorruptCheckpoint, UsageError
-from fastgpt.files import leftovers, recover, temporary_sibling, write, write_atomic
+from fastgpt.files import recover, temporary_sibling, write, write_atomic
 from fastgpt.units import format_bytes
 
 FORMAT = 1
@@ -48,12 +48,12 @@ def locked(out_dir: Path) -> Iterator[None]:
 
 
 def mend(out_dir: Path) -> None:
-    """Mend what a process that died left half done, before a resume looks at what there is.
+    """Put back a checkpoint that a process put aside and died, before a resume looks at what there is.
 
     Raises:
         UsageError: another process owns the folder, or it cannot be written.
     """
-    if leftovers(out_dir):
+    if checkpoint.aside(out_dir):
         with locked(out_dir):
             pass
 
@@ -229,7 +229,7 @@ def check_resume(out_dir: Path, config: TrainConfig, data: Corpus) -> None:
             f"resume with the run's own data, {ways_out}or start another --out_dir"
         )
     began_with = about.get("corpus", {}).get("source_sha256")
-    if text_changed(out_dir, data):
+    if data.source_sha256 != began_with:
         change = f"(sha256 {data.source_sha256[:8]}, then {str(began_with)[:8]})"
         if not config.allow_data_change:
             raise UsageError(
@@ -240,11 +240,6 @@ def check_resume(out_dir: Path, config: TrainConfig, data: Corpus) -> None:
             f"going on with a text that changed since the run began {change}; which checkpoint is best begins anew",
             file=sys.stderr,
         )
-
-
-def text_changed(out_dir: Path, data: Corpus) -> bool:
-    """Whether the text is another one than the run's until now."""
-    return data.source_sha256 != load(out_dir)[1].get("corpus", {}).get("source_sha256")
 
 
 def vocabulary(out_dir: Path) -> tokenizer.Tokenizer:

@@ -55,7 +55,7 @@ class Signals:
 
 
 def ignore_saving() -> None:
-    """Ignore SIGUSR1 where no run listens: before and after one there is nothing to save, and it would kill."""
+    """Ignore SIGUSR1 from here on, where no run listens: there is nothing to save, and it would kill the process."""
     if hasattr(signal, SAVING):
         with suppress(ValueError):  # not in the main thread
             signal.signal(getattr(signal, SAVING), signal.SIG_IGN)

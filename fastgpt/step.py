@@ -6,6 +6,7 @@
 `fastgpt.run` runs it in its loop, and bench/bench_train.py measures it.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,8 @@ from fastgpt.loader import Batch
 from fastgpt.model import GPT
 from fastgpt.optim import clip, learning_rate, make_optimizer, set_learning_rate
 
-SCALER = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
+FACTORS = ("scale", "growth_factor", "backoff_factor")  # of float16's scaler
+COUNTS = ("growth_interval", "_growth_tracker")
 
 
 class TrainStep:
@@ -91,10 +93,12 @@ class TrainStep:
         self.guard.load_state_dict(state["guard"])
         scaler = state["scaler"]
         if scaler:  # empty where the run was not in float16 until now
-            wrong = [name for name in SCALER if not (type(scaler[name]) in (int, float) and 0 <= scaler[name] < 2**63)]
-            if wrong or not scaler["scale"]:
-                raise ValueError(f"the scaler's {(wrong or ['scale'])[0]} is none")
-            self.scaler.load_state_dict({name: scaler[name] for name in SCALER})
+            factors, counts = {name: float(scaler[name]) for name in FACTORS}, {name: scaler[name] for name in COUNTS}
+            wrong = [name for name, value in factors.items() if not 0 < value < math.inf]
+            wrong += [name for name, value in counts.items() if type(value) is not int or not 0 <= value < 2**31]
+            if wrong:
+                raise ValueError(f"the scaler's {wrong[0]} is {scaler[wrong[0]]}")
+            self.scaler.load_state_dict(factors | counts)
 
     def reset(self) -> None:
         """Become what it was before the first step, the weights aside."""

@@ -1,5 +1,6 @@
 """Standard streams that a run outlives: closed from the start, or closed by whoever watched."""
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 
 class Lasting:
-    """A standard stream that leads nowhere once its pipe or terminal is closed."""
+    """A standard stream that leads nowhere once it takes no more: whoever read it left, or its disk is full."""
 
     def __init__(self, stream: Any):
         self.stream = stream
@@ -15,11 +16,12 @@ class Lasting:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
-    def write(self, text: str) -> None:
+    def write(self, text: str) -> int:
         try:
-            self.stream.write(text)
+            return self.stream.write(text)
         except OSError:
             self._lead_nowhere()
+        return len(text)
 
     def flush(self) -> None:
         try:
@@ -28,7 +30,10 @@ class Lasting:
             self._lead_nowhere()
 
     def _lead_nowhere(self) -> None:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        except io.UnsupportedOperation:  # no file
+            self.stream = io.StringIO()
 
 
 def open_missing() -> None:
@@ -40,6 +45,6 @@ def open_missing() -> None:
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 - it stays open

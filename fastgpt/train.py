@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fastgpt import checkpoint, cli, foreign, memory_need, run_folder, signals
-from fastgpt.config import PRESETS, TrainConfig, validate
+from fastgpt.config import PRESETS, TrainConfig, validate, validate_fields
 from fastgpt.device import is_out_of_memory, resolve_device
 from fastgpt.errors import RunFailed, UsageError
 from fastgpt.report import RunSummary
@@ -28,10 +28,11 @@ def train(config: TrainConfig) -> RunSummary:
         UsageError: anything in the flags, the data or the folder that makes the run impossible; nothing was lost.
         RunFailed: the run cannot go on; what it had saved is there.
     """
-    validate(config)
-    run_folder.check_free(Path(config.out_dir))
+    validate_fields(TrainConfig, vars(config))
     if config.resuming:
         run_folder.mend(Path(config.out_dir))
+    validate(config)
+    run_folder.check_free(Path(config.out_dir))
     try:
         with Signals(patient=False) as noted:
             run = Run(config)

@@ -312,9 +312,10 @@ class TestJson:
     @pytest.mark.parametrize(
         "part",
         [{"guard": part} for part in (None, [], {"in_row": math.inf}, {"in_row": math.nan}, {"good": -1})]
-        + [{"guard": {"variance": "x"}}, {"guard": {"mean": math.nan}}]
-        + [{"scaler": SCALER | part} for part in ({"scale": math.nan}, {"scale": 0}, {"scale": 1e300}, {"scale": "x"})]
+        + [{"guard": {"variance": "x"}}, {"guard": {"mean": math.nan}}, {"guard": {"mean": 1e300}}]
+        + [{"scaler": SCALER | {"scale": value}} for value in (math.nan, 0, math.inf, "x", None)]
         + [{"scaler": SCALER | part} for part in ({"_growth_tracker": []}, {"growth_factor": None})]
+        + [{"scaler": SCALER | {"growth_interval": value}} for value in (2000.5, 2**40, -1)]
         + [{"scaler": {"scale": 1.0}}, {"scaler": "x"}, {"scaler": 1}],
         ids=str,
     )

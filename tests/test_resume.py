@@ -1,5 +1,6 @@
 """A run that stops and goes on is bit for bit the run that never stopped, wherever its folder lies."""
 
+import dataclasses
 import json
 import math
 import os
@@ -363,6 +364,22 @@ def test_a_checkpoint_that_was_put_aside_is_put_back_first(capsys, init_from: st
     assert "--overwrite" not in told
     assert cli.run(train.main, ["--init_from", init_from, "--max_iters", "4"]) == 0
     assert state_of(out)[1] == state_of(whole)[1]
+
+
+def test_a_resume_deletes_nothing_where_no_run_is(capsys):
+    """A misspelled --init_from has the working folder for its run's."""
+    Path(".fastgpt-tmp-precious").touch()
+    for flags in ("--init_from resum", "--init_from ./model.ptx", "--init_from resume --out_dir ."):
+        assert cli.run(train.main, flags.split()) == 2
+    assert sorted(path.name for path in Path().iterdir()) == [".fastgpt-tmp-precious", "text.txt"]
+
+
+def test_a_checkpoint_that_was_put_aside_is_put_back_for_the_api_too():
+    out = start("--max_iters 2 --lr_decay_iters 40")
+    config, _ = run_folder.load(out)
+    (out / "step-000002").rename(out / ".fastgpt-tmp-aside-step-000002-1")
+    summary = train.train(dataclasses.replace(config, init_from="out/step-000002", max_iters=4))
+    assert (summary.steps, summary.finished) == (4, True)
 
 
 def test_a_kill_while_going_back_loses_no_record(monkeypatch):
