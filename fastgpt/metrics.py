@@ -26,7 +26,6 @@ from rich.text import Text
 
 from fastgpt.config import ModelConfig
 from fastgpt.device import synchronize
-from fastgpt.files import regular
 from fastgpt.progress import Progress
 from fastgpt.streams import Lasting
 from fastgpt.units import format_bytes, format_seconds
@@ -48,7 +47,7 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, progress: Progress):
-        self.path, self.file = path, regular(path).open("ab", buffering=0)
+        self.path, self.file = path, path.open("ab", buffering=0)
         self.take_back(progress)
 
     def __enter__(self) -> "MetricsFile":

@@ -92,7 +92,7 @@ class Run:
         """Take the folder, which is now this process's: restore what is resumed, or make room for what is new."""
         metrics = self.out_dir / "metrics.jsonl"
         with run_folder.explained(self.out_dir):
-            regular(metrics)
+            regular(metrics)  # before anything changes: to open a pipe would take for ever
         resumed = self._resume() if self.config.resuming else None
         if not resumed:
             run_folder.claim(self.out_dir, self.config.overwrite)

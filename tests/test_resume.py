@@ -421,6 +421,18 @@ def test_a_step_of_a_time_before_any_evaluation_leaves_no_best(monkeypatch):
     assert [folder.name for folder in checkpoint.steps(out)] == ["step-000002", "step-000003"]
 
 
+def forbid_deleting(monkeypatch, name: str) -> None:
+    """Let a file of this name be one that this process may not delete, which root may always."""
+    unlink = Path.unlink
+
+    def unable(path: Path, missing_ok: bool = False) -> None:
+        if path.name == name:
+            raise PermissionError(13, "Permission denied")
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unable)
+
+
 def test_what_cannot_be_deleted_stops_no_start(monkeypatch):
     out = start("--max_iters 2")
     elsewhere = Path("elsewhere")
@@ -428,20 +440,13 @@ def test_what_cannot_be_deleted_stops_no_start(monkeypatch):
     (elsewhere / "file").touch()
     (out / ".fastgpt-tmp-doomed-step-000001-1").symlink_to(elsewhere.resolve())
     (out / ".fastgpt-tmp-latest-1").touch()
-    unlink = Path.unlink
-
-    def unable(path: Path, missing_ok: bool = False) -> None:
-        if path.name == ".fastgpt-tmp-latest-1":
-            raise PermissionError(13, "Permission denied")
-        unlink(path, missing_ok)
-
-    monkeypatch.setattr(Path, "unlink", unable)
+    forbid_deleting(monkeypatch, ".fastgpt-tmp-latest-1")
     assert resume("--max_iters 4") == 0
     assert [path.name for path in out.glob(".fastgpt-tmp-*")] == [".fastgpt-tmp-latest-1"]
     assert (elsewhere / "file").exists()
 
 
-def test_a_step_that_lies_elsewhere_goes_with_its_link(monkeypatch):
+def test_a_step_that_lies_elsewhere_goes_with_its_link():
     out = start("--max_iters 2")
     (out / "step-000002").rename("elsewhere")
     (out / "step-000002").symlink_to(Path("elsewhere").resolve())
@@ -454,14 +459,7 @@ def test_an_overwrite_that_is_not_allowed_loses_nothing(monkeypatch, capsys):
     """The picture lies in a folder of its own, which may be one that cannot be written."""
     out = start("--max_iters 2")
     before = contents(out)
-    unlink = Path.unlink
-
-    def unable(path: Path, missing_ok: bool = False) -> None:
-        if path.name == "loss.png":
-            raise PermissionError(13, "Permission denied")
-        unlink(path, missing_ok)
-
-    monkeypatch.setattr(Path, "unlink", unable)
+    forbid_deleting(monkeypatch, "loss.png")
     assert cli.run(train.main, [*FLAGS, "--overwrite"]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
         "error: --out_dir out cannot be written: Permission denied; name another"
