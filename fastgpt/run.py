@@ -18,22 +18,21 @@ from typing import IO, cast
 import torch
 from rich.console import Console
 
-from fastgpt import checkpoint, corpus, dispatch, evaluate, foreign, loader, memory_need, progress, report, run_folder
+from fastgpt import checkpoint, corpus, dispatch, evaluate, loader, memory_need, report, run_folder
 from fastgpt.config import TrainConfig
 from fastgpt.device import autocast, is_out_of_memory, peak_flops, peak_memory, resolve_device, resolve_dtype
-from fastgpt.errors import CorruptCheckpoint, RunFailed, UsageError
+from fastgpt.errors import RunFailed, UsageError
 from fastgpt.files import regular
 from fastgpt.generate import TextGenerator
 from fastgpt.guard import Verdict
 from fastgpt.loader import MicroBatches
 from fastgpt.metrics import Display, MetricsFile, Record, Stopwatch, flops_per_token, print_product
-from fastgpt.model import GPT
 from fastgpt.progress import Progress
 from fastgpt.report import RunSummary
 from fastgpt.saver import Saver
 from fastgpt.signals import Signals
-from fastgpt.step import TrainStep
 from fastgpt.streams import Lasting
+from fastgpt.training_state import TrainingState
 from fastgpt.workload import Workload
 
 SAMPLE_TOKENS = 200
@@ -77,9 +76,8 @@ class Run:
         self.micro_batches = MicroBatches(self.train_loader, config.batch_size, config.gradient_accumulation_steps)
         memory_need.check_training(self.config, self.device)
         self.ops = resolve(workload=Workload.of_training(self.config, self.dtype))
-        self.model = self._make_model()
-        self.step = TrainStep(self.model, self.config, self.device, self.dtype)
-        self.progress = Progress()
+        self.state = TrainingState(self.config, self.ops, self.data, self.device, self.dtype)
+        self.model, self.step = self.state.model, self.state.step
         self.saver = Saver(self.out_dir, config.keep_last, beside=config.async_save)
         self.saved_step = self.last_saved = 0  # of the last checkpoint that was begun, and that was finished
         self.saved_best: tuple[float | None, int] = (None, 0)  # of the last that was finished
@@ -87,6 +85,10 @@ class Run:
         self.failures = 0
         self.watch = Stopwatch(self.device)
         self.console = Console(file=cast(IO[str], Lasting(sys.stderr)))
+
+    @property
+    def progress(self) -> Progress:
+        return self.state.progress
 
     def open(self) -> None:
         """Take the folder, which is now this process's: restore what is resumed, or make room for what is new."""
@@ -267,13 +269,7 @@ class Run:
         self._tell_of_save(wait=True)  # of the one before, which may still be under way
         progress = self.progress
         progress.rollbacks = progress.rollbacks if returned else 0
-        state = {
-            "progress": dataclasses.asdict(progress),
-            **self.step.state(),
-            "vocabulary": self.data.tokenizer.sha256(),
-            "text": self.data.source_sha256,
-        }
-        snapshot = checkpoint.capture(progress.step, self.model, self.step.optimizer, state)
+        snapshot = self.state.snapshot()
         val_loss = progress.val_loss if progress.val_loss is not None else math.nan
         judged = report.judged(progress.best_val_loss, val_loss if progress.evaluated_step == progress.step else None)
         self.saved_step = progress.step
@@ -353,19 +349,7 @@ class Run:
 
     def _load(self, folder: Path) -> None:
         """Become the run that was saved there. Raises `CorruptCheckpoint`."""
-        state = checkpoint.load_state(folder)
-        checkpoint.check_vocabulary(folder, self.data.tokenizer)
-        self.progress = progress.read(state, folder / checkpoint.STATE)
-        changed = state.get("text", self.data.source_sha256) != self.data.source_sha256
-        if changed or not checkpoint.folder_of(self.out_dir, self.progress.best_step).is_dir():
-            self.progress.forget_best()  # it is of another text, or was deleted for a better one of a time now undone
-        with checkpoint.naming(folder / checkpoint.MODEL):
-            self.model.load_weights(checkpoint.load_weights(folder))
-        checkpoint.load_optimizer(folder, self.model, self.step.optimizer)
-        try:
-            self.step.load_state(state)
-        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
-            raise CorruptCheckpoint(f"{folder / checkpoint.STATE} is not what a run saves: {error!r:.80}") from None
+        self.state.load(folder)
         self.saved_step = self.last_saved = self.progress.step
         self.saved_best = self.progress.best_val_loss, self.progress.best_step
 
@@ -382,7 +366,8 @@ class Run:
             self._load(folder)
             self.step.guard.open()
         else:
-            self._start_over()
+            self.state.reset()
+            self.saved_step = self.last_saved = 0
         back_to, row = self.progress.step, f"{self.config.rollback_after} steps in a row were skipped"
         returns = max(self.returns[back_to], self.progress.rollbacks) + 1
         self.returns[back_to] = self.progress.rollbacks = returns
@@ -408,22 +393,6 @@ class Run:
         self._write(record)
         if folder:
             self._save(returned=True)  # so that a resume need not find out again
-
-    def _start_over(self) -> None:
-        """Become the run before its first step."""
-        self.model.load_weights(self._make_model().weights())
-        self.step.reset()
-        self.progress, self.saved_step, self.last_saved = Progress(), 0, 0
-
-    def _make_model(self) -> GPT:
-        """The model before the first step."""
-        torch.manual_seed(self.config.seed)
-        with self.device:
-            model = GPT(self.config, self.ops)
-        if self.config.imports:
-            with checkpoint.naming(Path(self.config.init_from)):
-                model.load_weights(foreign.load(self.config.init_from).weights(self.data.tokenizer.vocab_size))
-        return model
 
     def _sample(self) -> str:
         self.model.eval()

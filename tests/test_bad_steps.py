@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgpt import checkpoint, cli, loader, train
+from fastgpt import checkpoint, cli, loader, train, training_state
 from fastgpt import run as run_module
 from fastgpt.run import Run
 from fastgpt.step import TrainStep
@@ -318,7 +318,7 @@ def test_a_val_loss_that_is_not_finite_is_never_the_best(monkeypatch, bad: float
 def test_no_reading_waits_between_log_intervals(monkeypatch):
     """The verdicts are read when the run logs, evaluates or saves, and not between."""
     read_at = []
-    read = run_module.TrainStep
+    read = training_state.TrainStep
 
     class Watched(read):
         def __init__(self, *rest):
@@ -326,7 +326,7 @@ def test_no_reading_waits_between_log_intervals(monkeypatch):
             own = self.guard.read
             self.guard.read = lambda: read_at.append(len(self.guard.unread)) or own()
 
-    monkeypatch.setattr(run_module, "TrainStep", Watched)
+    monkeypatch.setattr(training_state, "TrainStep", Watched)
     run("--max_iters 20 --log_interval 5 --eval_interval 8")
     assert read_at == [5, 3, 2, 5, 1, 4]
     read_at.clear()

@@ -12,6 +12,7 @@ from fastgpt.generate import TextGenerator
 from fastgpt.model import GPT
 from fastgpt.run import Run
 from fastgpt.step import TrainStep
+from fastgpt.training_state import TrainingState
 from tests.runs import FLAGS, records, resume, run, tensors
 
 pytestmark = pytest.mark.usefixtures("workplace", "no_picture")
@@ -121,7 +122,8 @@ def test_an_evaluation_without_memory_saves_what_is_done(capsys, monkeypatch, fl
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "saved"), [(TrainStep, "update", 3), (Run, "_make_model", None), (optim.AdamW, "reset", None)]
+    ("owner", "name", "saved"),
+    [(TrainStep, "update", 3), (TrainingState, "_make_model", None), (optim.AdamW, "reset", None)],
 )
 def test_memory_that_ends_elsewhere_ends_the_run_in_one_line(capsys, monkeypatch, owner, name: str, saved: int | None):
     """In an update half of the weights may have changed, so the checkpoint before it stays."""
