@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import ceilings as machine
-from fastgpt.device import describe, peak_memory, resolve_device
+from fastgpt.device import cpu_has_bfloat16, describe, peak_memory, resolve_device
 from timing import Clock, call_memory, spread
 
 CEILINGS = pytest.StashKey[machine.Ceilings]()
@@ -179,6 +179,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info.clear()
     machine_info |= {
         "cpu": brand,
+        "instructions": cpu_instructions(),
         "threads": torch.get_num_threads(),
         "system": platform.system(),
         "device": describe(resolve_device("auto")),
@@ -190,6 +191,11 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         machine_info |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "driver": gpu_driver()}
     if measured := config.stash.get(CEILINGS, None):
         machine_info["ceilings"] = dataclasses.asdict(measured)
+
+
+def cpu_instructions() -> str:
+    """The vector instructions that PyTorch uses, and whether this CPU has bfloat16 products: brands do not tell."""
+    return torch.backends.cpu.get_cpu_capability() + (" with bfloat16" if cpu_has_bfloat16() else "")
 
 
 def triton_version() -> str | None:

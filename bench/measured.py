@@ -115,7 +115,8 @@ def read(path: Path) -> Run:
         machine = content["machine_info"]
         described = machine.get("device", "unknown device")
         if described.startswith("CPU"):
-            described = f"{machine['cpu']}, {described.removeprefix('CPU, ')}"
+            parts = machine["cpu"], machine.get("instructions"), described.removeprefix("CPU, ")
+            described = ", ".join(part for part in parts if part)
         return Run(
             path,
             device_folder(path, described),

@@ -231,3 +231,10 @@ def test_a_missing_or_broken_file_is_one_line(tmp_path: Path, capsys, content: s
         (line,) = capsys.readouterr().err.splitlines()
         assert "broken.json" in line
         assert words in line
+
+
+def test_the_machine_is_told_with_its_vector_instructions(results) -> None:
+    """Processors of one brand differ in them by a factor of two."""
+    case = entry("test_norm", NEW_INFO, stats(1e-3))
+    assert read(results([case], instructions="AVX512")).machine == "A CPU, AVX512, 2 threads"
+    assert read(results([case])).machine == "A CPU, 2 threads"
