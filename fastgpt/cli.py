@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from fastgpt import config as configuration
 from fastgpt import streams
 from fastgpt.errors import LONGEST_SHOWN, RunFailed, UsageError, nearest, shown
+from fastgpt.files import decode_utf8
 
 Config = TypeVar("Config")
 TRUE, FALSE, AUTO = ("true", "yes", "on", "1"), ("false", "no", "off", "0"), "auto"
@@ -250,10 +251,14 @@ def _normalize(argv: Sequence[str], kind: type, presets: Mapping[str, Any] | Non
 
 def _read_toml(path: Path, kind: type) -> dict[str, Any]:
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"--config {path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # TOML's, UTF-8's, and those of a hostile nesting or number
+        content = path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"--config {shown(str(path))} cannot be read: {reason}; name a TOML file") from None
+    text = decode_utf8(content, f"--config {path}")
+    try:
+        table = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # TOML's, and those of a hostile nesting or number
         raise UsageError(f"--config {path} is not TOML: {error}") from None
     spelled = _flags(kind)
     for key in table:

@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypedDict
 
+from fastgpt import text_encoding
 from fastgpt.errors import UsageError
 
 TEMPORARY = ".fastgpt-tmp-"
@@ -140,11 +141,12 @@ def sync(path: Path) -> None:
 
 
 def decode_utf8(content: bytes, name: str) -> str:
-    """The text of a file called `name`. Raises `UsageError` for what is not UTF-8."""
+    """The text of a file called `name`, without a byte order mark. Raises `UsageError` for what is not UTF-8."""
     try:
-        return content.decode("utf-8")
+        return text_encoding.without_bom(content.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise UsageError(f"{name} is not UTF-8: byte {error.start} is 0x{content[error.start]:02x}") from None
+        where = f"byte {error.start} is 0x{content[error.start]:02x}"
+        raise UsageError(f"{name} is not UTF-8: {where}; {text_encoding.advice(content)}") from None
 
 
 def _blocks(parts: Iterable[Block]) -> Iterator[Block]:

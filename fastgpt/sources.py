@@ -151,7 +151,7 @@ def read_text(path: Path) -> Iterator[str]:
                     line = newlines + block.count(b"\n", 0, nul) + 1
                     raise UsageError(
                         f"{path} is not text: byte {position + nul:,} (line {line:,}) is NUL, as in binary files and "
-                        "UTF-16; convert it to UTF-8, or leave it out"
+                        "UTF-16; leave it out, or convert it with: iconv -f UTF-16 -t UTF-8"
                     )
                 held = len(decoder.getstate()[0])  # bytes of a character that the last block cut
                 text = decoder.decode(block, final=not block)

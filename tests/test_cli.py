@@ -112,6 +112,11 @@ def test_toml_holds_every_type(tmp_path):
     assert (config.out_dir, config.dropout) == ("a", 0)
 
 
+def test_a_byte_order_mark_before_toml_is_no_part_of_it(tmp_path):
+    assert parse(toml(tmp_path, "\ufeffn_layer = 7")).n_layer == 7
+    refused(toml(tmp_path, "\ufeff\ufeffn_layer = 7"), saying=["is not TOML"])
+
+
 def test_toml_lists_become_tuples_and_aliases_work(tmp_path):
     file = toml(tmp_path, 'start = "Once"\nstop = ["a", "b"]')
     config = parse(file, kind=GenerateConfig, presets={"plain": GenerateConfig()})
@@ -152,7 +157,7 @@ def test_a_toml_file_that_cannot_be_read_is_refused(tmp_path):
     refused("--config", str(tmp_path), saying=["--config", "directory"])
     refused("--config=", saying=["--config"])
     (tmp_path / "latin.toml").write_bytes(b"out_dir = '\xe9'")
-    refused("--config", str(tmp_path / "latin.toml"), saying=["latin.toml", "is not TOML"])
+    refused("--config", str(tmp_path / "latin.toml"), saying=["latin.toml is not UTF-8", "iconv -f"])
 
 
 @pytest.mark.parametrize(
