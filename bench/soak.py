@@ -29,6 +29,7 @@ import torch
 from fastgpt import checkpoint, cli
 from fastgpt.files import sha256
 from fastgpt.metrics import read_metrics
+from fastgpt.units import counted
 
 TRAINING = (
     "--preset cpu --dropout 0.1 --gradient_accumulation_steps 2 --log_interval 1 --eval_interval 50 --eval_iters 2 "
@@ -99,7 +100,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         ["git", "rev-parse", "--short", "HEAD"], cwd=tool.ROOT, capture_output=True, text=True
     ).stdout
     print(f"{time.strftime('%Y-%m-%d')}, commit {commit.strip()}: {cpuinfo.get_cpu_info()['brand_raw']}, ", end="")
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}")
+    print(
+        f"{counted(torch.get_num_threads(), 'thread')}, torch {torch.__version__}, Python {platform.python_version()}"
+    )
     print(f"training: {TRAINING} --max_iters {options.steps} {' '.join(flags)}".rstrip(), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         alone, killed = Path(folder) / "alone", Path(folder) / "killed"
@@ -110,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"left alone: {time.monotonic() - began:.0f} s", flush=True)
         began = time.monotonic()
         kills = train_with_kills(killed, options.steps, flags, random.Random(options.seed))
-        print(f"killed {kills} times: {time.monotonic() - began:.0f} s")
+        print(f"killed {counted(kills, 'time')}: {time.monotonic() - began:.0f} s")
         expected, found = result(alone), result(killed)
     for name, digest in expected.items():
         print(f"{name:<20} {digest[:16]} {found[name][:16]} {'equal' if found[name] == digest else 'DIFFERENT'}")

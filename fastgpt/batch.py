@@ -32,6 +32,7 @@ from fastgpt.model import GPT
 from fastgpt.prompt import Prompt
 from fastgpt.single import Generation
 from fastgpt.tokenizer import Tokenizer
+from fastgpt.units import counted
 
 LIVE_INTERVAL, PLAIN_INTERVAL = 0.1, 5.0  # seconds between lines of progress, on a terminal and elsewhere
 
@@ -232,7 +233,7 @@ class Progress:
         speed = (stats.prefill_tokens + stats.decode_tokens) / (now - self.began)
         return (
             f"{len(scheduler.running):,} running, {scheduler.queued:,} waiting, {done:,} of {self.total:,} done  "
-            f"{speed:,.0f} tokens/s  {allocator.used:,} of {allocator.pages:,} pages"
+            f"{speed:,.0f} tokens/s  {allocator.used:,} of {counted(allocator.pages, 'page')}"
         )
 
 
@@ -245,7 +246,7 @@ def summary(engine: Engine) -> str:
         "time to first token": _percentiles(stats.first_token_seconds),
         "time per token": _percentiles(stats.token_seconds),
         "pages": f"peak {scheduler.allocator.peak:,} of {scheduler.allocator.pages:,}",
-        "prefix hits": f"{scheduler.hits:,} tokens",
+        "prefix hits": counted(scheduler.hits, "token"),
         "preemptions": f"{scheduler.preemptions:,}",
     }
     if engine.speculate != "none":
@@ -257,11 +258,11 @@ def summary(engine: Engine) -> str:
 def acceptance(stats: Stats) -> str:
     """How many guesses were right."""
     share = f" ({stats.accepted / stats.proposed:.0%})" if stats.proposed else ""
-    return f"{stats.accepted:,} of {stats.proposed:,} guesses accepted{share}"
+    return f"{stats.accepted:,} of {counted(stats.proposed, 'guess')} accepted{share}"
 
 
 def _speed(tokens: int, seconds: float) -> str:
-    return f"{tokens:,} tokens" + (f" at {tokens / seconds:,.0f} tokens/s" if seconds else "")
+    return counted(tokens, "token") + (f" at {tokens / seconds:,.0f} tokens/s" if seconds else "")
 
 
 def _percentiles(seconds: Sequence[float]) -> str:

@@ -19,6 +19,7 @@ from fastgpt.errors import UsageError, nearest, shown
 from fastgpt.scratch_folder import scratch_folder
 from fastgpt.sources import Source
 from fastgpt.tokenizer import BpeTokenizer, ByteTokenizer, CharTokenizer, Gpt2Tokenizer, Tokenizer
+from fastgpt.units import counted
 
 NAMES = ("pydocs", "shakespeare")
 DEFAULT_BPE = 1024
@@ -206,7 +207,7 @@ def _check_prepared(corpus: Corpus, kind: str, vocab_size: int | None) -> None:
     if kind not in ("char", own.kind) or vocab_size not in (None, own.vocab_size):
         asked = f"--tokenizer {kind}" + (f" --vocab_size {vocab_size}" if vocab_size else "")
         raise UsageError(
-            f"{asked}: {corpus.path} is already prepared with {own.kind}, {own.vocab_size:,} tokens; "
+            f"{asked}: {corpus.path} is already prepared with {own.kind}, {counted(own.vocab_size, 'token')}; "
             "leave it out, or give --dataset the text itself"
         )
 
@@ -236,9 +237,9 @@ def _file_name(name: str) -> str:
 def _announced(verb: str, corpus: Corpus, quiet: bool) -> Corpus:
     if not quiet:
         tokens = corpus.train_tokens + corpus.val_tokens
-        amount = f"{tokens:,} tokens" if corpus.characters is None else f"{corpus.characters:,} characters"
+        amount = counted(tokens, "token") if corpus.characters is None else counted(corpus.characters, "character")
         print(
-            f"{verb} {corpus.name}: {amount}, {corpus.tokenizer.vocab_size:,} tokens in the vocabulary "
+            f"{verb} {corpus.name}: {amount}, {counted(corpus.tokenizer.vocab_size, 'token')} in the vocabulary "
             f"-> {corpus.path}",
             file=sys.stderr,
         )

@@ -10,6 +10,7 @@ import torch
 
 from fastgpt.config import DTYPES
 from fastgpt.errors import UsageError, nearest, shown
+from fastgpt.units import counted
 
 # Dense 16-bit tensor-core peaks in FLOP/s, by the name that the driver gives; from NVIDIA's data sheets.
 PEAK_FLOPS = {
@@ -97,7 +98,7 @@ def describe(device: torch.device) -> str:
     """One phrase for people: the GPU's name, or the number of CPU threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else "Apple GPU"
+    return f"CPU, {counted(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else "Apple GPU"
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

@@ -29,6 +29,7 @@ from fastgpt.sampler import Drawn, Sampler
 from fastgpt.scheduler import Chunk, Sample, Scheduler
 from fastgpt.speculation import NgramProposer
 from fastgpt.tokenizer import Tokenizer
+from fastgpt.units import counted
 
 DRAFTS = 5  # tokens that a guess has at most
 
@@ -177,7 +178,9 @@ class Engine:
             raise UsageError("prompts must be a list; pass [prompt] for a single one")
         each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
         if len(each) != len(prompts):
-            raise UsageError(f"{len(each)} settings were given for {len(prompts)} prompts; give one, or one for each")
+            raise UsageError(
+                f"{counted(len(each), 'setting')} for {counted(len(prompts), 'prompt')}; give one, or one for each"
+            )
         for one in each:
             validate(one)
         return self._pieces(prompts, each)
@@ -403,15 +406,16 @@ class Engine:
             raise UsageError("a stop text needs a tokenizer; pass stop_tokens instead")
         if not self.slide and len(tokens) > self.block_size:
             raise UsageError(
-                f"the prompt has {len(tokens):,} tokens, and the model's context (block_size) {self.block_size:,}; "
-                "shorten it, or let the window slide"
+                f"the prompt has {counted(len(tokens), 'token')}, and the model's context (block_size) "
+                f"{self.block_size:,}; shorten it, or let the window slide"
             )
         allocator = self.scheduler.allocator
         needed = allocator.pages_for(self.scheduler.most_positions(len(tokens), params.max_new_tokens))
         if needed > allocator.pages:
             raise UsageError(
-                f"prompt and continuation may need {needed:,} pages of {allocator.page_size} tokens, and the cache has "
-                f"{allocator.pages:,}; raise --kv_memory, or lower --max_new_tokens"
+                f"prompt and continuation may need {counted(needed, 'page')} of "
+                f"{counted(allocator.page_size, 'token')}, and the cache has {allocator.pages:,}; "
+                "raise --kv_memory, or lower --max_new_tokens"
             )
 
     def _count(self, chunks: Sequence[Chunk], seconds: float) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from fastgpt.config import ModelConfig, validate
 from fastgpt.errors import UsageError
+from fastgpt.units import counted
 
 LARGEST_PICKLE = 64 << 20  # bytes; that of GPT-2's largest size takes less than one MiB
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")  # nanoGPT's model_args
@@ -36,8 +37,8 @@ class ForeignModel:
         """
         if vocab_size > (self.shape.vocab_size or 0):
             raise UsageError(
-                f"--init_from {self.path}: its vocabulary has {self.shape.vocab_size} tokens, and that of --dataset "
-                f"{vocab_size}; take the data that it was trained on"
+                f"--init_from {self.path}: its vocabulary has {counted(self.shape.vocab_size or 0, 'token')}, and that "
+                f"of --dataset {vocab_size:,}; name the data that it was trained on"
             )
         return {name: tensor[:vocab_size] if name == "wte.weight" else tensor for name, tensor in self.tensors.items()}
 

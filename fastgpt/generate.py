@@ -26,6 +26,7 @@ from fastgpt.prompt import Prompt, prompt_tokens
 from fastgpt.quantized import quantize_model
 from fastgpt.single import Generation
 from fastgpt.tokenizer import Tokenizer, check_unicode
+from fastgpt.units import counted
 from fastgpt.workload import Workload
 
 if TYPE_CHECKING:
@@ -140,8 +141,8 @@ def _check_size(out_dir: Path, step_dir: Path, config: ModelConfig, weights: Map
     described, held = config.num_parameters, sum(tensor.numel() for tensor in weights.values())
     if described != held:
         raise CorruptCheckpoint(
-            f"{out_dir / 'config.json'} describes {described:,} parameters, and {step_dir / checkpoint.MODEL} holds "
-            f"{held:,}; put the run's own config.json back"
+            f"{out_dir / 'config.json'} describes {counted(described, 'parameter')}, and "
+            f"{step_dir / checkpoint.MODEL} holds {held:,}; put the run's own config.json back"
         )
 
 
@@ -291,7 +292,10 @@ def _answer_file(config: GenerateConfig, cache: str) -> int:
     if engine:
         print(batch.summary(engine), file=sys.stderr)
     if failed:
-        print(f"{failed:,} of {len(jobs):,} prompts could not be continued; see their error", file=sys.stderr)
+        print(
+            f"{failed:,} of {counted(len(jobs), 'prompt')} could not be continued; see their error",
+            file=sys.stderr,
+        )
     return 1 if failed else 0
 
 
@@ -302,7 +306,10 @@ def _print_heading(sample: int, samples: int) -> None:
 
 def _warn_of_sliding(prompt_tokens: int, params: SamplingParams, block: int) -> None:
     if prompt_tokens + params.max_new_tokens - 1 > block:
-        print(f"[past {block} tokens the window slides, and each token costs a prefill of {block}]", file=sys.stderr)
+        print(
+            f"[past {counted(block, 'token')} the window slides, and each token costs a prefill of {block}]",
+            file=sys.stderr,
+        )
 
 
 def _print_samples(engine: "Engine", prompt: str, params: SamplingParams) -> None:
@@ -356,11 +363,11 @@ def _print_sample(generation: Generation, prompt: str) -> None:
 
 def speed_line(prefill: int, prefill_seconds: float, decode: int, decode_seconds: float) -> str:
     """Tokens and tokens/s of prefill and decode, apart."""
-    parts = [f"prefill {prefill:,} tokens"]
+    parts = [f"prefill {counted(prefill, 'token')}"]
     if prefill_seconds:
         parts[0] += f" at {prefill / prefill_seconds:,.0f} tokens/s"
     if decode:
-        parts.append(f"decode {decode:,} tokens at {decode / decode_seconds:,.0f} tokens/s")
+        parts.append(f"decode {counted(decode, 'token')} at {decode / decode_seconds:,.0f} tokens/s")
     return ", ".join(parts)
 
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fastgpt.units import counted
+
 MEMORY = 0.02  # what a new loss counts in the running mean and variance: they look back over about 50 steps
 WARMUP = 50  # good steps before a loss can lie too high
 MOST = torch.finfo(torch.float32).max
@@ -91,7 +93,7 @@ class Guard:
         if not bad:
             return Verdict(loss, norm, "float16's loss scale was too high", scaling=True)
         if in_row > self.patience:
-            why = f"{in_row - 1:.0f} steps before it were"
+            why = f"{counted(int(in_row) - 1, 'step')} before it {'was' if in_row == 2 else 'were'}"
         elif not math.isfinite(loss):
             why = f"its loss is {loss}"
         elif not math.isfinite(norm):

@@ -11,6 +11,7 @@ from fastgpt.engine import Engine
 from fastgpt.errors import UsageError
 from fastgpt.files import decode_utf8
 from fastgpt.tokenizer import Tokenizer
+from fastgpt.units import counted
 
 
 def run(engine: Engine, tokenizer: Tokenizer, params: SamplingParams, text: str) -> None:
@@ -34,7 +35,7 @@ def run(engine: Engine, tokenizer: Tokenizer, params: SamplingParams, text: str)
         reused = engine.scheduler.hits
         said = take_turn(engine, tokens, params)
         print(flush=True)
-        print(f"[{engine.scheduler.hits - reused:,} of {len(tokens):,} tokens were in the cache]", file=sys.stderr)
+        print(f"[{engine.scheduler.hits - reused:,} of {counted(len(tokens), 'token')} in the cache]", file=sys.stderr)
         tokens += said
     if engine.speculate != "none":
         print(f"[{acceptance(engine.stats)}]", file=sys.stderr)
@@ -54,7 +55,10 @@ def cut(tokens: list[int], block_size: int) -> list[int]:
     if len(tokens) <= block_size:
         return tokens
     kept = max(1, block_size // 2)
-    print(f"[the text has outgrown the context of {block_size:,} tokens: its last {kept:,} count]", file=sys.stderr)
+    print(
+        f"[the text has outgrown the context of {counted(block_size, 'token')}: its last {kept:,} count]",
+        file=sys.stderr,
+    )
     return tokens[-kept:]
 
 

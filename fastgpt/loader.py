@@ -8,6 +8,7 @@ import torch
 from fastgpt.config import TrainConfig
 from fastgpt.corpus import Corpus
 from fastgpt.errors import UsageError
+from fastgpt.units import counted
 
 IGNORED = -100  # the target of a position that does not count
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -37,7 +38,7 @@ class Loader:
         if len(tokens) < block_size + 1:
             shortest = f"--block_size {len(tokens) - 1}" if len(tokens) > 1 else "a longer text"
             raise UsageError(
-                f"{name} holds {len(tokens)} tokens, and --block_size {block_size} needs at least "
+                f"{name} holds {counted(len(tokens), 'token')}, and --block_size {block_size} needs at least "
                 f"{block_size + 1}; try {shortest}"
             )
         self.tokens, self.block_size, self.vocab_size = tokens, block_size, vocab_size
@@ -114,7 +115,7 @@ def loaders(data: Corpus, config: TrainConfig, device: torch.device) -> tuple[Lo
     if shortest < needed:
         fix = f"try --block_size {shortest - 1}, or " if shortest > 1 else ""
         raise UsageError(
-            f"--block_size {config.block_size} needs {needed:,} tokens in each split, and {data.name} "
+            f"--block_size {config.block_size} needs {counted(needed, 'token')} in each split, and {data.name} "
             f"has {data.train_tokens:,} to train on and {data.val_tokens:,} to validate on; {fix}use a longer text"
         )
     vocab_size, block_size, seed = data.tokenizer.vocab_size, config.block_size, config.seed

@@ -8,6 +8,7 @@ import torch
 from fastgpt.config import ModelConfig, TrainConfig
 from fastgpt.device import free_memory
 from fastgpt.errors import UsageError
+from fastgpt.units import counted
 
 TRAINED_PARAMETER = 16  # bytes: a weight, its gradient and AdamW's two moments, in float32
 TOKEN = 8  # bytes: int64
@@ -24,7 +25,11 @@ def check_training(config: TrainConfig, device: torch.device) -> None:
     L, C, T, B = config.n_layer, config.n_embd, config.block_size, config.batch_size
     count = config.num_parameters
     model = TRAINED_PARAMETER * count + position_table_bytes(config)
-    _check(model, device, f"--n_layer {L}, --n_embd {C} and --block_size {T} make {count:,} parameters, which take")
+    _check(
+        model,
+        device,
+        f"--n_layer {L}, --n_embd {C} and --block_size {T} make {counted(count, 'parameter')}, which take",
+    )
     _check(model + B * T * 2 * TOKEN, device, f"--batch_size {B} with --block_size {T} takes, with the model,")
     steps = config.gradient_accumulation_steps
     _check(B * steps * TOKEN, CPU, f"--gradient_accumulation_steps {steps} with --batch_size {B} takes")

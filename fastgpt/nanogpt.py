@@ -73,10 +73,10 @@ def _characters(content: Any) -> str:
     if not isinstance(itos, dict | list):
         raise ValueError("it has no table itos from ids to characters")
     if isinstance(itos, dict) and itos.keys() != set(range(len(itos))):
-        raise ValueError(f"the {len(itos)} ids of itos are not 0 to {len(itos) - 1}")
+        raise ValueError(f"the ids of itos are not 0 to {len(itos) - 1}")
     characters = [itos[id] for id in range(len(itos))]
     if content.get("vocab_size", len(itos)) != len(itos):
-        raise ValueError(f"vocab_size {content['vocab_size']} is not the {len(itos)} entries of itos")
+        raise ValueError(f"vocab_size {content['vocab_size']} is not the number of itos' entries, {len(itos)}")
     if not all(isinstance(char, str) and len(char) == 1 for char in characters):
         raise ValueError("an entry of itos is not one character")
     return "".join(characters)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from fastgpt.errors import UsageError
 from fastgpt.tokenizer import Tokenizer
+from fastgpt.units import counted
 
 Prompt = str | Sequence[int]
 
@@ -23,7 +24,7 @@ def prompt_tokens(prompt: Prompt, tokenizer: Tokenizer | None, vocab_size: int) 
         tokens = _whole_numbers(prompt)
         unknown = next((token for token in tokens if not 0 <= token < vocab_size), None)
         if unknown is not None:
-            raise UsageError(f"token {unknown} is outside the vocabulary of {vocab_size:,} tokens")
+            raise UsageError(f"token {unknown} is outside the vocabulary of {counted(vocab_size, 'token')}")
     if tokens:
         return tokens
     if tokenizer is None:

@@ -16,7 +16,7 @@ from fastgpt.device import describe
 from fastgpt.errors import UsageError
 from fastgpt.model import GPT
 from fastgpt.tokenizer import Tokenizer
-from fastgpt.units import format_bytes, format_seconds
+from fastgpt.units import counted, format_bytes, format_seconds
 
 
 @dataclass(frozen=True)
@@ -51,18 +51,19 @@ def introduce(
     step: int,
 ) -> None:
     """Model, data, machine and length of the run that is about to take its next step."""
-    shape = f"{config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, context {config.block_size}"
-    tokens = f"{data.train_tokens:,} train and {data.val_tokens:,} val tokens"
+    blocks = f"{counted(config.n_layer, 'layer')}, {counted(config.n_head, 'head')}"
+    shape = f"{blocks}, width {config.n_embd}, context {config.block_size}"
+    tokens = f"{data.train_tokens:,} train and {counted(data.val_tokens, 'val token')}"
     arithmetic = str(dtype).removeprefix("torch.") + (", compiled" if config.compile else "")
-    steps = f"{config.max_iters - step:,} steps of {config.tokens_per_step:,} tokens"
+    steps = f"{counted(config.max_iters - step, 'step')} of {counted(config.tokens_per_step, 'token')}"
     batches = evaluate.plan(config, data.val_tokens)
-    evaluation = f"{batches} batches of the val split, always the same" if batches else "the whole val split"
+    evaluation = f"{counted(batches, 'batch')} of the val split, always the same" if batches else "the whole val split"
     facts = {
-        "model": f"{model.num_parameters():,} parameters: {shape}",
+        "model": f"{counted(model.num_parameters(), 'parameter')}: {shape}",
         "data": f"{data.name}: {tokens}, vocabulary {data.tokenizer.vocab_size:,} ({data.tokenizer.kind})",
         "machine": f"{describe(device)}, {arithmetic}",
         "kernels": str(model.ops),
-        "evaluation": f"{evaluation}, every {config.eval_interval:,} steps",
+        "evaluation": f"{evaluation}, every {counted(config.eval_interval, 'step')}",
         "run": f"{steps}{f', continuing at step {step}' if step else ''} -> {config.out_dir}",
     }
     console.print(_lines(facts, bold=True), highlight=False, soft_wrap=True)
@@ -103,7 +104,8 @@ def conclude(summary: RunSummary, config: TrainConfig, picture: str, data: Corpu
     if summary.stopped_by is None:
         lines.append(f"next:  python -m fastgpt.generate{where}{_opening(data.tokenizer)}")
     if summary.failures:
-        lines.append(f"{summary.failures} times the disk did not take what was written; see the warnings above")
+        failures = counted(summary.failures, "time")
+        lines.append(f"{failures} the disk did not take what was written; see the warnings above")
     return "\n".join(lines)
 
 

@@ -33,6 +33,7 @@ from fastgpt.saver import Saver
 from fastgpt.signals import Signals
 from fastgpt.streams import Lasting
 from fastgpt.training_state import TrainingState
+from fastgpt.units import counted
 from fastgpt.workload import Workload
 
 SAMPLE_TOKENS = 200
@@ -368,14 +369,14 @@ class Run:
         else:
             self.state.reset()
             self.saved_step = self.last_saved = 0
-        back_to, row = self.progress.step, f"{self.config.rollback_after} steps in a row were skipped"
+        back_to, count = self.progress.step, self.config.rollback_after
+        row = "a step was skipped" if count == 1 else f"{count} steps in a row were skipped"
         returns = max(self.returns[back_to], self.progress.rollbacks) + 1
         self.returns[back_to] = self.progress.rollbacks = returns
         if returns > self.config.max_rollbacks:
             raise RunFailed(
-                f"step {step}: {row}, the last because {why}; {returns - 1} returns to step {back_to} did not help: "
-                f"lower --learning_rate {self.config.learning_rate:g} or --grad_clip {self.config.grad_clip:g}, or "
-                f"look at batch {step - 1 + skipped} of the data"
+                f"step {step}: {row}, the last because {why}; {counted(returns - 1, 'return')} to step {back_to} did "
+                f"not help: {self._calmer()}, or look at batch {step - 1 + skipped} of the data"
             )
         left_out = [back_to + skipped, step - 1 + skipped]
         self.progress.skipped_batches = left_out[1] + 1 - back_to
@@ -393,6 +394,13 @@ class Run:
         self._write(record)
         if folder:
             self._save(returned=True)  # so that a resume need not find out again
+
+    def _calmer(self) -> str:
+        """Advice for a run whose losses or gradients are not finite."""
+        clip = self.config.grad_clip
+        return f"lower --learning_rate {self.config.learning_rate:g}, or " + (
+            f"lower --grad_clip {clip:g}" if clip else "clip gradients, which --grad_clip 0 does not: set it to 1"
+        )
 
     def _sample(self) -> str:
         self.model.eval()

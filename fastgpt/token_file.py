@@ -10,6 +10,7 @@ import numpy as np
 from fastgpt import files, sources
 from fastgpt.errors import UsageError
 from fastgpt.tokenizer import Tokenizer
+from fastgpt.units import counted
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -57,11 +58,12 @@ def scan(path: Path, dtype: str, vocab_size: int, *digests: "_Hash") -> int:
         raise UsageError(f"{path} cannot be read: {error.strerror}; prepare the corpus again") from None
     if size == 0 or size % width:
         raise UsageError(
-            f"{path} has {size:,} bytes, which is no whole number of {dtype} tokens; prepare the corpus again"
+            f"{path} has {counted(size, 'byte')}, which is no whole number of {dtype} tokens; prepare the corpus again"
         )
     if largest >= vocab_size:
         raise UsageError(
-            f"{path} holds token {largest:,}, and its vocabulary has {vocab_size:,} tokens; prepare the corpus again"
+            f"{path} holds token {largest:,}, and its vocabulary has {counted(vocab_size, 'token')}; "
+            "prepare the corpus again"
         )
     return size // width
 
@@ -72,7 +74,8 @@ def check(path: Path, vocab_size: int, tokens: int, sha256: str) -> None:
     found = scan(path, dtype_of(vocab_size), vocab_size, digest)
     if found != tokens:
         raise UsageError(
-            f"{path} holds {found:,} tokens and meta.json says {tokens:,}; delete {path.parent} and prepare it again"
+            f"{path} holds {counted(found, 'token')} and meta.json says {tokens:,}; "
+            f"delete {path.parent} and prepare it again"
         )
     if digest.hexdigest() != sha256:
         raise UsageError(

@@ -21,6 +21,7 @@ import numpy as np
 
 from fastgpt.errors import UsageError
 from fastgpt.files import regular, write_atomic
+from fastgpt.units import counted
 
 KINDS = ("char", "byte", "gpt2", "bpe")
 SMALLEST_BPE = 257
@@ -76,7 +77,7 @@ class Tokenizer(ABC):
     def token_bytes(self, id: int) -> bytes:
         """The UTF-8 bytes of one token, perhaps part of a character. Raises ValueError for an unknown id."""
         if not 0 <= id < self.vocab_size:
-            raise ValueError(f"token {id} is outside the vocabulary of {self.vocab_size:,} tokens")
+            raise ValueError(f"token {id} is outside the vocabulary of {counted(self.vocab_size, 'token')}")
         return self._tokens[id]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -121,7 +122,7 @@ class CharTokenizer(Tokenizer):
             named = ", ".join(f"{char!r} (U+{ord(char):04X})" for char in unknown[:5])
             more = f" and {len(unknown) - 5:,} more" if len(unknown) > 5 else ""
             raise UsageError(
-                f"the char vocabulary has only {self.vocab_size:,} characters and lacks {named}{more}; "
+                f"the char vocabulary has only {counted(self.vocab_size, 'character')} and lacks {named}{more}; "
                 "leave those out, or train with --tokenizer byte, gpt2 or bpe"
             )
         return ids

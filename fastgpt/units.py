@@ -1,6 +1,12 @@
 """Amounts as people read them."""
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and what it counts, a plural unless it is one: "1 thread", "2,000 threads", "3 batches"."""
+    ending = "es" if noun.endswith(("ch", "sh", "s", "x")) else "s"
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}{ending}"
+
+
 def format_bytes(count: int | None) -> str:
     if count is None:
         return "memory unknown"

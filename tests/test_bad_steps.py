@@ -247,16 +247,24 @@ def test_a_run_that_diverges_goes_back_beyond_the_checkpoint_that_shows_it(monke
     assert "NaN" not in (checkpoint.find(out, "latest") / checkpoint.STATE).read_text()
 
 
-@pytest.mark.parametrize("rollbacks", [0, 2])
-def test_going_back_in_vain_ends_with_one_line_and_code_1(capsys, monkeypatch, rollbacks: int):
+@pytest.mark.parametrize(
+    ("rollbacks", "clip", "advice"),
+    [
+        (0, "1", "lower --grad_clip 1,"),
+        (1, "0", "--grad_clip 0 does not: set it to 1,"),
+        (2, "1", "lower --grad_clip 1,"),
+    ],
+)
+def test_going_back_in_vain_ends_with_one_line_and_code_1(capsys, monkeypatch, rollbacks: int, clip: str, advice: str):
     with_losses(monkeypatch, lambda place, loss: loss + math.nan if place >= 6 else loss)
-    code = cli.run(train.main, [*FLAGS, *f"{LONG} --rollback_after 3 --max_rollbacks {rollbacks}".split()])
+    flags = f"{LONG} --rollback_after 3 --max_rollbacks {rollbacks} --grad_clip {clip}"
+    code = cli.run(train.main, [*FLAGS, *flags.split()])
     assert code == 1
     err = capsys.readouterr().err
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
     assert "3 steps in a row were skipped" in line
-    assert f"{rollbacks} returns to step 4 did not help" in line
-    assert all(word in line for word in ("--learning_rate 0.01", "--grad_clip 1", "batch "))
+    assert f"{rollbacks} return{'' if rollbacks == 1 else 's'} to step 4 did not help" in line
+    assert all(word in line for word in ("lower --learning_rate 0.01", advice, "look at batch "))
     assert "Traceback" not in err
     folder = checkpoint.find(Path("out"), "latest")
     checkpoint.verify(folder)

@@ -180,7 +180,7 @@ class TestBeforeTheFirstStep:
         usage = shutil.disk_usage(".")._replace(free=200_000)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
         code = in_child(lambda: train_here("--max_iters 9"))  # three checkpoints of 86 KB
-        self.refused(code, "3 checkpoints of 0 MiB need 0 MiB", "make room", "--keep_last")
+        self.refused(code, "room for 3 checkpoints, 0 MiB, is needed", "make room", "--keep_last")
         assert in_child(lambda: train_here("--max_iters 6")) == 0  # two of them
 
     def test_what_is_to_be_deleted_counts_as_room_in_a_resume(self, monkeypatch):
@@ -349,7 +349,7 @@ class TestDuringTraining:
                 return train_here(STEPS)
 
         assert in_child(start) == 1
-        assert "1 times the disk did not take" in Path("out.txt").read_text()
+        assert "1 time the disk did not take" in Path("out.txt").read_text()
         assert same(Path("out"), whole)
         assert list(records(Path("out"))) == [s for s in range(1, 13) if s != 5 or what != "metrics.jsonl"]
         whole_run()
@@ -605,7 +605,7 @@ class TestSmallDisk:
         done = in_small_disk("2m", f"{sys.executable} -m fastgpt.train {flags}; echo code $?; ls -A out")
         assert done.stdout.split() == ["code", "2", ".lock"], done.stderr
         assert "Traceback" not in done.stderr
-        assert done.stderr.splitlines()[-1].startswith("error: --out_dir out: 2 checkpoints of 1 MiB need 2 MiB")
+        assert done.stderr.splitlines()[-1].startswith("error: --out_dir out: room for 2 checkpoints, 2 MiB, is needed")
 
     def test_a_disk_that_somebody_else_fills_during_training(self):
         code = (

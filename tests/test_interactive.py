@@ -67,10 +67,10 @@ def test_the_cache_is_kept_between_turns(talk):
     """All full pages but the one with the last token, which was never an input."""
     _, shown = talk("abc\n" * 4)
     assert shown == [  # 4, 14, 24 and 34 tokens; behind each but the first 9, 19 and 29 are computed
-        "[0 of 4 tokens were in the cache]",
-        "[8 of 14 tokens were in the cache]",
-        "[16 of 24 tokens were in the cache]",
-        "[28 of 34 tokens were in the cache]",
+        "[0 of 4 tokens in the cache]",
+        "[8 of 14 tokens in the cache]",
+        "[16 of 24 tokens in the cache]",
+        "[28 of 34 tokens in the cache]",
     ]
     _, shown = talk("abc\n" * 3, prefix_cache=False)
     assert [line.split()[0] for line in shown] == ["[0"] * 3
@@ -112,7 +112,7 @@ def test_a_text_that_outgrows_the_context_goes_on_from_its_last_half(talk, gener
     (second,) = replies(generator, kept + first, ["abc"])
     assert out == f"{first}\n{second}\n"
     assert shown[0] == f"[the text has outgrown the context of {BLOCK} tokens: its last {BLOCK // 2} count]"
-    assert shown[1] == f"[0 of {BLOCK // 2} tokens were in the cache]"
+    assert shown[1] == f"[0 of {BLOCK // 2} tokens in the cache]"
 
 
 def test_every_setting_holds_in_a_turn(talk, generator):
