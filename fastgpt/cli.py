@@ -254,7 +254,7 @@ def _read_toml(path: Path, kind: type) -> dict[str, Any]:
         content = path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"--config {shown(str(path))} cannot be read: {reason}; name a TOML file") from None
+        raise UsageError(f"--config {path} cannot be read: {reason}; name a TOML file") from None
     text = decode_utf8(content, f"--config {path}")
     try:
         table = tomllib.loads(text)

@@ -110,7 +110,7 @@ def error_of(capsys, main, flags: list[str]) -> str:
         ("--dataset one.txt", ["--dataset one", "1 character", "at least 2 characters"]),
         (
             "--dataset binary.txt",
-            ["binary.txt is not text", f"byte {len(TEXT):,} (line 1) is NUL", "convert it to UTF-8"],
+            ["binary.txt is not text", f"byte {len(TEXT):,} (line 1) is NUL", "leave it out, or convert it", "iconv"],
         ),
         ("--dataset utf16.txt", ["utf16.txt is not text", "byte 1 (line 1) is NUL", "UTF-16"]),
         ("--dataset odd", ["odd/val.bin has 201 bytes", "no whole number of uint16 tokens", "prepare"]),
@@ -208,7 +208,7 @@ def test_a_gpu_that_is_not_there_is_refused(capsys, out: Path, main):
         ("--cache pages", ["--cache 'pages'", "none, dense, paged, auto"]),
         ("--cache dense --kv_memory 1GB", ["--kv_memory needs the paged cache, not --cache dense"]),
         ("--kv_memory lots", ["--kv_memory 'lots'", "2GiB, 500MB or 30%"]),
-        ("--kv_memory 999TB", ["--kv_memory", "more than", "ask for less"]),
+        ("--kv_memory 999TB", ["--kv_memory", "is above", "ask for less"]),
         ("--kernels triton --device cpu", ["--kernels triton needs a CUDA GPU, found cpu; use --kernels auto"]),
         ("The", ["'The' is not a flag"]),
     ],
