@@ -29,7 +29,8 @@ from fastgpt.engine import Engine
 from fastgpt.errors import UsageError, nearest
 from fastgpt.files import decode_utf8
 from fastgpt.model import GPT
-from fastgpt.prompt import Prompt
+from fastgpt.prompt import Prompt, prompt_tokens
+from fastgpt.random_stream import Occurrences, prompt_digest
 from fastgpt.single import Generation
 from fastgpt.tokenizer import Tokenizer
 from fastgpt.units import counted
@@ -119,16 +120,20 @@ def one_by_one(
     model: GPT, tokenizer: Tokenizer, jobs: Sequence[Job], cache: str, step: DecodeStep | None = None
 ) -> Iterator[Completion]:
     """Every continuation in order, with the dense cache or none, as the engine would give it."""
-    began = time.perf_counter()
+    began, equal = time.perf_counter(), Occurrences()
     for index, (prompt, params) in enumerate(jobs):
+        try:
+            tokens = prompt_tokens(prompt, tokenizer, tokenizer.vocab_size)
+        except UsageError as error:
+            waited = time.perf_counter() - began
+            yield Completion(index, 0, prompt, "", [], "error", Timings(None, None, waited), str(error))
+            continue
+        occurrence = equal.number(prompt_digest(tokens), params.seed)
         for sample in range(params.num_samples):
             waited = time.perf_counter() - began
-            try:
-                generation = Generation(model, tokenizer, prompt, params.of_sample(sample), cache, step)
-            except UsageError as error:
-                yield Completion(index, 0, prompt, "", [], "error", Timings(None, None, waited), str(error))
-                break
-            yield generation.completion(index, sample, waited)
+            which = {"occurrence": occurrence, "sample": sample}
+            generation = Generation(model, tokenizer, tokens, params, cache, step, **which)
+            yield dataclasses.replace(generation.completion(index, sample, waited), prompt=prompt)
 
 
 def all_at_once(engine: Engine, jobs: Sequence[Job]) -> Iterator[Completion | None]:

@@ -208,17 +208,13 @@ class SamplingParams:
     logprobs: int | None = option(
         None, "give each token's log-probability, and those of as many of the likeliest", low=0, high=20
     )
-    num_samples: int = option(1, "continuations of a prompt; the seed of each is one higher", low=1, high=65_536)
-    seed: int = option(1337, "the same seed gives the same text", low=0, high=2**63 - 1)
+    num_samples: int = option(1, "continuations of a prompt, each drawn for itself", low=1, high=65_536)
+    seed: int = option(1337, "the same seed continues the same prompt by the same text", low=0, high=2**63 - 1)
 
     @property
     def penalizes(self) -> bool:
         """Whether the odds of a token depend on those before it in more than the model's own way."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
-
-    def of_sample(self, number: int) -> "SamplingParams":
-        """The settings of one of a prompt's continuations: the same, but for the seed."""
-        return dataclasses.replace(self, seed=(self.seed + number) % 2**63)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@
 
 Each step, the `Scheduler` says which tokens to compute, the `Runner` computes them, the `Sampler` draws the next ones,
 and the `Engine` gives them to their requests. What a request draws depends on its own prompt, settings and seed, and
-not on what runs beside it.
+not on what runs beside it; only equal prompts with equal seeds, given together, are numbered and draw apart.
 """
 
 import time
@@ -24,6 +24,7 @@ from fastgpt.errors import UsageError
 from fastgpt.kv_cache import PagedCache, pages_that_fit
 from fastgpt.model import GPT
 from fastgpt.prompt import Prompt, prompt_tokens
+from fastgpt.random_stream import Occurrences, prompt_digest, stream_key
 from fastgpt.runner import Runner
 from fastgpt.sampler import Drawn, Sampler
 from fastgpt.scheduler import Chunk, Sample, Scheduler
@@ -160,7 +161,11 @@ class Engine:
         return sorted(done, key=lambda completion: (completion.index, completion.sample))
 
     def stream(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        wanted: Sequence[Sequence[int]] | None = None,
     ) -> Iterator[Piece]:
         """The pieces of all continuations, as they come; `index` is the prompt's place among these.
 
@@ -169,6 +174,8 @@ class Engine:
         Args:
             prompts: text or token ids.
             params: for all prompts, or for each.
+            wanted: the numbers of the continuations to make of each prompt; default all. A prompt of which none is
+                wanted still counts among equal ones, so that the others draw what they would beside it.
 
         Raises:
             UsageError: settings outside their limits, or not as many of them as prompts, at once; the prompts are
@@ -181,15 +188,19 @@ class Engine:
             raise UsageError(
                 f"{counted(len(each), 'setting')} for {counted(len(prompts), 'prompt')}; give one, or one for each"
             )
-        for one in each:
+        for one in {id(one): one for one in each}.values():
             validate(one)
-        return self._pieces(prompts, each)
+        numbers = [range(one.num_samples) for one in each] if wanted is None else wanted
+        return self._pieces(prompts, each, numbers)
 
-    def _pieces(self, prompts: Sequence[Prompt], each: Sequence[SamplingParams]) -> Iterator[Piece]:
+    def _pieces(
+        self, prompts: Sequence[Prompt], each: Sequence[SamplingParams], wanted: Sequence[Sequence[int]]
+    ) -> Iterator[Piece]:
         sink: list[Piece] = []
+        equal = Occurrences()
         own = [
-            self._submit(prompt, one, index, sink)
-            for index, (prompt, one) in enumerate(zip(prompts, each, strict=True))
+            self._submit(prompt, one, index, sink, numbers, equal)
+            for index, (prompt, one, numbers) in enumerate(zip(prompts, each, wanted, strict=True))
         ]
         try:
             while True:
@@ -214,23 +225,38 @@ class Engine:
         """
         params = params or SamplingParams()
         validate(params)
-        return self._submit(prompt, params, self._submitted, self._ready).number
+        numbers = range(params.num_samples)
+        return self._submit(prompt, params, self._submitted, self._ready, numbers, Occurrences()).number
 
-    def _submit(self, prompt: Prompt, params: SamplingParams, index: int, sink: list[Piece]) -> _Request:
-        """`index`: what its pieces are called, which go to `sink`."""
+    def _submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        index: int,
+        sink: list[Piece],
+        wanted: Sequence[int],
+        equal: Occurrences,
+    ) -> _Request:
+        """`index`: what its pieces are called, which go to `sink`; `equal`: numbers it among those given together."""
         request = _Request(self._submitted, index, sink, prompt, params, time.perf_counter())
         self._submitted += 1
         try:
             tokens = prompt_tokens(prompt, self.tokenizer, self.vocab_size)
+            digest = prompt_digest(tokens)
+            occurrence = equal.number(digest, params.seed)
             self._check(tokens, params)
         except UsageError as error:
-            sink.append(self._refusal(request, str(error)))
+            if wanted:
+                sink.append(self._refusal(request, str(error)))
+            return request
+        if not wanted:
             return request
         if self.slide and not params.penalizes:
             # Nothing reads what is before the window, and each continuation would copy it.
             tokens = tokens[-self.block_size :]
-        for number in range(params.num_samples):
-            sample = Sample((request.number, number), tokens, len(tokens), params)
+        for number in wanted:
+            key = stream_key(digest, params.seed, occurrence, number)
+            sample = Sample((request.number, number), tokens, len(tokens), params, key=key)
             if self.speculate == "ngram" and not params.penalizes:  # a guess is made without regard to them
                 sample.proposer = NgramProposer()
             request.samples.append(sample)
@@ -320,9 +346,7 @@ class Engine:
             return
         self._slots[sample.slot] = sample
         end = sample.prompt_length
-        self.sampler.begin(
-            sample.slot, sample.params.of_sample(sample.order[1]), sample.tokens[:end], sample.tokens[end:]
-        )
+        self.sampler.begin(sample.slot, sample.params, sample.tokens[:end], sample.tokens[end:], key=sample.key)
 
     def _accept(self, turn: "_Turn", drawn: Sequence[Drawn]) -> None:
         """Give a sequence its new tokens: up to the first that was guessed wrong, or that ends it."""

@@ -217,9 +217,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         for sample in range(config.num_samples):
             _print_heading(sample, config.num_samples)
-            params = config.sampling().of_sample(sample)
-            made = Generation(generator.model, generator.tokenizer, prompt, params, cache, generator.step)
-            _print_sample(made, prompt)
+            parts, params = (generator.model, generator.tokenizer), config.sampling()
+            _print_sample(Generation(*parts, prompt, params, cache, generator.step, sample=sample), prompt)
     return 0
 
 

@@ -3,20 +3,19 @@
 `Sampler` holds the requests' settings and penalties by slot, `Sampled` is what a call drew and brings it to the
 host in one copy as `Drawn`. `penalize`, `least_kept` and `draw` are its steps.
 
-A row's token depends on its logits, its settings and one number in [0, 1), a function of (seed, index) alone. All
-rows walk the vocabulary in the same order, whichever filters are on. So a request draws the same tokens whatever
-else is in the batch, after a preemption, and under speculation.
+A row's token depends on its logits, its settings and one number in [0, 1), which its continuation's key and the
+token's place alone determine (`random_stream`). All rows walk the vocabulary in the same order, whichever filters are
+on. So a request draws the same tokens whatever else is in the batch, after a preemption, and under speculation.
 """
 
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import NamedTuple
 
 import torch
 
 from fastgpt.config import SamplingParams
+from fastgpt.random_stream import prompt_digest, stream_key, uniform
 
 FLOAT32 = torch.finfo(torch.float32)
 INF = float("inf")
@@ -59,7 +58,7 @@ class Sampled:
 class _Request:
     """What the host knows of a slot's request."""
 
-    seed: int
+    key: bytes  # of its random stream
     logprobs: int | None
     greedy: bool
     penalized: bool
@@ -125,15 +124,28 @@ class Sampler:
         self._requests: dict[int, _Request] = {}
         self._texts: _Texts | None = None  # until a request has penalties
 
-    def begin(self, slot: int, params: SamplingParams, prompt: Sequence[int], said: Sequence[int] = ()) -> None:
+    def begin(
+        self,
+        slot: int,
+        params: SamplingParams,
+        prompt: Sequence[int],
+        said: Sequence[int] = (),
+        *,
+        key: bytes | None = None,
+    ) -> None:
         """Give a slot to a request, and forget the one before.
 
-        `said`: the tokens that it generated already, where it was preempted or forked. Raises `IndexError` where
-        the sampler does not have the slot.
+        Args:
+            said: the tokens that it generated already, where it was preempted or forked.
+            key: of its random stream; default that of the first continuation of this prompt.
+
+        Raises:
+            IndexError: the sampler does not have the slot.
         """
         if not 0 <= slot < self.slots:
             raise IndexError(f"slot {slot} of a sampler with {self.slots}")
-        request = self._requests[slot] = self._request(slot, params)
+        key = key or stream_key(prompt_digest(prompt), params.seed)
+        request = self._requests[slot] = self._request(slot, params, key)
         if not request.penalized:
             return
         self._make_room(slot)
@@ -230,7 +242,7 @@ class Sampler:
         top = logprobs.topk(min(most, self.vocab_size))
         return Sampled(tokens, logprobs.gather(1, tokens[:, None])[:, 0], top.values, top.indices, asked)
 
-    def _request(self, slot: int, params: SamplingParams) -> _Request:
+    def _request(self, slot: int, params: SamplingParams, key: bytes) -> _Request:
         greedy = params.temperature == 0
         top_k = min(params.top_k or self.vocab_size, self.vocab_size)
         top_p = INF if params.top_p is None or params.top_p >= 1 else params.top_p
@@ -240,7 +252,7 @@ class Sampler:
         repetition = min(max(repetition, 1e-30), 1e30)
         temperature = min(max(params.temperature, FLOAT32.tiny), FLOAT32.max)
         return _Request(
-            seed=params.seed,
+            key=key,
             logprobs=params.logprobs,
             greedy=greedy,
             penalized=params.penalizes,
@@ -252,7 +264,7 @@ class Sampler:
 
     def _settings(self, requests: list[_Request], indices: Sequence[int], order: list[int]) -> _Settings:
         rows = [
-            (*q.settings, INF if q.greedy else uniform(q.seed, index), number)
+            (*q.settings, INF if q.greedy else uniform(q.key, index), number)
             for q, index, number in zip(requests, indices, order + [0] * (len(requests) - len(order)), strict=True)
         ]
         values = [value for column in zip(*rows, strict=True) for value in column]  # PyTorch reads a flat list faster
@@ -269,12 +281,6 @@ class Sampler:
         if self.device.type != "cuda":
             return tensor.to(self.device)
         return tensor.pin_memory().to(self.device, non_blocking=True)
-
-
-def uniform(seed: int, index: int) -> float:
-    """The number in [0, 1) of a request's token: 24 bits, so that float32 holds it exactly and never rounds to 1."""
-    digest = blake2b(struct.pack("<QQ", seed, index), digest_size=3).digest()
-    return int.from_bytes(digest, "little") / 2**24
 
 
 def penalize(

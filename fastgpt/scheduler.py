@@ -27,6 +27,7 @@ class Sample:
         start: the first token of the window; 0 until the window slides.
         slot: its place in the batch, -1 while it waits.
         siblings: continuations of the same prompt that wait for this one to have read it.
+        key: of its random stream.
     """
 
     order: tuple[int, int]
@@ -38,6 +39,7 @@ class Sample:
     table: BlockTable | None = None
     proposer: NgramProposer | None = None
     siblings: list["Sample"] = field(default_factory=list)
+    key: bytes = b""
 
     @property
     def generated(self) -> int:

@@ -12,6 +12,7 @@ from fastgpt.detokenizer import Detokenizer
 from fastgpt.kv_cache import DenseCache
 from fastgpt.model import GPT
 from fastgpt.prompt import Prompt, prompt_tokens
+from fastgpt.random_stream import prompt_digest, stream_key
 from fastgpt.sampler import Drawn, Sampler
 from fastgpt.tokenizer import Tokenizer
 
@@ -36,12 +37,20 @@ class Generation:
         params: SamplingParams,
         cache: str = "dense",
         step: DecodeStep | None = None,
+        *,
+        occurrence: int = 0,
+        sample: int = 0,
     ):
-        """`step`: the model's compiled decode step, for the dense cache."""
+        """
+        Args:
+            step: the model's compiled decode step, for the dense cache.
+            occurrence, sample: which of the random streams of this prompt and seed; see `random_stream.stream_key`.
+        """
         self.step = step
         self.model, self.tokenizer, self.params, self.text = model, tokenizer, params, prompt
         self.cached = cache == "dense"
         self.prompt = prompt_tokens(prompt, tokenizer, tokenizer.vocab_size)
+        self.key = stream_key(prompt_digest(self.prompt), params.seed, occurrence, sample)
         self.prefill_tokens, self.prefill_seconds = min(len(self.prompt), model.config.block_size), 0.0
         self.decode_tokens, self.decode_seconds = 0, 0.0
         self.drawn: list[Drawn] = []
@@ -77,7 +86,7 @@ class Generation:
         device = self.model.device
         text, latest = self.prompt.copy(), None
         sampler = Sampler(1, self.tokenizer.vocab_size, device)
-        sampler.begin(0, self.params, self.prompt)
+        sampler.begin(0, self.params, self.prompt, key=self.key)
         cache = DenseCache(self.model.config, device=device, dtype=self.model.dtype) if self.cached else None
         step = DenseStep(self.step, cache) if self.step and cache else None
         for i in range(self.params.max_new_tokens):

@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 
 import fastgpt
 from fastgpt import checkpoint, cli, generate, train
-from fastgpt.config import ModelConfig
+from fastgpt.config import ModelConfig, SamplingParams
 from fastgpt.errors import UsageError
 from fastgpt.generate import TextGenerator
 from fastgpt.model import GPT
+from fastgpt.single import Generation
 from fastgpt.tokenizer import ByteTokenizer, CharTokenizer
 
 WORDS = "The quick brown fox jumps over a lazy dog while nine wise cats watch from trees"
@@ -196,9 +197,13 @@ def test_the_prompt_comes_from_the_flag_a_file_or_stdin(out: Path, capsys, monke
     assert capsys.readouterr().out == f"{prompt}{text}\n"
 
 
-def test_samples_have_seeds_one_apart(out: Path, capsys):
-    assert command(out, "--num_samples", "2", "--seed", "8", "--prompt", "a", "--max_new_tokens", "9") == 0
-    texts = [fastgpt.load(out).generate("a", seed=seed, max_new_tokens=9) for seed in (8, 9)]
+@pytest.mark.parametrize("cache", ["none", "dense", "paged"])
+def test_samples_draw_each_for_itself(out: Path, capsys, cache: str):
+    flags = shlex.split(f"--num_samples 2 --seed 8 --prompt a --max_new_tokens 9 --cache {cache}")
+    assert command(out, *flags) == 0
+    generator, params = fastgpt.load(out), SamplingParams(seed=8, max_new_tokens=9)
+    parts = generator.model, generator.tokenizer
+    texts = ["".join(Generation(*parts, "a", params, sample=n)) for n in (0, 1)]
     assert texts[0] != texts[1]
     assert capsys.readouterr().out == f"--- sample 1 of 2\na{texts[0]}\n--- sample 2 of 2\na{texts[1]}\n"
 

@@ -103,14 +103,19 @@ def one_by_one(
     generator: TextGenerator, prompts: Sequence[list[int]], params: Sequence[SamplingParams], cache: str
 ) -> list[Completion]:
     """The plain loop; its logits come from whole forward passes with cache "none"."""
-    return [
-        Generation(generator.model, generator.tokenizer, list(prompt), one, cache).completion(index, 0)
-        for index, (prompt, one) in enumerate(zip(prompts, params, strict=True))
-    ]
+    found, parts = [], (generator.model, generator.tokenizer)
+    given = [(prompt, one.seed) for prompt, one in zip(prompts, params, strict=True)]
+    for index, ((prompt, _), one) in enumerate(zip(given, params, strict=True)):
+        equal = given[:index].count(given[index])
+        for sample in range(one.num_samples):
+            stream = Generation(*parts, list(prompt), one, cache, occurrence=equal, sample=sample)
+            found.append(stream.completion(index, sample))
+    return found
 
 
 def outcome(completion: Completion) -> tuple:
-    return completion.index, completion.tokens, completion.text, completion.finish_reason, completion.error
+    which, said = (completion.index, completion.sample), (completion.tokens, completion.text)
+    return *which, *said, completion.finish_reason, completion.error
 
 
 def assert_same(found: Sequence[Completion], wanted: Sequence[Completion]) -> None:
@@ -162,8 +167,20 @@ def drawn(generator: TextGenerator) -> tuple[list[list[int]], list[SamplingParam
     return prompts, params, found
 
 
-def test_the_dense_cache(generator: TextGenerator, truth, drawn):
-    for prompts, params, wanted in (truth, drawn):
+@pytest.fixture(scope="module")
+def repeated(generator: TextGenerator) -> tuple[list[list[int]], list[SamplingParams], list[Completion]]:
+    """40 requests of one seed, most of them equal to others, some for several continuations."""
+    rng, few = random.Random(5), ragged(6, seed=5)
+    prompts = rng.choices(few, k=40)
+    some = SamplingParams(max_new_tokens=6, temperature=1.5, top_k=0)
+    params = [dataclasses.replace(some, num_samples=rng.choice([1, 1, 1, 4])) for _ in prompts]
+    found = one_by_one(generator, prompts, params, "none")
+    assert len({tuple(one.tokens) for one in found}) > 0.9 * len(found) > 60
+    return prompts, params, found
+
+
+def test_the_dense_cache(generator: TextGenerator, truth, drawn, repeated):
+    for prompts, params, wanted in (truth, drawn, repeated):
         assert_same(one_by_one(generator, prompts, params, "dense"), wanted)
 
 
@@ -183,6 +200,12 @@ def test_sampled_requests(generator: TextGenerator, drawn, mode: str):
     engine = engine_of(generator, **options)
     assert_same(answer(engine, prompts, params), wanted)
     assert_used(engine, [name for name in means if name != "accepted"])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_equal_prompts_and_several_continuations(generator: TextGenerator, repeated, mode: str):
+    prompts, params, wanted = repeated
+    assert_same(answer(engine_of(generator, **MODES[mode][0]), prompts, params), wanted)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
