@@ -4,7 +4,9 @@
 against the reference (the rule: `fastgpt.agreement`), times those that agree in turns at the workload's own shape, and
 takes the one with the smallest median; of equals, the first in `CANDIDATES`. A candidate that disagrees or raises is
 left out, and the printed reason says so. The outcome is kept on disk (`fastgpt.choices`), so that it is timed once.
-What is timed is eager code, also for a run that compiles.
+
+What is timed is the GPU's own time (`fastgpt.gpu_clock`), and code compiled by torch.compile where the model will be.
+A model so small that its GPU waits for Python is therefore not judged by that waiting.
 """
 
 import contextlib
@@ -23,13 +25,15 @@ from fastgpt.agreement import disagreement
 from fastgpt.choices import CANDIDATES, Choice, ChoiceFile, Environment, environment_of
 from fastgpt.device import synchronize
 from fastgpt.dispatch import TABLE, implementation
+from fastgpt.gpu_clock import GpuClock
 from fastgpt.tokenizer import cache_dir
 from fastgpt.workload import Workload, checked_cases, timed_case
 
 FILE = "kernels.json"
 BUDGET = 0.25  # seconds of GPU time for an operation, unless FEWEST_ROUNDS take longer
-SAMPLE = 0.002  # a sample repeats the call until it lasts so many seconds: the first launch after a pause is slow
-FEWEST_ROUNDS, MOST_ROUNDS, MOST_REPEATS = 3, 50, 200
+SAMPLE = 0.0005  # a sample repeats the call until it lasts so many seconds, a thousand times what events resolve
+# Few repeats, as all of them are launched before the first begins, and the GPU's queue holds about a thousand kernels.
+FEWEST_ROUNDS, MOST_ROUNDS, MOST_REPEATS = 3, 15, 16
 
 Stopwatch = Callable[[Callable[[], object], int], float]  # (call, repeats) -> seconds of all repeats
 
@@ -100,17 +104,17 @@ def contest(
     Args:
         op, workload, device: what is called, how, and where.
         columns: the candidates' functions; default the table's.
-        stopwatch: default `cuda_seconds`.
+        stopwatch: default a `GpuClock`.
     """
     columns = columns or {column: implementation(op, column) for column in CANDIDATES}
-    problem, case = _checker(op, workload, device), timed_case(op, workload, device)
+    problem, case = checker(op, workload, device), timed_case(op, workload, device)
     calls, left_out, lasting = {}, {}, True
     for column, function in columns.items():
         try:
             if why := problem(function):
                 left_out[column] = why
                 continue
-            call = functools.partial(case.call, function)
+            call = functools.partial(case.call, case.compiled(function) if workload.compile else function)
             call()  # compiles for this shape, and shows whether the memory suffices
             synchronize(device)
             calls[column] = call
@@ -118,12 +122,12 @@ def contest(
             left_out[column] = _first_line(error)
             lasting = lasting and not isinstance(error, torch.OutOfMemoryError)
             synchronize(device)  # raises again where the GPU itself has failed
-    seconds = measure(calls, stopwatch or cuda_seconds)
+    seconds = measure(calls, stopwatch or GpuClock().seconds)
     # Where no candidate is left the model takes the first, whose own error then stops the run.
     return Choice(min(seconds, key=seconds.__getitem__, default=CANDIDATES[0]), seconds, left_out, lasting)
 
 
-def _checker(op: str, workload: Workload, device: torch.device) -> Callable[[Callable[..., Any]], str]:
+def checker(op: str, workload: Workload, device: torch.device) -> Callable[[Callable[..., Any]], str]:
     """A function that says what is wrong with another's results; "" for nothing."""
     cases = checked_cases(op, workload, device)
     stock = [case.results(TABLE[op].torch) for case in cases]
@@ -142,10 +146,7 @@ def _checker(op: str, workload: Workload, device: torch.device) -> Callable[[Cal
 
 def measure(calls: Mapping[str, Callable[[], object]], stopwatch: Stopwatch) -> dict[str, float]:
     """The median seconds of each call, which take turns so that all meet the same clocks and neighbours."""
-    repeats = {}
-    for name, call in calls.items():
-        once = stopwatch(call, 1)
-        repeats[name] = min(math.ceil(SAMPLE / max(once, 1e-9)), MOST_REPEATS)
+    repeats = {name: repeats_for(stopwatch(call, 1)) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     rounds, spent = 0, 0.0
     while calls and (rounds < FEWEST_ROUNDS or (rounds < MOST_ROUNDS and spent < BUDGET)):
@@ -157,15 +158,9 @@ def measure(calls: Mapping[str, Callable[[], object]], stopwatch: Stopwatch) -> 
     return {name: statistics.median(taken) for name, taken in samples.items()}
 
 
-def cuda_seconds(call: Callable[[], object], repeats: int) -> float:
-    """The seconds of so many calls on the current GPU, or of launching them where that takes longer."""
-    began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    began.record()
-    for _ in range(repeats):
-        call()
-    ended.record()
-    ended.synchronize()
-    return began.elapsed_time(ended) * 1e-3
+def repeats_for(seconds: float) -> int:
+    """How many calls of so many seconds make a sample."""
+    return min(math.ceil(SAMPLE / max(seconds, 1e-9)), MOST_REPEATS)
 
 
 @contextlib.contextmanager

@@ -101,12 +101,14 @@ def load(
     kernels: str = "auto",
     quantize: str = "none",
     batch: int = 1,
+    compile: bool = False,
 ) -> TextGenerator:
     """The generator of a trained run, from its best checkpoint unless told otherwise.
 
     Args:
         quantize: "int8" keeps matrices in 8 bits; see `fastgpt.quantized`.
-        batch: continuations that will run side by side, for which `kernels` "auto" takes the fastest on a GPU.
+        batch, compile: continuations that will run side by side, and whether the engine will compile; `kernels` "auto"
+            takes what is fastest on a GPU then.
 
     Raises:
         UsageError: no run there, a corrupt checkpoint, or an unknown device.
@@ -128,7 +130,8 @@ def load(
     _check_size(out_dir, step_dir, config, weights)
     memory_need.check_position_table(config, where)
     B = max(1, min(batch, TIMED_TOKENS // config.block_size))
-    ops = resolve(workload=Workload.of_generation(config, weights_dtype, B, int8=quantize == "int8"))
+    planned = Workload.of_generation(config, weights_dtype, B, int8=quantize == "int8", compile=compile)
+    ops = resolve(workload=planned)
     with checkpoint.naming(step_dir / checkpoint.MODEL):
         model = GPT.from_weights(config, ops, weights, where, weights_dtype)
     if quantize == "int8":
@@ -231,6 +234,7 @@ def _load(config: GenerateConfig) -> TextGenerator:
         kernels=config.kernels,
         quantize=config.quantize,
         batch=config.max_batch if config.prompts is not None else min(config.num_samples, config.max_batch),
+        compile=bool(config.compile),
     )
     if generator.model.device.type == "cuda":  # elsewhere there is no choice to tell of
         print(f"[kernels {generator.model.ops}]", file=sys.stderr)

@@ -16,6 +16,7 @@ from fastgpt_kernels.quantization import quantize
 PAGE = 16  # tokens; the default of --page_size
 # A longer context is checked at its length modulo TILE, the largest tile of a kernel, and two whole tiles.
 TILE = 128
+RECOMPILE_LIMIT = 256
 
 
 @dataclass(frozen=True)
@@ -38,16 +39,20 @@ class Workload:
     bias: bool
     dtype: torch.dtype
     int8: bool = False
+    compile: bool = False
 
     @classmethod
     def of_training(cls, config: TrainConfig, dtype: torch.dtype) -> "Workload":
         """The micro-batches of a run; the vocabulary's size must be known."""
-        return cls._of(config, dtype, training=True, B=config.batch_size, dropout=config.dropout)
+        rest = {"B": config.batch_size, "dropout": config.dropout, "compile": config.compile}
+        return cls._of(config, dtype, training=True, **rest)
 
     @classmethod
-    def of_generation(cls, config: ModelConfig, dtype: torch.dtype, B: int = 1, *, int8: bool = False) -> "Workload":
+    def of_generation(
+        cls, config: ModelConfig, dtype: torch.dtype, B: int = 1, *, int8: bool = False, compile: bool = False
+    ) -> "Workload":
         """Decoding B sequences at the end of the context; the vocabulary's size must be known."""
-        return cls._of(config, dtype, training=False, B=B, dropout=0.0, int8=int8)
+        return cls._of(config, dtype, training=False, B=B, dropout=0.0, int8=int8, compile=compile)
 
     @classmethod
     def _of(cls, config: ModelConfig, dtype: torch.dtype, **rest: Any) -> "Workload":
@@ -86,9 +91,10 @@ class Workload:
     def __str__(self) -> str:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         what, dtype = "training" if fields.pop("training") else "generating", fields.pop("dtype")
-        matrices = ["matrices int8"] if fields.pop("int8") else []
+        words = {"int8": "matrices int8", "compile": "compiled"}
+        said = [word for name, word in words.items() if fields.pop(name)]
         sizes = [f"{name} {value}" for name, value in fields.items()]
-        return ", ".join([what, str(dtype).removeprefix("torch."), *matrices, *sizes])
+        return ", ".join([what, str(dtype).removeprefix("torch."), *said, *sizes])
 
 
 @dataclass(frozen=True)
@@ -116,11 +122,33 @@ class Case:
             if self.grads is None:
                 with torch.inference_mode():
                     return _tuple(function(*self.inputs, **self.arguments))
-            outs = _tuple(function(*self.inputs, **self.arguments))
             # What reads an output casts it, and that is part of the price.
-            read = [out.to(grad.dtype) for out, grad in zip(outs, self.grads, strict=True)]
+            read = self._cast(_tuple(function(*self.inputs, **self.arguments)))
             leaves = [t for t in self.inputs if t is not None and t.requires_grad]
             return [*read, *torch.autograd.grad(read, leaves, self.grads)]
+
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., tuple[torch.Tensor, ...]]:
+        """The function and the casts of its outputs as torch.compile makes them, for this case's shapes alone."""
+
+        def read(*inputs: torch.Tensor | None, **arguments: Any) -> tuple[torch.Tensor, ...]:
+            return self._cast(_tuple(function(*inputs, **arguments)))
+
+        code = torch.compile(read, dynamic=False)
+
+        def run(*inputs: torch.Tensor | None, **arguments: Any) -> tuple[torch.Tensor, ...]:
+            import torch._dynamo.config as dynamo  # slow
+
+            # Every function is compiled as `read`, of which torch.compile would make a few versions and then give up.
+            with dynamo.patch(recompile_limit=RECOMPILE_LIMIT):
+                return code(*inputs, **arguments)
+
+        return run
+
+    def _cast(self, outs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """The outputs in the dtypes in which the model reads them."""
+        if self.grads is None:
+            return outs
+        return tuple(out.to(grad.dtype) for out, grad in zip(outs, self.grads, strict=True))
 
     def results(self, function: Callable[..., Any]) -> dict[str, torch.Tensor]:
         """What comes out, by name; the case itself stays as it is."""
