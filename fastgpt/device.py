@@ -122,11 +122,16 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be had: of the GPU, or of the machine and this process's limit (its cgroup's)."""
+    """Bytes that this process can still have: of the GPU, or of the machine and within the limit of its cgroup.
+
+    What PyTorch's allocator keeps for later, and the system its copies of files, is there to be had.
+    """
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        (free, total), used = torch.cuda.mem_get_info(device), torch.cuda.memory_allocated(device)
+        allowed = int(total * torch.cuda.get_per_process_memory_fraction(device.index))
+        return max(0, min(free + torch.cuda.memory_reserved(device), allowed) - used)
     if device.type == "mps":
-        return max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+        return max(0, torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
     return min(_machine_memory(), _cgroup_memory())
 
 
@@ -170,16 +175,26 @@ def _machine_memory() -> int:
 
 def _cgroup_memory() -> int:
     """What the limit of a container leaves (cgroup v2, then v1); a very large number without one."""
-    folder = Path("/sys/fs/cgroup")
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    v2 = Path("/sys/fs/cgroup")
+    for folder, limit, used, files in (
+        (v2, "memory.max", "memory.current", "inactive_file"),
+        (v2 / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ):
         try:
-            return max(0, int((folder / limit).read_text()) - int((folder / used).read_text()))
+            left = int((folder / limit).read_text()) - int((folder / used).read_text())
         except (OSError, ValueError):  # no such file, or "max"
             continue
+        return max(0, left + _count(folder / "memory.stat", files))
     return sys.maxsize
+
+
+def _count(path: Path, name: str) -> int:
+    """The number behind a name in a file of such lines; 0 where there is none."""
+    try:
+        numbers = dict(line.split() for line in path.read_text().splitlines())
+        return int(numbers.get(name, 0))
+    except (OSError, ValueError):
+        return 0
 
 
 def synchronize(device: torch.device) -> None:

@@ -13,7 +13,6 @@ from fastgpt.block_allocator import BlockAllocator, BlockTable
 from fastgpt.config import ModelConfig
 from fastgpt.device import free_memory
 from fastgpt.errors import UsageError
-from fastgpt.memory_need import obtainable
 from fastgpt.units import counted
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ class DenseCache:
     """
 
     def __init__(self, config: ModelConfig, B: int = 1, *, device: torch.device | str = "cpu", dtype=torch.float32):
-        need, free = B * page_bytes(config, config.block_size, dtype), obtainable(torch.device(device))
+        need, free = B * page_bytes(config, config.block_size, dtype), free_memory(torch.device(device))
         if need > free:
             raise UsageError(
                 f"--cache dense takes {counted(need, 'byte')} for a context of {counted(config.block_size, 'token')}, "

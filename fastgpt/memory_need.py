@@ -54,14 +54,8 @@ def position_table_bytes(config: ModelConfig) -> int:
     return 4 * config.block_size * width
 
 
-def obtainable(device: torch.device) -> int:
-    """Bytes of free memory, with those that PyTorch keeps on a GPU for later."""
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-    return free_memory(device) + kept
-
-
 def _check(need: int, device: torch.device, what: str) -> None:
-    free = obtainable(device)
+    free = free_memory(device)
     if need > free:
         raise UsageError(f"{what} at least {_gib(need)} of memory, and {device} has {_gib(free)} free; pass less")
 

@@ -194,8 +194,13 @@ MEMINFO = "MemTotal:       8000 kB\nMemFree:         100 kB\nMemAvailable:   200
         ({"v2_max": "9000000\n", "v2_current": "1000\n"}, 2000 * 1024),
         ({"v2_max": "1000\n", "v2_current": "1001\n"}, 0),
         ({"v1_limit_in_bytes": "7000\n", "v1_usage_in_bytes": "3000\n"}, 4000),
+        ({"v2_max": "9000\n", "v2_current": "8500\n", "v2_stat": "anon 1\ninactive_file 6000\n"}, 6500),
+        ({"v1_limit_in_bytes": "70\n", "v1_usage_in_bytes": "70\n", "v1_stat": "total_inactive_file 5\n"}, 5),
     ],
-    ids=["no cgroup", "no limit", "limit", "limit above the machine", "over the limit", "cgroup v1"],
+    ids=[
+        *("no cgroup", "no limit", "limit", "limit above the machine", "over the limit", "cgroup v1"),
+        *("copies of files", "copies of files, v1"),
+    ],
 )
 def test_a_cpu_has_what_machine_and_container_leave(linux, files: dict[str, str], free: int):
     linux(meminfo=MEMINFO, **files)
@@ -219,13 +224,17 @@ def test_this_machine_has_free_memory():
     assert 0 < parse_memory("50%", CPU) < total
 
 
-def test_a_gpu_is_asked_for_its_free_memory(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", {CUDA: (123, 456)}.__getitem__)
-    assert free_memory(CUDA) == 123
+@pytest.mark.parametrize(("fraction", "expected"), [(1.0, 123 + 600), (0.25, 500 - 400), (0.1, 0)])
+def test_a_gpu_has_what_is_free_and_what_pytorch_keeps_for_later(monkeypatch, fraction: float, expected: int):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", {CUDA: (123, 2000)}.__getitem__)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", {CUDA: 1000}.__getitem__)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", {CUDA: 400}.__getitem__)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", {CUDA.index: fraction}.__getitem__)
+    assert free_memory(CUDA) == expected
 
 
 @pytest.mark.parametrize(("used", "free"), [(300, 700), (1200, 0)])
 def test_an_apple_gpu_has_what_is_recommended_less_what_is_used(monkeypatch, used: int, free: int):
     monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 1000)
-    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: used)
+    monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: used)
     assert free_memory(torch.device("mps")) == free
