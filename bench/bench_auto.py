@@ -1,6 +1,7 @@
 """On a GPU: whether `--kernels auto` chooses well, operation by operation, and how long choosing takes."""
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -11,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgpt.autotune import Chosen, choose, cuda_seconds
+from fastgpt.autotune import Chosen, choose, repeats_for
 from fastgpt.choices import CANDIDATES
 from fastgpt.config import PRESETS
 from fastgpt.dispatch import implementation
+from fastgpt.gpu_clock import GpuClock
 from fastgpt.workload import Workload, timed_case
 from timing import Clock
 
@@ -23,13 +25,13 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 AIM = 1 / 1.03  # within 3% of the best column
 AIM_SECONDS = 5
 ROUNDS = 15
-SAMPLE = 0.005  # seconds of repeated calls in a round, so that waiting for the GPU does not count
 
 # preset, and what is changed of it
 TRAINING = {
     "cpu": {"vocab_size": 65},
     "baby": {"vocab_size": 65},
     "gpt2": {},
+    "gpt2-compiled": {"compile": True},
     "gpt2-dropout": {"dropout": 0.1},
     "gpt2-T4096": {"block_size": 4096, "batch_size": 4},
     "gpt2-T16384": {"block_size": 16384, "batch_size": 1},
@@ -107,26 +109,23 @@ def test_choice(against, benchmark, chosen: Callable[[str], Chosen], name: str, 
     """The chosen column against the others that run, in turns; what auto found is in `auto_seconds`."""
     choice, workload = chosen(name).choices[op], WORKLOADS[name]
     case = timed_case(op, workload, torch.device("cuda"))
-    once = max(cuda_seconds(lambda: case.call(implementation(op, choice.column)), 3) / 3, 1e-6)
-    repeats = max(1, round(SAMPLE / once))
 
-    def calls(column: str) -> Callable[[], None]:
+    def call(column: str) -> Callable[[], object]:
         function = implementation(op, column)
+        return functools.partial(case.call, case.compiled(function) if workload.compile else function)
 
-        def run() -> None:
-            for _ in range(repeats):
-                case.call(function)
-
-        return run
-
+    chosen_call = call(choice.column)
+    chosen_call()  # compiles
     others = [column for column in CANDIDATES if column in choice.seconds and column != choice.column]
     benchmark.group = f"auto {op}"
     against(
-        calls(choice.column),
-        {column: calls(column) for column in others},
+        chosen_call,
+        {column: call(column) for column in others},
         rounds=ROUNDS,
-        units=repeats,
+        in_a_row=repeats_for(GpuClock().seconds(chosen_call)),
+        units=1,
         unit="calls",
+        launching=False,
         aim=AIM if others else None,
         column=choice.column,
         auto_seconds=dict(choice.seconds),

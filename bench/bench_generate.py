@@ -136,7 +136,7 @@ def our_side(
 
     Compiled is the decode step of one sequence on a CPU, and the engine's forward pass on a GPU.
     """
-    generator = generator_of(model, dtype, compiled=compiled and not ON_GPU)
+    generator = generator_of(model, dtype, compiled=compiled, batch=len(prompts))
     made = {"compile_seconds": generator.step.seconds} if generator.step else {}
     if cache == "paged":
         engine = generator.engine(max_batch=len(prompts), prefix_cache=False, compile=compiled and ON_GPU)

@@ -63,6 +63,7 @@ def compare(
             {f"{name} column": calls[name] for name in others},
             rounds=3,
             units=shapes[-1].get("N") or shapes[-1]["T"],
+            launching=False,
             peak_bytes=peaks,
             dtype=DTYPES[device.type],
             column=main,

@@ -36,7 +36,9 @@ CPU_ROUNDS = {"cpu": 8, "baby": 1}
 # Training takes one step after another: of the small preset, each takes so many in its turn, so that what the others
 # leave in the caches matters as little as it does there.
 CPU_STEPS = {"cpu": 10, "baby": 1}
-GPU_ROUNDS = {"cpu": 100, "baby": 50, "gpt2": 20, "gpt2-medium": 10}
+# On a GPU the next step is launched while the last still runs.
+GPU_ROUNDS = {"cpu": 20, "baby": 15, "gpt2": 8, "gpt2-medium": 5}
+GPU_STEPS = {"cpu": 10, "baby": 5, "gpt2": 3, "gpt2-medium": 2}
 
 # preset, kernels, dtype, compile, dropout, ratio aimed at against the plain GPT
 CPU_CASES = [
@@ -83,7 +85,7 @@ def test_training_step(
         call,
         make_peers(config, device, arithmetic, alone=not ON_GPU and preset == "baby"),
         rounds=(GPU_ROUNDS if ON_GPU else CPU_ROUNDS)[preset],
-        in_a_row=1 if ON_GPU else CPU_STEPS[preset],
+        in_a_row=(GPU_STEPS if ON_GPU else CPU_STEPS)[preset],
         units=config.tokens_per_step,
         flops=flops,
         arithmetic=arithmetic,

@@ -15,11 +15,14 @@ from typing import Literal
 import torch
 
 from fastgpt.device import free_memory, synchronize
+from fastgpt.gpu_clock import GpuClock
 
 ROUNDS = 3
 SHORTEST_SECONDS = 0.05  # of all calls together: a machine that is shared may halt for milliseconds
 PRODUCT_SECONDS = 0.03  # how long the matrix product that is timed may take
 SIDES = {"cpu": (256, 512, 1024, 2048), "mps": (1024, 2048, 4096), "cuda": (2048, 4096, 8192)}
+BUFFER_BYTES = {"cuda": 4 << 30}  # which a GPU goes over in a millisecond
+BUFFER_BYTES_ELSEWHERE = 256 << 20
 CACHE_UNKNOWN = 32 << 20  # bytes assumed where the system does not say how large its caches are
 
 
@@ -74,7 +77,7 @@ def dtype_name(dtype: torch.dtype | str) -> str:
 def measure(device: torch.device) -> Ceilings:
     """The ceilings of a device: each is the best of several rounds, as noise only ever slows down."""
     size = buffer_bytes(device)
-    buffer = torch.full((size // 4,), 1.0, device=device)
+    buffer = torch.rand(size // 4, device=device)
     source, target = buffer.chunk(2)
     reading = min(best_seconds(read, device) for read in (buffer.sum, partial(buffer.dot, buffer)))
     copying = best_seconds(partial(target.copy_, source), device)
@@ -91,7 +94,7 @@ def matmul_rate(device: torch.device, arithmetic: str) -> float:
         for n in SIDES[device.type]:
             if rate and 2 * n**3 / rate > PRODUCT_SECONDS:
                 break
-            a, b = (torch.rand(n, n, device=device).to(dtype) for _ in range(2))
+            a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
             out = torch.empty_like(a)
             rate = max(rate, 2 * n**3 / best_seconds(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device))
         return rate
@@ -109,20 +112,28 @@ def float32_products(precision: Literal["highest", "high"]) -> Iterator[None]:
 
 
 def best_seconds(call: Callable[[], object], device: torch.device) -> float:
-    """The least time of a call, after one to warm up: of a few calls, and of short ones of many."""
+    """The least time of a call, after one to warm up: of a few calls, and of short ones of many.
+
+    On a GPU by its own events, as the clock would count the launch and the wait for the end too.
+    """
+    clock = GpuClock().seconds if device.type == "cuda" else partial(_wall_seconds, device=device)
     times: list[float] = []
     while len(times) < 1 + ROUNDS or sum(times) < SHORTEST_SECONDS:
-        synchronize(device)
-        began = time.perf_counter()
-        call()
-        synchronize(device)
-        times.append(time.perf_counter() - began)
+        times.append(clock(call))
     return min(times[1:])
 
 
+def _wall_seconds(call: Callable[[], object], device: torch.device) -> float:
+    synchronize(device)
+    began = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - began
+
+
 def buffer_bytes(device: torch.device) -> int:
-    """Twice the caches, at least 256 MiB, and at most an eighth of the memory that is free."""
-    wanted = max(2 * cache_bytes(device), 256 << 20)
+    """Twice the caches and at least BUFFER_BYTES, but at most an eighth of the memory that is free."""
+    wanted = max(2 * cache_bytes(device), BUFFER_BYTES.get(device.type, BUFFER_BYTES_ELSEWHERE))
     return min(wanted, free_memory(device) // 8) // 4096 * 4096
 
 

@@ -24,6 +24,7 @@ from fastgpt.prompt import Prompt
 from fastgpt.quantized import quantize_model
 from fastgpt.single import Generation
 from fastgpt.tokenizer import ByteTokenizer
+from fastgpt.workload import Workload
 
 VOCABULARY = {"baby": 256}  # of a corpus of bytes; the others have GPT-2's
 
@@ -54,13 +55,20 @@ def generator_of(
     quantize: str = "none",
     kernels: str = "auto",
     compiled: bool = False,
+    batch: int = 1,
 ) -> TextGenerator:
-    """The same weights ready to generate: in `dtype` or with `quantize` int8; compiled: its decode step, on a CPU."""
-    ours = GPT.from_weights(model.config, dispatch.resolve(kernels, model.device), model.weights(), model.device, dtype)
+    """The same weights ready to generate: in `dtype`, or with `quantize` int8.
+
+    compiled: its decode step is, on a CPU; elsewhere its engine compiles. `kernels` "auto" takes on a GPU what is
+    fastest then, for so many sequences side by side.
+    """
+    planned = Workload.of_generation(model.config, dtype, batch, int8=quantize == "int8", compile=compiled)
+    ops = dispatch.resolve(kernels, model.device, workload=planned)
+    ours = GPT.from_weights(model.config, ops, model.weights(), model.device, dtype)
     if quantize == "int8":
         quantize_model(ours)
     generator = TextGenerator(ours, ManyTokens(model.config.vocab_size or 0))
-    if compiled:
+    if compiled and model.device.type == "cpu":
         generator.compile()
     return generator
 

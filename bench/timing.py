@@ -1,4 +1,4 @@
-"""How a call is timed: on the CPU by the clock, on a GPU by its events or around a wait; over buffers that go round."""
+"""How a call is timed: on the CPU by the clock, on a GPU by its events or by the clock; over buffers that go round."""
 
 import itertools
 import math
@@ -11,9 +11,9 @@ import torch
 
 from ceilings import cache_bytes
 from fastgpt.device import synchronize
+from fastgpt.gpu_clock import GpuClock
 
 REST = 0.003  # seconds after which the threads of the call before no longer wait actively
-CYCLES = 1_000_000  # the GPU idles about half a millisecond, in which Python hands it the whole call
 CPU_CACHE = 64 << 20  # a CPU's last level may be shared and huge; the part of it that is fast is smaller
 MOST_BUFFERS = 64
 
@@ -24,6 +24,7 @@ class Clock:
     def __init__(self, device: torch.device):
         self.device = device
         self.elapsed = 0.0
+        self.gpu = GpuClock()
 
     def read(self) -> float:
         """Seconds of the calls that were counted so far."""
@@ -47,14 +48,7 @@ class Clock:
             time.sleep(REST)
             call()
             return self.wall(call)
-        began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize(self.device)
-        torch.cuda._sleep(CYCLES)
-        began.record()
-        call()
-        ended.record()
-        ended.synchronize()
-        return began.elapsed_time(ended) * 1e-3
+        return self.gpu.seconds(call)
 
 
 def call_memory(call: Callable[[], Any], device: torch.device) -> tuple[int, int]:

@@ -20,6 +20,7 @@ import tool  # finds the engine
 
 # isort: on
 import difflib
+import functools
 import itertools
 import math
 import multiprocessing
@@ -33,19 +34,19 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from rich.progress import track
 from triton import knobs
 from triton.runtime.errors import OutOfResources
-from triton.testing import do_bench
 
 import table_source
 from fastgpt import cli
 from fastgpt.errors import UsageError
 from fastgpt.files import write_atomic
+from fastgpt.gpu_clock import GpuClock
 from fastgpt_kernels import aot, launch
 from fastgpt_kernels.launch import INTERPRETED, TABLE, TARGETS, Config, Launch, Tuning, trial
 from fastgpt_kernels.machine_code import CHIPS
@@ -54,7 +55,8 @@ from tune_cases import Workload, workloads
 KINDS = ("16-bit", "tf32", "float32")
 SMALLER_CHIPS = 99 * 1024  # bytes of shared memory of sm_86, sm_89 and sm_120, which run sm_80's rows of 16 bits
 ROUNDS, FINAL_ROUNDS, FINALISTS = 3, 12, 3
-WARMUP_MS, TIMED_MS = 2, 8  # of one measurement; Triton empties the GPU's cache before every call
+TIMED_SECONDS, FEWEST_LAPS, MOST_LAPS = 0.008, 3, 32  # of one measurement
+LARGER_THAN_A_CACHE = 256 << 20  # bytes
 MOST = 48  # configurations around a row: those that are furthest from it seldom win, and take minutes to compile
 LEAST_GAIN = 1.02
 # The largest difference from the present row's outputs, as a share of their largest number: a few roundings.
@@ -225,9 +227,17 @@ def agrees(row: Row, config: Config, cases: Sequence[Workload]) -> bool:
     return True
 
 
-def milliseconds(step: Launch) -> float:
-    """The median time of a launch on the GPU."""
-    return cast(float, do_bench(step, warmup=WARMUP_MS, rep=TIMED_MS, return_mode="median"))
+@functools.cache
+def _clock() -> tuple[GpuClock, torch.Tensor]:
+    """The clock, and memory that leaves nothing else in the GPU's cache once it is written."""
+    return GpuClock(), torch.empty(LARGER_THAN_A_CACHE, dtype=torch.uint8, device="cuda")
+
+
+def seconds_of(step: Launch) -> float:
+    """The median time of a launch on the GPU, whose cache is emptied before each."""
+    clock, memory = _clock()
+    laps = round(TIMED_SECONDS / max(clock.seconds(step), 1e-9))
+    return statistics.median(clock.laps(step, max(FEWEST_LAPS, min(laps, MOST_LAPS)), before=memory.zero_))
 
 
 def gains(row: Row, config: Config, cases: Sequence[Workload], rounds: int) -> Timing | None:
@@ -241,7 +251,7 @@ def gains(row: Row, config: Config, cases: Sequence[Workload], rounds: int) -> T
         logs = []
         for pair in pairs:
             both = pair if turn % 2 == 0 else pair[::-1]
-            times = [milliseconds(one) for one in both]
+            times = [seconds_of(one) for one in both]
             present, other = times if turn % 2 == 0 else times[::-1]
             logs.append(math.log(present / other))
         found.append(math.exp(statistics.fmean(logs)))

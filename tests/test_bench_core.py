@@ -5,16 +5,21 @@ import time
 import pytest
 import torch
 
+import ceilings
+import generation
+import tune
 from bench_kernels import agreeing
-from ceilings import Ceilings, Limit, dtype_name, float32_products, matmul_rate
+from ceilings import Ceilings, Limit, best_seconds, buffer_bytes, dtype_name, float32_products, matmul_rate
 from counts import COUNTS, Count, count
 from fastgpt import dispatch
+from fastgpt.workload import Workload
 from kernel_cases import DIRECTIONS, SHAPES, Case, cases, inputs
 from kernel_peers import column, contenders, distance, prepared
 from live_bytes import LiveBytes, draw_allocation, thinned
+from tests.test_gpu_clock import FakeGpu
 from timing import Clock, buffers_needed, rotating, spread
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 MACHINE = Ceilings(copy_bandwidth=80e9, read_bandwidth=100e9, matmul={"float32": 1e12, "bfloat16": 4e12})
 
 
@@ -40,6 +45,44 @@ def test_rate_of_products_is_measured_and_the_precision_put_back():
         assert torch.get_float32_matmul_precision() == "high"
     assert torch.get_float32_matmul_precision() == before
     assert matmul_rate(CPU, "float32") > 1e8
+
+
+@pytest.mark.parametrize(("free", "size"), [(140, 4), (24, 3)])
+def test_a_gpus_memory_is_measured_over_gigabytes_of_it(monkeypatch, free: int, size: int):
+    monkeypatch.setattr(ceilings, "free_memory", lambda device: free << 30)
+    monkeypatch.setattr(ceilings, "cache_bytes", lambda device: 60 << 20)
+    assert buffer_bytes(CUDA) == size << 30
+    assert buffer_bytes(CPU) == 256 << 20
+
+
+def test_a_gpus_ceilings_are_of_its_own_time(monkeypatch):
+    gpu = FakeGpu(monkeypatch)
+    calls = iter([gpu.call(50e-6, 400e-6)] * 4 + [gpu.call(50e-6, 300e-6)] + [gpu.call(50e-6, 350e-6)] * 1000)
+    assert best_seconds(lambda: next(calls)(), CUDA) == pytest.approx(300e-6)
+
+
+def test_a_launch_that_is_tuned_is_timed_without_launching_it(monkeypatch):
+    gpu = FakeGpu(monkeypatch)
+    cleared = torch.zeros(3)
+    monkeypatch.setattr(tune, "_clock", lambda: (tune.GpuClock(), cleared.fill_(1)))
+    assert tune.seconds_of(gpu.call(60e-6, 3e-6)) == pytest.approx(3e-6)
+    assert not cleared.any()
+
+
+@pytest.mark.parametrize(("quantize", "compiled"), [("none", False), ("int8", False), ("none", True)])
+def test_a_generator_says_what_it_will_do_so_that_every_column_can_be_timed(monkeypatch, quantize: str, compiled: bool):
+    asked, resolve = [], dispatch.resolve
+
+    def noted(kernels, device, **rest):
+        asked.append((kernels, rest["workload"]))
+        return resolve(kernels, device, **rest)
+
+    monkeypatch.setattr(dispatch, "resolve", noted)
+    monkeypatch.setattr(generation.TextGenerator, "compile", lambda self: None)
+    model = generation.untrained("baby", CPU)
+    generation.generator_of(model, torch.bfloat16, quantize=quantize, compiled=compiled, batch=8)
+    expected = Workload.of_generation(model.config, torch.bfloat16, 8, int8=quantize == "int8", compile=compiled)
+    assert asked == [("auto", expected)]
 
 
 def test_counts_by_hand():
@@ -104,6 +147,11 @@ def test_clock_times_one_call_and_reads_what_is_counted():
     clock.count(0.5)
     clock.count(0.25)
     assert clock.read() == 0.75
+
+
+def test_a_gpus_clock_counts_no_launching_however_long_it_takes(monkeypatch):
+    gpu = FakeGpu(monkeypatch)
+    assert Clock(CUDA).kernels(gpu.call(5e-3, 40e-6)) == pytest.approx(40e-6)
 
 
 def test_spread_is_the_middle_half():
