@@ -1,7 +1,8 @@
 """What every test shares: no network but loopback, its own cache, one thread, signals as a terminal has them, and `gpu`
 tests skipped without one.
 
-Without a GPU the kernels run in Triton's interpreter.
+Without a GPU the kernels run in Triton's interpreter. On one, `pytest -m gpu -n 12` compiles them in twelve processes,
+which share Triton's and torch.compile's caches on disk, and have an equal share of the GPU's memory each.
 """
 
 import os
@@ -20,15 +21,29 @@ from tests.offline import sitecustomize as offline
 # Triton reads this when it is imported, which nothing above does.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Where tests run in several processes, torch.compile starts no more of them in each.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if WORKERS > 1:
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+OF_THE_GPU = 0.9  # what the processes share; each also has a context of half a GiB, beside PyTorch's memory
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     wanted = config.getoption("-m")
     for item in items:
-        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        large = item.get_closest_marker("gpu_large")
+        if (large or item.get_closest_marker("gpu")) and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+        elif large and "gpu_large" not in wanted:
+            item.add_marker(pytest.mark.skip(reason="takes tens of GiB of a GPU: run with -m gpu_large"))
         if item.get_closest_marker("slow") and "slow" not in wanted:
             item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Let no process of several take the GPU's memory from the others; what it has cached makes room first."""
+    if WORKERS > 1 and item.get_closest_marker("gpu") and torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(OF_THE_GPU / WORKERS)
 
 
 @pytest.fixture(autouse=True, scope="session")
