@@ -40,12 +40,24 @@ def fresh() -> Iterator[None]:
 @pytest.mark.parametrize("key", CASES)
 def test_kernel(against, benchmark, device: torch.device, key: str):
     case = CASES[key]
+    peers, left_out = contenders(case, device, columns(case.op, device)[0])
+    time_case(against, benchmark, device, case, peers, left_out)
+
+
+def time_case(
+    against: Callable[..., Any],
+    benchmark: Any,
+    device: torch.device,
+    case: Case,
+    peers: dict[str, Contender],
+    left_out: dict[str, str],
+) -> None:
+    """Time a case against its peers, those that do not run or compute something else aside."""
     benchmark.group = f"{case.op} {case.direction}"
     counted = count(case.op, case.direction, case.shape, getattr(torch, case.dtype).itemsize)
     buffers = [inputs(case, device) for _ in range(buffers_needed(int(counted.bytes), device))]
     with torch.set_grad_enabled(case.direction != "forward"):
         ours = column(case.op, case.column)
-        peers, left_out = contenders(case, device, columns(case.op, device)[0])
         fit, apart = agreeing(ours, peers, case, buffers[0], left_out)
         # Nobody is to find in the cache what another has just read.
         apart_by = max(1, len(buffers) // (1 + len(fit)))

@@ -18,6 +18,8 @@ import torch
 
 import ceilings as machine
 from fastgpt.device import cpu_has_bfloat16, describe, peak_memory, resolve_device
+from fastgpt.files import write_atomic
+from progress import commit_of
 from timing import Clock, call_memory, spread
 
 CEILINGS = pytest.StashKey[machine.Ceilings]()
@@ -44,7 +46,7 @@ def ceilings(request: pytest.FixtureRequest, device: torch.device) -> machine.Ce
     else:
         measured = machine.measure(device)
         if file is not None:
-            file.write_text(json.dumps(dataclasses.asdict(measured)))
+            write_atomic(file, json.dumps(dataclasses.asdict(measured)))
     request.config.stash[CEILINGS] = measured
     return measured
 
@@ -217,10 +219,8 @@ def gpu_driver() -> str | None:
 
 
 def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict[str, Any]) -> None:
-    where = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=where, capture_output=True, text=True)
     commit_info.clear()
-    commit_info["id"] = commit.stdout.strip() or "unknown"
+    commit_info["id"] = commit_of(Path(__file__).parent) or "unknown"
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:

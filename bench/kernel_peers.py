@@ -51,14 +51,19 @@ def contenders(case: Case, device: torch.device, main: str) -> tuple[dict[str, C
     return peers, left_out
 
 
+def as_contender(function: Callable[..., Any]) -> Contender:
+    """A function that needs nothing done beforehand."""
+    return partial(partial, function)
+
+
 def column(op: str, name: str) -> Contender:
     """An operation of our table."""
-    return partial(partial, dispatch.implementation(op, name))
+    return as_contender(dispatch.implementation(op, name))
 
 
 def compiled(op: str) -> Contender:
     """The readable math, compiled for the shapes at hand."""
-    return partial(partial, torch.compile(dispatch.implementation(op, "reference"), dynamic=False, fullgraph=True))
+    return as_contender(torch.compile(dispatch.implementation(op, "reference"), dynamic=False, fullgraph=True))
 
 
 def prepared(contender: Contender, args: Sequence[torch.Tensor], direction: str) -> Callable[[], Any]:
@@ -109,7 +114,7 @@ def add_layer_norm(case: Case, device: torch.device) -> dict[str, Contender]:
         total = x + residual
         return total, F.layer_norm(total, weight.shape, weight, bias)
 
-    return {"add, F.layer_norm": partial(partial, add_then_norm)}
+    return {"add, F.layer_norm": as_contender(add_then_norm)}
 
 
 def causal_attention(case: Case, device: torch.device) -> dict[str, Contender]:
@@ -157,7 +162,7 @@ def linear_cross_entropy(case: Case, device: torch.device) -> dict[str, Contende
     def linear_then_loss(x, weight, targets):
         return F.cross_entropy(F.linear(x, weight).float(), targets)
 
-    return {"F.linear, F.cross_entropy": partial(partial, linear_then_loss)}
+    return {"F.linear, F.cross_entropy": as_contender(linear_then_loss)}
 
 
 def paged_attention(case: Case, device: torch.device) -> dict[str, Contender]:

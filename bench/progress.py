@@ -7,6 +7,7 @@ and `line`, which says why.
 """
 
 import re
+import subprocess
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,15 @@ def write(path: Path, content: dict[str, Any]) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(safe_dumps(content, indent=1), encoding="utf-8")
     temporary.replace(path)
+
+
+def commit_of(folder: Path) -> str:
+    """The commit that is checked out there; "" for a copy without its history, or without git."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False).stdout.strip()[:7]
+    except FileNotFoundError:
+        return ""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,17 +1,27 @@
 """The benchmarks in order of importance, for a machine that is at hand for a few minutes.
 
-    python -m pytest -m gpu                             parity first: a kernel that computes nonsense is fast
-    python bench/survey.py --minutes 8 --out DIR        then this, then bench/tune.py
+    python bench/survey.py --minutes 4 --out DIR
 
-It measures the machine's ceilings, then case after case until the time is over, and needs nothing installed beyond what
-the suite itself imports. Each case is in DIR/cases as soon as it is measured. A second run with the same DIR goes on
-where this one stopped: what has a file there, failed cases too, is skipped (--again: measured again). At the end it
-prints a table and writes DIR/<date>-<commit>-survey.json, which bench/report.py reads.
+It runs case after case until the time is over, and needs nothing installed beyond what the suite itself imports. First
+come the questions of bench/bench_first.py, which take some three minutes: do the kernels run, how fast is attention,
+what do a training step and decoding gain. Each has its share of the time (PARTS); what is left of one then comes last.
+
+As soon as a case is measured it is in DIR/cases, and in DIR/<date>-<commit>-survey.json, which bench/report.py reads.
+A second run with the same DIR goes on where this one stopped: what has a file there, failed cases too, is skipped
+(--again: measured again). At the end it prints a table.
 
 Cases of one file that are equally important share a process, because importing torch takes seconds. One that fails is
 recorded with what it raised; one that takes longer than --case_seconds is stopped and recorded with the last line of
 its output. What was running when the time was over is not recorded, and comes next time. Exit code 0 also where cases
 failed; 2 with one line for a bad flag, for a suite that cannot be collected, and for a DIR of another commit.
+
+A plan for 15 minutes on a GPU, without a network and with nothing prepared but PyTorch, Triton and pytest:
+
+    python -m pip install --no-deps --no-build-isolation -e .    wheels of what is missing: --no-index --find-links
+    python bench/survey.py --minutes 4 --out DIR                 does it run, and what does it gain
+    python -m pytest -m gpu -n 12 -q                             parity: a kernel that computes nonsense is fast
+    python bench/survey.py --minutes 4 --out DIR                 goes on with the whole suite
+    python bench/tune.py attention_forward --dtype 16-bit --width 64 --seconds 60
 """
 
 # isort: off
@@ -19,6 +29,7 @@ import tool  # finds the engine
 
 # isort: on
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -28,7 +39,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +49,13 @@ from rich.table import Table
 from fastgpt import cli
 from fastgpt.errors import UsageError
 from measured import normalise
-from progress import RUNNING, file_name, write
+from progress import RUNNING, commit_of, file_name, write
 from report import COLUMNS, table_lines
 
 # What comes first: regular expressions that are searched for in a case's name, from the most important on. Every word
 # of a pattern stands in the name; the order of words does not matter. What nothing matches comes last.
 IMPORTANCE: tuple[tuple[str, ...], ...] = (
+    (r"bench_first",),
     # a training step of GPT-2: our kernels, then the compiled stock path
     (r"bench_train", r"\[gpt2-triton-auto-"),
     (r"bench_train", r"\[gpt2-torch-auto-True"),
@@ -65,13 +77,15 @@ IMPORTANCE: tuple[tuple[str, ...], ...] = (
     (r"bench_memory",),
     (r"bench_startup",),
 )
-CEILINGS = """
-import dataclasses, json, ceilings
-from fastgpt.device import resolve_device
-print(json.dumps(dataclasses.asdict(ceilings.measure(resolve_device("auto")))))
-"""
+# The seconds that the cases with these words in their names may take together before what follows has its turn.
+PARTS = {
+    "bench_first.py::test_runs": 75.0,
+    "bench_first.py::test_attention": 40.0,
+    "bench_first.py::test_training_step": 60.0,
+    "bench_first.py::test_decode": 45.0,
+}
 POLL_SECONDS = 0.05
-START_SECONDS = 120.0  # for importing and collecting, and for measuring the ceilings
+START_SECONDS = 120.0  # for importing and collecting
 LEAST_SECONDS = 3.0  # a process that could not even import torch in what is left is not started
 
 
@@ -92,13 +106,15 @@ class Budget:
 
 @dataclass(frozen=True)
 class Survey:
-    """One run: the suite's folder, where results go, and how long a case may take."""
+    """One run: the suite's folder, where results go, how long a case may take, what is left to each part, all cases."""
 
     suite: Path
     out: Path
     case_seconds: float
     budget: Budget
     console: Console
+    parts: dict[str, float] = field(default_factory=lambda: PARTS.copy())
+    order: list[str] = field(default_factory=list)
 
     @property
     def cases(self) -> Path:
@@ -106,19 +122,30 @@ class Survey:
 
     @property
     def ceilings_file(self) -> Path:
-        """What the suite's own option --ceilings reads."""
+        """Where the suite's own option --ceilings keeps what the first case that needs them has measured."""
         return self.out / "ceilings.json"
 
+    def ceilings(self) -> dict[str, Any] | None:
+        """What the machine can do at most; None as long as no case needed to know."""
+        return json.loads(self.ceilings_file.read_text(encoding="utf-8")) if self.ceilings_file.exists() else None
+
     def environment(self) -> dict[str, str]:
-        """Of a child, which finds the engine, the benchmarks and the plugin where none of them is installed."""
+        """Of a child, which finds the engine, the benchmarks and the plugin where none of them is installed.
+
+        It loads no other plugin of pytest's that is: they take seconds to import.
+        """
         paths = [tool.ROOT, tool.ROOT / "kernels", tool.BENCH]
         others = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
-        return os.environ | {"PYTHONPATH": os.pathsep.join([*map(str, paths), *others]), "PYTHONUNBUFFERED": "1"}
+        return os.environ | {
+            "PYTHONPATH": os.pathsep.join([*map(str, paths), *others]),
+            "PYTHONUNBUFFERED": "1",
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        }
 
     def pytest(self, *flags: str) -> list[str]:
         """A command that runs in the folder above the suite, so that names are as everywhere: bench/bench_x.py::..."""
-        ceilings = ["--ceilings", str(self.ceilings_file)] if self.ceilings_file.exists() else []
-        return [sys.executable, "-m", "pytest", "-p", "progress", *flags, *ceilings]
+        ceilings = ["--ceilings", str(self.ceilings_file)] if (self.suite / "ceilings.py").exists() else []
+        return [sys.executable, "-m", "pytest", "-p", "pytest_benchmark.plugin", "-p", "progress", *flags, *ceilings]
 
     def collect(self) -> list[str]:
         """The names of all cases. Raises `UsageError` with what pytest says where it cannot tell."""
@@ -144,37 +171,26 @@ class Survey:
                 self.console.print(line, markup=False, highlight=False)
         return found
 
-    def measure_ceilings(self) -> dict[str, Any] | None:
-        """The machine's ceilings, kept for the suite; None where they could not be measured, which is shown."""
-        file = self.ceilings_file
-        if file.exists() or not (self.suite / "ceilings.py").exists():
-            return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-        command = [sys.executable, "-c", CEILINGS]
-        limit = max(min(self.budget.left, START_SECONDS), LEAST_SECONDS)
-        try:
-            done = subprocess.run(
-                command, env=self.environment(), capture_output=True, text=True, timeout=limit, check=False
-            )
-        except subprocess.TimeoutExpired:
-            self.console.print(f"ceilings: not measured within {limit:.0f} s")
-            return None
-        if done.returncode:
-            self.console.print(f"ceilings: {done.stderr.strip().splitlines()[-1]}", markup=False, highlight=False)
-            return None
-        found = json.loads(done.stdout)
-        write(file, found)
-        self.console.print(f"ceilings: {found}", markup=False, highlight=False)
-        return found
+    def part(self, nodeid: str) -> str:
+        """The part that a case belongs to; "" for none."""
+        return next((name for name in self.parts if name in nodeid), "")
+
+    def is_over(self, nodeid: str) -> bool:
+        """Whether its part has had its time."""
+        return self.parts.get(self.part(nodeid), 1.0) <= 0
 
     def run(self, group: list[str]) -> None:
         """Measure these cases in one process, or in more where one of them has to be stopped."""
-        left = list(group)
+        left = [nodeid for nodeid in group if not self.is_over(nodeid)]
         while left and not self.budget.spent:
             self.run_once(left)
             before = len(left)
-            left = [nodeid for nodeid in left if not (self.cases / file_name(nodeid)).exists()]
+            left = [nodeid for nodeid in left if not self.is_done(nodeid) and not self.is_over(nodeid)]
             if len(left) == before and not self.budget.spent:  # the process died before its first case
                 self.record(left.pop(0), "failed", last_line(self.out / "output.txt"))
+
+    def is_done(self, nodeid: str) -> bool:
+        return (self.cases / file_name(nodeid)).exists()
 
     def run_once(self, group: list[str]) -> None:
         """One process for these cases. A case that takes too long is recorded and ends it."""
@@ -195,19 +211,35 @@ class Survey:
                 time.sleep(POLL_SECONDS)
                 now = running.read_text(encoding="utf-8") if running.exists() else ""
                 if now != case:
+                    self.charge(case, time.monotonic() - began)
+                    merge(self)
                     case, began = now, time.monotonic()
-                allowed = self.case_seconds if case else START_SECONDS
-                late = time.monotonic() - began > allowed
+                took = time.monotonic() - began
+                late = took > self.allowed(case)
                 if late or self.budget.left < 0:
                     stop(process)
-                    if late:
-                        line = f"no end within {allowed:g} s; its output ends: {last_line(output)}"
-                        self.record(case or group[0], "timed out", line)
+                    self.charge(case, took)
+                    if late and not (self.is_over(case) and took < PARTS[self.part(case)] / 2):
+                        line = f"no end within {took:.0f} s; its output ends: {last_line(output)}"
+                        left = [nodeid for nodeid in group if not self.is_done(nodeid)]
+                        for nodeid in [case] if case else left[:1]:  # none: it has not ended after its last
+                            self.record(nodeid, "timed out", line)
                     running.unlink(missing_ok=True)
         if running.exists():
             line = f"it ended the process with exit code {process.returncode}: {last_line(output)}"
             self.record(running.read_text(encoding="utf-8"), "failed", line)
             running.unlink()
+
+    def allowed(self, case: str) -> float:
+        """The seconds that a case may take, or ("") a process to come to its first."""
+        return min(self.case_seconds, self.parts.get(self.part(case), self.case_seconds)) if case else START_SECONDS
+
+    def charge(self, case: str, seconds: float) -> None:
+        """Count what a case took of its part's time."""
+        if part := self.part(case):
+            before, self.parts[part] = self.parts[part], self.parts[part] - seconds
+            if before > 0 and self.is_over(case):
+                self.console.print(f"{part} has had its {PARTS[part]:.0f} s; what is left of it comes last")
 
     def record(self, nodeid: str, outcome: str, line: str) -> None:
         write(self.cases / file_name(nodeid), {"nodeid": nodeid, "outcome": outcome, "line": line})
@@ -256,9 +288,7 @@ def check_commit(survey: Survey) -> None:
     """Raises `UsageError` where DIR holds results of another commit than the one that is checked out."""
     found, _ = read_cases(survey.cases)
     commits = {c["commit_info"].get("id", "unknown")[:7] for c in found}
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(command, cwd=survey.suite, capture_output=True, text=True, check=False)
-    here = done.stdout.strip()[:7]
+    here = commit_of(survey.suite)
     if here and commits - {here, "unknown"}:
         held = ", ".join(sorted(commits))
         raise UsageError(
@@ -266,12 +296,12 @@ def check_commit(survey: Survey) -> None:
         )
 
 
-def merge(survey: Survey, order: Sequence[str], ceilings: dict[str, Any] | None) -> tuple[Path | None, dict[str, Any]]:
+def merge(survey: Survey) -> tuple[Path | None, dict[str, Any]]:
     """Write all results into one file in pytest-benchmark's format. Returns it, None where nothing was measured."""
     found, failures = read_cases(survey.cases)
-    places = {nodeid: place for place, nodeid in enumerate(order)}
-    found.sort(key=lambda c: places.get(c["benchmarks"][0]["fullname"], len(order)))
-    content: dict[str, Any] = {"failures": failures, "ceilings": ceilings, "benchmarks": []}
+    places = {nodeid: place for place, nodeid in enumerate(survey.order)}
+    found.sort(key=lambda c: places.get(c["benchmarks"][0]["fullname"], len(places)))
+    content: dict[str, Any] = {"failures": failures, "ceilings": survey.ceilings(), "benchmarks": []}
     if not found:
         return None, content
     content |= {key: found[0][key] for key in ("machine_info", "commit_info", "version")}
@@ -296,6 +326,16 @@ def show(console: Console, content: dict[str, Any]) -> None:
         console.print("{outcome}: {nodeid}: {line}".format(**failure), markup=False, highlight=False)
 
 
+def run_all(survey: Survey) -> None:
+    """Measure what is not yet, group by group."""
+    for group in groups([nodeid for nodeid in survey.order if not survey.is_done(nodeid)]):
+        if survey.budget.spent:
+            return
+        survey.run(group)
+        done, left = sum(map(survey.is_done, survey.order)), max(survey.budget.left, 0)
+        survey.console.print(f"{done}/{len(survey.order)}  {left:.0f} s left  {group[-1]}", markup=False)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = tool.Parser(prog="python bench/survey.py", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--minutes", type=tool.positive, required=True, help="the time it may take in all")
@@ -318,19 +358,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         survey.ceilings_file.unlink(missing_ok=True)
     survey.cases.mkdir(parents=True, exist_ok=True)
     check_commit(survey)
-    ceilings = survey.measure_ceilings()
-    order = [nodeid for group in groups(survey.collect()) for nodeid in group]
-    todo = [nodeid for nodeid in order if not (survey.cases / file_name(nodeid)).exists()]
-    console.print(f"{len(order)} cases, {len(order) - len(todo)} of them done before", highlight=False)
-    for group in groups(todo):
-        if budget.spent:
-            break
-        survey.run(group)
-        done = sum((survey.cases / file_name(nodeid)).exists() for nodeid in order)
-        console.print(f"{done}/{len(order)}  {max(budget.left, 0):.0f} s left  {group[-1]}", markup=False)
-    path, content = merge(survey, order, ceilings)
+    survey.order.extend(itertools.chain.from_iterable(groups(survey.collect())))
+    done = sum(map(survey.is_done, survey.order))
+    console.print(f"{len(survey.order)} cases, {done} of them done before", highlight=False)
+    run_all(survey)
+    survey.parts.clear()  # what is left of a part that has had its time
+    run_all(survey)
+    path, content = merge(survey)
     show(console, content)
-    missing = sum(not (survey.cases / file_name(nodeid)).exists() for nodeid in order)
+    missing = sum(not survey.is_done(nodeid) for nodeid in survey.order)
     counts = f"{len(content['benchmarks'])} measured, {len(content['failures'])} failed, stopped or skipped"
     console.print(f"{counts}, {missing} not reached{f'; {path}' if path else ''}", highlight=False, soft_wrap=True)
     return 0

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import bench_first
 import survey
 from progress import file_name
 from survey import groups, importance
@@ -39,7 +41,29 @@ def test_skipped(benchmark):
 def test_last(benchmark):
     benchmark.pedantic(sum, (range(9),), rounds=3)
 """
-PYTEST = "-p pytest_benchmark.plugin -p no:cacheprovider"  # and no other plugin, which take time to import
+WITH_PARTS = """
+import time
+from pathlib import Path
+import pytest
+
+HERE = Path(__file__).parents[1]
+
+def ran(name):
+    with (HERE / "ran").open("a") as file:
+        file.write(name + " ")
+
+@pytest.mark.parametrize("name", ["quick", "slow", "cut", "late"])
+def test_part(benchmark, name):
+    ran(name)
+    benchmark.pedantic(time.sleep, (1.5 if name in ("slow", "cut") else 0,), rounds=1)
+
+def test_after(benchmark):
+    ran("after")
+    (merged,) = (HERE / "out").glob("*-survey.json")
+    benchmark.extra_info["merged"] = [name for name in ("quick", "slow", "cut") if f"[{name}]" in merged.read_text()]
+    benchmark.pedantic(time.sleep, (0,), rounds=1)
+"""
+PYTEST = "-p no:cacheprovider"
 
 
 @pytest.fixture
@@ -55,7 +79,6 @@ def run(suite: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, survey.__file__, "--suite", str(suite), "--out", str(suite.parent / "out"), *flags]
     # Where these tests run in several processes, pytest-benchmark would take the survey's for one of them.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
@@ -110,6 +133,21 @@ def test_what_runs_when_the_time_is_over_is_not_recorded(suite: Path):
     assert "0 not reached" not in done.stdout
 
 
+def test_a_part_that_has_had_its_time_gives_way_and_what_is_left_of_it_comes_last(suite: Path, monkeypatch, capsys):
+    """What was measured until then is in the merged file already, as a run may be cut off at any moment."""
+    (suite / "bench_fake.py").write_text(WITH_PARTS, encoding="utf-8")
+    part, out = "bench_fake.py::test_part", suite.parent / "out"
+    monkeypatch.setattr(survey, "PARTS", {part: 2.0})
+    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
+        monkeypatch.delenv(name)
+    assert survey.main(["--suite", str(suite), "--out", str(out), "--minutes", "1"]) == 0
+    assert f"{part} has had its 2 s; what is left of it comes last" in capsys.readouterr().out
+    assert (suite.parent / "ran").read_text().split() == ["quick", "slow", "cut", "after", "cut", "late"]
+    found = cases(suite)
+    assert all("benchmarks" in found[case(f"test_part[{name}]")] for name in ("quick", "slow", "cut", "late"))
+    assert found[case("test_after")]["benchmarks"][0]["extra_info"]["merged"] == ["quick", "slow"]
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -126,6 +164,15 @@ def test_bad_flags_are_one_line(capsys, tmp_path: Path, flags: list[str], words:
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert words in line
+
+
+def test_the_first_questions_have_their_turns_within_four_minutes():
+    """Each part is one of bench_first's functions, and they come first, in the order of the file."""
+    functions = re.findall(r"^def (test_\w+)", Path(bench_first.__file__).read_text(encoding="utf-8"), re.M)
+    names = [f"bench/bench_first.py::{name}[x]" for name in functions]
+    assert [next(part for part in survey.PARTS if part in name) for name in names] == list(survey.PARTS)
+    assert sum(survey.PARTS.values()) <= 240
+    assert next(groups(["bench/bench_train.py::test_training_step[gpt2-triton-auto-True]", *names])) == names
 
 
 def test_important_cases_come_first_and_share_processes():
