@@ -7,10 +7,11 @@ import contextlib
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from fastgpt import dispatch
@@ -189,6 +190,17 @@ def _named_functions(generator: TextGenerator) -> Iterator[None]:
             setattr(step, name, function)
 
 
+def own_times(rows: Iterable[Any], on_gpu: bool) -> dict[str, float]:
+    """The microseconds of each operation itself, of a profile's rows; on a GPU of each kernel.
+
+    There the rows of operations repeat the times of the kernels that they have launched, and ranges those within them.
+    """
+    if not on_gpu:
+        return {row.key: row.self_cpu_time_total for row in rows}
+    kernels = (row for row in rows if row.device_type != DeviceType.CPU and not row.is_user_annotation)
+    return {row.key: row.self_device_time_total for row in kernels}
+
+
 def profile_step(generator: TextGenerator, prompt: Prompt, steps: int) -> list[dict[str, Any]]:
     """Where the time of an average decode step goes: [{"op": name, "microseconds": its own time}], the largest first.
 
@@ -213,8 +225,7 @@ def profile_step(generator: TextGenerator, prompt: Prompt, steps: int) -> list[d
         for _ in range(steps):
             next(draws)
         synchronize(device)
-    own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    spent = {event.key: getattr(event, own) / steps for event in profiled.key_averages()}
+    spent = {name: time / steps for name, time in own_times(profiled.key_averages(), on_gpu).items()}
     spent["between operations"] = max(0.0, whole - sum(spent.values()))
     ranked = sorted(spent.items(), key=lambda item: item[1], reverse=True)
     return [{"op": op, "microseconds": microseconds} for op, microseconds in ranked if microseconds > 0]

@@ -1,9 +1,11 @@
 """What the benchmarks stand on: limits, counts, buffers that go round, live bytes, and a case for every operation."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 import ceilings
 import generation
@@ -83,6 +85,19 @@ def test_a_generator_says_what_it_will_do_so_that_every_column_can_be_timed(monk
     generation.generator_of(model, torch.bfloat16, quantize=quantize, compiled=compiled, batch=8)
     expected = Workload.of_generation(model.config, torch.bfloat16, 8, int8=quantize == "int8", compile=compiled)
     assert asked == [("auto", expected)]
+
+
+def test_a_profile_counts_each_kernel_once():
+    rows = [
+        SimpleNamespace(key=key, device_type=device, is_user_annotation=range_, self_cpu_time_total=7.0, **times)
+        for key, device, range_, times in [
+            ("aten::mm", DeviceType.CPU, False, {"self_device_time_total": 5.0}),
+            ("sm90_gemm", DeviceType.CUDA, False, {"self_device_time_total": 5.0}),
+            ("a range", DeviceType.CUDA, True, {"self_device_time_total": 5.0}),
+        ]
+    ]
+    assert generation.own_times(rows, on_gpu=True) == {"sm90_gemm": 5.0}
+    assert generation.own_times(rows[:1], on_gpu=False) == {"aten::mm": 7.0}
 
 
 def test_counts_by_hand():

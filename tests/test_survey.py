@@ -18,6 +18,7 @@ from survey import groups, importance
 SUITE = """
 import os
 import time
+from pathlib import Path
 import pytest
 
 @pytest.mark.parametrize("n", [1, 2])
@@ -39,29 +40,9 @@ def test_skipped(benchmark):
     pytest.skip("needs a CUDA GPU")
 
 def test_last(benchmark):
+    merged = list((Path(__file__).parents[1] / "out").glob("*-survey.json"))
+    benchmark.extra_info["merged_before"] = [path.read_text().count("test_measured[1]") > 0 for path in merged]
     benchmark.pedantic(sum, (range(9),), rounds=3)
-"""
-WITH_PARTS = """
-import time
-from pathlib import Path
-import pytest
-
-HERE = Path(__file__).parents[1]
-
-def ran(name):
-    with (HERE / "ran").open("a") as file:
-        file.write(name + " ")
-
-@pytest.mark.parametrize("name", ["quick", "slow", "cut", "late"])
-def test_part(benchmark, name):
-    ran(name)
-    benchmark.pedantic(time.sleep, (1.5 if name in ("slow", "cut") else 0,), rounds=1)
-
-def test_after(benchmark):
-    ran("after")
-    (merged,) = (HERE / "out").glob("*-survey.json")
-    benchmark.extra_info["merged"] = [name for name in ("quick", "slow", "cut") if f"[{name}]" in merged.read_text()]
-    benchmark.pedantic(time.sleep, (0,), rounds=1)
 """
 PYTEST = "-p no:cacheprovider"
 
@@ -107,6 +88,8 @@ def test_records_everything_goes_on_and_resumes(suite: Path):
     measured = [case(name) for name in ("test_measured[1]", "test_measured[2]", "test_last")]
     for name in measured:
         assert found[name]["benchmarks"][0]["stats"]["rounds"] == 3
+    # A run may be cut off at any moment, so what is measured is in the merged file at once.
+    assert found[case("test_last")]["benchmarks"][0]["extra_info"]["merged_before"] == [True]
     (merged,) = (suite.parent / "out").glob("*-survey.json")
     content = json.loads(merged.read_text())
     assert {c["name"] for c in content["benchmarks"]} == {"test_measured[1]", "test_measured[2]", "test_last"}
@@ -133,19 +116,29 @@ def test_what_runs_when_the_time_is_over_is_not_recorded(suite: Path):
     assert "0 not reached" not in done.stdout
 
 
-def test_a_part_that_has_had_its_time_gives_way_and_what_is_left_of_it_comes_last(suite: Path, monkeypatch, capsys):
-    """What was measured until then is in the merged file already, as a run may be cut off at any moment."""
-    (suite / "bench_fake.py").write_text(WITH_PARTS, encoding="utf-8")
-    part, out = "bench_fake.py::test_part", suite.parent / "out"
-    monkeypatch.setattr(survey, "PARTS", {part: 2.0})
-    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
-        monkeypatch.delenv(name)
-    assert survey.main(["--suite", str(suite), "--out", str(out), "--minutes", "1"]) == 0
-    assert f"{part} has had its 2 s; what is left of it comes last" in capsys.readouterr().out
-    assert (suite.parent / "ran").read_text().split() == ["quick", "slow", "cut", "after", "cut", "late"]
-    found = cases(suite)
-    assert all("benchmarks" in found[case(f"test_part[{name}]")] for name in ("quick", "slow", "cut", "late"))
-    assert found[case("test_after")]["benchmarks"][0]["extra_info"]["merged"] == ["quick", "slow"]
+def test_a_part_that_has_had_its_time_gives_way_and_what_is_left_of_it_comes_last(tmp_path, monkeypatch, capsys):
+    costs = {"part[quick]": 0.0, "part[slow]": 15.0, "part[cut]": 12.0, "part[late]": 1.0, "after": 30.0}
+    ran = []
+
+    def run_once(self: survey.Survey, group: list[str]) -> None:
+        """As one process does, without taking the time."""
+        for nodeid in group:
+            name = nodeid.partition("test_")[2]
+            ran.append(name)
+            took = min(costs[name], self.allowed(nodeid))
+            self.charge(nodeid, took)
+            if took < costs[name]:
+                return
+            self.record(nodeid, "skipped", "")
+
+    monkeypatch.setattr(survey, "PARTS", {"bench_fake.py::test_part": 20.0})
+    monkeypatch.setattr(survey.Survey, "run_once", run_once)
+    monkeypatch.setattr(survey.Survey, "collect", lambda self: [f"bench/bench_fake.py::test_{name}" for name in costs])
+    out = tmp_path / "out"
+    assert survey.main(["--suite", str(tmp_path), "--out", str(out), "--minutes", "1", "--case_seconds", "90"]) == 0
+    assert ran == ["part[quick]", "part[slow]", "part[cut]", "after", "part[cut]", "part[late]"]
+    assert "bench_fake.py::test_part has had its 20 s; what is left of it comes last" in capsys.readouterr().out
+    assert len(list((out / "cases").glob("*.json"))) == len(costs)
 
 
 @pytest.mark.parametrize(
