@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 
-from fastgpt_kernels import attention
-
 DIAGONAL_FIRST, DIAGONAL_LAST = "in tl.static_range(1, -1, -1):", "in tl.static_range(2):"
 OPERATIONS = ("fastgpt::", "torch.ops.fastgpt.")  # which the changed ones must not replace
 
@@ -24,6 +22,8 @@ OPERATIONS = ("fastgpt::", "torch.ops.fastgpt.")  # which the changed ones must 
 @functools.cache
 def diagonal_last() -> Callable[..., torch.Tensor]:
     """`attention.causal_attention` in the other order. Raises `RuntimeError` where the source is not as expected."""
+    from fastgpt_kernels import attention  # imports triton
+
     source = changed(Path(attention.__file__).read_text(encoding="utf-8"))
     path = Path(tempfile.mkdtemp(prefix="fastgpt-")) / "attention_diagonal_last.py"  # Triton reads it again
     path.write_text(source, encoding="utf-8")

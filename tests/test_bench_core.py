@@ -1,6 +1,7 @@
 """What the benchmarks stand on: limits, counts, buffers that go round, live bytes, and a case for every operation."""
 
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from torch.autograd import DeviceType
 
 import ceilings
 import generation
+import loop_order
 import tune
 from bench_kernels import agreeing
 from ceilings import Ceilings, Limit, best_seconds, buffer_bytes, dtype_name, float32_products, matmul_rate
@@ -73,7 +75,7 @@ def test_a_launch_that_is_tuned_is_timed_without_launching_it(monkeypatch):
 
 @pytest.mark.parametrize(("quantize", "compiled"), [("none", False), ("int8", False), ("none", True)])
 def test_a_generator_says_what_it_will_do_so_that_every_column_can_be_timed(monkeypatch, quantize: str, compiled: bool):
-    asked, resolve = [], dispatch.resolve
+    asked, resolve, model = [], dispatch.resolve, generation.untrained("baby", CPU)
 
     def noted(kernels, device, **rest):
         asked.append((kernels, rest["workload"]))
@@ -81,7 +83,6 @@ def test_a_generator_says_what_it_will_do_so_that_every_column_can_be_timed(monk
 
     monkeypatch.setattr(dispatch, "resolve", noted)
     monkeypatch.setattr(generation.TextGenerator, "compile", lambda self: None)
-    model = generation.untrained("baby", CPU)
     generation.generator_of(model, torch.bfloat16, quantize=quantize, compiled=compiled, batch=8)
     expected = Workload.of_generation(model.config, torch.bfloat16, 8, int8=quantize == "int8", compile=compiled)
     assert asked == [("auto", expected)]
@@ -98,6 +99,21 @@ def test_a_profile_counts_each_kernel_once():
     ]
     assert generation.own_times(rows, on_gpu=True) == {"sm90_gemm": 5.0}
     assert generation.own_times(rows[:1], on_gpu=False) == {"aten::mm": 7.0}
+
+
+def test_the_other_order_of_attentions_loops_is_its_own_source_with_two_lines_changed():
+    pytest.importorskip("triton")
+    from fastgpt_kernels import attention
+
+    source = Path(attention.__file__).read_text(encoding="utf-8")
+    before, after = source.splitlines(), loop_order.changed(source).splitlines()
+    differing = [(a.strip(), b.strip()) for a, b in zip(before, after, strict=True) if a != b]
+    orders = [(f"for DIAGONAL {loop_order.DIAGONAL_FIRST}", f"for DIAGONAL {loop_order.DIAGONAL_LAST}")] * 2
+    assert [pair for pair in differing if "DIAGONAL" in pair[0]] == orders
+    assert all("fastgpt::" in a or "ops.fastgpt." in a for a, b in differing if "DIAGONAL" not in a)
+    assert not any("fastgpt::" in line or "ops.fastgpt." in line for line in after)
+    with pytest.raises(RuntimeError, match="has not two loops"):
+        loop_order.changed(source.replace(loop_order.DIAGONAL_FIRST, "in (0, 1):"))
 
 
 def test_counts_by_hand():

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from fastgpt.choices import Choice, ChoiceFile, Environment, environment_of, source_hash
+from fastgpt.choices import FORMAT, Choice, ChoiceFile, Environment, environment_of, source_hash
 from fastgpt.files import temporary_sibling
 from fastgpt.workload import Workload
 
@@ -40,17 +40,17 @@ def test_a_choice_that_may_change_is_not_written(path):
 
 def table(**changes) -> bytes:
     choice = {"column": "triton", "seconds": {"torch": 1.0}, "left_out": {}} | changes
-    return json.dumps({"format": 1, "choices": {str(HERE): {str(WORKLOAD): {"layer_norm": choice}}}}).encode()
+    return json.dumps({"format": FORMAT, "choices": {str(HERE): {str(WORKLOAD): {"layer_norm": choice}}}}).encode()
 
 
 DAMAGED = [
     b"",
-    b'{"format": 1, "choices": {"A GPU',
+    b'{"format": 2, "choices": {"A GPU',
     b"\xff\xfe",
     b"[]",
     b"{}",
-    b'{"format": 1, "choices": []}',
-    b'{"format": 1, "choices": {"A GPU": 1}}',
+    b'{"format": 2, "choices": []}',
+    b'{"format": 2, "choices": {"A GPU": 1}}',
     table(column="cuda"),
     table(column=["triton"]),
     table(seconds=1.0),
@@ -86,7 +86,7 @@ def test_the_table_that_the_damage_is_made_from_is_whole(path):
 
 def test_a_file_of_another_format_is_read_as_empty(path):
     path.parent.mkdir()
-    path.write_text('{"format": 2, "columns": {}}')
+    path.write_text('{"format": 1, "columns": {}}')
     assert ChoiceFile(path).read(HERE, WORKLOAD) == {}
 
 
