@@ -15,13 +15,15 @@ recorded with what it raised; one that takes longer than --case_seconds is stopp
 its output. What was running when the time was over is not recorded, and comes next time. Exit code 0 also where cases
 failed; 2 with one line for a bad flag, for a suite that cannot be collected, and for a DIR of another commit.
 
-A plan for 15 minutes on a GPU, without a network and with nothing prepared but PyTorch, Triton and pytest:
+A plan for 15 minutes on a GPU, without a network, where PyTorch, Triton and pytest are installed and this is not:
 
-    python -m pip install --no-deps --no-build-isolation -e .    wheels of what is missing: --no-index --find-links
-    python bench/survey.py --minutes 4 --out DIR                 does it run, and what does it gain
-    python -m pytest -m gpu -n 12 -q                             parity: a kernel that computes nonsense is fast
-    python bench/survey.py --minutes 4 --out DIR                 goes on with the whole suite
+    python bench/survey.py --minutes 4 --out DIR       does it run, and what does it gain
+    python -m pytest -m gpu -n 12 -q                   parity: a kernel that computes nonsense is fast
+    python bench/survey.py --minutes 4 --out DIR       goes on with the whole suite
     python bench/tune.py attention_forward --dtype 16-bit --width 64 --seconds 60
+
+For fastgpt's own commands: python -m pip install --no-deps --no-build-isolation -e . (wheels of what else is missing:
+--no-index --find-links FOLDER). Where few files come back from there, the one in DIR holds everything.
 """
 
 # isort: off
