@@ -19,6 +19,7 @@ from fastgpt.device import (
     synchronize,
 )
 from fastgpt.errors import UsageError
+from fastgpt.units import counted
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -113,7 +114,7 @@ def test_peak_memory_counts_what_this_process_used():
 
 
 def test_the_cpu_is_described_by_its_threads_and_needs_no_wait():
-    assert describe(CPU) == f"CPU, {torch.get_num_threads()} threads"
+    assert describe(CPU) == f"CPU, {counted(torch.get_num_threads(), 'thread')}"
     assert synchronize(CPU) is None
 
 
