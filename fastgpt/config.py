@@ -197,7 +197,7 @@ class SamplingParams:
 
     max_new_tokens: int = option(500, "tokens in a continuation", low=0)
     temperature: float = option(0.8, "0 takes the likeliest token; higher is more varied", low=0)
-    top_k: int | None = option(200, "sample among the k likeliest tokens; 0: all", low=0)
+    top_k: int | None = option(200, "sample among the k likeliest tokens, of equals the lowest ids; 0: all", low=0)
     top_p: float | None = option(None, "sample among the likeliest tokens that hold this share", above=0, high=1)
     min_p: float | None = option(None, "drop tokens below this share of the likeliest one's", low=0, high=1)
     repetition_penalty: float = option(1.0, "above 1: lower the score of what the text holds, prompt included", above=0)

@@ -1,7 +1,11 @@
 """Logits to tokens, on the device: one vectorised draw for many requests, each with its own settings.
 
 `Sampler` holds the requests' settings and penalties by slot, `Sampled` is what a call drew and brings it to the
-host in one copy as `Drawn`. `penalize`, `least_kept` and `draw` are its steps.
+host in one copy as `Drawn`. `penalize`, `ranks`, `least_kept` and `draw` are its steps.
+
+Among equal scores the lowest id comes first, in every step: top-k keeps exactly k tokens, top-k of 1 draws the greedy
+token, and `torch.topk`, which leaves the order of equals open, is given numbers of which no two are equal. Min-p is
+a threshold on probabilities, which all tokens of the same score pass or fail together.
 
 A row's token depends on its logits, its settings and one number in [0, 1), which its continuation's key and the
 token's place alone determine (`random_stream`). All rows walk the vocabulary in the same order, whichever filters are
@@ -18,6 +22,7 @@ from fastgpt.config import SamplingParams
 from fastgpt.random_stream import prompt_digest, stream_key, uniform
 
 FLOAT32 = torch.finfo(torch.float32)
+INT32, INT64 = torch.iinfo(torch.int32), torch.iinfo(torch.int64)
 INF = float("inf")
 
 
@@ -123,6 +128,7 @@ class Sampler:
         self.slots, self.vocab_size, self.device = slots, vocab_size, torch.device(device)
         self._requests: dict[int, _Request] = {}
         self._texts: _Texts | None = None  # until a request has penalties
+        self._falling = torch.arange(vocab_size - 1, -1, -1, device=self.device)  # for `ranks`
 
     def begin(
         self,
@@ -199,7 +205,8 @@ class Sampler:
             weights = scores - scores.amax(-1, keepdim=True)
             weights.div_(s["temperature"]).exp_()  # (R, V), 1 for the likeliest
             if short or whole:
-                weights.masked_fill_(scores < self._least(scores, weights, requests, s, short, whole), 0)
+                ranked = ranks(scores, self._falling)
+                weights.masked_fill_(ranked < self._least(ranked, weights, requests, s, short, whole), 0)
             if any(q.min_p for q in requests):
                 weights.masked_fill_(weights < s["min_p"], 0)
             tokens = draw(scores, weights, s["number"])
@@ -209,28 +216,29 @@ class Sampler:
 
     def _least(
         self,
-        scores: torch.Tensor,
+        ranked: torch.Tensor,
         weights: torch.Tensor,
         requests: list[_Request],
         s: _Settings,
         short: list[int],
         whole: list[int],
     ) -> torch.Tensor:
-        """`least_kept` of each row, (R, 1); -inf where a row needs no order.
+        """`least_kept` of each row, (R, 1); below every rank where a row needs no order.
 
-        `short`, `whole`: the rows that need an order, of some columns or of all, as in s["order"].
+        `ranked`: the `ranks` of the scores. `short`, `whole`: the rows that need an order, of some columns or of all,
+        as in s["order"].
         """
         groups = [group for group in (short, whole) if group]
         columns = [max(requests[r].columns for r in group) for group in groups]
         top_p = [s["top_p"] if any(requests[r].top_p for r in group) else None for group in groups]
         if len(groups[0]) == len(requests):
             top_k = None if all(q.columns == columns[0] for q in requests) else s["top_k"].long()
-            return least_kept(scores, weights, columns[0], top_k, top_p[0])
-        least, order = torch.full_like(s["number"], -INF), s["order"][:, 0].long()
+            return least_kept(ranked, weights, columns[0], top_k, top_p[0])
+        least, order = torch.full_like(ranked[:, :1], INT64.min), s["order"][:, 0].long()
         for group, most, p in zip(groups, columns, top_p, strict=True):
             rows, order = order[: len(group)], order[len(group) :]
             p = None if p is None else p[rows]
-            least[rows] = least_kept(scores[rows], weights[rows], most, s["top_k"][rows].long(), p)
+            least[rows] = least_kept(ranked[rows], weights[rows], most, s["top_k"][rows].long(), p)
         return least
 
     def _with_logprobs(self, tokens: torch.Tensor, logits: torch.Tensor, requests: list[_Request]) -> Sampled:
@@ -238,9 +246,10 @@ class Sampler:
         most = max((n for n in asked if n is not None), default=None)
         if most is None:
             return Sampled(tokens, None, None, None, asked)
-        logprobs = logits.float().log_softmax(-1)
-        top = logprobs.topk(min(most, self.vocab_size))
-        return Sampled(tokens, logprobs.gather(1, tokens[:, None])[:, 0], top.values, top.indices, asked)
+        scores = logits.float()
+        logprobs = scores.log_softmax(-1)
+        ids = ranks(scores, self._falling).topk(min(most, self.vocab_size)).indices
+        return Sampled(tokens, logprobs.gather(1, tokens[:, None])[:, 0], logprobs.gather(1, ids), ids, asked)
 
     def _request(self, slot: int, params: SamplingParams, key: bytes) -> _Request:
         greedy = params.temperature == 0
@@ -302,19 +311,30 @@ def penalize(
     return torch.where(said | prompted, repeated, scores) - frequency * counts - presence * said
 
 
-def least_kept(
-    scores: torch.Tensor, weights: torch.Tensor, columns: int, top_k: torch.Tensor | None, top_p: torch.Tensor | None
-) -> torch.Tensor:
-    """The least score that top-k, and then top-p, keep in each row, (R, 1); tokens that tie with it stay as well.
+def ranks(scores: torch.Tensor, falling: torch.Tensor) -> torch.Tensor:
+    """Distinct numbers in the order of the scores, among equal scores the lowest id's the largest: int64 (R, V).
 
-    scores, weights: (R, V), the weights not normalised; top_k: int64 (R, 1), V where off, or None where it is `columns`
-    in every row; top_p: (R, 1), inf where off, or None. `columns`: the largest top_k, all that has to be ordered.
+    scores: float32 (R, V); falling: int64 (V,), V - 1 to 0. The upper half of a rank is the score's bits as an integer:
+    those of a positive float rise with it, those of a negative one fall until all but the sign are flipped.
     """
-    ordered, ids = scores.topk(columns)  # (R, columns)
+    bits = (scores + 0.0).view(torch.int32)  # of -0.0 and 0.0 the same
+    return torch.add(falling, (bits >> 31).bitwise_and_(INT32.max).bitwise_xor_(bits), alpha=1 << 32)
+
+
+def least_kept(
+    ranked: torch.Tensor, weights: torch.Tensor, columns: int, top_k: torch.Tensor | None, top_p: torch.Tensor | None
+) -> torch.Tensor:
+    """The least rank that top-k, and then top-p, keep in each row, int64 (R, 1).
+
+    ranked: the `ranks` of the scores, (R, V). weights: (R, V), not normalised. top_k: int64 (R, 1), V where off, or
+    None where it is `columns` in every row; top_p: (R, 1), inf where off, or None. `columns`: the largest top_k, all
+    that has to be ordered.
+    """
+    ordered, ids = ranked.topk(columns)  # (R, columns)
     least = ordered[:, -1:] if top_k is None else ordered.gather(1, top_k - 1)
     if top_p is None:
         return least
-    total = weights.masked_fill(scores < least, 0).sum(-1, keepdim=True)
+    total = weights.masked_fill(ranked < least, 0).sum(-1, keepdim=True)
     shares = weights.gather(1, ids)
     before = shares.cumsum(-1) - shares
     # A token is out where those before it hold top_p; the likeliest always stays.

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fastgpt import sampler as module
 from fastgpt.config import SamplingParams
 from fastgpt.random_stream import prompt_digest, stream_key, uniform
-from fastgpt.sampler import Sampler, least_kept
+from fastgpt.sampler import Sampler, least_kept, ranks
 
 DRAWS = 20_000
 LOGITS = [2.0, 1.5, 1.2, 0.4, 0.1, -0.3, -0.9, -1.0, -2.0, -5.0]
@@ -61,7 +61,7 @@ def expected(logits: list[float], prompt: list[int], said: list[int], chosen: Sa
     for token in set(said):
         scores[token] -= chosen.presence_penalty + chosen.frequency_penalty * said.count(token)
     scores /= chosen.temperature
-    order = np.argsort(-scores)
+    order = np.argsort(-scores, kind="stable")  # of equals the lowest id first
     if chosen.top_k:
         scores[order[chosen.top_k :]] = -np.inf
     if chosen.top_p is not None:
@@ -204,10 +204,48 @@ def test_only_differences_of_logits_count(shift: float):
     assert_drawn_from(expected(logits, [], [], params()), draw(logits, params()))
 
 
-def test_ties_with_the_last_that_stays_stay():
-    assert set(draw([1.0, 1.0, 0.0], params(min_p=1.0), count=200).tolist()) == {0, 1}
-    assert set(draw([1.0, 0.0, 0.0, 0.0, -1.0], params(top_k=2), count=500).tolist()) == {0, 1, 2, 3}
-    assert set(draw([1.0, 0.0, 0.0, 0.0, -1.0], params(top_k=2, top_p=0.99), count=500).tolist()) == {0, 1, 2, 3}
+TIED = [1.0, 0.0, -0.0, 0.0, 1.0, -1.0, -1.0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "kept"),
+    [
+        *[({"top_k": k}, kept) for k, kept in enumerate(([0], [0, 4], [0, 1, 4], [0, 1, 2, 4]), start=1)],
+        ({"top_k": 6}, [0, 1, 2, 3, 4, 5]),
+        ({"top_p": 0.3}, [0]),
+        ({"top_p": 0.7}, [0, 1, 4]),
+        ({"top_k": 3, "top_p": 0.99}, [0, 1, 4]),
+        ({"min_p": 1.0}, [0, 4]),
+        ({"min_p": 0.3}, [0, 1, 2, 3, 4]),
+    ],
+    ids=str,
+)
+def test_of_equal_scores_the_lowest_ids_stay(kind: dict, kept: list[int]):
+    assert sorted(set(draw(TIED, params(**kind), count=800).tolist())) == kept
+    assert expected(TIED, [], [], params(**kind)).nonzero()[0].tolist() == kept
+
+
+def test_top_k_keeps_k_tokens_and_one_is_greedy_among_many_ties():
+    logits = torch.randn(40, 3000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    likeliest = logits.argmax(-1)
+    assert (logits == logits.amax(-1, keepdim=True)).sum(-1).max() > 1
+    for kinds in ([{"top_k": 1}], [{"top_k": 1}, {"top_p": 1e-9}], [{"top_k": 1}, {"top_k": 7}, {}, {"top_p": 0.5}]):
+        requests = [params(**kinds[row % len(kinds)], logprobs=30) for row in range(40)]
+        together = begun(requests, 3000)(logits, range(40), [0] * 40)
+        greedy = [row for row, r in enumerate(requests) if r.top_k == 1 or r.top_p == 1e-9]
+        assert torch.equal(together.tokens[greedy], likeliest[greedy])
+        first = np.argsort(-logits.float().numpy(), axis=-1, kind="stable")[:, :30]
+        assert together.top_ids is not None
+        assert together.top_ids.tolist() == first.tolist()
+        for row, request in enumerate(requests):
+            alone = begun([request], 3000)(logits[row : row + 1], [0], [0]).to_host()[0]
+            assert alone == together.to_host()[row]
+    drawn = begun(seeded(params(top_k=5, temperature=1e30), 1000), 3000)(
+        logits[:1].expand(1000, -1), range(1000), [0] * 1000
+    )
+    assert sorted(set(drawn.tokens.tolist())) == sorted(
+        np.argsort(-logits[0].float().numpy(), kind="stable")[:5].tolist()
+    )
 
 
 @settings(deadline=None, max_examples=60)
@@ -225,13 +263,15 @@ def test_the_likeliest_token_survives_and_no_likelier_one_is_dropped(logits, row
     top_k = torch.tensor([[min(k, len(logits))] for _, k, _ in rows])
     top_p = torch.tensor([[INF if p is None else p] for _, _, p in rows])
     weights = ((scores - scores.amax(-1, keepdim=True)) / temperature).exp()
-    least = least_kept(scores, weights, int(top_k.max()), top_k, top_p)
-    assert (least <= scores.amax(-1, keepdim=True)).all()
+    ranked = ranks(scores, torch.arange(len(logits)).flip(0))
+    kept = ranked >= least_kept(ranked, weights, int(top_k.max()), top_k, top_p)
     for row, (_, k, p) in enumerate(rows):
-        kth = sorted(logits, reverse=True)[min(k, len(logits)) - 1]
-        assert least[row] >= kth
+        order = np.argsort(-scores[row].numpy(), kind="stable")
+        count = int(kept[row].sum())
+        assert 1 <= count <= min(k, len(logits))
+        assert sorted(order[:count].tolist()) == kept[row].nonzero()[:, 0].tolist()
         if p is None:
-            assert least[row] == kth
+            assert count == min(k, len(logits))
 
 
 @settings(deadline=None, max_examples=60)
