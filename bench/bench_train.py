@@ -131,9 +131,11 @@ def configured(preset: str, **settings: Any) -> TrainConfig:
     return dataclasses.replace(config, **(sizes | settings))
 
 
-def engine_step(config: TrainConfig, device: torch.device, arithmetic: torch.dtype) -> TrainStep:
-    """The model and its step, as `fastgpt.train` puts them together."""
-    ops = dispatch.resolve(config.kernels, device, workload=Workload.of_training(config, arithmetic))
+def engine_step(
+    config: TrainConfig, device: torch.device, arithmetic: torch.dtype, ops: dispatch.Ops | None = None
+) -> TrainStep:
+    """The model and its step, as `fastgpt.train` puts them together, with its own choice of `ops`."""
+    ops = ops or dispatch.resolve(config.kernels, device, workload=Workload.of_training(config, arithmetic))
     torch.manual_seed(config.seed)
     with device:
         model = GPT(config, ops)

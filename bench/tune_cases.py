@@ -104,16 +104,17 @@ def _attention_of(kernel: str, tuning: Tuning, B: int, T: int, D: int, device: t
 
 def _cross_entropy(kernel: str, tuning: Tuning, V: int, device: torch.device) -> list[Workload]:
     V = min(V, VOCABULARIES[-1])
-    given = torch.randn(ROWS, V, device=device).to(_dtype(tuning))
+    given = torch.randn(ROWS, V, device=device)
     logits = torch.empty_like(given)
+    gradient = logits if _dtype(tuning) == torch.float32 else torch.empty_like(given, dtype=_dtype(tuning))
     targets = torch.randint(V, (ROWS,), device=device)
     loss, lse = torch.empty(ROWS, device=device), torch.empty(ROWS, 2, device=device)
 
     def launches(tuning: Tuning) -> list[Launch]:
-        logits.copy_(given)  # the kernel puts the gradient in their place
-        return [cross_entropy.gradient_launch(logits, loss, lse, targets, None, V, -100, True, tuning)]
+        logits.copy_(given)  # in float32 the kernel puts the gradient in their place
+        return [cross_entropy.gradient_launch(logits, gradient, loss, lse, targets, None, V, -100, tuning)]
 
-    return [Workload(f"{ROWS} x {V}", launches, (logits, loss, lse))]
+    return [Workload(f"{ROWS} x {V}", launches, (gradient, loss, lse))]
 
 
 def _scale(kernel: str, tuning: Tuning, N: int, device: torch.device) -> list[Workload]:

@@ -40,7 +40,8 @@ OPTIONS = {
 }
 # What the compiled code depends on, beside shapes, compiler and processor.
 SOURCES = [Path(__file__).with_name(f"{name}.py") for name in ("decode_step", "model", "gelu", "linear", "quantized")]
-SOURCES += [Path(row_product.__file__).with_name(f"{name}.py") for name in ("row_product", "stock", "reference")]
+KERNELS = ("row_product", "float32_product", "stock", "reference")
+SOURCES += [Path(row_product.__file__).with_name(f"{name}.py") for name in KERNELS]
 
 
 class CannotCompile(UsageError):

@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from fastgpt_kernels.float32_product import float32_product
 from fastgpt_kernels.row_product import row_product
 
 FEWEST_WEIGHTS = 1 << 16  # below, the product is too short to share out
@@ -35,13 +36,17 @@ class Embedding(nn.Embedding):
             super().reset_parameters()
 
     def scores(self, x: torch.Tensor) -> torch.Tensor:
-        """Each row's product with x: (..., C) -> (..., V)."""
-        return linear(x, self.weight)
+        """Each row's product with x: (..., C) -> (..., V), float32 also of 16 bits."""
+        if is_compiled_row(x, self.weight):
+            return row_product(x, self.weight).view(*x.shape[:-1], -1)
+        if one_row_slices(x, self.weight) > 1:
+            return linear(x, self.weight)
+        return float32_product(x, self.weight)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x @ weight.T + bias: x (..., I), weight (O, I), bias (O) -> (..., O)."""
-    if torch.compiler.is_compiling() and not torch.is_grad_enabled() and is_row(x, weight):
+    if is_compiled_row(x, weight):
         y = row_product(x, weight).view(*x.shape[:-1], -1)
         return (y if bias is None else y + bias).to(x.dtype)
     slices = one_row_slices(x, weight)
@@ -55,6 +60,11 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         y = torch.bmm(x.view(1, 1, inputs).expand(slices, 1, inputs), parts)
     y = y.view(*x.shape[:-1], outputs)
     return y if bias is None else y + bias
+
+
+def is_compiled_row(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether this is one row on a CPU, only read, in code that is being compiled."""
+    return torch.compiler.is_compiling() and not torch.is_grad_enabled() and is_row(x, weight)
 
 
 def is_row(x: torch.Tensor, weight: torch.Tensor) -> bool:

@@ -218,7 +218,7 @@ class GPT(nn.Module):
             last_only: logits of the last position alone.
 
         Returns:
-            A scalar in nats with targets, float32 for float32 or autocast weights; otherwise logits (B, T or 1, V).
+            A scalar in nats with targets, otherwise logits (B, T or 1, V); float32, float64 for float64 weights.
 
         Raises:
             ValueError: more tokens than block_size, or doc_ids together with a cache.
@@ -231,7 +231,10 @@ class GPT(nn.Module):
         return self.logits(x[:, -1:] if last_only else x)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """Scores of each token of the vocabulary as the next one: hidden states (..., C) -> (..., V)."""
+        """Scores of each token of the vocabulary as the next one: hidden states (..., C) -> (..., V), float32.
+
+        They stay float32 in every dtype: rounded to 16 bits, the likeliest tokens would tie.
+        """
         return self.wte.scores(x)[..., : self.config.vocab_size]
 
     def hidden(

@@ -52,8 +52,8 @@ class QuantizedEmbedding(nn.Module):
         return (self.weight[tokens] * self.scale[tokens][..., None]).to(self.dtype)
 
     def scores(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., C) -> (..., V)."""
-        return self.ops.linear_int8(x, self.weight, self.scale)
+        """(..., C) -> (..., V), float32 also of 16 bits."""
+        return self.ops.linear_int8(x, self.weight, self.scale, out_dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def quantize_model(model: GPT) -> None:

@@ -18,6 +18,9 @@ from fastgpt_kernels import reference, stock
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # How near float32 results are to float64, by either measure.
 FLOAT32_LIMIT = 1e-5
+# Standard deviations of attention's scores, for q and k that are the root of one times standard normal. Trained models
+# have the wide ones, whose softmax shows every error of a score.
+SPREADS = (1, 10, 40)
 # Elements on either side of a guarded tensor: more than a tile of any kernel reaches past its last row.
 MARGIN = 1 << 14
 # Around inputs lies NaN, whatever the width, so that reading it shows in the results. Around outputs lies a small

@@ -13,7 +13,15 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastgpt_kernels import attention, launch, reference
 from fastgpt_kernels.attention import causal_attention
-from tests.parity import DEVICE, FLOAT32_LIMIT, LAYOUTS, assert_op_agrees, outputs_and_gradients, relative_errors
+from tests.parity import (
+    DEVICE,
+    FLOAT32_LIMIT,
+    LAYOUTS,
+    SPREADS,
+    assert_op_agrees,
+    outputs_and_gradients,
+    relative_errors,
+)
 
 DTYPES = [torch.float32, torch.float16]
 KERNELS = ("attention_forward", "attention_backward_queries", "attention_backward_keys")
@@ -25,9 +33,10 @@ def random(*shape, dtype=torch.float32):
     return torch.randn(shape, device=DEVICE).to(dtype)
 
 
-def packed(B, Tq, Tk, H, Hkv, D, dtype=torch.float32):
+def packed(B, Tq, Tk, H, Hkv, D, dtype=torch.float32, spread=1):
     """q, k and v as views of one packed projection (B, Tk, (H + 2 Hkv) D); the last Tq queries."""
     qkv = random(B, Tk, (H + 2 * Hkv) * D, dtype=dtype).view(B, Tk, H + 2 * Hkv, D)
+    qkv[:, :, : H + Hkv] *= spread**0.5
     return [qkv[:, Tk - Tq :, :H], *qkv[:, :, H:].split(Hkv, dim=2)]
 
 
@@ -76,12 +85,14 @@ def test_agrees_at_any_shape_and_layout(dtype, data, seed):
     B = draw("B", 1, 1, 2, 0) if Tk < 100 else 1
     H, Hkv = draw("heads", *HEADS[: 5 if Tk < 100 else 2])
     D = draw("D", 8, 16, 20, 32, 64, 80, 128, 256)
-    inputs = packed(B, Tq, Tk, H, Hkv, D, dtype)
+    spread = draw("spread", *SPREADS)
+    inputs = packed(B, Tq, Tk, H, Hkv, D, dtype, spread)
     wide = ["expanded", "constant"] if dtype == torch.float32 else []
     for i, letter in enumerate("qkv"):  # of equal keys or values scores would have no gradient
         layout = draw(letter, "packed", "gapped", "swapped", "transposed", *(wide if i == 0 else []))
         if layout != "packed":
-            inputs[i] = LAYOUTS[layout](inputs[i].shape, lambda shape: random(*shape, dtype=dtype))
+            width = 1 if letter == "v" else spread**0.5
+            inputs[i] = LAYOUTS[layout](inputs[i].shape, lambda shape, width=width: random(*shape, dtype=dtype) * width)
     arguments = {"scale": draw("scale", None, D**-0.5 / 3, D**-0.5 * 1.5)}
     documents = draw("documents", 0, 0, 1, 2, 5)
     if documents:

@@ -6,14 +6,15 @@ import torch
 from fastgpt_kernels import reference
 from fastgpt_kernels.attention import causal_attention
 from fastgpt_kernels.dropout import dropout_mask
-from tests.parity import FLOAT32_LIMIT, assert_op_agrees, outputs_and_gradients, relative_errors
+from tests.parity import FLOAT32_LIMIT, SPREADS, assert_op_agrees, outputs_and_gradients, relative_errors
 
 pytestmark = pytest.mark.gpu
 
 
-def packed(B, Tq, Tk, H, Hkv, D, dtype=torch.bfloat16):
+def packed(B, Tq, Tk, H, Hkv, D, dtype=torch.bfloat16, spread=1):
     """q, k and v as views of one packed projection (B, Tk, (H + 2 Hkv) D); the last Tq queries."""
     qkv = torch.randn(B, Tk, H + 2 * Hkv, D, device="cuda").to(dtype)
+    qkv[:, :, : H + Hkv] *= spread**0.5
     return [qkv[:, Tk - Tq :, :H], *qkv[:, :, H:].split(Hkv, dim=2)]
 
 
@@ -50,12 +51,14 @@ dtypes = pytest.mark.parametrize(
 @dtypes
 @shapes
 @pytest.mark.parametrize("options", [(), ("documents",), ("dropout",), ("dropout", "documents")], ids="+".join)
-def test_agrees_with_float64_as_nearly_as_stock_pytorch_does(options, shape, dtype):
+@pytest.mark.parametrize("spread", SPREADS)
+def test_agrees_with_float64_as_nearly_as_stock_pytorch_does(spread, options, shape, dtype):
     torch.manual_seed(0)
     arguments = seeded(2**40 + 5) if "dropout" in options else {}
     if "documents" in options:
         arguments["doc_ids"] = torch.randint(2, (shape[0], shape[2]), device="cuda")
-    assert_op_agrees(causal_attention, "causal_attention", packed(*shape, dtype), layout="gapped", **arguments)
+    inputs = packed(*shape, dtype, spread)
+    assert_op_agrees(causal_attention, "causal_attention", inputs, layout="gapped", **arguments)
 
 
 @shapes

@@ -41,10 +41,11 @@ def labels(lead, valid, *, ignored=0.0, ignore_index=-100, dtype=torch.int64):
     return t.masked_fill_(torch.rand(t.shape, device=DEVICE) < ignored, ignore_index)
 
 
-def chunks_of(rows, V, dtype=torch.float32):
+def chunks_of(rows, V, dtype=torch.float32, *, gradients=True):
     """Meanwhile no chunk of logits has more than this many rows."""
     width = math.ceil(V / cross_entropy.ALIGNMENT) * cross_entropy.ALIGNMENT
-    return unittest.mock.patch.object(cross_entropy, "LOGITS_BYTES", rows * width * dtype.itemsize)
+    apart = dtype.itemsize if gradients and dtype != torch.float32 else 0  # the logits' gradient; else in their place
+    return unittest.mock.patch.object(cross_entropy, "LOGITS_BYTES", rows * width * (4 + apart))
 
 
 def grad_of(reduction, lead):

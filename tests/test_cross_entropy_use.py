@@ -93,13 +93,14 @@ def test_without_gradients_none_is_computed(dtype, reduction, context, launches)
     launches.clear()
     guards = Guards()
     placed = [guards.input(t) for t in inputs]
-    with (context or contextlib.nullcontext)(), chunks_of(2, 900, dtype), allocations() as sizes:
+    with (context or contextlib.nullcontext)(), chunks_of(2, 900, dtype, gradients=False), allocations() as sizes:
         leaves = [t.requires_grad_() for t in placed] if context == torch.no_grad else placed
         loss = linear_cross_entropy(*leaves, targets, reduction=reduction)
     assert [launch.constants["GRADIENT"] for launch in launches] == [False] * 3
     assert not loss.requires_grad
     assert max(relative_errors(loss, expected.detach().double())) < (1e-6 if dtype == torch.float32 else 1e-3)
-    assert max(sizes) == 2 * 912  # nothing as large as weight
+    converted = 900 * 70 if dtype != torch.float32 and DEVICE == "cpu" else 0  # for want of a product into float32
+    assert max(sizes) == max(2 * 912, converted)  # else nothing as large as weight
     guards.check()
 
 

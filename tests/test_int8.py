@@ -125,6 +125,15 @@ def test_every_weight_is_converted_as_it_is():
         assert torch.equal(linear_int8(x, weight_int8, one), weight_int8.t().float().expand(rows, 256))
 
 
+@pytest.mark.parametrize("column", [int8, stock, reference], ids=["triton", "torch", "reference"])
+@pytest.mark.parametrize("rows", [1, 20])
+def test_a_float32_result_of_16_bit_rows_is_not_rounded(rows, column):
+    made = case((rows, 300), 33, "x", dtype=torch.float16)
+    y = column.linear_int8(*made, out_dtype=torch.float32)
+    assert y.dtype == torch.float32
+    assert max(relative_errors(y, truth(*made))) < 1e-5
+
+
 def test_the_same_bits_in_every_run():
     for rows in (1, 20):
         made = case((rows, 300), 33, "x", dtype=torch.float16)
@@ -147,11 +156,18 @@ def test_the_paths_of_stock_pytorch_agree_with_float64(shape, outputs, dtype, bi
     most = 1e-6 if dtype == torch.float32 else 1.5 * torch.finfo(dtype).eps
     for y, expected in (
         (stock.linear_int8(*made), exact),
-        (stock._traceable_linear_int8(*made), exact),
-        (stock._linear_of_dequantized(x, weight_int8, scale), unbiased),
+        (stock._traceable_linear_int8(*made, dtype), exact),
+        (stock._linear_of_dequantized(x, weight_int8, scale, dtype), unbiased),
     ):
         assert y.dtype == dtype
         assert max(relative_errors(y, expected)) < most
+    for y, expected in (
+        (stock.linear_int8(*made, out_dtype=torch.float32), exact),
+        (stock._traceable_linear_int8(*made, torch.float32), exact),
+        (stock._linear_of_dequantized(x, weight_int8, scale, torch.float32), unbiased),
+    ):
+        assert y.dtype == torch.float32
+        assert max(relative_errors(y, expected)) < 1e-6
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="of the torch column on a CPU")
@@ -167,7 +183,8 @@ def test_pieces_of_a_large_weight_make_one_output(rows):
 @pytest.mark.parametrize("bias", [None, "x"])
 @pytest.mark.parametrize("rows", [1, 6])
 def test_the_operator_passes_opcheck(rows, bias):
-    torch.library.opcheck(torch.ops.fastgpt.linear_int8.default, case((2, rows, 33), 20, bias))
+    for out_dtype in (torch.float32, torch.float16):
+        torch.library.opcheck(torch.ops.fastgpt.linear_int8.default, (*case((2, rows, 33), 20, bias), out_dtype))
 
 
 @pytest.mark.parametrize("column", [int8, stock, reference], ids=["triton", "torch", "reference"])

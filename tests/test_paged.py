@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fastgpt_kernels import launch, paged, paged_decode, paged_prefill, reference, stock
 from fastgpt_kernels.paged import kv_write, paged_attention
-from tests.parity import DEVICE, Guards, assert_parity, poisoned
+from tests.parity import DEVICE, SPREADS, Guards, assert_parity, poisoned
 
 DTYPES = [torch.float32, torch.float16]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float16"])
@@ -51,8 +51,11 @@ def integers(numbers, dtype=torch.int32):
     return torch.tensor(numbers, dtype=dtype, device=DEVICE)
 
 
-def case(lengths, P=16, H=2, Hkv=2, D=16, *, queries=None, dtype=torch.float32, room=0, seed=0):
-    """Sequences of these lengths in pages in no order; `room`: pages of the table that none needs."""
+def case(lengths, P=16, H=2, Hkv=2, D=16, *, queries=None, dtype=torch.float32, room=0, seed=0, spread=1):
+    """Sequences of these lengths in pages in no order; `room`: pages of the table that none needs.
+
+    `spread`: the scores' standard deviation.
+    """
     torch.manual_seed(seed)
     B, M = len(lengths), max([1, *(math.ceil(n / P) for n in lengths)]) + room
     needed = [math.ceil(n / P) for n in lengths]
@@ -65,13 +68,14 @@ def case(lengths, P=16, H=2, Hkv=2, D=16, *, queries=None, dtype=torch.float32, 
         pages = [order.pop() for _ in range(needed[b])]
         table[b, : len(pages)] = integers(pages)
         for pool_of, own in ((k_pages, keys), (v_pages, values)):
-            own.append(torch.randn(length, Hkv, D, device=DEVICE).to(dtype))
+            width = spread**0.5 if own is keys else 1
+            own.append((width * torch.randn(length, Hkv, D, device=DEVICE)).to(dtype))
             for j, page in enumerate(pages):
                 part = own[-1][j * P : (j + 1) * P]
                 pool_of[page, : len(part)] = part
     starts = None if queries is None else integers([sum(queries[:b]) for b in range(B + 1)])
     N = B if queries is None else sum(queries)
-    q = torch.randn(N, H + 2 * Hkv, D, device=DEVICE).to(dtype)[:, :H]  # of a packed projection
+    q = (spread**0.5 * torch.randn(N, H + 2 * Hkv, D, device=DEVICE)).to(dtype)[:, :H]  # of a packed projection
     return Case(q, k_pages, v_pages, table, integers(lengths), starts, keys, values)
 
 
@@ -129,12 +133,13 @@ HEADS = [(1, 1), (3, 3), (2, 1), (6, 2), (5, 1)]
     chunk=st.sampled_from([0, 1, 64, 96]),
     room=st.integers(0, 20),
     scale=st.sampled_from([None, None, 0.3, -0.3]),
+    spread=st.sampled_from(SPREADS),
     seed=st.integers(0, 99),
 )
 @dtypes
-def test_decode_agrees_at_any_shape(dtype, lengths, P, heads, D, chunk, room, scale, seed):
+def test_decode_agrees_at_any_shape(dtype, lengths, P, heads, D, chunk, room, scale, spread, seed):
     chosen = decode(chunk) if chunk and (scale is None or scale > 0) else paged_attention
-    made = case(lengths, P, *heads, D, dtype=dtype, room=room, seed=seed)
+    made = case(lengths, P, *heads, D, dtype=dtype, room=room, seed=seed, spread=spread)
     assert_agrees(made, chosen, **({} if scale is None else {"scale": scale}))
 
 
@@ -153,13 +158,14 @@ def test_decode_agrees_at_any_shape(dtype, lengths, P, heads, D, chunk, room, sc
     heads=st.sampled_from(HEADS),
     D=st.sampled_from([1, 8, 20, 33, 64]),
     scale=st.sampled_from([None, None, 0.3, -0.3]),
+    spread=st.sampled_from(SPREADS),
     seed=st.integers(0, 99),
 )
 @dtypes
-def test_several_queries_agree_at_any_shape(dtype, sequences, P, heads, D, scale, seed):
+def test_several_queries_agree_at_any_shape(dtype, sequences, P, heads, D, scale, spread, seed):
     lengths = [length for length, _ in sequences]
     queries = [min(n, length) if length else n for length, n in sequences]
-    made = case(lengths, P, *heads, D, queries=queries, dtype=dtype, seed=seed)
+    made = case(lengths, P, *heads, D, queries=queries, dtype=dtype, seed=seed, spread=spread)
     if len(made.q):
         assert_agrees(made, **({} if scale is None else {"scale": scale}))
 

@@ -7,7 +7,7 @@ import torch
 
 from fastgpt_kernels import reference, stock
 from fastgpt_kernels.paged import kv_write, paged_attention
-from tests.parity import FLOAT32_LIMIT, assert_parity, relative_errors
+from tests.parity import FLOAT32_LIMIT, SPREADS, assert_parity, relative_errors
 from tests.test_paged import assert_agrees, case, decode, integers
 
 pytestmark = pytest.mark.gpu
@@ -33,16 +33,19 @@ dtypes = pytest.mark.parametrize(
 @heads
 @pytest.mark.parametrize("P", [16, 128])
 @pytest.mark.parametrize("chunk", [0, 64, 1000])
-def test_decode_agrees_with_float64_as_nearly_as_stock_pytorch_does(chunk, P, H, Hkv, D, dtype):
-    made = case([1, 700, 0, 4099, 128, 129], P, H, Hkv, D, dtype=dtype, room=5)
+@pytest.mark.parametrize("spread", SPREADS)
+def test_decode_agrees_with_float64_as_nearly_as_stock_pytorch_does(spread, chunk, P, H, Hkv, D, dtype):
+    made = case([1, 700, 0, 4099, 128, 129], P, H, Hkv, D, dtype=dtype, room=5, spread=spread)
     assert_agrees(made, decode(chunk) if chunk else paged_attention)
 
 
 @dtypes
 @heads
 @pytest.mark.parametrize("P", [8, 128])
-def test_several_queries_agree_with_float64_as_nearly_as_stock_pytorch_does(P, H, Hkv, D, dtype):
-    made = case([1, 700, 0, 1500, 128, 129], P, H, Hkv, D, queries=[1, 700, 0, 4, 128, 65], dtype=dtype, room=5)
+@pytest.mark.parametrize("spread", SPREADS)
+def test_several_queries_agree_with_float64_as_nearly_as_stock_pytorch_does(spread, P, H, Hkv, D, dtype):
+    queries = [1, 700, 0, 4, 128, 65]
+    made = case([1, 700, 0, 1500, 128, 129], P, H, Hkv, D, queries=queries, dtype=dtype, room=5, spread=spread)
     assert_agrees(made)
 
 

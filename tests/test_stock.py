@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from fastgpt_kernels import reference, stock
+from fastgpt_kernels import product_attention, reference, stock
+from tests.parity import SPREADS
 
 DTYPES = [torch.float32, torch.bfloat16]
 U = 2**-8  # the most that one rounding to bfloat16 changes a number, relatively
 
 # For ||a - b|| / ||b|| and for max|a - b| / max|b|. A value passes through at most four tensors of 16 bits in a
-# row (scores, weights, their gradient, the result; a sum, its norm, a gradient), hence 4 U in the norm. A score
-# or logit s is off by |s| U, which multiplies its weight by 1 + |s| U; with |s| up to 4 a lone number is off by
-# twice as much, hence 8 U.
+# row (weights, their gradient, the scores' gradient, the result; a sum, its norm, a gradient), hence 4 U in the norm,
+# and twice as much for a lone number. Scores and logits are float32.
 BOUNDS = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (4 * U, 8 * U)}
 
 # How grad_out lies in memory: each takes its shape, and a function that makes a dense tensor of a shape.
@@ -49,6 +49,31 @@ def assert_near(a, b, dtype):
     elif b.numel():
         assert (a - b).norm() <= BOUNDS[dtype][0] * b.norm()
         assert (a - b).abs().max() <= BOUNDS[dtype][1] * b.abs().max()
+
+
+@pytest.mark.parametrize("names", ["", "dropout", "documents"])
+@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_training_attention_rounds_no_score(dtype, spread, names):
+    """As near to float64 as the fused path is, whose scores never leave float32; the reference is nearer."""
+    torch.manual_seed(0)
+    shape = (2, 64, 2, 32)
+    q, k, v, grad = (torch.randn(shape) * width for width in (spread**0.5, spread**0.5, 1, 1))
+    inputs, arguments = [t.to(dtype) for t in (q, k, v)], attention_arguments(names, 64)
+    exact = [t.double() for t in inputs]
+    truth = with_gradients(reference.causal_attention, exact, grad.to(dtype).double(), **arguments)
+    bound = U / 2 if dtype == torch.bfloat16 else U / 16
+    for column, most in ((stock, 4 * bound), (reference, bound)):
+        got = with_gradients(column.causal_attention, inputs, grad.to(dtype), **arguments)
+        for a, b in zip(got, truth, strict=True):
+            assert a.dtype == dtype
+            assert (a.double() - b).norm() <= most * b.norm()
+
+
+def with_gradients(function, inputs, grad, **arguments):
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    out = function(*leaves, **arguments)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
 def packed(H, Hkv, Tq):
@@ -106,6 +131,16 @@ def test_attention_agrees_where_only_keys_and_values_are_trained(names):
     pairs = zip(torch.autograd.grad(got, kv, grad), torch.autograd.grad(expected, kv, grad.double()), strict=True)
     for a, b in pairs:
         assert_near(a, b.double(), torch.float32)
+
+
+@pytest.mark.parametrize("names", ["", "documents"])
+def test_scores_made_in_parts_are_the_same(names, monkeypatch):
+    torch.manual_seed(0)
+    inputs = [t.bfloat16().requires_grad_() for t in torch.randn(3, 5, 20, 3, 8)]
+    arguments = {"doc_ids": torch.arange(100).view(5, 20) // 7} if names else {}
+    whole = stock.causal_attention(*inputs, **arguments)
+    monkeypatch.setattr(product_attention, "SCORES", 2 * 3 * 20 * 20)
+    assert torch.equal(stock.causal_attention(*inputs, **arguments), whole)
 
 
 @pytest.mark.parametrize("names", ["", "dropout", "documents"])

@@ -104,8 +104,8 @@ def _cross_entropy_launches(tuning: Tuning, V: int, heaviest: bool) -> list[Laun
     R, V, dtype = 4096, min(V, 50304), DTYPES[tuning.kind]
     loss, lse, targets = empty(R), empty(R, 2), empty(R, dtype=torch.int64)
     factor, valid = (loss, V - 47) if heaviest else (None, V)
-    logits = empty(R, V, dtype=dtype)
-    return [cross_entropy.gradient_launch(logits, loss, lse, targets, factor, valid, -100, heaviest, tuning)]
+    logits, gradient = empty(R, V), empty(R, V, dtype=dtype) if heaviest else None
+    return [cross_entropy.gradient_launch(logits, gradient, loss, lse, targets, factor, valid, -100, tuning)]
 
 
 def _scale_launches(tuning: Tuning, N: int, heaviest: bool) -> list[Launch]:

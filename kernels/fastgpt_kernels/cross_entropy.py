@@ -5,16 +5,17 @@ For each row x of C channels with target t, over the valid columns of the vocabu
     z = x weight^T      lse = log(sum(exp(z)))      loss = lse - z[t]      dz = softmax(z) - onehot(t)
     dx = dz weight      dweight = sum over rows of dz^T x
 
-A chunk of logits is multiplied out, one kernel turns it into its gradient where it lies, and two more products take
-the gradient on (after Hsu et al., 2024, "Liger Kernel", section 3.2, with chunks as large as LOGITS_BYTES allows, as
-small ones are slow). The products are PyTorch's own. For "mean" and "sum" this happens in the forward pass, so nothing
-is computed twice; for "none" the gradient of each row's loss is known only in the backward pass, which multiplies the
-logits out again and reads lse. Statistics, losses, dx and the sum of dweight over the chunks are float32. dz is kept
-free of 1 / rows, which would underflow in float16: gradients are scaled once, at the end, and rounded then.
+A chunk of logits is multiplied out in float32, one kernel turns it into its gradient, and two more products take the
+gradient on (after Hsu et al., 2024, "Liger Kernel", section 3.2, with chunks as large as LOGITS_BYTES allows, as small
+ones are slow). The products are PyTorch's own. For "mean" and "sum" this happens in the forward pass, so nothing is
+computed twice; for "none" the gradient of each row's loss is known only in the backward pass, which multiplies the
+logits out again and reads lse. Logits, statistics, losses, dx and the sum of dweight over the chunks are float32; dz is
+in x's dtype, and in float32 takes the logits' place. It is kept free of 1 / rows, which would underflow in float16:
+gradients are scaled once, at the end, and rounded then.
 
 Columns from `valid_vocab` on are padding: out of the softmax, with gradient zero. Rows with `ignore_index` count for
-nothing. Memory beyond the gradients: one chunk of logits, dx and dweight in float32, and under autocast x and weight in
-its dtype.
+nothing. Memory beyond the gradients: one chunk of logits and dz, dx and dweight in float32, and under autocast x and
+weight in its dtype.
 
 Twin: `reference.linear_cross_entropy`. Offered here: `linear_cross_entropy`.
 """
@@ -27,7 +28,7 @@ import triton.language as tl
 
 from fastgpt_kernels.launch import DEBUG, Launch, Tuning, autocast_dtype, check_tensors, tiles, tuning
 
-LOGITS_BYTES = 512 * 2**20  # of one chunk of logits
+LOGITS_BYTES = 512 * 2**20  # of one chunk of logits with dz
 ALIGNMENT = 16  # columns: with rows a multiple of this apart, loads are wide whatever the vocabulary
 LOG2_E = tl.constexpr(math.log2(math.e))
 REDUCTIONS = ("mean", "sum", "none")
@@ -35,7 +36,8 @@ REDUCTIONS = ("mean", "sum", "none")
 
 @triton.jit
 def _softmax_gradient(
-    logits_ptr,  # (R, width): replaced by the gradient where GRADIENT
+    logits_ptr,  # (R, width) float32
+    gradient_ptr,  # (R, width): may be the logits themselves; None without GRADIENT
     loss_ptr,  # (R,) float32, or None where lse is given
     lse_ptr,  # (R, 2) float32, the log-sum-exp in two parts: written, or read where there is no loss
     targets_ptr,  # (R,)
@@ -49,17 +51,19 @@ def _softmax_gradient(
 ):
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * width
+    if GRADIENT:
+        gradient_ptr += row * width
     target = tl.load(targets_ptr + row)
     counted = target != ignore_index
     inside = (target >= 0) & (target < valid)
     if loss_ptr is not None:
-        chosen = tl.load(logits_ptr + target, mask=inside, other=float("nan")).to(tl.float32)  # before it is replaced
+        chosen = tl.load(logits_ptr + target, mask=inside, other=float("nan"))  # before it is replaced
         top = float("-inf")
         total = 0.0
         for start in range(0, valid, COLUMNS):
             col = start + tl.arange(0, COLUMNS)
             # Loads go by the aligned width, because a ragged mask would make them narrow.
-            z = tl.load(logits_ptr + col, mask=col < width, other=0.0).to(tl.float32)
+            z = tl.load(logits_ptr + col, mask=col < width, other=0.0)
             z = tl.where(col < valid, z, float("-inf"))
             new_top = tl.maximum(top, tl.max(z))
             total = total * tl.exp2((top - new_top) * LOG2_E) + tl.sum(tl.exp2((z - new_top) * LOG2_E))
@@ -77,11 +81,11 @@ def _softmax_gradient(
             factor = tl.load(factor_ptr + row)
         for start in range(0, width, COLUMNS):
             col = start + tl.arange(0, COLUMNS)
-            z = tl.load(logits_ptr + col, mask=col < width, other=0.0).to(tl.float32)
+            z = tl.load(logits_ptr + col, mask=col < width, other=0.0)
             z = tl.where(col < valid, z, float("-inf"))
             dz = tl.exp2((z - top) * LOG2_E - rest) - tl.where(col == target, 1.0, 0.0)
             dz = tl.where(inside, dz * factor, float("nan"))
-            tl.store(logits_ptr + col, tl.where(counted, dz, 0.0), mask=col < width)
+            tl.store(gradient_ptr + col, tl.where(counted, dz, 0.0), mask=col < width)
 
 
 @triton.jit
@@ -93,14 +97,14 @@ def _scale(out_ptr, in_ptr, factor_ptr, N, ROWS: tl.constexpr, COLUMNS: tl.const
 
 
 def gradient_launch(
-    logits: torch.Tensor,  # (R, width), contiguous
+    logits: torch.Tensor,  # (R, width) float32, contiguous
+    gradient: torch.Tensor | None,  # (R, width), contiguous: of any dtype, or the logits themselves
     loss: torch.Tensor | None,
     lse: torch.Tensor,  # (R, 2)
     targets: torch.Tensor,
     factor: torch.Tensor | None,
     valid: int,
     ignore_index: int,
-    with_gradient: bool,
     tuning: Tuning,
 ) -> Launch:
     R, width = logits.shape
@@ -109,8 +113,8 @@ def gradient_launch(
         "cross_entropy",
         _softmax_gradient,
         (R,),
-        (logits, loss, lse, targets, factor, width, valid, ignore_index),
-        {"GRADIENT": with_gradient} | row.constants(),
+        (logits, gradient, loss, lse, targets, factor, width, valid, ignore_index),
+        {"GRADIENT": gradient is not None} | row.constants(),
     )
 
 
@@ -121,7 +125,10 @@ def scale_launch(out: torch.Tensor, x: torch.Tensor, factor: torch.Tensor, tunin
 
 
 def rows_per_chunk(rows: int, width: int, itemsize: int) -> int:
-    """The rows of logits that fit in LOGITS_BYTES, evened out over the chunks, in multiples of 128."""
+    """The rows that fit in LOGITS_BYTES, evened out over the chunks, in multiples of 128.
+
+    `itemsize`: bytes of a logit, with those of its gradient where that is stored apart.
+    """
     fitting = max(1, LOGITS_BYTES // (width * itemsize))
     chunks = max(1, math.ceil(rows / fitting))
     even = math.ceil(rows / chunks)
@@ -153,28 +160,30 @@ class _Chunks:
         if R == 0:
             return
         width = math.ceil(V / ALIGNMENT) * ALIGNMENT
-        rows = rows_per_chunk(R, width, self.x.element_size())
-        logits = self.x.new_empty(min(rows, R), width)
         with_gradient = self.dx.numel() > 0 or self.dweight.numel() > 0
+        apart = with_gradient and self.x.dtype != torch.float32
+        rows = rows_per_chunk(R, width, 4 + self.x.element_size() if apart else 4)
+        logits = self.x.new_empty(min(rows, R), width, dtype=torch.float32)
+        dz = self.x.new_empty(logits.shape) if apart else logits
         for start in range(0, R, rows):
             part = slice(start, min(start + rows, R))
-            chunk = logits[: part.stop - start]
-            torch.mm(self.x[part], self.weight.t(), out=chunk[:, :V])
+            z, gradient = logits[: part.stop - start], dz[: part.stop - start]
+            _multiply(z[:, :V], self.x[part], self.weight.t(), add=False)
             gradient_launch(
-                chunk,
+                z,
+                gradient if with_gradient else None,
                 None if loss is None else loss[part],
                 lse[part],
                 self.targets[part],
                 None if factor is None else factor[part],
                 self.valid,
                 self.ignore_index,
-                with_gradient,
                 tuning(self.x.device, self.x.dtype),
             )()
             if self.dx.numel():
-                _multiply(self.dx[part], chunk[:, :V], self.weight, add=False)
+                _multiply(self.dx[part], gradient[:, :V], self.weight, add=False)
             if self.dweight.numel():
-                _multiply(self.dweight, chunk[:, :V].t(), self.x[part], add=True)
+                _multiply(self.dweight, gradient[:, :V].t(), self.x[part], add=True)
 
 
 def _multiply(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, add: bool) -> None:

@@ -130,9 +130,13 @@ def linear_launch(
 
 @torch.library.custom_op("fastgpt::linear_int8", mutates_args=())
 def _linear_int8(
-    x: torch.Tensor, weight_int8: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+    x: torch.Tensor,
+    weight_int8: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    y = _linear_int8_shape(x, weight_int8, scale, bias)
+    y = _linear_int8_shape(x, weight_int8, scale, bias, out_dtype)
     if y.numel():
         row = (tuning if x.numel() <= FEW_ROWS * x.shape[-1] else matmul_tuning)(x.device, x.dtype)
         bias = None if bias is None else bias.contiguous()
@@ -141,12 +145,17 @@ def _linear_int8(
 
 
 @_linear_int8.register_fake
-def _linear_int8_shape(x, weight_int8, scale, bias):
-    return x.new_empty(*x.shape[:-1], len(weight_int8))
+def _linear_int8_shape(x, weight_int8, scale, bias, out_dtype):
+    return x.new_empty(*x.shape[:-1], len(weight_int8), dtype=out_dtype)
 
 
 def linear_int8(
-    x: torch.Tensor, weight_int8: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight_int8: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """(x @ weight_int8.T) * scale + bias, as `reference.linear_int8`, in one kernel.
 
@@ -155,15 +164,16 @@ def linear_int8(
         weight_int8: int8 (O, I), contiguous.
         scale: float32 (O,).
         bias: (O,), in x's dtype or float32.
+        out_dtype: of the result, to which the float32 sums are rounded; default x's. Logits are float32.
 
     Returns:
-        (..., O), contiguous, in x's dtype: the same bits in every run. No gradients.
+        (..., O), contiguous: the same bits in every run. No gradients.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together, named with what was expected.
     """
     _check(x, weight_int8, scale, bias)
-    return torch.ops.fastgpt.linear_int8(x, weight_int8, scale, bias)
+    return torch.ops.fastgpt.linear_int8(x, weight_int8, scale, bias, out_dtype or x.dtype)
 
 
 def _check(x: torch.Tensor, weight_int8: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> None:

@@ -2,16 +2,49 @@
 
 Letters: B batch, Tq queries, Tk keys, H heads, Hkv key/value heads, D head size, C channels, V vocabulary; of a paged
 cache: N tokens of all sequences together, P slots a page, M pages that a sequence may have.
-Each function takes any floating dtype and computes in it; call it in float64 for a ground truth.
+Each function takes any floating dtype and computes in it, but 16 bits in float32, with one rounding at the end, also
+under autocast; call it in float64 for a ground truth.
 """
 
+import functools
 import math
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
 from fastgpt_kernels.dropout import apply_dropout
 
+Operation = TypeVar("Operation", bound=Callable)
 
+
+def in_float32(operation: Operation) -> Operation:
+    """The operation on tensors of 16 bits as in float32, without autocast; what it returns is in float32 too."""
+
+    def wide(value: Any) -> Any:
+        narrow = isinstance(value, torch.Tensor) and value.is_floating_point() and value.element_size() == 2
+        return value.float() if narrow else value
+
+    @functools.wraps(operation)
+    def computed(x: torch.Tensor, *inputs: Any, **arguments: Any) -> Any:
+        with torch.autocast(x.device.type, enabled=False):
+            return operation(wide(x), *map(wide, inputs), **{name: wide(value) for name, value in arguments.items()})
+
+    return computed  # pyright: ignore[reportReturnType]
+
+
+def rounded(operation: Operation) -> Operation:
+    """`in_float32`, with the result rounded to the first tensor's dtype."""
+    exact = in_float32(operation)
+
+    @functools.wraps(operation)
+    def computed(x: torch.Tensor, *inputs: Any, **arguments: Any) -> Any:
+        return exact(x, *inputs, **arguments).to(x.dtype)
+
+    return computed  # pyright: ignore[reportReturnType]
+
+
+@rounded
 def layer_norm(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, eps: float = 1e-5
 ) -> torch.Tensor:
@@ -35,6 +68,7 @@ def add_layer_norm(
     return total, layer_norm(total, weight, bias, eps=eps)
 
 
+@rounded
 def causal_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -75,6 +109,7 @@ def visible(Tq: int, Tk: int, doc_ids: torch.Tensor | None, device: torch.device
     return (causal & same)[:, None]
 
 
+@in_float32
 def linear_cross_entropy(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -91,6 +126,9 @@ def linear_cross_entropy(
         ignore_index: rows with this target have loss 0 and count for nothing.
         valid_vocab: columns from here on are padding and stay out of the softmax; default V.
         reduction: "mean" over the rows that count (0 where none does), "sum", or "none" for (...).
+
+    Returns:
+        A scalar, or (...); float32 for 16-bit inputs.
     """
     logits = x @ weight[:valid_vocab].t()
     counted = targets != ignore_index
@@ -165,7 +203,12 @@ def kv_write(
 
 
 def linear_int8(
-    x: torch.Tensor, weight_int8: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight_int8: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """A linear layer whose weight is stored in 8 bits: y = (x @ weight_int8.T) * scale + bias. For inference alone.
 
@@ -174,10 +217,11 @@ def linear_int8(
         weight_int8: int8 (O, I), from `quantization.quantize`.
         scale: float32 (O,), what 1 in each row of the weight stands for; there is no zero point.
         bias: (O,).
+        out_dtype: of the result; default x's. Logits are float32.
 
     Returns:
-        (..., O), in x's dtype; computed in float32 where that is 16 bits.
+        (..., O); computed in float32 where x is in 16 bits.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     y = (x.to(dtype) @ weight_int8.to(dtype).t()) * scale
-    return (y if bias is None else y + bias).to(x.dtype)
+    return (y if bias is None else y + bias).to(out_dtype or x.dtype)

@@ -5,7 +5,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from fastgpt_kernels.dropout import apply_dropout
+from fastgpt_kernels.float32_product import FEW_ROWS, float32_product, product_by_pieces
+from fastgpt_kernels.product_attention import attention_by_products
 from fastgpt_kernels.reference import reduce, visible
 from fastgpt_kernels.row_product import row_product
 
@@ -45,7 +46,7 @@ def causal_attention(
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # each (B, heads, T, D)
     if dropout_p > 0 or _prefers_products(q, Tk):
         k, v = (t.repeat_interleave(H // Hkv, dim=1) if Hkv != H else t for t in (k, v))
-        return _attention_by_products(q, k, v, dropout_p, seed, scale, doc_ids).transpose(1, 2)
+        return attention_by_products(q, k, v, dropout_p, seed, scale, doc_ids).transpose(1, 2)
     triangle = Tq == Tk and doc_ids is None
     sees_all = Tq == 1 and doc_ids is None
     mask = None if triangle or sees_all else visible(Tq, Tk, doc_ids, q.device)
@@ -63,25 +64,10 @@ def _prefers_products(q: torch.Tensor, Tk: int) -> bool:
     return q.element_size() == 2 and Tk <= 1024
 
 
-def _attention_by_products(
-    q: torch.Tensor,  # (B, H, Tq, D)
-    k: torch.Tensor,  # (B, H, Tk, D)
-    v: torch.Tensor,
-    dropout_p: float,
-    seed: torch.Tensor | None,
-    scale: float,
-    doc_ids: torch.Tensor | None,
-) -> torch.Tensor:
-    B, H, Tq, _ = q.shape
-    Tk = k.shape[2]
-    hidden = ~visible(Tq, Tk, doc_ids, q.device)
-    bias = torch.zeros_like(hidden, dtype=q.dtype).masked_fill(hidden, float("-inf"))
-    bias = bias if bias.dim() == 2 else bias.expand(B, H, Tq, Tk).flatten(0, 1)
-    q, k, v = (t.flatten(0, 1) for t in (q, k, v))  # each (B * H, T, D)
-    weights = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale).softmax(-1)
-    if dropout_p > 0:
-        weights = apply_dropout(weights.view(B, H, Tq, Tk), seed, dropout_p).flatten(0, 1)
-    return torch.bmm(weights, v).unflatten(0, (B, H))
+# Columns up to which training in 16 bits on a CPU has float32 logits. A wider output layer is a large part of a model (a
+# third of GPT-2's products), and on a CPU that multiplies bfloat16 in hardware a float32 product takes up to six times
+# as long: more than a tenth of the step. On all CPUs alike, so that a run goes on elsewhere as it began.
+NARROW_HEAD = 8192
 
 
 def linear_cross_entropy(
@@ -95,7 +81,9 @@ def linear_cross_entropy(
 ) -> torch.Tensor:
     if valid_vocab is not None and x.device.type == "cpu":
         weight, valid_vocab = weight[:valid_vocab], None
-    logits = F.linear(x, weight)
+    trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    narrow = trained and x.device.type == "cpu" and len(weight) > NARROW_HEAD
+    logits = F.linear(x, weight) if narrow else float32_product(x, weight)
     if valid_vocab is not None:
         # A GPU's matrix kernels want the padded width; the padding is masked afterwards.
         logits[..., valid_vocab:] = float("-inf")
@@ -262,21 +250,23 @@ def _kv_write_shape(k, v, k_pages, v_pages, slots):
     return None
 
 
-# Rows of x up to which `linear_int8` waits for the weight, so that each weight should be read once.
-FEW_ROWS = 16
-
-
 def linear_int8(
-    x: torch.Tensor, weight_int8: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight_int8: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
+    out_dtype = out_dtype or x.dtype
     if torch.compiler.is_compiling():
-        return _traceable_linear_int8(x, weight_int8, scale, bias)
+        return _traceable_linear_int8(x, weight_int8, scale, bias, out_dtype)
     outputs, inputs = weight_int8.shape
     rows = x.reshape(-1, inputs)
     if x.device.type != "cpu":
         # _weight_int8pack_mm runs on CUDA too, but in float32 alone, and a thread goes over a whole row of the weight.
-        y = _linear_of_dequantized(rows, weight_int8, scale)
-    elif len(rows) <= FEW_ROWS and x.dtype == torch.bfloat16 and inputs % 32 == 0:
+        y = _linear_of_dequantized(rows, weight_int8, scale, out_dtype)
+    elif len(rows) <= FEW_ROWS and x.dtype == out_dtype == torch.bfloat16 and inputs % 32 == 0:
         # Other widths it reads past the end of the rows. Milliseconds on two cores with AVX512-BF16, weights not in
         # the cache, of 2304 x 768 and 50304 x 768: for 1 row 0.4 and 6.2 (dequantized at once 1.2, 24), for 16 rows
         # 1.1 and 34 (1.1, 28), for 64 rows 2.6 and 77 (1.3, 35). In float32 it is slower throughout: 1.0 and 27 for a
@@ -284,13 +274,15 @@ def linear_int8(
         pack = torch._weight_int8pack_mm  # pyright: ignore[reportPrivateImportUsage]
         y = pack(rows.contiguous(), weight_int8, scale.to(x.dtype))
     else:
-        y = _linear_of_dequantized_on_cpu(rows, weight_int8, scale)
+        # Scaled after the product, whose sums of up to 127 |x| would pass float16's largest number.
+        dtype = torch.float32 if x.dtype == torch.float16 else torch.promote_types(x.dtype, out_dtype)
+        y = product_by_pieces(rows.to(dtype), weight_int8).mul_(scale.to(dtype)).to(out_dtype)
     y = y.view(*x.shape[:-1], outputs)
     return y if bias is None else y.add_(bias)
 
 
 def _traceable_linear_int8(
-    x: torch.Tensor, weight_int8: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+    x: torch.Tensor, weight_int8: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype
 ) -> torch.Tensor:
     """For one row inductor makes a single loop of this, which runs as fast as the weight is read."""
     outputs, inputs = weight_int8.shape
@@ -298,38 +290,28 @@ def _traceable_linear_int8(
         on_cpu = x.device.type == "cpu"
         y = row_product(x, weight_int8) if on_cpu else (weight_int8.float() * x.reshape(inputs)).sum(-1)
         y = y * scale if bias is None else y * scale + bias
-        return y.to(x.dtype).view(*x.shape[:-1], outputs)
+        return y.to(out_dtype).view(*x.shape[:-1], outputs)
     # Scaled before the product: inductor would take one scaled after it for a _weight_int8pack_mm, slow for many rows.
-    weight = (weight_int8 * scale[:, None]).to(x.dtype)
-    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    weight = weight_int8 * scale[:, None]
+    if out_dtype != x.dtype:
+        return F.linear(x.to(out_dtype), weight.to(out_dtype), None if bias is None else bias.to(out_dtype))
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-def _linear_of_dequantized(rows: torch.Tensor, weight_int8: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def _linear_of_dequantized(
+    rows: torch.Tensor, weight_int8: torch.Tensor, scale: torch.Tensor, out_dtype: torch.dtype
+) -> torch.Tensor:
     """F.linear after a kernel that writes the weight in x's dtype, at most 2^26 numbers at a time to bound the memory.
 
-    The weight is scaled before the product, whose sums of up to 127 |x| would pass float16's largest number.
+    A wider result is scaled after the product, of which the integers are exact factors. Otherwise the weight is scaled
+    before it, as sums of up to 127 |x| would pass float16's largest number.
     """
     step = max(1, (1 << 26) // weight_int8.shape[1])
     parts = []
     for part, part_scale in zip(weight_int8.split(step), scale.split(step), strict=True):
+        if out_dtype != rows.dtype:
+            parts.append(float32_product(rows, part).mul_(part_scale).to(out_dtype))
+            continue
         weight = torch.empty(part.shape, dtype=rows.dtype, device=rows.device)
         parts.append(F.linear(rows, torch.mul(part, part_scale[:, None], out=weight)))
     return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
-
-
-def _linear_of_dequantized_on_cpu(rows: torch.Tensor, weight_int8: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Products with pieces of the weight, each dequantized into the same buffer.
-
-    For few rows the buffer stays in a core's cache, and all of it is in the cache that cores share: it is no new memory
-    that the system has to clear first, which took 60 of the 75 milliseconds of 1 row by 50304 x 768.
-    """
-    outputs, inputs = weight_int8.shape
-    dtype = torch.float32 if rows.dtype == torch.float16 else rows.dtype  # as above: sums of up to 127 |x|
-    x = rows.to(dtype)
-    step = max(1, (1 << 18 if len(rows) <= FEW_ROWS else 1 << 22) // inputs)
-    buffer = torch.empty(min(step, outputs), inputs, dtype=dtype)
-    y = torch.empty(len(rows), outputs, dtype=dtype)
-    for start in range(0, outputs, step):
-        part = weight_int8[start : start + step]
-        torch.mm(x, buffer[: len(part)].copy_(part).t(), out=y[:, start : start + len(part)])
-    return y.mul_(scale.to(dtype)).to(rows.dtype)
