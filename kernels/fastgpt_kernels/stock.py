@@ -64,9 +64,9 @@ def _prefers_products(q: torch.Tensor, Tk: int) -> bool:
     return q.element_size() == 2 and Tk <= 1024
 
 
-# Columns up to which training in 16 bits on a CPU has float32 logits. A wider output layer is a large part of a model (a
-# third of GPT-2's products), and on a CPU that multiplies bfloat16 in hardware a float32 product takes up to six times
-# as long: more than a tenth of the step. On all CPUs alike, so that a run goes on elsewhere as it began.
+# Columns up to which training in 16 bits on a CPU has float32 logits. A wider output layer is a large part of a model
+# (a third of GPT-2's products), and on a CPU that multiplies bfloat16 in hardware a float32 product takes up to six
+# times as long: more than a tenth of the step. On all CPUs alike, so that a run goes on elsewhere as it began.
 NARROW_HEAD = 8192
 
 
