@@ -133,6 +133,17 @@ def test_attention_agrees_where_only_keys_and_values_are_trained(names):
         assert_near(a, b.double(), torch.float32)
 
 
+def test_scores_of_float32_inputs_are_not_rounded_under_autocast():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 64, 2, 32)
+    inputs, arguments = (6 * q, 6 * k, v), {"dropout_p": 0.25, "seed": torch.tensor(3)}
+    exact = reference.causal_attention(*(t.bfloat16().double() for t in inputs), **arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = stock.causal_attention(*inputs, **arguments)
+    assert got.dtype == torch.bfloat16
+    assert (got - exact).norm() < 2 * U * exact.norm()
+
+
 @pytest.mark.parametrize("names", ["", "documents"])
 def test_scores_made_in_parts_are_the_same(names, monkeypatch):
     torch.manual_seed(0)

@@ -7,7 +7,7 @@ cuBLAS writes float32 by itself (`torch.mm` with `out_dtype`, which PyTorch has 
 are converted, the weight piece by piece. In the backward pass the gradient of the result is rounded to the factors'
 dtype, as its products are in 16 bits like all others.
 
-Offered here: `float32_product`, differentiable; `product_by_pieces`, for a weight of any dtype.
+Offered here: `float32_product`, differentiable; `product_by_pieces`, for a weight of any dtype; `product_dtype`.
 """
 
 import torch
@@ -22,16 +22,20 @@ def float32_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
     Wider factors give a result in their own dtype.
     """
-    kind, dtype = x.device.type, x.dtype
-    if dtype == torch.float32 and torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
+    dtype = product_dtype(x)
     if dtype.itemsize > 2:
         return F.linear(x, weight)
-    with torch.autocast(kind, enabled=False):
+    with torch.autocast(x.device.type, enabled=False):
         rows, weight = x.reshape(-1, x.shape[-1]).to(dtype), weight.to(dtype)
         trained = torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad)
         y = _Product.apply(rows, weight) if trained else _product(rows, weight)
         return y.view(*x.shape[:-1], len(weight))
+
+
+def product_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype of the factors of a product with x: x's, or autocast's."""
+    narrowed = x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type)
+    return torch.get_autocast_dtype(x.device.type) if narrowed else x.dtype
 
 
 def product_by_pieces(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

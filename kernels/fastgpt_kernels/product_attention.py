@@ -12,6 +12,7 @@ Offered here: `attention_by_products`.
 import torch
 
 from fastgpt_kernels.dropout import apply_dropout
+from fastgpt_kernels.float32_product import product_dtype
 from fastgpt_kernels.reference import visible
 
 # Scores that are float32 at once on a CPU: they stay in the cache until they are weights.
@@ -27,7 +28,12 @@ def attention_by_products(
     scale: float,
     doc_ids: torch.Tensor | None,
 ) -> torch.Tensor:
-    """(B, H, Tq, D), in q's dtype; arguments as of `reference.causal_attention`, heads first and as many of k and v."""
+    """(B, H, Tq, D), in q's dtype or autocast's; arguments as of `reference.causal_attention`, with heads first.
+
+    k and v have as many heads as q.
+    """
+    dtype = product_dtype(q)
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     seen = visible(q.shape[2], k.shape[2], doc_ids, q.device)
     hidden = torch.zeros_like(seen, dtype=torch.promote_types(q.dtype, torch.float32)).masked_fill(~seen, -torch.inf)
     narrow = q.element_size() == 2
