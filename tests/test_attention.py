@@ -117,7 +117,9 @@ def test_agrees_at_any_shape_and_layout(dtype, data, seed):
     tile = draw("tile", None, (16, 32), (64, 32), (32, 128)) if Tk < 100 else None
     with tiled(tile) if tile else contextlib.nullcontext():
         layout = draw("grad_out", *LAYOUTS)
-        assert_op_agrees(causal_attention, "causal_attention", inputs, plain=fused, layout=layout, **arguments)
+        assert_op_agrees(
+            causal_attention, "causal_attention", inputs, plain=fused, layout=layout, spread=spread, **arguments
+        )
 
 
 def tiles_of_the_table():

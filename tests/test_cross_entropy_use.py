@@ -80,7 +80,8 @@ def test_no_buffer_is_larger_than_the_budget(reduction, dtype):
     inputs = [t.requires_grad_() for t in inputs_of((R,), C, V, dtype)]
     with chunks_of(4, V, dtype), allocations() as sizes:
         linear_cross_entropy(*inputs, labels((R,), V), reduction=reduction).sum().backward()
-    assert max(sizes) == 4 * 512  # columns rounded up to 16
+    rows = 6 if reduction == "none" and dtype != torch.float32 else 4  # as many without a gradient in 16 bits
+    assert max(sizes) == rows * 512  # columns rounded up to 16
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, None])
@@ -149,8 +150,9 @@ def test_autocast_multiplies_in_its_dtype_and_gives_each_gradient_in_its_own(red
 
     with chunks_of(3, 50, torch.float16):
         ours = results(linear_cross_entropy, x, weight)
-    logits = [launch.args[0] for launch in launches if launch.name == "cross_entropy"]
-    assert {t.dtype for t in logits} == {torch.float16}
+    pairs = [launch.args[:2] for launch in launches if launch.name == "cross_entropy"]
+    assert {logits.dtype for logits, _ in pairs} == {torch.float32}
+    assert {gradient.dtype for _, gradient in pairs if gradient is not None} == {torch.float16}
     assert [t.dtype for t in ours] == [torch.float32, x.dtype, torch.float32]
     plain = results(stock.linear_cross_entropy, x, weight)
     truth = results(reference.linear_cross_entropy, x.double(), weight.double(), grad=grad.double(), autocast=False)
