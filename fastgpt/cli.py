@@ -168,7 +168,8 @@ def _help(field: dataclasses.Field, switch: bool, presets: Mapping[str, Any] | N
         text += f"; or --no-{field.name}"
     if len({getattr(preset, field.name) for preset in (presets or {}).values()}) > 1:
         return text + " [by preset]"
-    return text + (f" [{field.default}]" if field.default not in (None, (), "") else "")
+    default = AUTO if field.metadata["auto"] else field.default
+    return text + (f" [{default}]" if default not in (None, (), "") else "")
 
 
 def _base_type(hint: Any) -> type:
@@ -187,11 +188,16 @@ def _values(words: Sequence[str], kind: type) -> dict[str, Any]:
         if name not in spelled:  # --preset and --config
             given[name] = text
             continue
-        field = spelled[name].name
-        value = _convert(field, hints[field], text)
-        several = typing.get_origin(hints[field]) is tuple
-        given[field] = (*given.get(field, ()), value) if several else value
+        field = spelled[name]
+        hint = hints[field.name]
+        value = None if _is_auto(field, text) else _convert(field.name, hint, text)
+        several = typing.get_origin(hint) is tuple
+        given[field.name] = (*given.get(field.name, ()), value) if several else value
     return given
+
+
+def _is_auto(field: dataclasses.Field, value: Any) -> bool:
+    return field.metadata["auto"] and isinstance(value, str) and value.lower() == AUTO
 
 
 def _convert(name: str, hint: Any, text: str) -> Any:
@@ -200,8 +206,6 @@ def _convert(name: str, hint: Any, text: str) -> Any:
     if optional and text.lower() == "none":
         return None
     if kind is bool:
-        if optional and text.lower() == AUTO:
-            return None
         if text.lower() in TRUE + FALSE:
             return text.lower() in TRUE
         raise UsageError(f"--{name} {shown(text)} is neither true nor false; pass --{name} or --no-{name}")
@@ -266,4 +270,8 @@ def _read_toml(path: Path, kind: type) -> dict[str, Any]:
             raise UsageError(f"--config {path}: unknown key {key!r}{nearest(key, spelled)}")
     if not isinstance(table.get("preset", ""), str):
         raise UsageError(f"--config {path}: preset {table['preset']!r} is not a preset's name")
-    return {spelled[key].name if key in spelled else key: value for key, value in table.items()}
+    given = {}
+    for key, value in table.items():
+        field = spelled.get(key)  # None for the preset
+        given[field.name if field else key] = None if field and _is_auto(field, value) else value
+    return given

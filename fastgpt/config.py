@@ -34,13 +34,14 @@ def option(
     below: float | None = None,
     alias: tuple[str, ...] = (),
     path: bool = False,
+    auto: bool = False,
 ) -> Any:
     """A dataclass field with its help text and its limits (low <= value <= high, above < value < below).
 
-    `path`: its text is, or may be, the name of a file or folder.
+    `path`: its text is, or may be, the name of a file or folder. `auto`: None is written auto.
     """
     limits = {"low": low, "high": high, "above": above, "below": below}
-    metadata = {"help": help, "choices": choices, "alias": alias, "path": path}
+    metadata = {"help": help, "choices": choices, "alias": alias, "path": path, "auto": auto}
     return dataclasses.field(default=default, metadata=metadata | limits)
 
 
@@ -164,6 +165,13 @@ class TrainConfig(ModelConfig):
 
     # Machine
     device: str = option("auto", "auto, cpu, mps, cuda or cuda:N")
+    threads: int | None = option(
+        None,
+        "CPU threads; auto: one for each core that this process may use; resuming on another number may change bits",
+        low=1,
+        high=4096,
+        auto=True,
+    )
     dtype: str = option("auto", "arithmetic; auto: bfloat16 where the chip has it", choices=DTYPES)
     compile: bool = option(False, "compile the model with torch.compile")
     kernels: str = option("auto", "the table's column: see fastgpt/dispatch.py", choices=KERNELS)
@@ -245,10 +253,15 @@ class GenerateConfig(SamplingParams):
     max_batch_tokens: int = option(2048, "tokens of one forward pass; longer prompts are read in chunks", low=1)
     speculate: str = option("none", "guess tokens from the text itself and check them in one pass", choices=SPECULATION)
     device: str = option("auto", "auto, cpu, mps, cuda or cuda:N")
+    threads: int | None = option(
+        None, "CPU threads; auto: one for each core that this process may use", low=1, high=4096, auto=True
+    )
     dtype: str = option("auto", "weights and arithmetic; auto: float32 on a CPU, else bfloat16", choices=DTYPES)
     quantize: str = option("none", "weights in 8 bits, one scale a row: less memory, faster", choices=QUANTIZATION)
     compile: bool | None = option(
-        None, "machine code for the model, made once for its shape; auto: for --interactive and --prompts, if it pays"
+        None,
+        "machine code for the model, made once for its shape; auto: for --interactive and --prompts, if it pays",
+        auto=True,
     )
     kernels: str = option("auto", "the table's column: see fastgpt/dispatch.py", choices=KERNELS)
 

@@ -13,12 +13,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+if __name__ == "__main__":
+    from fastgpt import barriers
+
+    barriers.choose(sys.argv)  # before PyTorch is imported
+
 import torch
 
-from fastgpt import checkpoint, cli, dispatch, memory_need, run_folder, tokenizer
-from fastgpt.config import QUANTIZATION, GenerateConfig, ModelConfig, SamplingParams, validate
+from fastgpt import checkpoint, cli, contention, dispatch, memory_need, run_folder, threads, tokenizer
+from fastgpt.config import QUANTIZATION, GenerateConfig, ModelConfig, SamplingParams, validate, validate_fields
 from fastgpt.decode_step import CannotCompile, DecodeStep
-from fastgpt.device import parse_memory, resolve_device, resolve_weights_dtype, synchronize
+from fastgpt.device import describe, parse_memory, resolve_device, resolve_weights_dtype, synchronize
 from fastgpt.errors import CorruptCheckpoint, UsageError, shown
 from fastgpt.files import decode_utf8
 from fastgpt.model import GPT
@@ -102,6 +107,7 @@ def load(
     quantize: str = "none",
     batch: int = 1,
     compile: bool = False,
+    threads: int | None = None,
 ) -> TextGenerator:
     """The generator of a trained run, from its best checkpoint unless told otherwise.
 
@@ -109,10 +115,14 @@ def load(
         quantize: "int8" keeps matrices in 8 bits; see `fastgpt.quantized`.
         batch, compile: continuations that will run side by side, and whether the engine will compile; `kernels` "auto"
             takes what is fastest on a GPU then.
+        threads: on a CPU, with which PyTorch computes from now on in the whole process; None leaves that as it is.
 
     Raises:
-        UsageError: no run there, a corrupt checkpoint, or an unknown device.
+        UsageError: no run there, a corrupt checkpoint, an unknown device, or no such number of threads.
     """
+    if threads is not None:
+        validate_fields(GenerateConfig, {"threads": threads})
+        torch.set_num_threads(threads)
     if quantize not in QUANTIZATION:
         raise UsageError(f"--quantize {quantize!r} is not one of {', '.join(QUANTIZATION)}")
     out_dir, where = Path(out_dir), resolve_device(device)
@@ -203,6 +213,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m fastgpt.generate",
         description="Generate text from a trained run.",
     )
+    with threads.restored(), contention.watching(threads.use(config.threads)):
+        return _generate(config)
+
+
+def _generate(config: GenerateConfig) -> int:
+    """Write what the flags ask for; the exit code."""
     cache = choose_cache(config)
     if config.kv_memory is not None:
         parse_memory(config.kv_memory, resolve_device(config.device))  # before anything is loaded
@@ -236,8 +252,9 @@ def _load(config: GenerateConfig) -> TextGenerator:
         batch=config.max_batch if config.prompts is not None else min(config.num_samples, config.max_batch),
         compile=bool(config.compile),
     )
-    if generator.model.device.type == "cuda":  # elsewhere there is no choice to tell of
-        print(f"[kernels {generator.model.ops}]", file=sys.stderr)
+    device = generator.model.device
+    kernels = f"; kernels {generator.model.ops}" if device.type == "cuda" else ""  # elsewhere there is no choice
+    print(f"[{describe(device)}{kernels}]", file=sys.stderr)
     return generator
 
 

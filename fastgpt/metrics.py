@@ -177,6 +177,7 @@ class Stopwatch:
 
     def __init__(self, device: torch.device):
         self.device, self.first = device, True
+        self.last: float | None = None  # seconds of the last step, if it was counted
         self.seconds, self.steps = 0.0, 0
         self.lap_seconds, self.lap_steps = 0.0, 0
 
@@ -188,7 +189,8 @@ class Stopwatch:
             synchronize(self.device)  # or the second step would wait for it
             self.first = False
             return
-        self.lap_seconds += time.perf_counter() - self.began
+        self.last = time.perf_counter() - self.began
+        self.lap_seconds += self.last
         self.lap_steps += 1
 
     def lap(self) -> float | None:

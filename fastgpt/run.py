@@ -18,7 +18,7 @@ from typing import IO, cast
 import torch
 from rich.console import Console
 
-from fastgpt import checkpoint, corpus, dispatch, evaluate, loader, memory_need, report, run_folder
+from fastgpt import checkpoint, contention, corpus, dispatch, evaluate, loader, memory_need, report, run_folder, threads
 from fastgpt.config import TrainConfig
 from fastgpt.device import autocast, is_out_of_memory, peak_flops, peak_memory, resolve_device, resolve_dtype
 from fastgpt.errors import RunFailed, UsageError
@@ -56,6 +56,7 @@ class Run:
         same = about.get("device") == self.device.type  # as the run began on: then its choices are kept
         recorded = about.get("dtype", "auto") if same else "auto"
         columns = about.get("columns") if same else None
+        self.threads = self._use_threads(about.get("threads") if same else None)
         resolve = functools.partial(dispatch.resolve, config.kernels, self.device, recorded=columns)
         dtype = recorded if config.dtype == "auto" else config.dtype
         self.dtype = resolve_dtype(dtype, self.device, interpreted=resolve().interpreted)
@@ -84,7 +85,7 @@ class Run:
         self.saved_best: tuple[float | None, int] = (None, 0)  # of the last that was finished
         self.returns: Counter[int] = Counter()  # rollbacks to each step, which the disk may not have taken
         self.failures = 0
-        self.watch = Stopwatch(self.device)
+        self.watch, self.slowness = Stopwatch(self.device), contention.Slowness(self.threads)
         self.console = Console(file=cast(IO[str], Lasting(sys.stderr)))
 
     @property
@@ -112,7 +113,8 @@ class Run:
         """Take the steps that are left, and tell how it went; once there are steps, signals wait for a checkpoint."""
         config, self.signals = self.config, signals
         report.introduce(self.console, config, self.model, self.data, self.device, self.dtype, self.progress.step)
-        with self.metrics, Display(self.console, config.max_iters) as self.display, self.saver:
+        watching = contention.watching(self.threads if self.device.type == "cpu" else 1)
+        with watching, self.metrics, Display(self.console, config.max_iters) as self.display, self.saver:
             signals.patient = True
             self._take_steps()
             self._save_the_rest()
@@ -134,6 +136,7 @@ class Run:
                 asked = self.signals.save_asked
                 read = logged or asked or len(self.step.guard.unread) >= MOST_UNREAD
                 verdicts = self.step.guard.read() if read else []  # waits for the device
+            self._advise()
             if not self._follow(verdicts):
                 continue
             if logged:
@@ -145,6 +148,23 @@ class Run:
             self._tell_of_save(wait=False)
             if config.sample_interval and step % config.sample_interval == 0 and not self._is_finished():
                 self.display.product(f"--- sample at step {step}\n{self._sample()}\n---")
+
+    def _use_threads(self, recorded: int | None) -> int:
+        """Compute with as many threads as --threads says; `recorded`: with how many the run did so on this device."""
+        count = threads.use(self.asked.threads, recorded)
+        if self.device.type == "cpu" and recorded not in (None, count):
+            print(
+                f"going on with --threads {count}, where the run had {recorded}: floats are summed in another order, "
+                "so bits may differ",
+                file=sys.stderr,
+            )
+        return count
+
+    def _advise(self) -> None:
+        """Tell once where steps are slow because of other programs; a GPU's are not timed one by one."""
+        seconds = self.watch.last if self.device.type == "cpu" else None
+        if seconds and (advice := self.slowness.advice(seconds)):
+            self.display.say(advice)
 
     def _is_finished(self) -> bool:
         return self.progress.step >= self.config.max_iters and not self._owes_evaluation()
@@ -305,6 +325,7 @@ class Run:
                 "columns": self.model.ops.columns,
                 "device": self.device.type,
                 "dtype": str(self.dtype).removeprefix("torch."),
+                "threads": self.threads,
                 "corpus": {
                     "name": self.data.name,
                     "source_sha256": self.data.source_sha256,

@@ -197,6 +197,8 @@ def load(out_dir: Path) -> tuple[TrainConfig, dict[str, Any]]:
         raise CorruptCheckpoint(f"{path} is not the configuration of a run of this version")
     if any(not isinstance(content.get(name, {}), dict) for name in ("columns", "corpus")):
         raise CorruptCheckpoint(f"{path} is not the configuration of a run of this version")
+    if type(threads := content.get("threads", 1)) is not int or threads < 1:
+        raise CorruptCheckpoint(f"{path} is not the configuration of a run of this version")
     if content.get("sha256") != _sha256(content):
         raise CorruptCheckpoint(f"{path} is not what was saved; put back a copy of it, and change settings by flags")
     config = TrainConfig(**saved)

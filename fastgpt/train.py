@@ -12,7 +12,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fastgpt import checkpoint, cli, foreign, memory_need, run_folder, signals
+if __name__ == "__main__":
+    from fastgpt import barriers
+
+    barriers.choose(sys.argv)  # before PyTorch is imported
+
+from fastgpt import checkpoint, cli, foreign, memory_need, run_folder, signals, threads
 from fastgpt.config import PRESETS, TrainConfig, validate, validate_fields
 from fastgpt.device import is_out_of_memory, resolve_device
 from fastgpt.errors import RunFailed, UsageError
@@ -34,7 +39,7 @@ def train(config: TrainConfig) -> RunSummary:
     validate(config)
     run_folder.check_free(Path(config.out_dir))
     try:
-        with Signals(patient=False) as noted:
+        with threads.restored(), Signals(patient=False) as noted:
             run = Run(config)
             with run_folder.locked(run.out_dir):
                 run.open()
