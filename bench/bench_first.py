@@ -64,7 +64,7 @@ def sdpa_backend(device: torch.device) -> str:
     """The kernel that PyTorch's attention chooses by itself."""
     B, T, H, D = ATTENTION.values()
     q = torch.empty(B, T, H, D, dtype=DTYPE, device=device, requires_grad=True).transpose(1, 2)
-    return SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True)).name  # pyright: ignore[reportAttributeAccessIssue]
+    return SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True)).name  # pyright: ignore[reportPrivateImportUsage]
 
 
 @pytest.mark.parametrize("sequences", [12, 48])
