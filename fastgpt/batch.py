@@ -131,8 +131,7 @@ def one_by_one(
         occurrence = equal.number(prompt_digest(tokens), params.seed)
         for sample in range(params.num_samples):
             waited = time.perf_counter() - began
-            which = {"occurrence": occurrence, "sample": sample}
-            generation = Generation(model, tokenizer, tokens, params, cache, step, **which)
+            generation = Generation(model, tokenizer, tokens, params, cache, step, occurrence=occurrence, sample=sample)
             yield dataclasses.replace(generation.completion(index, sample, waited), prompt=prompt)
 
 

@@ -17,7 +17,7 @@ class OutOfPages(Exception):
     """Fewer pages are free than were asked for. Nothing has changed."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class BlockTable:
     """A sequence's pages in order; position t lies in `pages[t // P]`, at place t % P.
 
@@ -25,12 +25,14 @@ class BlockTable:
         length: positions that are written, or will be by the forward pass that is being prepared.
         digests: for each full page that others may find, the hash of all tokens up to its end.
         closed: released, and not to be used again.
+        copied: how many of the first entries of `pages` a `PageTables` holds as they are.
     """
 
     pages: list[int] = field(default_factory=list)
     length: int = 0
     digests: list[bytes] = field(default_factory=list)
     closed: bool = False
+    copied: int = 0
 
 
 class BlockAllocator:
@@ -59,6 +61,7 @@ class BlockAllocator:
         self._evicted_at_once = max(1, pages // 64)
         self._by_digest: dict[bytes, int] = {}
         self._digest_of: dict[int, bytes] = {}
+        self._pack = struct.Struct(f"<{page_size}q").pack
 
     @property
     def free(self) -> int:
@@ -117,9 +120,17 @@ class BlockAllocator:
                 copies.append((source, page))
             self._drop(source)
             table.pages[i] = page
+            table.copied = min(table.copied, i)
         for _ in range(fresh):
             table.pages.append(self._take(table.pages[-1] if table.pages else None))
         return copies
+
+    def extend(self, table: BlockTable) -> bool:
+        """Add the next page to a table whose pages are full, as `reserve` would; False without a free one."""
+        if not self._empty and not self._cached:
+            return False
+        table.pages.append(self._take(table.pages[-1]))
+        return True
 
     def fork(self, table: BlockTable) -> BlockTable:
         """A second table over the same positions. Whoever first writes into a shared page gets a copy of it."""
@@ -173,7 +184,7 @@ class BlockAllocator:
         """The hash of each prefix that ends with page `first`, ..., `last` - 1; `before` is the one before."""
         P = self.page_size
         for i in range(first, last):
-            before = hashlib.sha256(before + struct.pack(f"<{P}q", *tokens[i * P : (i + 1) * P])).digest()
+            before = hashlib.sha256(before + self._pack(*tokens[i * P : (i + 1) * P])).digest()
             yield before
 
     def _take(self, before: int | None) -> int:

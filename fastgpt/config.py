@@ -241,7 +241,7 @@ class GenerateConfig(SamplingParams):
     interactive: bool = option(False, "write in turns with the model")
     cache: str = option(
         "auto",
-        "keys and values of earlier tokens; auto: dense for one continuation, else paged",
+        "keys and values of earlier tokens; auto: dense for one continuation without a CUDA GPU, else paged",
         choices=CACHES,
     )
     kv_memory: str | None = option(

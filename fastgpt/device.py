@@ -139,8 +139,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that the device, or the machine, has no memory left."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    # PyTorch has no class of its own for those of CPUs and of Apple GPUs.
-    said = ("DefaultCPUAllocator", "MPS backend out of memory")
+    # PyTorch has no class of its own for those of CPUs, of Apple GPUs, and of making a CUDA graph ready.
+    said = ("DefaultCPUAllocator", "MPS backend out of memory", "CUDA error: out of memory")
     return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
 
 
@@ -203,3 +203,10 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host's on the device; the host does not wait for the copy."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)  # what is pinned stays until it is copied
+    return tensor.to(device)

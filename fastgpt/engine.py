@@ -19,7 +19,7 @@ from fastgpt.completion import Completion, Piece, Stats, Timings
 from fastgpt.config import SPECULATION, SamplingParams, validate
 from fastgpt.decode_step import DecodeStep
 from fastgpt.detokenizer import Detokenizer
-from fastgpt.device import synchronize
+from fastgpt.device import send, synchronize
 from fastgpt.errors import UsageError
 from fastgpt.kv_cache import PagedCache, pages_that_fit
 from fastgpt.model import GPT
@@ -27,7 +27,7 @@ from fastgpt.prompt import Prompt, prompt_tokens
 from fastgpt.random_stream import Occurrences, prompt_digest, stream_key
 from fastgpt.runner import Runner
 from fastgpt.sampler import Drawn, Sampler
-from fastgpt.scheduler import Chunk, Sample, Scheduler
+from fastgpt.scheduler import Chunk, Plan, Sample, Scheduler
 from fastgpt.speculation import NgramProposer
 from fastgpt.tokenizer import Tokenizer
 from fastgpt.units import counted
@@ -63,16 +63,6 @@ class _Output:
     first_token: float | None = None
     text: str = ""
     tokens: list[int] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class _Turn:
-    """A sequence that predicts in a step: which rows of the logits follow its last token and each guess."""
-
-    sample: Sample
-    draft: list[int]
-    rows: range
-    reading: bool
 
 
 class Engine:
@@ -294,42 +284,59 @@ class Engine:
 
     def _advance(self) -> None:
         try:
-            chunks = sorted(self.scheduler.plan(), key=lambda chunk: len(chunk.tokens) > 1)
-            if chunks:
+            plan = self.scheduler.plan()
+            if plan.chunks:
                 began = time.perf_counter()
-                drawn = self._compute(chunks, began)
-                self._count(chunks, time.perf_counter() - began)
-                for turn, tokens in drawn:
-                    self._accept(turn, tokens)
+                turns, drawn = self._compute(plan, began)
+                self._count(plan, time.perf_counter() - began)
+                self._accept(turns, drawn)
         except BaseException:
             self.scheduler.start_over()
             self._slots = [None] * len(self._slots)  # the sampler may have counted what nobody was given
             raise
 
-    def _compute(self, chunks: Sequence[Chunk], now: float) -> list[tuple["_Turn", list[Drawn]]]:
-        """Run the chunks; for each sequence that predicts, what was drawn after its last token and each guess."""
-        logits = self.runner(chunks)
-        turns, end = [], 0
-        for chunk in chunks:
-            sample = chunk.sample
-            request = self._requests[sample.order[0]]
-            request.started = request.started or now
-            rows, end = range(end, end + chunk.rows), end + chunk.rows
-            if rows:
-                turns.append(_Turn(sample, chunk.draft, rows, chunk.reading))
-                turns += [_Turn(sibling, [], rows, True) for sibling in self._start_siblings(sample)]
+    def _compute(self, plan: Plan, now: float) -> tuple[list[Chunk], list[Drawn]]:
+        """Run a step: the chunks that predict, and what was drawn after the last token and each guess of each."""
+        logits = self.runner(plan)
+        if plan.steady:
+            turns, fresh = plan.chunks, plan.changed
+        else:
+            turns, logits = self._begin_turns(plan, logits, now)
+            fresh = [turn.sample for turn in turns]
         if not turns:
             synchronize(self.runner.device)  # so that the step's time is its own
-            return []
-        for turn in turns:
-            self._give_slot(turn.sample)
-        rows = [row for turn in turns for row in turn.rows]
+            return [], []
+        for sample in fresh:
+            if self._slots[sample.slot] is not sample:
+                self._give_slot(sample)
+        if plan.steady:
+            samples = [turn.sample for turn in turns]
+            slots = [sample.slot for sample in samples]
+            indices = [len(sample.tokens) - sample.prompt_length for sample in samples]
+        else:
+            slots = [turn.sample.slot for turn in turns for _ in range(turn.rows)]
+            indices = [turn.sample.generated + i for turn in turns for i in range(turn.rows)]
+        return turns, self.sampler(logits, slots, indices).to_host()
+
+    def _begin_turns(self, plan: Plan, logits: torch.Tensor, now: float) -> tuple[list[Chunk], torch.Tensor]:
+        """The chunks that predict, with one for each continuation that forks from one of them, and their logits."""
+        turns, begins, end = [], [], 0
+        for chunk in plan.chunks:
+            if chunk.reading:
+                request = self._requests[chunk.sample.order[0]]
+                request.started = request.started or now
+            if chunk.rows:
+                turns.append(chunk)
+                begins.append(end)
+                if chunk.sample.siblings:
+                    forked = self._start_siblings(chunk.sample)
+                    turns += [Chunk(sibling, 0, [], [], True, 1) for sibling in forked]
+                    begins += [end] * len(forked)
+                end += chunk.rows
+        rows = [begin + i for turn, begin in zip(turns, begins, strict=True) for i in range(turn.rows)]
         if len(rows) > end:  # continuations of one prompt share a row
-            logits = logits[self.runner.to_device(rows, torch.int64)]
-        slots = [turn.sample.slot for turn in turns for _ in turn.rows]
-        indices = [turn.sample.generated + i for turn in turns for i in range(len(turn.rows))]
-        drawn = iter(self.sampler(logits, slots, indices).to_host())
-        return [(turn, [next(drawn) for _ in turn.rows]) for turn in turns]
+            logits = logits[send(torch.tensor(rows), self.runner.device)]
+        return turns, logits
 
     def _start_siblings(self, leader: Sample) -> list[Sample]:
         """Fork the continuations that waited for this one; those without a place go to the front of the queue."""
@@ -341,51 +348,58 @@ class Engine:
         return forked
 
     def _give_slot(self, sample: Sample) -> None:
-        """Tell the sampler whose slot it is, where it was another's."""
-        if self._slots[sample.slot] is sample:
-            return
+        """Tell the sampler whose slot it is, which was another's."""
         self._slots[sample.slot] = sample
         end = sample.prompt_length
         self.sampler.begin(sample.slot, sample.params, sample.tokens[:end], sample.tokens[end:], key=sample.key)
 
-    def _accept(self, turn: "_Turn", drawn: Sequence[Drawn]) -> None:
-        """Give a sequence its new tokens: up to the first that was guessed wrong, or that ends it."""
-        sample = turn.sample
-        request, before, reason = self._requests[sample.order[0]], sample.generated, None
-        for guess, one in zip([*turn.draft, None], drawn, strict=True):
-            reason = self._append(request, sample, one)
-            if reason or guess != one.token:
-                break
-            self.stats.accepted += 1
-        self.stats.proposed += len(turn.draft)
-        if not turn.reading:
-            self.stats.decode_tokens += sample.generated - before
-        if reason:
-            self._finish(request, sample, reason)
-            return
-        if turn.draft and sample.table is not None:
-            self.scheduler.allocator.truncate(sample.table, len(sample.tokens) - 1)
-        request.sink.append(self._piece(request, sample))
+    def _accept(self, turns: Sequence[Chunk], drawn: Sequence[Drawn]) -> None:
+        """Give each sequence its new tokens: up to the first that was guessed wrong, or that ends it."""
+        end = decoded = 0
+        new = tuple.__new__  # as Piece(...), in a fraction of its time
+        for turn in turns:
+            sample, draft, first = turn.sample, turn.draft, end
+            request, output, before = self._requests[sample.order[0]], self._outputs[sample], len(sample.tokens)
+            end += turn.rows
+            reason = self._append(request, sample, output, drawn[first])
+            if draft:
+                for at, guess in enumerate(draft, first):
+                    if reason or guess != drawn[at].token:
+                        break
+                    self.stats.accepted += 1
+                    reason = self._append(request, sample, output, drawn[at + 1])
+                self.stats.proposed += len(draft)
+            if not turn.reading:
+                decoded += len(sample.tokens) - before
+            if reason:
+                self._finish(request, sample, reason)
+                continue
+            if draft and sample.table is not None:
+                self.scheduler.allocator.truncate(sample.table, len(sample.tokens) - 1)
+            request.sink.append(new(Piece, (request.index, sample.order[1], output.text, output.tokens, None)))
+            output.text, output.tokens = "", []
+        self.stats.decode_tokens += decoded
 
-    def _append(self, request: _Request, sample: Sample, drawn: Drawn) -> str | None:
+    def _append(self, request: _Request, sample: Sample, output: _Output, drawn: Drawn) -> str | None:
         """Add a token; why the continuation ends with it, or None."""
-        params, output = sample.params, self._outputs[sample]
+        params, token = sample.params, drawn.token
         if output.first_token is None:
             output.first_token = time.perf_counter()
             if request.first_token is None:
                 request.first_token = output.first_token
                 self.stats.first_token_seconds.append(request.first_token - request.submitted)
-        if drawn.token in params.stop_tokens:
+        if token in params.stop_tokens:
             return "stop"
-        sample.tokens.append(drawn.token)
-        output.tokens.append(drawn.token)
+        sample.tokens.append(token)
+        output.tokens.append(token)
         if output.logprobs is not None and drawn.logprob is not None:
             output.logprobs.append((drawn.logprob, drawn.top or []))
         if output.detokenizer:
-            output.text += output.detokenizer.push(drawn.token)
+            output.text += output.detokenizer.push(token)
             if output.detokenizer.stopped:
                 return "stop"
-        if sample.generated == params.max_new_tokens or (not self.slide and len(sample.tokens) > self.block_size):
+        length = len(sample.tokens)
+        if length - sample.prompt_length == params.max_new_tokens or (not self.slide and length > self.block_size):
             return "length"
         return None
 
@@ -406,18 +420,11 @@ class Engine:
             request.timings(now),
             logprobs=output.logprobs,
         )
-        request.sink.append(self._piece(request, sample, completion))
+        request.sink.append(Piece(request.index, sample.order[1], output.text, output.tokens, completion))
         del self._outputs[sample]
         request.samples.remove(sample)
         if not request.samples:
             del self._requests[request.number]
-
-    def _piece(self, request: _Request, sample: Sample, completion: Completion | None = None) -> Piece:
-        """What a sample has to give out now."""
-        output = self._outputs[sample]
-        piece = Piece(request.index, sample.order[1], output.text, output.tokens, completion)
-        output.text, output.tokens = "", []
-        return piece
 
     def _refusal(self, request: _Request, error: str) -> Piece:
         waited = Timings(None, None, time.perf_counter() - request.submitted)
@@ -442,11 +449,9 @@ class Engine:
                 "raise --kv_memory, or lower --max_new_tokens"
             )
 
-    def _count(self, chunks: Sequence[Chunk], seconds: float) -> None:
+    def _count(self, plan: Plan, seconds: float) -> None:
         """Count a step whose forward pass is done and whose tokens are on the host."""
-        computed = sum(len(chunk.tokens) for chunk in chunks)
-        read = sum(len(chunk.tokens) for chunk in chunks if chunk.reading)
         self.stats.steps += 1
-        self.stats.prefill_tokens += read
-        self.stats.prefill_seconds += seconds * read / computed
-        self.stats.decode_seconds += seconds * (computed - read) / computed
+        self.stats.prefill_tokens += plan.read
+        self.stats.prefill_seconds += seconds * plan.read / plan.tokens
+        self.stats.decode_seconds += seconds * (plan.tokens - plan.read) / plan.tokens

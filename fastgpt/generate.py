@@ -21,12 +21,13 @@ if __name__ == "__main__":
 import torch
 
 from fastgpt import checkpoint, cli, contention, dispatch, memory_need, run_folder, threads, tokenizer
-from fastgpt.config import QUANTIZATION, GenerateConfig, ModelConfig, SamplingParams, validate, validate_fields
+from fastgpt.config import CACHES, QUANTIZATION, GenerateConfig, ModelConfig, SamplingParams, validate, validate_fields
 from fastgpt.decode_step import CannotCompile, DecodeStep
 from fastgpt.device import describe, parse_memory, resolve_device, resolve_weights_dtype, synchronize
 from fastgpt.errors import CorruptCheckpoint, UsageError, shown
 from fastgpt.files import decode_utf8
 from fastgpt.model import GPT
+from fastgpt.paged_text import PagedText
 from fastgpt.prompt import Prompt, prompt_tokens
 from fastgpt.quantized import quantize_model
 from fastgpt.single import Generation
@@ -48,6 +49,7 @@ class TextGenerator:
     def __init__(self, model: GPT, tokenizer: Tokenizer):
         self.model, self.tokenizer = model, tokenizer
         self.step: DecodeStep | None = None
+        self._idle: list[PagedText] = []  # of streams that have ended
 
     def compile(self, announce: Callable[[str], None] | None = None) -> None:
         """Decode with a compiled step from now on, `step`; where a run before compiled it, that is loaded.
@@ -62,16 +64,17 @@ class TextGenerator:
         """
         self.step = self.step or DecodeStep(self.model, announce)
 
-    def generate(self, prompt: Prompt = "", *, cache: str = "dense", **settings: Any) -> str:
+    def generate(self, prompt: Prompt = "", *, cache: str = "auto", **settings: Any) -> str:
         """The continuation of the prompt, without the prompt itself. See `stream`."""
         return "".join(self.stream(prompt, cache=cache, **settings))
 
-    def stream(self, prompt: Prompt = "", *, cache: str = "dense", **settings: Any) -> Generation:
+    def stream(self, prompt: Prompt = "", *, cache: str = "auto", **settings: Any) -> Generation:
         """The continuation piece by piece, as it comes.
 
         Args:
             prompt: any text, or token ids; an empty one starts at the tokenizer's start token.
-            cache: "dense" keeps keys and values, "none" computes them anew for every token.
+            cache: "dense" keeps keys and values in a buffer, "paged" in pages, "none" computes them anew for every
+                token; "auto" is paged on CUDA, where a token is then a replayed graph, and dense elsewhere.
             settings: fields of `SamplingParams`; `stop` may be one text or several.
 
         Raises:
@@ -84,11 +87,13 @@ class TextGenerator:
             settings["stop"] = tuple(stop)
         params = SamplingParams(**settings)
         validate(params)
-        if cache not in SINGLE_CACHES:
-            raise UsageError(f"cache {cache!r} is not one of {', '.join(SINGLE_CACHES)}; for paged, use engine()")
+        if cache not in CACHES:
+            raise UsageError(f"cache {cache!r} is not one of {', '.join(CACHES)}")
+        if cache == "auto":
+            cache = single_cache(self.model.device)
         if params.num_samples > 1:
             raise UsageError(f"num_samples {params.num_samples}: a stream is one continuation; use engine()")
-        return Generation(self.model, self.tokenizer, prompt, params, cache, self.step)
+        return Generation(self.model, self.tokenizer, prompt, params, cache, self.step, idle=self._idle)
 
     def engine(self, **options: Any) -> "Engine":
         """An engine for many prompts at once; see `fastgpt.engine.Engine` for its options."""
@@ -173,8 +178,13 @@ def read_prompt(text: str) -> str:
     return decode_utf8(content, f"--prompt: {path}")
 
 
+def single_cache(device: torch.device) -> str:
+    """The fastest cache for one continuation: paged with CUDA graphs, where there are any."""
+    return "paged" if device.type == "cuda" else "dense"
+
+
 def choose_cache(config: GenerateConfig) -> str:
-    """The cache that --cache names; auto is paged for what needs it or has many continuations, else dense.
+    """The cache that --cache names; auto is paged for what needs it or has many continuations, else `single_cache`'s.
 
     Raises:
         UsageError: flags that do not go together.
@@ -201,9 +211,9 @@ def choose_cache(config: GenerateConfig) -> str:
         raise UsageError("--compile needs the paged cache on this device, not --cache dense; use --cache paged or auto")
     if config.cache != "auto":
         return config.cache
-    if config.compile and resolve_device(config.device).type != "cpu":
-        return "paged"
-    return "paged" if needs or config.prompts is not None or config.num_samples > 1 else "dense"
+    device = resolve_device(config.device)
+    many = needs or config.prompts is not None or config.num_samples > 1
+    return "paged" if many or (config.compile and device.type != "cpu") else single_cache(device)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,28 +5,37 @@ and replayed on buffers that stay where they are; smaller batches are padded.
 """
 
 import bisect
-import itertools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch._dynamo.config as dynamo
 import torch.fx.experimental._config as shapes
 
+from fastgpt.cuda_graphs import GraphPool
 from fastgpt.decode_step import DecodeStep
+from fastgpt.device import is_out_of_memory, send
+from fastgpt.dispatch import Ops
 from fastgpt.kv_cache import PagedCache, PagedStep, Part
 from fastgpt.model import GPT
-from fastgpt.scheduler import Chunk
+from fastgpt.page_tables import PageTables
+from fastgpt.scheduler import Chunk, Plan
 
 RECOMPILE_LIMIT = 256  # of all engines of a process; each compiles a few kinds of steps
-WARM_UP = 3  # runs before a capture: they compile kernels and let libraries allocate
 
 
 class Runner:
     """Runs a model over the chunks that a `Scheduler` plans.
 
-    `step`: for one token of one sequence (CPU only). `graphs`: capture decode steps (CUDA only).
+    `step`: for one token of one sequence (CPU only). `graphs`: capture decode steps (CUDA only; without them where
+    FASTGPT_DEBUG=1 has kernels check their inputs, for which they wait).
+
+    Attributes:
+        tables: the pages of the running sequences, on the device.
+        graph_sizes: batch sizes that are captured, or will be.
+        graphs: those that are captured, by their sizes.
     """
 
     def __init__(
@@ -41,107 +50,135 @@ class Runner:
     ):
         self.model, self.cache = model, cache
         self.device = model.device
-        self.most_pages = cache.allocator.pages_for(model.config.block_size)
         self.compile = compile
         self.forward = _compiled(self._forward) if compile else self._forward
         self.single = _SingleStep(step, cache) if step else None
-        # Readable math reads lengths on the host, which a graph cannot.
-        graphs = graphs and self.device.type == "cuda" and "reference" not in model.ops.columns.values()
+        most_pages = cache.allocator.pages_for(model.config.block_size)
+        self.tables = PageTables(max_batch, self._size(most_pages), self.device)
+        graphs = graphs and self.device.type == "cuda" and can_be_captured(model.ops)
         self.graph_sizes = graph_sizes(max_batch) if graphs else []
-        self.graph_memory = torch.cuda.graph_pool_handle() if graphs else None
-        self._graphs: dict[int, DecodeGraph] = {}
+        self.graph_pool = GraphPool(self.device) if graphs else None
+        self.graphs: dict[int, DecodeGraph] = {}
 
     @torch.inference_mode()
-    def __call__(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+    def __call__(self, plan: Plan) -> torch.Tensor:
         """The logits (R, V) after the last `rows` tokens of each chunk, in the chunks' order.
 
-        The result is overwritten by the next call. Chunks of one token come first, and longer ones after them.
+        The result is overwritten by the next call, before which the caller waits for it.
         """
-        decoding = sum(len(chunk.tokens) == 1 for chunk in chunks)
-        pure = decoding == len(chunks) and all(chunk.rows for chunk in chunks)
-        if self.graph_sizes and pure:
-            return self._replay(chunks)
-        if self.single and pure and len(chunks) == 1 and chunks[0].first > 0:
-            return self.single(chunks[0])
+        self.tables.update(plan.changed)
+        chunks, decoding = plan.chunks, plan.decoding
+        pure = decoding == len(chunks) == plan.rows
+        if pure and (graph := self._graph(decoding)):
+            self._fill(graph.longs, graph.ints, chunks, None)
+            return graph.replay(decoding)
+        if self.single and pure and decoding == 1 and chunks[0].first > 0:
+            return self.single(chunks[0], self.tables)
         if self.compile and not pure:
             decoding = 0  # so that there are only two kinds of steps to compile
-        tokens, at, slots = self._longs(chunks, sum(len(chunk.tokens) for chunk in chunks)).unbind()
-        one = self._part(chunks[:decoding]) if decoding else None
-        many = self._part(chunks[decoding:], ragged=True) if decoding < len(chunks) else None
-        step = PagedStep(self.cache.keys, self.cache.values, at, slots, one, many)
-        logits = self.forward(tokens[None], step, None if pure else self._rows(chunks))
-        return logits[: sum(chunk.rows for chunk in chunks)]
+        counts = None if plan.tokens == len(chunks) else np.array([len(chunk.tokens) for chunk in chunks])
+        reading = len(chunks) - decoding
+        B = decoding + (self._size(reading) if reading else 0)  # perhaps with an empty sequence behind
+        longs, ints = np.empty((3, plan.tokens), np.int64), np.zeros((3, B + 1), np.int32)
+        self._fill(longs, ints[:2], chunks, counts)
+        if reading:
+            ends = np.arange(1, len(chunks) + 1) if counts is None else counts.cumsum()
+            ints[2, 1 : reading + 1] = ends[decoding:] - decoding
+            ints[2, reading + 1 :] = plan.tokens - decoding
+        tokens, at, slots = send(torch.from_numpy(longs), self.device)
+        rows, lengths, starts = send(torch.from_numpy(ints), self.device)
+        parts: list[Part | None] = []
+        for first, last, own in ((0, decoding, None), (decoding, B, starts[: B - decoding + 1])):
+            if first == last:
+                parts.append(None)
+                continue
+            M = self._size(self.cache.allocator.pages_for(int(ints[1, first:last].max())))
+            table = self.tables.pages[:, :M].index_select(0, rows[first:last])
+            parts.append(Part(table, lengths[first:last], own))
+        step = PagedStep(self.cache.keys, self.cache.values, at, slots, *parts)
+        logits = self.forward(tokens[None], step, None if pure else self._asked(plan))
+        return logits[: plan.rows]
 
     def _forward(self, tokens: torch.Tensor, step: PagedStep, rows: torch.Tensor | None) -> torch.Tensor:
         hidden = self.model.hidden(tokens, cache=step)[0]  # (N, C)
         return self.model.logits(hidden if rows is None else hidden[rows])
 
-    def _longs(self, chunks: Sequence[Chunk], N: int) -> torch.Tensor:
-        """Tokens, positions and slots as int64 (3, N); what no chunk fills is padding: token 0 in slot -1."""
-        P = self.cache.allocator.page_size
-        tokens, at, slots = [], [], []
-        for chunk in chunks:
-            assert chunk.sample.table is not None
-            pages, places = chunk.sample.table.pages, range(chunk.first, chunk.first + len(chunk.tokens))
-            tokens += chunk.tokens
-            at += places
-            slots += [pages[place // P] * P + place % P for place in places]
-        padding = N - len(tokens)
-        return self.to_device([tokens + [0] * padding, at + [0] * padding, slots + [-1] * padding], torch.int64)
+    def _fill(self, longs: np.ndarray, ints: np.ndarray, chunks: Sequence[Chunk], counts: np.ndarray | None) -> None:
+        """Write what a step reads, on the host.
 
-    def _part(self, chunks: Sequence[Chunk], *, ragged: bool = False) -> Part:
-        B = self._size(len(chunks)) if ragged else len(chunks)
-        M = max(self.cache.allocator.pages_for(chunk.first + len(chunk.tokens)) for chunk in chunks)
-        values, starts = self._tables(chunks, B, self._size(M)), None
-        if ragged:
-            ends = list(itertools.accumulate((len(chunk.tokens) for chunk in chunks), initial=0))
-            starts = self.to_device(ends + ends[-1:] * (B - len(chunks)), torch.int32)
-        return Part(values[:, 1:], values[:, 0], starts)
+        Args:
+            longs: (3, N): the chunks' tokens, their positions and their slots in the pages.
+            ints: (2, B): the chunks' rows of the tables, and their lengths.
+            counts: tokens of each chunk; None where each has one.
+        """
+        n, P = len(chunks), self.cache.allocator.page_size
+        slots, firsts = [chunk.sample.slot for chunk in chunks], [chunk.first for chunk in chunks]
+        if counts is None:
+            tokens = [chunk.tokens[0] for chunk in chunks]
+            given, at, rows = np.fromiter(tokens + firsts + slots, np.int64, 3 * n).reshape(3, n)
+            ints[0, :n] = rows
+            np.add(at, 1, out=ints[1, :n], casting="unsafe")
+        else:
+            given = np.array([token for chunk in chunks for token in chunk.tokens])
+            rows, at = np.array(slots), np.array(firsts)
+            ints[0, :n], ints[1, :n] = rows, at + counts
+            at, rows = np.arange(len(given)) + np.repeat(at - counts.cumsum() + counts, counts), rows.repeat(counts)
+        longs = longs[:, : len(given)]
+        longs[0], longs[1] = given, at
+        pages, places = np.divmod(at, P)
+        longs[2] = self.tables.host[rows, pages]
+        longs[2] *= P
+        longs[2] += places
 
     def _size(self, count: int) -> int:
         """`count`, but never 1 where the model is compiled: that would be compiled apart."""
         return max(count, 2) if self.compile else count
 
-    def _tables(self, chunks: Sequence[Chunk], B: int, M: int) -> torch.Tensor:
-        """Length and pages of each sequence as int32 (B, 1 + M); the rest is empty slots of length 0."""
-        rows = []
-        for chunk in chunks:
-            assert chunk.sample.table is not None
-            pages = chunk.sample.table.pages[:M]
-            rows.append([chunk.first + len(chunk.tokens), *pages, *[0] * (M - len(pages))])
-        rows += [[0] * (1 + M)] * (B - len(rows))
-        return self.to_device(rows, torch.int32)
-
-    def _rows(self, chunks: Sequence[Chunk]) -> torch.Tensor | None:
+    def _asked(self, plan: Plan) -> torch.Tensor | None:
         """Which tokens' logits are asked for, and perhaps some behind them that are not; None for all."""
-        if not self.compile and all(chunk.rows == len(chunk.tokens) for chunk in chunks):
+        if not self.compile and plan.rows == plan.tokens:
             return None
         rows, end = [], 0
-        for chunk in chunks:
+        for chunk in plan.chunks:
             end += len(chunk.tokens)
             rows += range(end - chunk.rows, end)
-        return self.to_device(rows + [0] * (self._size(len(rows)) - len(rows)), torch.int64)
+        rows += [0] * (self._size(len(rows)) - len(rows))
+        return send(torch.tensor(rows, dtype=torch.int64), self.device)
 
-    def to_device(self, values: list, dtype: torch.dtype) -> torch.Tensor:
-        """A tensor of these numbers where the model is, without waiting for it."""
-        if self.device.type != "cuda":
-            return torch.tensor(values, dtype=dtype, device=self.device)
-        # From pinned memory, so that the copy is not waited for.
-        return torch.tensor(values, dtype=dtype, pin_memory=True).to(self.device, non_blocking=True)
-
-    def _replay(self, chunks: Sequence[Chunk]) -> torch.Tensor:
-        B = len(chunks)
-        size = self.graph_sizes[bisect.bisect_left(self.graph_sizes, B)]
-        longs = self._longs(chunks, size)
-        tables = self._tables(chunks, size, self.most_pages)
-        if size not in self._graphs:
+    def _graph(self, B: int) -> "DecodeGraph | None":
+        """The graph of the least size that holds B sequences; None where there is none, or no memory for it."""
+        at = bisect.bisect_left(self.graph_sizes, B)
+        if at == len(self.graph_sizes):
+            return None
+        size = self.graph_sizes[at]
+        if size not in self.graphs:
             try:
-                self._graphs[size] = DecodeGraph(self, size)
-            except torch.OutOfMemoryError:
-                warnings.warn("no memory for CUDA graphs: decoding goes on without; lower --kv_memory", stacklevel=2)
-                self.graph_sizes = []
-                return self(chunks)
-        return self._graphs[size].replay(longs, tables)[:B]
+                self.graphs[size] = DecodeGraph(self, size)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                self.graph_sizes = sorted(self.graphs)
+                warnings.warn(
+                    f"no memory for CUDA graphs of {size} sequences or more: they decode without; lower --kv_memory",
+                    stacklevel=2,
+                )
+            if size not in self.graphs:
+                torch.cuda.empty_cache()  # now that nothing of the failed capture is referred to
+                return None
+        return self.graphs[size]
+
+
+def can_be_captured(ops: Ops) -> bool:
+    """Whether nothing in a decode step waits for the GPU, which a capture forbids."""
+    if "reference" in ops.columns.values():  # readable math reads lengths on the host
+        return False
+    if "triton" in ops.columns.values():
+        from fastgpt_kernels.launch import DEBUG
+
+        if DEBUG:
+            warnings.warn("FASTGPT_DEBUG=1: no CUDA graphs, as its checks wait for the GPU", stacklevel=2)
+            return False
+    return True
 
 
 def _compiled(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -164,42 +201,48 @@ class _SingleStep:
         self.keys, self.values = ([t.flatten(0, 1) for t in pool] for pool in (cache.keys, cache.values))
         self.within = torch.arange(cache.allocator.page_size)
 
-    def __call__(self, chunk: Chunk) -> torch.Tensor:
-        assert chunk.sample.table is not None
-        pages = torch.tensor(chunk.sample.table.pages)
+    def __call__(self, chunk: Chunk, tables: PageTables) -> torch.Tensor:
+        pages = tables.pages[chunk.sample.slot, : chunk.first // len(self.within) + 1].long()
         slots = (pages[:, None] * len(self.within) + self.within).flatten()[: chunk.first + 1]
         return self.step(torch.tensor(chunk.tokens), slots, self.keys, self.values)
 
 
 class DecodeGraph:
-    """A decode step of a fixed number of sequences as a CUDA graph, with its inputs and its logits."""
+    """A decode step of up to `size` sequences as a CUDA graph. Its inputs come in one copy.
+
+    Attributes:
+        longs, ints: as `Runner._fill` takes them, on the host. What a step does not fill is padding: token 0 in slot
+            -1, of a sequence of length 0.
+    """
 
     def __init__(self, runner: Runner, size: int):
-        cache, device = runner.cache, runner.device
-        self.longs = torch.zeros((3, size), dtype=torch.int64, device=device)
-        self.longs[2] = -1
-        self.tables = torch.zeros((size, 1 + runner.most_pages), dtype=torch.int32, device=device)
-        tokens, at, slots = self.longs
-        part = Part(self.tables[:, 1:], self.tables[:, 0])
-        step = PagedStep(cache.keys, cache.values, at, slots, part, None)
-        self.device, self.graph = device, torch.cuda.CUDAGraph()
-        with torch.cuda.device(device):
-            side = torch.cuda.Stream(device)
-            side.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(side):  # on padding alone: nothing is written
-                for _ in range(WARM_UP):
-                    runner.forward(tokens[None], step, None)
-            torch.cuda.current_stream(device).wait_stream(side)
-            # All graphs share their memory, as only one runs at a time and its logits are read before the next.
-            with torch.cuda.graph(self.graph, pool=runner.graph_memory, stream=side):
-                self.logits = runner.forward(tokens[None], step, None)
+        assert runner.graph_pool is not None
+        self.host = torch.zeros(4, size, dtype=torch.int64, pin_memory=runner.device.type == "cuda")
+        self.host[2] = -1
+        self.longs, self.ints = self.host[:3].numpy(), self.host[3].view(torch.int32).view(2, size).numpy()
+        self.filled = 0
+        self.inputs = torch.empty_like(self.host, device=runner.device).copy_(self.host)
+        tokens, at, slots = self.inputs[:3]
+        rows, lengths = self.inputs[3].view(torch.int32).view(2, size)
+        keys, values, tables = runner.cache.keys, runner.cache.values, runner.tables.pages
 
-    def replay(self, longs: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
-        self.longs.copy_(longs)
-        self.tables.copy_(tables)
-        with torch.cuda.device(self.device):
-            self.graph.replay()
-        return self.logits
+        def step() -> torch.Tensor:
+            part = Part(tables.index_select(0, rows), lengths)
+            return runner.forward(tokens[None], PagedStep(keys, values, at, slots, part, None), None)
+
+        self.graph, self.logits = runner.graph_pool.capture(step)  # on padding alone: nothing is written
+
+    def replay(self, B: int) -> torch.Tensor:
+        """The logits (B, V) of the first B sequences. The host may write the next inputs once they are there."""
+        if self.filled > B:
+            self.longs[:2, B:], self.longs[2, B:], self.ints[:, B:] = 0, -1, 0
+        self.filled = B
+        self.launch()
+        return self.logits[:B]
+
+    def launch(self) -> None:
+        self.inputs.copy_(self.host, non_blocking=True)
+        self.graph.replay()
 
 
 def graph_sizes(max_batch: int) -> list[int]:

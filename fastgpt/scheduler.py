@@ -26,6 +26,8 @@ class Sample:
         tokens: prompt and continuation.
         start: the first token of the window; 0 until the window slides.
         slot: its place in the batch, -1 while it waits.
+        decoding: its chunk of one token, used again in every step that decodes it.
+        granted: positions below it have a place of its own, and only decoding goes on there: nothing is to be asked.
         siblings: continuations of the same prompt that wait for this one to have read it.
         key: of its random stream.
     """
@@ -37,6 +39,8 @@ class Sample:
     start: int = 0
     slot: int = -1
     table: BlockTable | None = None
+    decoding: "Chunk | None" = None
+    granted: int = 0
     proposer: NgramProposer | None = None
     siblings: list["Sample"] = field(default_factory=list)
     key: bytes = b""
@@ -56,6 +60,28 @@ class Chunk:
     draft: list[int]
     reading: bool  # of a prompt, or again after a preemption
     rows: int  # how many of its last tokens predict: none before the end of a prompt, else one and one a guess
+
+
+@dataclass(slots=True)
+class Plan:
+    """One step. It is good until the next is planned, which may use its chunks again.
+
+    Attributes:
+        chunks: those of one token first, then the longer ones; each kind oldest first.
+        decoding: how many of them are of one token.
+        rows: how many tokens predict.
+        tokens, read: how many tokens are computed, and how many of them are of prompts, or of a preempted sequence.
+        changed: the sequences whose pages may have changed since the step before, and all that have just got a slot.
+        steady: all sequences decode, a token each.
+    """
+
+    chunks: list[Chunk] = field(default_factory=list)
+    decoding: int = 0
+    rows: int = 0
+    tokens: int = 0
+    read: int = 0
+    changed: list[Sample] = field(default_factory=list)
+    steady: bool = False
 
 
 class Scheduler:
@@ -101,20 +127,51 @@ class Scheduler:
         """Put a sequence at the end of the queue."""
         self.waiting.append(sample)
 
-    def plan(self) -> list[Chunk]:
-        """The next step; none when nothing waits or runs. Pages are reserved, and tables count their new tokens."""
-        budget, chunks = self.max_batch_tokens, []
-        for sample in list(self.running):
+    def plan(self) -> Plan:
+        """The next step; without chunks when nothing waits or runs. Pages are reserved, and tables count new tokens."""
+        budget, one, many, asked, changed = self.max_batch_tokens, [], [], [], []
+        for sample in self.running.copy():
             if budget == 0:
                 break
-            if sample.slot >= 0 and (chunk := self._next_chunk(sample, budget)) is not None:
-                chunks.append(chunk)
+            table, chunk = sample.table, sample.decoding
+            if table is None:  # it has just lost its pages to an older one
+                continue
+            length, tokens = table.length, sample.tokens
+            if (
+                chunk is not None
+                and len(tokens) == length + 1
+                and (length < sample.granted or self._grant(sample, table, changed))
+            ):
+                chunk.first, chunk.tokens[0] = length, tokens[-1]
+                table.length = length = length + 1
+                if length == sample.granted:
+                    self._publish(sample)
+                one.append(chunk)
+                budget -= 1
+            elif (chunk := self._next_chunk(sample, budget)) is not None:
+                asked.append(chunk)
+                (one if len(chunk.tokens) == 1 else many).append(chunk)
                 budget -= len(chunk.tokens)
         while budget and self.waiting and self._slots and self._admit(self.waiting[0]):
-            sample = self.waiting.popleft()
-            chunks.append(self._chunk(sample, budget, []))
-            budget -= len(chunks[-1].tokens)
-        return chunks
+            chunk = self._chunk(self.waiting.popleft(), budget, [])
+            asked.append(chunk)
+            (one if len(chunk.tokens) == 1 else many).append(chunk)
+            budget -= len(chunk.tokens)
+        chunks, spent = one + many, self.max_batch_tokens - budget
+        rows = len(chunks) + sum(chunk.rows - 1 for chunk in asked)
+        read = sum(len(chunk.tokens) for chunk in asked if chunk.reading)
+        steady = not many and not read and rows == len(chunks)
+        return Plan(chunks, len(one), rows, spent, read, changed + [chunk.sample for chunk in asked], steady)
+
+    def _grant(self, sample: Sample, table: BlockTable, changed: list[Sample]) -> bool:
+        """Give a sequence that decodes its next page, if its pages are full and one is free."""
+        if sample.granted != table.length or table.length % self.allocator.page_size or table.length == self.block_size:
+            return False
+        if not self.allocator.extend(table):
+            return False
+        sample.granted = min(table.length + self.allocator.page_size, self.block_size)
+        changed.append(sample)
+        return True
 
     def fork(self, sample: Sample, sibling: Sample) -> bool:
         """Start a continuation of the same prompt on the same pages; False without a free place for it."""
@@ -122,6 +179,7 @@ class Scheduler:
         if not self._slots:
             return False
         sibling.table = self.allocator.fork(sample.table)
+        sample.granted = 0  # its last page is no longer its own
         self._run(sibling)
         return True
 
@@ -198,12 +256,20 @@ class Scheduler:
         first, known = table.length, len(sample.tokens) - sample.start
         tokens = [*sample.tokens[sample.start + first : sample.start + min(known, first + budget)], *draft]
         table.length += len(tokens)
-        # Whoever comes later in this very step may read these pages: all keys are written before any is read.
-        if not sample.start and table.length // self.allocator.page_size > len(table.digests):
-            self.allocator.publish(table, sample.tokens)
+        self._publish(sample)
         rows = 1 + len(draft) if table.length >= known else 0
         reading = sample.generated == 0 or (known - first > 1 and not sample.start)  # not each time the window slides
+        if rows and sample.proposer is None and not sample.start:
+            sample.decoding = sample.decoding or Chunk(sample, 0, [0], [], False, 1)
+            sample.granted = min(self.allocator.pages_for(table.length) * self.allocator.page_size, self.block_size)
         return Chunk(sample, first, tokens, draft, reading, rows)
+
+    def _publish(self, sample: Sample) -> None:
+        """Let others find its full pages, also who comes later in this step: keys are written before any is read."""
+        table = sample.table
+        assert table is not None
+        if not sample.start and table.length // self.allocator.page_size > len(table.digests):
+            self.allocator.publish(table, sample.tokens)
 
     def _slid(self, sample: Sample) -> bool:
         """Move the window of a sequence that has outgrown it: then all positions, and all that is cached, change."""
@@ -228,7 +294,7 @@ class Scheduler:
         assert sample.table is not None
         self.allocator.release(sample.table)
         self._slots.append(sample.slot)
-        sample.table, sample.slot = None, -1
+        sample.table, sample.slot, sample.decoding, sample.granted = None, -1, None, 0
         self.running.remove(sample)
 
     def _preempt(self, sample: Sample) -> None:

@@ -1,4 +1,4 @@
-"""One continuation at a time, on a dense cache or none: nothing between the model and its tokens but a loop."""
+"""One continuation at a time, on a cache of its own or none: nothing between the model and its tokens but a loop."""
 
 import time
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ from fastgpt.decode_step import DecodeStep, DenseStep
 from fastgpt.detokenizer import Detokenizer
 from fastgpt.kv_cache import DenseCache
 from fastgpt.model import GPT
+from fastgpt.paged_text import PagedText
 from fastgpt.prompt import Prompt, prompt_tokens
 from fastgpt.random_stream import prompt_digest, stream_key
 from fastgpt.sampler import Drawn, Sampler
@@ -38,15 +39,18 @@ class Generation:
         cache: str = "dense",
         step: DecodeStep | None = None,
         *,
+        idle: list[PagedText] | None = None,
         occurrence: int = 0,
         sample: int = 0,
     ):
         """
         Args:
+            cache: "dense", "paged" or "none".
             step: the model's compiled decode step, for the dense cache.
+            idle: paged caches that no continuation uses: one is taken from them, or made, and put back at the end.
             occurrence, sample: which of the random streams of this prompt and seed; see `random_stream.stream_key`.
         """
-        self.step = step
+        self.step, self.idle, self.paged = step, [] if idle is None else idle, cache == "paged"
         self.model, self.tokenizer, self.params, self.text = model, tokenizer, params, prompt
         self.cached = cache == "dense"
         self.prompt = prompt_tokens(prompt, tokenizer, tokenizer.vocab_size)
@@ -83,6 +87,17 @@ class Generation:
         )
 
     def _draw(self) -> Iterator[Drawn]:
+        if not self.paged:
+            yield from self._draw_with(None)
+            return
+        pages = self.idle.pop() if self.idle else PagedText(self.model)
+        pages.begin()
+        try:
+            yield from self._draw_with(pages)
+        finally:
+            self.idle.append(pages)
+
+    def _draw_with(self, pages: PagedText | None) -> Iterator[Drawn]:
         device = self.model.device
         text, latest = self.prompt.copy(), None
         sampler = Sampler(1, self.tokenizer.vocab_size, device)
@@ -92,7 +107,7 @@ class Generation:
         for i in range(self.params.max_new_tokens):
             began = time.perf_counter()
             with torch.inference_mode():
-                sampled = sampler(self._logits(text, latest, cache, step), [0], [i])
+                sampled = sampler(self._logits(text, latest, pages or cache, step), [0], [i])
             (one,) = sampled.to_host()
             self._count(i, time.perf_counter() - began)
             if one.token in self.params.stop_tokens:
@@ -105,9 +120,15 @@ class Generation:
         self.finish_reason = "length"
 
     def _logits(
-        self, text: list[int], latest: torch.Tensor | None, cache: DenseCache | None, step: DenseStep | None
+        self,
+        text: list[int],
+        latest: torch.Tensor | None,
+        cache: DenseCache | PagedText | None,
+        step: DenseStep | None,
     ) -> torch.Tensor:
         """The next token's logits (1, V), from the last block_size tokens; `latest` (1,) is the last new one."""
+        if isinstance(cache, PagedText):
+            return cache(text)
         block = self.model.config.block_size
         if cache is None or latest is None or cache.length == block:
             if cache is not None:  # every token's position changes as the window slides, and with it all that is cached

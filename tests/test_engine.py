@@ -352,7 +352,7 @@ FAILURES = [
     (Scheduler, "plan", 1, True),
     (Scheduler, "plan", 3, True),
     (Scheduler, "_chunk", 2, False),
-    (Engine, "_accept", 2, False),
+    (Engine, "_append", 2, False),
 ]
 
 

@@ -11,8 +11,9 @@ import torch
 from fastgpt.completion import Completion, Piece, Prompt
 from fastgpt.config import ModelConfig, SamplingParams
 from fastgpt.engine import Engine
-from fastgpt.kv_cache import PagedCache, page_bytes
-from fastgpt.scheduler import Chunk, Sample, Scheduler
+from fastgpt.kv_cache import PagedCache, PagedStep, page_bytes
+from fastgpt.runner import Runner
+from fastgpt.scheduler import Plan, Sample, Scheduler
 from fastgpt.speculation import NgramProposer
 from tests.test_generate import fresh
 
@@ -62,14 +63,18 @@ def check(scheduler: Scheduler) -> None:
         assert all(longest[: len(end)] == end for end in ends), "a page is shared by different prefixes"
 
 
-def check_plan(scheduler: Scheduler, chunks: Sequence[Chunk]) -> None:
+def check_plan(scheduler: Scheduler, plan: Plan) -> None:
     """What holds for a step that is about to be computed."""
-    allocator = scheduler.allocator
+    allocator, chunks = scheduler.allocator, plan.chunks
+    assert [len(chunk.tokens) == 1 for chunk in chunks] == [at < plan.decoding for at in range(len(chunks))]
+    assert plan.tokens == sum(len(chunk.tokens) for chunk in chunks)
+    assert plan.read == sum(len(chunk.tokens) for chunk in chunks if chunk.reading)
+    assert plan.rows == sum(chunk.rows for chunk in chunks)
     assert sum(len(chunk.tokens) for chunk in chunks) <= scheduler.max_batch_tokens
     assert len(scheduler.running) <= scheduler.max_batch
     assert len({chunk.sample.order for chunk in chunks}) == len(chunks)
     if scheduler.running:
-        assert chunks[0].sample is scheduler.running[0], "the oldest goes on in every step"
+        assert scheduler.running[0] in [chunk.sample for chunk in chunks], "the oldest goes on in every step"
     for chunk in chunks:
         sample, end = chunk.sample, chunk.first + len(chunk.tokens)
         window, table = sample.tokens[sample.start :], sample.table
@@ -84,14 +89,49 @@ def check_plan(scheduler: Scheduler, chunks: Sequence[Chunk]) -> None:
             assert allocator.references[page] == 1, "a page that is written is another's too"
 
 
-def watched(engine: Engine, most_steps: int = 20_000) -> Engine:
-    """The same engine, checked before and after every step; one that goes on for ever fails."""
-    plan, step, steps = engine.scheduler.plan, engine.step, 0
+def check_inputs(runner: Runner, plan: Plan, tokens: torch.Tensor, step: PagedStep) -> None:
+    """What a forward pass reads is what the block tables say, written out anew; all else is padding."""
+    P, N = runner.cache.allocator.page_size, plan.tokens
+    wanted, at, slots = [], [], []
+    for chunk in plan.chunks:
+        wanted += chunk.tokens
+        at += (places := range(chunk.first, chunk.first + len(chunk.tokens)))
+        slots += [chunk.sample.table.pages[place // P] * P + place % P for place in places]
+    padding = [-1] * (len(step.slots) - N)
+    assert (tokens[0, :N].tolist(), step.at[:N].tolist()) == (wanted, at)
+    assert step.slots.tolist() == slots + padding
+    chunks = list(plan.chunks)
+    for part in (step.decoding, step.reading):
+        if part is None:
+            continue
+        lengths = [length for length in part.lengths.tolist() if length]
+        own, chunks = chunks[: len(lengths)], chunks[len(lengths) :]
+        assert lengths == [chunk.first + len(chunk.tokens) for chunk in own]
+        assert part.lengths.tolist()[: len(own)] == lengths, "empty sequences stand behind the others"
+        for row, chunk, length in zip(part.block_table.tolist(), own, lengths, strict=False):
+            count = runner.cache.allocator.pages_for(length)
+            assert row[:count] == chunk.sample.table.pages[:count], "a stale block table"
+        if part.starts is not None:
+            starts = [sum(len(chunk.tokens) for chunk in own[:n]) for n in range(len(own) + 1)]
+            assert part.starts.tolist() == starts + starts[-1:] * (len(part.lengths) - len(own))
+    assert not chunks
 
-    def checked_plan() -> list[Chunk]:
-        chunks = plan()
-        check_plan(engine.scheduler, chunks)
-        return chunks
+
+def watched(engine: Engine, most_steps: int = 20_000) -> Engine:
+    """The same engine, checked before, in and after every step; one that goes on for ever fails."""
+    plan, step, forward, steps = engine.scheduler.plan, engine.step, engine.runner.forward, 0
+    planned = Plan()
+
+    def checked_plan() -> Plan:
+        nonlocal planned
+        planned = plan()
+        check_plan(engine.scheduler, planned)
+        return planned
+
+    def checked_forward(tokens: torch.Tensor, step: PagedStep, rows: torch.Tensor | None) -> torch.Tensor:
+        if tokens.device.type == "cpu" and (step.slots >= 0).any():  # a graph is captured on padding, and must not wait
+            check_inputs(engine.runner, planned, tokens, step)
+        return forward(tokens, step, rows)
 
     def checked_step() -> list[Piece]:
         nonlocal steps
@@ -101,7 +141,7 @@ def watched(engine: Engine, most_steps: int = 20_000) -> Engine:
         check(engine.scheduler)
         return pieces
 
-    engine.scheduler.plan, engine.step = checked_plan, checked_step
+    engine.scheduler.plan, engine.step, engine.runner.forward = checked_plan, checked_step, checked_forward
     return engine
 
 
@@ -139,16 +179,16 @@ def add(planner: Scheduler, *lengths: int, new: int = 8, seed: int = 0) -> list[
 
 def advance(planner: Scheduler) -> dict[int, int]:
     """Plan a step and give every sequence that predicts its next token; how many tokens each request computed."""
-    chunks = planner.plan()
-    check_plan(planner, chunks)
-    for chunk in chunks:
+    plan = planner.plan()
+    check_plan(planner, plan)
+    for chunk in plan.chunks:
         if chunk.rows:
             chunk.sample.tokens.append(chunk.sample.generated % 11)
             planner.allocator.truncate(chunk.sample.table, len(chunk.sample.tokens) - chunk.sample.start - 1)
             if chunk.sample.generated == chunk.sample.params.max_new_tokens:
                 planner.drop(chunk.sample)
     check(planner)
-    return {chunk.sample.order[0]: len(chunk.tokens) for chunk in chunks}
+    return {chunk.sample.order[0]: len(chunk.tokens) for chunk in plan.chunks}
 
 
 def test_a_prompt_is_read_in_chunks_beside_those_that_decode():

@@ -1,0 +1,66 @@
+"""Capturing calls as CUDA graphs that share their memory."""
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+
+WARM_UP = 3  # runs before a capture: they compile kernels and let libraries allocate
+
+
+class GraphPool:
+    """Captures calls of which only one runs at a time, and whose result is read before the next one runs.
+
+    They share one memory pool and one stream. A pool alone would not do: PyTorch's allocator sorts a pool's free blocks
+    by the stream that they were allocated for and gives a block to no other (`get_free_block` in
+    CUDACachingAllocator.cpp), so that graphs captured on streams of their own would each have memory of their own.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        with torch.cuda.device(device):
+            self.stream = torch.cuda.Stream()
+        self.pool = torch.cuda.graph_pool_handle()
+        self._abandoned: list[torch.cuda.CUDAGraph] = []
+
+    def capture(self, run: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        """A graph of what `run` launches, and its result, which each replay overwrites.
+
+        `run` is called a few times before, to warm up, and must never wait for the device.
+
+        Raises:
+            whatever `run` raises, also out of memory inside the capture: the current stream is then as before, and
+            the allocator has left the pool. No other capture may follow in this pool.
+        """
+        with torch.cuda.device(self.device):
+            current = torch.cuda.current_stream()
+            self.stream.wait_stream(current)
+            with torch.cuda.stream(self.stream):  # unlike torch.cuda.graph, put back even where capture_end fails
+                for _ in range(WARM_UP):
+                    run()
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()  # the pool takes its memory from the driver alone
+                graph = torch.cuda.CUDAGraph()
+                # Other threads may go on allocating meanwhile.
+                graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+                try:
+                    result = run()
+                    graph.capture_end()
+                except BaseException:
+                    self._abandon(graph)
+                    raise
+            current.wait_stream(self.stream)
+        return graph, result
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a capture that failed, without an error of its own, which would hide the first."""
+        with contextlib.suppress(RuntimeError):
+            graph.capture_end()
+        graph.reset()
+        # Up to PyTorch 2.13 a capture_end that fails leaves the allocator recording to the pool: then all of
+        # empty_cache and of what frees memory for others fails. Where it does not, the first of these calls raises.
+        with contextlib.suppress(RuntimeError):
+            index = torch.cuda.current_device()
+            torch._C._cuda_endAllocateToPool(index, self.pool)
+            torch._C._cuda_releasePool(index, self.pool)
+        self._abandoned.append(graph)  # the allocator of pinned memory may still ask it whether it captures
