@@ -74,9 +74,11 @@ def generator_of(
     return generator
 
 
-def continuation(generator: TextGenerator, prompt: Prompt, new_tokens: int, **settings: Any) -> Generation:
+def continuation(
+    generator: TextGenerator, prompt: Prompt, new_tokens: int, *, cache: str = "dense", **settings: Any
+) -> Generation:
     """One whole continuation, which knows its tokens and times; settings as `TextGenerator.stream` takes them."""
-    stream = generator.stream(prompt, max_new_tokens=new_tokens, **settings)
+    stream = generator.stream(prompt, cache=cache, max_new_tokens=new_tokens, **settings)
     for _ in stream.tokens():
         pass
     return stream
@@ -202,13 +204,15 @@ def own_times(rows: Iterable[Any], on_gpu: bool) -> dict[str, float]:
 
 
 def profile_step(generator: TextGenerator, prompt: Prompt, steps: int) -> list[dict[str, Any]]:
-    """Where the time of an average decode step goes: [{"op": name, "microseconds": its own time}], the largest first.
+    """Where the time of an average decode step with the dense cache goes, the largest first.
+
+    [{"op": name, "microseconds": its own time}].
 
     The steps are timed without the profiler first, which slows them down; what is left of that time beside the
     operations (Python, and machine code that the profiler does not know) is "between operations".
     """
     device = generator.model.device
-    draws = generator.stream(prompt, max_new_tokens=2 + 2 * steps, temperature=0.0).tokens()
+    draws = generator.stream(prompt, cache="dense", max_new_tokens=2 + 2 * steps, temperature=0.0).tokens()
     for _ in range(2):  # the prefill, and a step to warm up
         next(draws)
     synchronize(device)
