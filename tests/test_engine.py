@@ -16,6 +16,7 @@ from fastgpt.runner import Runner
 from fastgpt.sampler import Sampled, Sampler
 from fastgpt.scheduler import Scheduler
 from fastgpt.single import Generation
+from fastgpt.units import counted
 from tests.test_generate import fresh
 from tests.test_scheduler import answer, check, pages, watched
 
@@ -76,7 +77,7 @@ def test_each_prompt_may_have_its_own_settings(generator: TextGenerator, engine:
     params = [dataclasses.replace(DRAWN, seed=i, max_new_tokens=i) for i in range(6)]
     wanted = [alone(generator, *one) for one in zip(PROMPTS, params, strict=True)]
     assert texts(answer(engine, PROMPTS, params)) == wanted
-    with pytest.raises(UsageError, match="5 settings were given for 6 prompts"):
+    with pytest.raises(UsageError, match="5 settings for 6 prompts"):
         engine.generate(PROMPTS, params[:5])
     with pytest.raises(UsageError, match=r"pass \[prompt\]"):
         engine.generate("a", GREEDY)
@@ -243,7 +244,7 @@ def test_a_pool_too_small_for_one_request_is_that_requests_error(generator: Text
     fits = page_size == 64
     assert [one.finish_reason for one in found] == ["length", "length" if fits else "error", "length", "length"]
     if not fits:
-        assert f"pages of {page_size} tokens, and the cache has {room}" in found[1].error
+        assert f"pages of {counted(page_size, 'token')}, and the cache has {room}" in found[1].error
         assert "--kv_memory" in found[1].error
     for prompt, one in zip(prompts, found, strict=True):
         assert one.error or alone(generator, prompt, GREEDY).startswith(one.text)
