@@ -1,4 +1,4 @@
-"""What only a GPU can show of the LayerNorm kernels: bfloat16, repeated bits, tensors past 2**31 elements."""
+"""What only a GPU can show of the LayerNorm kernels: bfloat16, and repeated bits."""
 
 import pytest
 import torch
