@@ -342,6 +342,13 @@ class TestJson:
         Path("out/config.json").write_text(json.dumps(content))
         refused(command)
 
+    @pytest.mark.parametrize("threads", ["2", 0, -1, 2.0, [], None], ids=str)
+    def test_a_number_of_threads_that_is_none_is_refused(self, threads: object):
+        content = json.loads(Path("out/config.json").read_text()) | {"threads": threads}
+        content["sha256"] = run_folder._sha256(content)
+        Path("out/config.json").write_text(json.dumps(content))
+        refused("resume", "config.json")
+
 
 WHOLE = (MODEL, OPTIMIZER, STATE, MANIFEST)
 READ = {  # what each command reads; the rest is made anew, or none of its business

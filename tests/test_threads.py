@@ -7,6 +7,7 @@ import torch
 
 import fastgpt
 from fastgpt import cpus, threads
+from fastgpt.contention import Slowness
 from fastgpt.errors import UsageError
 from tests import runs
 from tests.test_cli import generate, parse, refused, toml
@@ -97,3 +98,12 @@ def test_a_run_records_its_threads_and_a_resume_keeps_them(workplace, no_picture
     assert torch.get_num_threads() == 2
     with pytest.raises(UsageError, match="--threads 0 must be at least 1"):
         fastgpt.load(out, threads=0)
+
+
+def test_advice_about_slow_steps_is_shown(workplace, no_picture, capsys, monkeypatch):
+    said = iter(["stop the others"])
+    monkeypatch.setattr(Slowness, "advice", lambda self, seconds: next(said, None) if seconds > 0 else None)
+    runs.run("--max_iters 3 --device cpu")
+    lines = capsys.readouterr().err.splitlines()
+    assert "stop the others" in lines
+    assert lines.index("stop the others") < lines.index(next(line for line in lines if line.startswith("step 2/")))
