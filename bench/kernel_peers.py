@@ -23,6 +23,7 @@ Contender = Callable[..., Callable[[], Any]]
 HOST = "reads lengths and slots on the host, so that it cannot be compiled as one graph"
 SLOW_TO_COMPILE = "compiled at the first shapes alone (on a CPU: forward, float32): it takes longer than the case"
 COMPILED = "compiled reference"
+CHUNKED = "F.linear_cross_entropy, chunked"
 
 
 def contenders(case: Case, device: torch.device, main: str) -> tuple[dict[str, Contender], dict[str, str]]:
@@ -37,6 +38,8 @@ def contenders(case: Case, device: torch.device, main: str) -> tuple[dict[str, C
     if case.column != main:
         return peers, left_out
     peers |= PEERS[case.op](case, device)
+    if case.op == "linear_cross_entropy" and CHUNKED not in peers:
+        left_out[CHUNKED] = "PyTorch has it from 2.13 on"
     if case.op in ("paged_attention", "kv_write"):
         left_out[COMPILED] = HOST
     elif case.tier > 0 or (device.type == "cpu" and (case.direction, case.dtype) != ("forward", "float32")):
@@ -162,7 +165,10 @@ def linear_cross_entropy(case: Case, device: torch.device) -> dict[str, Contende
     def linear_then_loss(x, weight, targets):
         return F.cross_entropy(F.linear(x, weight).float(), targets)
 
-    return {"F.linear, F.cross_entropy": as_contender(linear_then_loss)}
+    peers: dict[str, Contender] = {"F.linear, F.cross_entropy": as_contender(linear_then_loss)}
+    if hasattr(F, "linear_cross_entropy"):
+        peers[CHUNKED] = as_contender(partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions()))
+    return peers
 
 
 def paged_attention(case: Case, device: torch.device) -> dict[str, Contender]:

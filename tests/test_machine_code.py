@@ -72,6 +72,49 @@ def test_sass_tensor_core_instructions_are_counted(product):
     assert with_instruction(product) == machine_code.Code(spills=0, tensor_core=1, wide_loads=0.5)
 
 
+LOOPS = """
+        /*0000*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24, !UPT, gsb0 ;
+        /*0010*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0020*/              @!P0 BRA 0x70 ;
+        /*0030*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+        /*0040*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24, gsb0 ;
+        /*0050*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0060*/              @!P1 BRA 0x30 ;
+        /*0070*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0080*/               @P2 BRA.U UP0, 0x70 ;
+        /*0090*/                   BRA 0x0 ;
+        /*00a0*/                   BRA 0xa0;
+"""
+
+
+def test_sass_waits_are_counted_in_the_loop_that_has_most():
+    """The outer loop, from the end to the start, is none of them, nor is what the kernel ends with."""
+    assert machine_code.read_sass(LOOPS).waits == 2
+    assert machine_code.read_sass(LOOPS.replace("@!P1 BRA 0x30", "@!P1 BRA 0x90")).waits == 1
+    assert machine_code.read_sass(LOOPS.replace("BRA", "RET")).waits == 0
+
+
+PTXAS = """
+ptxas info    : 11 bytes gmem
+ptxas info    : Compiling entry function '_forward' for 'sm_90a'
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 249 registers, used 1 barriers
+"""
+SERIALIZED = (
+    "ptxas info    : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized due to non wgmma "
+    "instructions defining accumulator registers of a wgmma in the function '_forward'\n"
+)
+
+
+def test_what_ptxas_warns_of_is_read():
+    assert machine_code.ptxas_warnings(PTXAS) is None
+    assert machine_code.ptxas_warnings(SERIALIZED + PTXAS) == "C7515"
+    other = SERIALIZED.replace("C7515", "C7508")
+    assert machine_code.ptxas_warnings(SERIALIZED + other + SERIALIZED + PTXAS) == "C7508 C7515"
+    with pytest.raises(ValueError, match="no report"):
+        machine_code.ptxas_warnings("")
+
+
 def test_sass_loads_by_tile_are_wide():
     assert with_instruction("UTMALDG.2D [UR8], [UR4]").wide_loads == 0.6
     assert with_instruction("LDG.E.64 R4, [R2.64]").wide_loads == 0.4

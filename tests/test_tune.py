@@ -21,6 +21,7 @@ from tune_cases import workloads
 SOURCE = Path(launch.__file__).read_text(encoding="utf-8")
 HOPPER = Tuning("sm_90", "16-bit")
 GOOD = {"stack": 0, "spills": 0, "shared": 1024, "blocks_per_sm": 2, "tensor_core": 8, "registers": 64}
+GOOD |= {"warnings": None}
 
 
 def row(kernel: str, width: int, tuning: Tuning = HOPPER) -> Row:
@@ -36,15 +37,16 @@ def every_row() -> list[Row]:
     ]
 
 
-def test_candidates_are_near_the_row_and_nearest_first():
-    now = Config(128, 64, 8, 3)
+def test_candidates_are_promising_and_then_near_the_row_and_nearest_first():
+    now, first = Config(128, 64, 8, 3), [Config(64, 128, 4, 2), Config(128, 128, 8, 2)]
     found = candidates(Row("attention_forward", HOPPER, 64, now))
     assert Config(64, 64, 8, 3) in found
     assert Config(128, 128, 4, 3) in found
     assert len(found) == tune.MOST
     assert now not in found
     assert len(set(found)) == len(found)
-    assert [distance(c, now) for c in found] == sorted(distance(c, now) for c in found)
+    assert found[:2] == first
+    assert [distance(c, now) for c in found[2:]] == sorted(distance(c, now) for c in found[2:])
     assert all(c.rows in (64, 128, 256) and c.columns in (32, 64, 128) and 2 <= c.stages <= 5 for c in found)
 
 
@@ -66,6 +68,12 @@ def test_candidates_keep_to_what_each_kernel_can_run():
                 assert c.columns >= one.width, one
 
 
+def test_promising_configurations_are_of_rows_in_the_table():
+    for (kernel, target, kind, width), configs in tune.PROMISING.items():
+        one = row(kernel, width, Tuning(target, kind))
+        assert candidates(one)[: len(configs)] == [c for c in configs if c != one.config]
+
+
 def test_every_kernel_of_the_table_can_be_tuned():
     assert tune.SPACES.keys() == TABLE.keys()
 
@@ -79,9 +87,11 @@ def test_the_filter_rejects_what_must_not_run():
         ({"shared": 228 * 1024}, "shared memory"),
         ({"blocks_per_sm": 0}, "multiprocessor"),
         ({"tensor_core": 0}, "tensor cores"),
+        ({"warnings": "C7515"}, "C7515"),
     ):
         assert words in (rejection(one, GOOD | change, GOOD) or ""), change
     assert rejection(one, "too many threads", GOOD) == "does not compile"
+    assert rejection(one, GOOD | {"warnings": "C7515"}, GOOD | {"warnings": "C7515"}) is None
     assert rejection(row("scale", 1 << 62), GOOD | {"tensor_core": 0}, GOOD | {"tensor_core": 0}) is None
     smaller = row("attention_forward", 64, Tuning("sm_80", "16-bit"))
     assert rejection(smaller, GOOD | {"shared": 100 * 1024}, GOOD) == "too much shared memory"

@@ -1,6 +1,6 @@
 """Compiles every row of the launch table to machine code, without a GPU, and reports what came out.
 
-    python -m fastgpt_kernels.aot [--target sm_90] [--json]
+    python -m fastgpt_kernels.aot [--target sm_90] [--kernel attention_forward] [--json]
 
 One line for each target, kernel and row, once `plain` and once in its `heaviest` variant, with every optional input.
 Triton's own just-in-time path compiles them, so what is reported is what runs. How to read a line:
@@ -20,16 +20,22 @@ Triton's own just-in-time path compiles them, so what is reported is what runs. 
                    cannot be launched. With 1, nothing hides a block's start and end.
     tensor_core    tensor-core instructions (HMMA, HGMMA, UTC*MMA and the like; v_mfma on AMD). Bad: 0 in a kernel
                    that multiplies matrices, but for float32 with IEEE products, which NVIDIA's do not offer.
+    waits          instructions that wait for a warpgroup's matrix products (sm_90's WARPGROUP.DEPBAR), the most in one
+                   loop. Bad: one for each product, so that none overlaps with anything else.
     wide_loads     share of the instructions that read global memory which read 16 bytes a thread, or a tile at once.
                    An instruction counts once, also in a loop; reads of one number a row (mean, rstd) count as narrow.
                    `null`, or a dash, without such reads. Bad: near 0, in a kernel that reads matrices.
+    warnings       codes of ptxas's own warnings about speed, or a dash. Bad: C7515, products one after the other on
+                   sm_90; in 16 bits it is an error.
     seconds        to compile, never from a cache; the first of a worker's includes the compiler's own start.
 
 Exit code 2, with one line on stderr, for a bad flag or in a process where TRITON_INTERPRET is set.
 """
 
 import argparse
+import contextlib
 import difflib
+import io
 import json
 import math
 import multiprocessing
@@ -51,7 +57,7 @@ from triton.backends.compiler import GPUTarget
 
 from fastgpt_kernels import attention, cross_entropy, int8, norm, paged, paged_decode, paged_prefill
 from fastgpt_kernels.launch import INTERPRETED, TABLE, TARGETS, Config, Launch, Tuning
-from fastgpt_kernels.machine_code import CHIPS, blocks_per_sm, inspect
+from fastgpt_kernels.machine_code import CHIPS, blocks_per_sm, inspect, ptxas_warnings
 
 VARIANTS = ("plain", "heaviest")
 DTYPES = {"16-bit": torch.bfloat16, "float32": torch.float32, "tf32": torch.float32}
@@ -226,6 +232,7 @@ def start_worker(cache: str) -> None:
     os.dup2(2, 1)
     knobs.cache.dir = cache
     knobs.compilation.always_compile = True
+    knobs.nvidia.dump_ptxas_log = True
 
 
 def examples(target: str, kernel: str) -> list[tuple[str, Launch]]:
@@ -258,13 +265,15 @@ def compile_launches(target: str, kernel: str, launches: list[tuple[str, Launch]
     lines, compiled = [], []
     for config, launch in launches:
         launch.kernel.device_caches.clear()
-        start = time.perf_counter()
+        start, log = time.perf_counter(), io.StringIO()
         try:
-            compiled.append(launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.constants))
+            with contextlib.redirect_stdout(log):
+                compiled.append(launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.constants))
         except Exception as error:
             raise RuntimeError(f"{target} {kernel} {config} does not compile: {error}") from error
         seconds = round(time.perf_counter() - start, 3)
-        lines.append({"target": target, "kernel": kernel, "config": config, "seconds": seconds})
+        warnings = ptxas_warnings(log.getvalue()) if chip.compiler.backend == "cuda" else None
+        lines.append({"target": target, "kernel": kernel, "config": config, "warnings": warnings, "seconds": seconds})
     for line, binary, found in zip(lines, compiled, inspect(chip, compiled), strict=True):
         registers, stack, code = found
         shared, columns = binary.metadata.shared, getattr(binary.metadata, "tmem_size", 0)
@@ -275,15 +284,17 @@ def compile_launches(target: str, kernel: str, launches: list[tuple[str, Launch]
             "shared": shared,
             "blocks_per_sm": blocks_per_sm(chip, registers, shared, binary.metadata.num_warps, columns),
             "tensor_core": code.tensor_core,
+            "waits": code.waits,
             "wide_loads": code.wide_loads,
+            "warnings": line.pop("warnings"),
             "seconds": line.pop("seconds"),
         }
     return lines
 
 
-def report(targets: Sequence[str]) -> list[dict[str, Any]]:
-    """Compile every row for these targets, in as many processes as there are processors; the lines, in order."""
-    tasks = [(target, kernel) for target in targets for kernel in TABLE]
+def report(targets: Sequence[str], kernels: Sequence[str]) -> list[dict[str, Any]]:
+    """Compile every row of these, in as many processes as there are processors; the lines, in order."""
+    tasks = [(target, kernel) for target in targets for kernel in kernels]
     for task in tasks:
         examples(*task)  # a row without an example shows at once, and not after minutes
     workers = min(len(os.sched_getaffinity(0)), len(tasks))
@@ -303,18 +314,20 @@ def show(lines: list[dict[str, Any]], seconds: float) -> None:
         console.width = 200
     table = Table(box=None, padding=(0, 1), title=f"Triton {triton.__version__}")
     for name in lines[0]:
-        text = name in ("target", "kernel", "config")
+        text = name in ("target", "kernel", "config", "warnings")
         table.add_column(name.replace("_", " "), justify="left" if text else "right", overflow="fold")
     for before, line in zip([None, *lines], lines, strict=False):
         if before is not None and (before["target"], before["kernel"]) != (line["target"], line["kernel"]):
             table.add_section()
         bad = {"stack": line["stack"] > 0, "spills": line["spills"] > 0, "blocks_per_sm": line["blocks_per_sm"] == 0}
+        bad["warnings"] = line["warnings"] is not None
         bad["shared"] = line["shared"] > CHIPS[line["target"]].largest_block
         cells = {name: "-" if value is None else str(value) for name, value in line.items()}
         table.add_row(*(f"[red]{cell}[/red]" if bad.get(name) else cell for name, cell in cells.items()))
     console.print(table)
     spilling = sum(line["stack"] > 0 or line["spills"] > 0 for line in lines)
-    console.print(f"{len(lines)} compiled in {seconds:.0f} s; {spilling} with stack or spills")
+    warned = sum(line["warnings"] is not None for line in lines)
+    console.print(f"{len(lines)} compiled in {seconds:.0f} s; {spilling} with stack or spills, {warned} with warnings")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -325,16 +338,18 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     parser = _Parser(prog="python -m fastgpt_kernels.aot", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--target", metavar="|".join(TARGETS), help="only this one; default: all")
+    parser.add_argument("--kernel", metavar="NAME", help="only this one of the launch table; default: all")
     parser.add_argument("--json", action="store_true", help="print a list of objects instead of a table")
     flags = parser.parse_args(argv)
-    if flags.target not in (None, *TARGETS):
-        near = difflib.get_close_matches(flags.target, TARGETS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        parser.error(f"--target {flags.target!r} is not one of {', '.join(TARGETS)}{hint}")
+    for flag, value, known in (("--target", flags.target, TARGETS), ("--kernel", flags.kernel, tuple(TABLE))):
+        if value not in (None, *known):
+            near = difflib.get_close_matches(value, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            parser.error(f"{flag} {value!r} is not one of {', '.join(known)}{hint}")
     if INTERPRETED:
         parser.error("TRITON_INTERPRET is set, and an interpreter compiles nothing; unset it for this command")
     start = time.perf_counter()
-    lines = report([flags.target] if flags.target else TARGETS)
+    lines = report([flags.target] if flags.target else TARGETS, [flags.kernel] if flags.kernel else tuple(TABLE))
     if flags.json:
         print(json.dumps(lines, indent=1))
     else:

@@ -31,6 +31,9 @@ from fastgpt_kernels.launch import Launch, Tuning, autocast_dtype, check_tensors
 LOG2_E = math.log2(math.e)
 WIDEST_HEAD = 256
 PHILOX_ROUNDS = tl.constexpr(ROUNDS)
+# One compilation serves every batch and length: what is loaded wide is aligned by its strides alone.
+COUNTS = ("heads", "Tq", "Tk", "threshold")
+SCALARS = ("seed_ptr", "doc_ptr")  # are read a number at a time
 
 
 @triton.jit
@@ -140,7 +143,7 @@ def _attend(
     return acc, total, top
 
 
-@triton.jit(do_not_specialize_on_alignment=["seed_ptr"])
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=SCALARS)
 def _forward(
     out_ptr,  # (B, Tq, H, D)
     lse_ptr,  # (B, H, Tq) float32
@@ -190,7 +193,7 @@ def _forward(
     top = tl.full([ROWS], -1e30, tl.float32)  # finite, so that a tile without a visible key gives 0 and not NaN
     diagonal = (before + 1) // COLUMNS * COLUMNS  # every row of the tile sees every key before this one
     last = tl.minimum(before + ROWS, Tk)
-    for DIAGONAL in tl.static_range(2):
+    for DIAGONAL in tl.static_range(1, -1, -1):
         acc, total, top = _attend(
             acc,
             total,
@@ -280,7 +283,7 @@ def _accumulate_dq(
     return dq
 
 
-@triton.jit(do_not_specialize_on_alignment=["seed_ptr"])
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=SCALARS)
 def _backward_queries(
     dq_ptr,  # (B, Tq, H, D)
     delta_ptr,  # (B, H, Tq) float32, written for `_backward_keys`
@@ -342,7 +345,7 @@ def _backward_queries(
     dq = tl.zeros([ROWS, BLOCK_D], tl.float32)
     diagonal = (before + 1) // COLUMNS * COLUMNS
     last = tl.minimum(before + ROWS, Tk)
-    for DIAGONAL in tl.static_range(2):
+    for DIAGONAL in tl.static_range(1, -1, -1):
         dq = _accumulate_dq(
             dq,
             q,
@@ -442,7 +445,7 @@ def _accumulate_dk_dv(
     return dk, dv
 
 
-@triton.jit(do_not_specialize_on_alignment=["seed_ptr"])
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=SCALARS)
 def _backward_keys(
     dk_ptr,  # (B, Tk, H, D): what each query head adds
     dv_ptr,  # (B, Tk, H, D)

@@ -34,7 +34,10 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 REDUCTIONS = ("mean", "sum", "none")
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["valid", "ignore_index"],
+    do_not_specialize_on_alignment=["loss_ptr", "lse_ptr", "targets_ptr", "factor_ptr"],  # of rows from anywhere on
+)
 def _softmax_gradient(
     logits_ptr,  # (R, width) float32
     gradient_ptr,  # (R, width): may be the logits themselves; None without GRADIENT

@@ -46,7 +46,7 @@ def _finish(sums, scale_ptr, bias_ptr, channel, outputs):
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _rows(
     y_ptr,  # (R, O)
     x_ptr,  # (R, I)
@@ -74,7 +74,7 @@ def _rows(
     tl.store(y_ptr + row * outputs + channel, y, mask=channel < outputs)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _product(
     y_ptr,  # (R, O)
     x_ptr,  # (R, I)

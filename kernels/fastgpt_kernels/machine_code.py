@@ -1,7 +1,7 @@
 """What compiled kernels show: registers, stack, spills, tensor-core instructions, the width of loads, occupancy.
 
 NVIDIA's machine code is read with the disassembler that comes with Triton, AMD's from its assembly text.
-Offered here: `CHIPS`, `inspect`, `blocks_per_sm`.
+Offered here: `CHIPS`, `inspect`, `blocks_per_sm`, `ptxas_warnings`.
 """
 
 import math
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 
-SASS_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z]\w*(?:\.\w+)*)")
+SASS_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z]\w*(?:\.\w+)*)([^;\n]*)")
 SASS_BYTES = 16  # of an instruction
 
 
@@ -81,16 +81,30 @@ class Code(NamedTuple):
     spills: int | None
     tensor_core: int
     wide_loads: float | None
+    waits: int = 0
+
+
+class Instruction(NamedTuple):
+    """One of NVIDIA's instructions."""
+
+    address: int
+    name: str  # with its suffixes, such as LDG.E.128
+    operands: str
+
+
+def read_instructions(listing: str) -> list[Instruction]:
+    """From a disassembly of NVIDIA machine code."""
+    return [Instruction(int(at, 16), name, operands) for at, name, operands in SASS_INSTRUCTION.findall(listing)]
 
 
 def read_sass(listing: str) -> Code:
     """From a disassembly of NVIDIA machine code."""
-    return count_sass(SASS_INSTRUCTION.findall(listing))
+    return count_sass(read_instructions(listing))
 
 
-def count_sass(names: Sequence[str]) -> Code:
-    """From the names of NVIDIA's instructions, each with its suffixes, such as LDG.E.128."""
-    count = Counter(names)
+def count_sass(instructions: Sequence[Instruction]) -> Code:
+    """From a kernel's instructions."""
+    count = Counter(one.name for one in instructions)
 
     def matching(pattern: str) -> int:
         return sum(n for name, n in count.items() if re.match(pattern, name))
@@ -101,7 +115,28 @@ def count_sass(names: Sequence[str]) -> Code:
         spills=matching(r"(STL|LDL)\b"),
         tensor_core=matching(r"([HIQDBO]G?MMA|UTC\w*MMA)\b"),  # and not HFMA2.MMA, which only takes the name
         wide_loads=_share(wide, matching(r"(LDG|LDGSTS)\b") + tiles),
+        waits=most_in_a_loop("WARPGROUP.DEPBAR", instructions),
     )
+
+
+def most_in_a_loop(name: str, instructions: Sequence[Instruction]) -> int:
+    """The most instructions of this name that lie in one loop without another loop in it."""
+    branches = [
+        (one.address, re.search(r"\b0x([0-9a-f]+)", one.operands))
+        for one in instructions
+        if re.match(r"BRA\b", one.name)
+    ]
+    loops = [(int(to[1], 16), at) for at, to in branches if to and int(to[1], 16) < at]
+    inner = [(a, b) for a, b in loops if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)]
+    found = [one.address for one in instructions if one.name.startswith(name)]
+    return max((sum(start <= at <= end for at in found) for start, end in inner), default=0)
+
+
+def ptxas_warnings(log: str) -> str | None:
+    """The codes of what ptxas warns of, such as C7515; None for nothing. Raises ValueError for a log of nothing."""
+    if "Compiling entry function" not in log:
+        raise ValueError(f"no report of a compiled kernel in the output of ptxas: {log!r}")
+    return " ".join(sorted(set(re.findall(r"\((C\d+)\)", log)))) or None
 
 
 def read_usage(listing: str) -> tuple[int, int]:
@@ -148,15 +183,16 @@ def _inspect_nvidia(chip: Chip, compiled: list[Any]) -> list[tuple[int, int, Cod
         file = Path(folder) / "code"
         file.write_bytes(b"".join(codes))
         listing = _run(knobs.nvidia.nvdisasm.path, "--no-dataflow", "--binary", chip.sass, file)
-        names = SASS_INSTRUCTION.findall(listing)
-        if len(names) * SASS_BYTES != sum(map(len, codes)):
-            raise ValueError(f"{len(names)} instructions read from {sum(map(len, codes))} bytes of {chip.sass} code")
+        all_of_them = read_instructions(listing)
+        if len(all_of_them) * SASS_BYTES != sum(map(len, codes)):
+            size = sum(map(len, codes))
+            raise ValueError(f"{len(all_of_them)} instructions read from {size} bytes of {chip.sass} code")
         found, start = [], 0
         for binary, code in zip(compiled, codes, strict=True):
             file.write_bytes(binary.asm["cubin"])
             usage = read_usage(_run(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file))
             end = start + len(code) // SASS_BYTES
-            found.append((*usage, count_sass(names[start:end])))
+            found.append((*usage, count_sass(all_of_them[start:end])))
             start = end
     return found
 

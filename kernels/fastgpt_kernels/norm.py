@@ -30,7 +30,7 @@ def _load(pointers, inside):
     return tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _forward(
     total_ptr,  # (R, C) or None
     y_ptr,  # (R, C)
@@ -67,7 +67,7 @@ def _forward(
     tl.store(rstd_ptr + row, rstd, mask=row < R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _forward_in_tiles(
     total_ptr,
     y_ptr,
@@ -119,7 +119,7 @@ def _forward_in_tiles(
         tl.store(y_ptr + row * C + col, y, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _backward(
     dx_ptr,  # (R, C)
     dresidual_ptr,  # (R, C), or None where dx serves for both
@@ -170,7 +170,7 @@ def _backward(
         tl.store(dbias_ptr + partial, tl.sum(dbias, axis=0), mask=within)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _backward_in_tiles(
     dx_ptr,
     dresidual_ptr,
@@ -215,7 +215,7 @@ def _backward_in_tiles(
             tl.store(dresidual_ptr + row * C + col, dx, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _weight_partials(
     dweight_ptr,  # (programs, C) float32
     dbias_ptr,  # (programs, C) float32, or None
@@ -249,7 +249,7 @@ def _weight_partials(
         tl.store(dbias_ptr + partial, tl.sum(dbias, axis=0), mask=col < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _sum_partials(
     out_ptr,  # (C,)
     partials_ptr,  # (N, C) float32

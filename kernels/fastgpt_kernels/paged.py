@@ -19,7 +19,7 @@ from fastgpt_kernels.attention import WIDEST_HEAD
 from fastgpt_kernels.launch import DEBUG, Launch, Tuning, check_tensors, tiles, tuning
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["slots_ptr"])
 def _kv_write(
     k_pages_ptr,  # (pages, P, Hkv, D)
     v_pages_ptr,  # (pages, P, Hkv, D)

@@ -138,7 +138,10 @@ def _attend_by_products(
     return acc, total, top
 
 
-@triton.jit(do_not_specialize=["table_b", "B", "chunk", "programs"])
+@triton.jit(
+    do_not_specialize=["table_b", "lengths_b", "B", "chunk", "programs"],
+    do_not_specialize_on_alignment=["table_ptr", "lengths_ptr"],
+)
 def _decode(
     out_ptr,  # (B, H, D)
     partial_ptr,  # (splits of all sequences, H, D) float32, for those of several splits; None where there are none
@@ -162,7 +165,7 @@ def _decode(
     P: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_B: tl.constexpr,  # at least B
+    BLOCK_B: tl.constexpr,  # at least B, where there are splits
     LEAST: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,  # heads of a group that one program has
@@ -218,7 +221,7 @@ def _decode(
         tl.store(statistics_ptr + at * 2 + 1, top[:, None], mask=(own < GROUP)[:, None])
 
 
-@triton.jit(do_not_specialize=["B", "chunk", "programs"])
+@triton.jit(do_not_specialize=["lengths_b", "B", "chunk", "programs"], do_not_specialize_on_alignment=["lengths_ptr"])
 def _merge(
     out_ptr,  # (B, H, D)
     partial_ptr,  # (splits of all sequences, H, D) float32
@@ -298,7 +301,7 @@ def decode_launches(
     if most > 1:
         partial, statistics = (q.new_empty(items, H, n, dtype=torch.float32) for n in (D, 2))
     kind = "16-bit" if out.element_size() == 2 else "float32"  # the second kernel multiplies no matrices
-    shared = constants(q, k_pages, B, tuning) | {"LEAST": LEAST_CHUNK}
+    shared = constants(q, k_pages, 1 if partial is None else B, tuning) | {"LEAST": LEAST_CHUNK}
     decode = Launch(
         name,
         _decode,

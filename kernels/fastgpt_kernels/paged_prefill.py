@@ -92,7 +92,10 @@ def _attend(
     return acc, total, top
 
 
-@triton.jit(do_not_specialize=["table_b", "B"])
+@triton.jit(
+    do_not_specialize=["table_b", "lengths_b", "B"],
+    do_not_specialize_on_alignment=["table_ptr", "lengths_ptr", "starts_ptr"],
+)
 def _prefill(
     out_ptr,  # (N, H, D)
     q_ptr,  # (N, H, D)
