@@ -25,7 +25,7 @@ from fastgpt import dispatch
 from fastgpt.config import ModelConfig
 from fastgpt.kv_cache import DenseCache, PagedStep, Part
 from fastgpt.model import GPT
-from fastgpt_kernels import aot, launch
+from fastgpt_kernels import aot, launch, norm
 from fastgpt_kernels.machine_code import CHIPS
 
 P, BATCHES, LENGTHS = 16, (1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 24, 32, 48, 64), range(1, 65)
@@ -79,6 +79,12 @@ with torch.inference_mode():
         ops.linear_int8(torch.zeros(B, 1, 32), weight, scale)
     for length in LENGTHS:
         model.hidden(torch.zeros(1, length, dtype=torch.int64), cache=DenseCache(config))
+for R in LENGTHS:  # of a training step
+    for C in (32, 9008):
+        x, weight, statistic = aot.empty(R, C), aot.empty(C), aot.empty(R)
+        rest = (None, weight, None, None, x, x, statistic, statistic, weight, launch.Tuning("sm_90", "float32"))
+        for one in norm.backward_launches(x, *rest):
+            one()
 print(json.dumps({name: len(found) for name, found in sorted(keys.items())}))
 """
 
@@ -87,10 +93,13 @@ EXPECTED = {
     "int8_product": 1,
     "int8_rows": 1,
     "kv_write": 1,
+    "norm_backward": 2,  # rows held whole and rows gone over in tiles
     "norm_forward": 2,  # with the residual's addition and without
+    "norm_weight_partials": 1,
     "paged_decode": 4,  # batches of up to 16, 32 and 64, as each program reads all lengths; and where none is split
     "paged_merge": 3,
     "paged_prefill": 1,
+    "sum_partials": 1,
 }
 
 
