@@ -184,7 +184,7 @@ TABLE: dict[str, dict[tuple[str, str], Rows]] = {
         ("sm_80", "16-bit"): _by_head("32x64 w4 s2", "32x128 w8 s2", "32x64 w8 s2", "32x32 w8 s2"),
         ("sm_80", "tf32"): _by_head("32x64 w8 s2", "32x32 w8 s2", "16x32 w8 s2"),
         ("sm_80", "float32"): _by_head("32x32 w8 s2", "16x32 w8 s2"),
-        ("sm_90", "16-bit"): _by_head("64x64 w4 s2", "64x128 w8 s2", "32x128 w8 s2", "16x64 w8 s2"),
+        ("sm_90", "16-bit"): _by_head("64x64 w4 s2", "64x128 w8 s2", "32x128 w8 s2", "32x32 w8 s2"),
         ("sm_90", "tf32"): _by_head("32x128 w8 s2", "32x32 w4 s2", "32x32 w8 s2"),
         ("sm_90", "float32"): _by_head("32x32 w8 s2", "16x32 w8 s2"),
         ("sm_100", "16-bit"): _by_head("64x128 w8 s2", "64x128 w8 s2", "64x128 w8 s2", "32x64 w4 s2"),
