@@ -1,11 +1,11 @@
 """Peak memory against the context and against the vocabulary, and the allocation over one training step.
 
 Peaks are of one forward and backward pass, beyond its inputs; of the loss, beyond the gradients too, which every column
-has to make. `extra_info` holds `T` or `V`, and `peak_bytes` by column.
+has to make. `extra_info` holds `T` or `V`, and `peak_bytes` by column, and by peer where there is one.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from fastgpt.device import autocast
 from fastgpt.model import GPT
 from fastgpt.optim import make_optimizer
 from kernel_cases import Case, columns, inputs
-from kernel_peers import column, prepared
+from kernel_peers import Contender, chunked, column, prepared
 from live_bytes import LiveBytes, draw_allocation, thinned
 
 # Contexts and vocabularies double from one to the next; each is large enough for its own memory to be most of it.
@@ -30,10 +30,10 @@ DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 LINEAR, QUADRATIC = 2.4, 3.4  # growth from one context to the next: below the first, above the second
 
 
-def peak(case: Case, device: torch.device) -> int:
+def peak(contender: Contender, case: Case, device: torch.device) -> int:
     """Bytes of one forward and backward pass beyond its arguments; of the loss, beyond the gradients too."""
     args = inputs(case, device)
-    call = prepared(column(case.op, case.column), args, case.direction)
+    call = prepared(contender, args, case.direction)
     if device.type == "cuda":
         call()  # a first call may allocate workspaces that stay
     with LiveBytes(device) as memory:
@@ -43,24 +43,25 @@ def peak(case: Case, device: torch.device) -> int:
     return most - (sum(t.nbytes for t in args if t.requires_grad) if case.op == "linear_cross_entropy" else 0)
 
 
-def passes(op: str, shape: dict[str, int], device: torch.device) -> dict[str, Case]:
-    """The forward and backward pass of an operation, by column."""
-    return {name: Case(op, "both", name, shape, DTYPES[device.type], tier=0) for name in columns(op, device)}
-
-
 def compare(
-    against: Callable[..., Any], op: str, axis: str, shapes: list[dict[str, int]], device: torch.device
+    against: Callable[..., Any],
+    op: str,
+    axis: str,
+    shapes: list[dict[str, int]],
+    device: torch.device,
+    peers: Mapping[str, Contender],
 ) -> dict[str, list[int]]:
-    """Record every column's peaks along an axis, and time them at its end. Returns the peaks by column."""
-    tables = [passes(op, shape, device) for shape in shapes]
-    peaks = {name: [peak(table[name], device) for table in tables] for name in tables[0]}
-    args = inputs(tables[-1]["torch"], device)
-    calls = {name: prepared(column(op, name), args, "both") for name in peaks}
+    """Record the peaks of every column and peer along an axis, and time them at its end. Returns the peaks by name."""
+    cases = [Case(op, "both", "torch", shape, DTYPES[device.type], tier=0) for shape in shapes]
+    all_of_them = {name: column(op, name) for name in columns(op, device)} | dict(peers)
+    peaks = {name: [peak(one, case, device) for case in cases] for name, one in all_of_them.items()}
+    args = inputs(cases[-1], device)
+    calls = {name: prepared(one, args, "both") for name, one in all_of_them.items()}
     main, *others = peaks
     with torch.enable_grad():
         against(
             calls[main],
-            {f"{name} column": calls[name] for name in others},
+            {name if name in peers else f"{name} column": calls[name] for name in others},
             rounds=3,
             units=shapes[-1].get("N") or shapes[-1]["T"],
             launching=False,
@@ -76,7 +77,7 @@ def test_attention_against_the_context(against, benchmark, device: torch.device)
     """Linear in T for the kernel and for PyTorch's own; the readable math holds T x T weights."""
     benchmark.group = "memory"
     shapes = [ATTENTION[device.type] | {"T": T} for T in CONTEXTS[device.type]]
-    peaks = compare(against, "causal_attention", "T", shapes, device)
+    peaks = compare(against, "causal_attention", "T", shapes, device, {})
     growth = {name: sizes[-1] / sizes[-2] for name, sizes in peaks.items()}
     assert growth["reference"] > QUADRATIC, f"the reference's memory grew {growth['reference']:.2f} times"
     for name in growth.keys() - {"reference"}:
@@ -87,7 +88,7 @@ def test_loss_against_the_vocabulary(against, benchmark, device: torch.device):
     """One more word costs a column that holds all logits a number a row; the kernel, which works by chunks, less."""
     benchmark.group = "memory"
     shapes = [LOSS[device.type] | {"V": V} for V in VOCABULARIES[device.type]]
-    peaks = compare(against, "linear_cross_entropy", "V", shapes, device)
+    peaks = compare(against, "linear_cross_entropy", "V", shapes, device, chunked())
     words = shapes[-1]["V"] - shapes[-2]["V"]
     logit = getattr(torch, DTYPES[device.type]).itemsize * shapes[-1]["N"]  # bytes of one word's logits
     cost = {name: (sizes[-1] - sizes[-2]) / words for name, sizes in peaks.items()}

@@ -165,10 +165,14 @@ def linear_cross_entropy(case: Case, device: torch.device) -> dict[str, Contende
     def linear_then_loss(x, weight, targets):
         return F.cross_entropy(F.linear(x, weight).float(), targets)
 
-    peers: dict[str, Contender] = {"F.linear, F.cross_entropy": as_contender(linear_then_loss)}
-    if hasattr(F, "linear_cross_entropy"):
-        peers[CHUNKED] = as_contender(partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions()))
-    return peers
+    return {"F.linear, F.cross_entropy": as_contender(linear_then_loss)} | chunked()
+
+
+def chunked() -> dict[str, Contender]:
+    """PyTorch's own loss that works by chunks of rows, from PyTorch 2.13 on; before, none."""
+    if not hasattr(F, "linear_cross_entropy"):
+        return {}
+    return {CHUNKED: as_contender(partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions()))}
 
 
 def paged_attention(case: Case, device: torch.device) -> dict[str, Contender]:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.autograd import DeviceType
 
 import ceilings
@@ -18,7 +19,7 @@ from counts import COUNTS, Count, count
 from fastgpt import dispatch
 from fastgpt.workload import Workload
 from kernel_cases import DIRECTIONS, SHAPES, Case, cases, inputs
-from kernel_peers import column, contenders, distance, prepared
+from kernel_peers import CHUNKED, column, contenders, distance, prepared
 from live_bytes import LiveBytes, draw_allocation, thinned
 from tests.test_gpu_clock import FakeGpu
 from timing import Clock, buffers_needed, rotating, spread
@@ -207,6 +208,8 @@ def test_peers_compute_what_the_column_does(op: str):
         assert fit
         assert apart.keys() == fit.keys()
         assert left_out.keys() >= {"compiled reference"}
+        if op == "linear_cross_entropy":
+            assert CHUNKED in (fit if hasattr(F, "linear_cross_entropy") else left_out)
         broken = {"broken": lambda *args: lambda: 1 / 0, "wrong": lambda *args: lambda: [3 * t for t in args[:3]]}
         with pytest.raises((AssertionError, ValueError, RuntimeError)):
             agreeing(column(op, "torch"), broken, case, args, left_out)
