@@ -159,7 +159,7 @@ def candidates(row: Row) -> list[Config]:
     stages = [n for n in range(now.stages - 1, now.stages + 3) if n >= 1] if kind.stages else [now.stages]
     around = [Config(*numbers) for numbers in itertools.product(*sides, warps, stages)]
     fitting = [c for c in around if c.rows * c.columns <= kind.elements]
-    promising = PROMISING.get((row.kernel, *row.tuning, row.width), ())
+    promising = PROMISING.get((row.kernel, row.tuning.target, row.tuning.kind, row.width), ())
     found = dict.fromkeys([*promising, *sorted(fitting, key=lambda c: distance(c, now))])
     return [c for c in found if c != now][:MOST]
 

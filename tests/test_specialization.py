@@ -70,12 +70,14 @@ with torch.inference_mode():
     for B in BATCHES:
         dense = DenseCache(config, B)
         for length in LENGTHS:
-            model.hidden(torch.zeros(B, 1, dtype=torch.int64), cache=dense)
+            dense.attend(ops, 0, *torch.zeros(B, 1, 3, 2, 16).unbind(2))
+            dense.advance(1)
             if length % P == 1:  # lengths in pages are the device's business, and their number of pages is not
                 paged(Part(*table(B, 8 + length // P)), None)
             if length in BATCHES:
                 paged(Part(*table(B, 16)), Part(*table(3, 17), torch.tensor([0, 1, 1 + length, 3 + length]).int()))
                 ops.linear_int8(torch.zeros(B, length, 32), weight, scale)
+        model.hidden(torch.zeros(B, 1, dtype=torch.int64), cache=DenseCache(config, B))
         ops.linear_int8(torch.zeros(B, 1, 32), weight, scale)
     for length in LENGTHS:
         model.hidden(torch.zeros(1, length, dtype=torch.int64), cache=DenseCache(config))
