@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from fastgpt.config import SamplingParams
+from fastgpt.config import ModelConfig, SamplingParams
 from fastgpt.device import resolve_weights_dtype, synchronize
 from fastgpt.engine import Engine
 from fastgpt.generate import TextGenerator
@@ -35,6 +35,7 @@ PROMPT = "ROMEO:\n"
 NEW_TOKENS = 240
 REQUESTS, LONGEST = 64, 128
 SHARERS, PREFIX = 32, 200
+MANY, FEW = 16_000, 1_000  # prompts given together
 GROWTH_WINDOW = 12  # tokens around a context whose time is measured
 DECODED = 128  # new tokens beside other engines, after a short prompt
 SHORT_PROMPT = [464, 2068, 7586, 21831, 18045]
@@ -256,6 +257,24 @@ def test_ragged_requests_against_one_by_one(against, baby, ragged: str):
         rounds=3 if ON_GPU else 1,
         units=sum(counts),
         aim=4,
+    )
+
+
+def test_many_prompts_cost_each_what_few_do(against, device):
+    """A tiny model, so that what the engine does for each prompt is most of the time."""
+    shape = {"n_layer": 1, "n_head": 1, "n_embd": 32, "block_size": 32}
+    with device:
+        model = GPT(ModelConfig(vocab_size=256, **shape)).eval()
+    engine, params = Engine(model, kv_memory=64 << 20), SamplingParams(max_new_tokens=1)
+    prompts = [random_tokens(8, seed, 256) for seed in range(MANY)]
+    few = [prompts[i : i + FEW] for i in range(0, MANY, FEW)]
+    against(
+        lambda: engine.generate(prompts, params),
+        {f"{FEW:,} prompts at a time": lambda: [engine.generate(part, params) for part in few]},
+        rounds=3,
+        units=MANY,
+        unit="prompts",
+        aim=0.9,
     )
 
 

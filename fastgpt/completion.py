@@ -26,7 +26,8 @@ class Completion:
         tokens: the generated tokens, with the one that completed a stop text, without a stop token.
         finish_reason: "stop" (a stop text or token), "length" (max_new_tokens, or the end of block_size),
             "cancelled" or "error".
-        error: with "error", what is wrong and what to do.
+        error: with "error", what is wrong and what to do. A prompt that cannot be continued has one completion; logits
+            that are not numbers end only the continuation that met them.
         logprobs: with `SamplingParams.logprobs`, for each token its log-probability and those of the likeliest
             tokens by id, in nats, under the model itself: before penalties, temperature and filters.
     """
@@ -40,6 +41,11 @@ class Completion:
     timings: Timings
     error: str | None = None
     logprobs: list[tuple[float, list[tuple[int, float]]]] | None = None
+
+    @property
+    def refused(self) -> bool:
+        """Whether the prompt cannot be continued at all: there is no other completion of it."""
+        return self.error is not None and self.timings.started is None
 
 
 class Piece(NamedTuple):

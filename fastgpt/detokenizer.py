@@ -5,25 +5,35 @@ from collections.abc import Sequence
 
 from fastgpt.tokenizer import Tokenizer
 
+LONGEST_CHARACTER = 4  # bytes of a character in UTF-8; a token has at least one
+
 
 class Detokenizer:
     """The text of one continuation as its tokens come.
+
+    Where the prompt's tokens end inside a character, the text begins with that character: what the whole characters of
+    the prompt and the text say together is what all tokens say.
 
     Attributes:
         text: what was given out so far.
         stopped: a stop text was met, and nothing more will come.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), prompt: Sequence[int] = ()):
+        """`prompt`: the tokens before the continuation, or the last of them."""
         self.tokenizer, self.stop = tokenizer, [text for text in stop if text]
         self.text, self.stopped = "", False
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._pending = ""  # may be the beginning of a stop text
+        self._pushed = False
+        for token in prompt[-LONGEST_CHARACTER:]:
+            self._decoder.decode(tokenizer.token_bytes(token))  # what is whole is the prompt's
 
     def push(self, token: int) -> str:
         """What can be given out after this token: text that no later token changes."""
         if self.stopped:
             return ""
+        self._pushed = True
         self._pending += self._decoder.decode(self.tokenizer.token_bytes(token))
         ends = [at for stop in self.stop if (at := self._pending.find(stop)) >= 0]
         if ends:
@@ -33,7 +43,7 @@ class Detokenizer:
 
     def finish(self) -> str:
         """What was held back, after the last token."""
-        if self.stopped:
+        if self.stopped or not self._pushed:
             return ""
         self._pending += self._decoder.decode(b"", final=True)
         return self._give(len(self._pending))

@@ -26,7 +26,7 @@ from fastgpt.model import GPT
 from fastgpt.prompt import Prompt, prompt_tokens
 from fastgpt.random_stream import Occurrences, prompt_digest, stream_key
 from fastgpt.runner import Runner
-from fastgpt.sampler import Drawn, Sampler
+from fastgpt.sampler import NOT_DRAWN, Drawn, Sampler, not_numbers
 from fastgpt.scheduler import Chunk, Plan, Sample, Scheduler
 from fastgpt.speculation import NgramProposer
 from fastgpt.tokenizer import Tokenizer
@@ -35,17 +35,30 @@ from fastgpt.units import counted
 DRAFTS = 5  # tokens that a guess has at most
 
 
+@dataclass(eq=False, slots=True)
+class _Sink:
+    """Where the pieces of requests go that were given together; `open`: their continuations that are not finished."""
+
+    pieces: list[Piece] = field(default_factory=list)
+    open: int = 0
+
+    def take(self) -> list[Piece]:
+        """What has come since the last time."""
+        pieces, self.pieces = self.pieces, []
+        return pieces
+
+
 @dataclass(eq=False)
 class _Request:
     """A prompt with its continuations that are under way."""
 
     number: int  # in the order of submission
     index: int  # what its pieces and completions are called
-    sink: list[Piece]  # where its pieces go
+    sink: _Sink
     prompt: Prompt
     params: SamplingParams
     submitted: float
-    samples: list[Sample] = field(default_factory=list)
+    samples: dict[Sample, None] = field(default_factory=dict)  # those that are not finished
     started: float | None = None
     first_token: float | None = None
 
@@ -133,12 +146,17 @@ class Engine:
         self._requests: dict[int, _Request] = {}  # those that are not finished
         self._outputs: dict[Sample, _Output] = {}
         self._slots: list[Sample | None] = [None] * max_batch  # whose settings the sampler holds
-        self._ready: list[Piece] = []
+        self._ready = _Sink()  # of what was submitted
 
     @property
     def busy(self) -> bool:
         """Whether `step` has anything to do or to tell."""
-        return bool(self._requests or self._ready)
+        return bool(self._requests or self._ready.pieces)
+
+    @property
+    def queued(self) -> int:
+        """How many continuations have no place in the batch yet."""
+        return len(self._outputs) - len(self.scheduler.running)
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -186,7 +204,7 @@ class Engine:
     def _pieces(
         self, prompts: Sequence[Prompt], each: Sequence[SamplingParams], wanted: Sequence[Sequence[int]]
     ) -> Iterator[Piece]:
-        sink: list[Piece] = []
+        sink = _Sink()
         equal = Occurrences()
         own = [
             self._submit(prompt, one, index, sink, numbers, equal)
@@ -194,10 +212,9 @@ class Engine:
         ]
         try:
             while True:
-                pieces, sink[:] = sink.copy(), []
-                yield from pieces
-                if not sink:
-                    if not any(request.samples for request in own):
+                yield from sink.take()
+                if not sink.pieces:  # the engine may have been called in between
+                    if not sink.open:
                         return
                     self._advance()
         finally:
@@ -223,7 +240,7 @@ class Engine:
         prompt: Prompt,
         params: SamplingParams,
         index: int,
-        sink: list[Piece],
+        sink: _Sink,
         wanted: Sequence[int],
         equal: Occurrences,
     ) -> _Request:
@@ -237,7 +254,7 @@ class Engine:
             self._check(tokens, params)
         except UsageError as error:
             if wanted:
-                sink.append(self._refusal(request, str(error)))
+                sink.pieces.append(self._refusal(request, wanted[0], str(error)))
             return request
         if not wanted:
             return request
@@ -249,8 +266,9 @@ class Engine:
             sample = Sample((request.number, number), tokens, len(tokens), params, key=key)
             if self.speculate == "ngram" and not params.penalizes:  # a guess is made without regard to them
                 sample.proposer = NgramProposer()
-            request.samples.append(sample)
-            detokenizer = Detokenizer(self.tokenizer, params.stop) if self.tokenizer else None
+            request.samples[sample] = None
+            sink.open += 1
+            detokenizer = Detokenizer(self.tokenizer, params.stop, tokens) if self.tokenizer else None
             self._outputs[sample] = _Output(detokenizer, None if params.logprobs is None else [])
         self._requests[request.number] = request
         if params.max_new_tokens == 0:
@@ -279,8 +297,7 @@ class Engine:
         After an exception (out of memory, Ctrl-C) every request is still there, and computed anew.
         """
         self._advance()
-        pieces, self._ready[:] = self._ready.copy(), []
-        return pieces
+        return self._ready.take()
 
     def _advance(self) -> None:
         try:
@@ -376,13 +393,15 @@ class Engine:
                 continue
             if draft and sample.table is not None:
                 self.scheduler.allocator.truncate(sample.table, len(sample.tokens) - 1)
-            request.sink.append(new(Piece, (request.index, sample.order[1], output.text, output.tokens, None)))
+            request.sink.pieces.append(new(Piece, (request.index, sample.order[1], output.text, output.tokens, None)))
             output.text, output.tokens = "", []
         self.stats.decode_tokens += decoded
 
     def _append(self, request: _Request, sample: Sample, output: _Output, drawn: Drawn) -> str | None:
         """Add a token; why the continuation ends with it, or None."""
         params, token = sample.params, drawn.token
+        if token == NOT_DRAWN:
+            return "error"
         if output.first_token is None:
             output.first_token = time.perf_counter()
             if request.first_token is None:
@@ -418,18 +437,20 @@ class Engine:
             sample.tokens[sample.prompt_length :],
             reason,
             request.timings(now),
+            not_numbers(len(sample.tokens)) if reason == "error" else None,
             logprobs=output.logprobs,
         )
-        request.sink.append(Piece(request.index, sample.order[1], output.text, output.tokens, completion))
+        request.sink.pieces.append(Piece(request.index, sample.order[1], output.text, output.tokens, completion))
+        request.sink.open -= 1
         del self._outputs[sample]
-        request.samples.remove(sample)
+        del request.samples[sample]
         if not request.samples:
             del self._requests[request.number]
 
-    def _refusal(self, request: _Request, error: str) -> Piece:
+    def _refusal(self, request: _Request, sample: int, error: str) -> Piece:
         waited = Timings(None, None, time.perf_counter() - request.submitted)
-        completion = Completion(request.index, 0, request.prompt, "", [], "error", waited, error)
-        return Piece(request.index, 0, "", [], completion)
+        completion = Completion(request.index, sample, request.prompt, "", [], "error", waited, error)
+        return Piece(request.index, sample, "", [], completion)
 
     def _check(self, tokens: Sequence[int], params: SamplingParams) -> None:
         """Raises `UsageError` for a request that can never run, even alone."""

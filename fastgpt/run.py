@@ -428,6 +428,8 @@ class Run:
         generator = TextGenerator(self.model, self.data.tokenizer)
         try:
             return generator.generate(max_new_tokens=SAMPLE_TOKENS, seed=self.config.seed)
+        except RunFailed as error:
+            return f"({error})"
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -24,12 +24,13 @@ from fastgpt.random_stream import prompt_digest, stream_key, uniform
 FLOAT32 = torch.finfo(torch.float32)
 INT32, INT64 = torch.iinfo(torch.int32), torch.iinfo(torch.int64)
 INF = float("inf")
+NOT_DRAWN = -1  # the token of a row from which none can be drawn
 
 
 class Drawn(NamedTuple):
     """A token on the host. `top`: (id, log-probability) of the likeliest tokens, the likeliest first."""
 
-    token: int
+    token: int  # NOT_DRAWN where the logits are not numbers
     logprob: float | None = None
     top: list[tuple[int, float]] | None = None
 
@@ -38,7 +39,7 @@ class Drawn(NamedTuple):
 class Sampled:
     """What a call drew, on the device; K is the most log-probabilities that one of the rows asks for."""
 
-    tokens: torch.Tensor  # int64 (R,)
+    tokens: torch.Tensor  # int64 (R,), NOT_DRAWN where the logits are not numbers
     logprobs: torch.Tensor | None  # float32 (R,); None where no row asks
     top_logprobs: torch.Tensor | None  # float32 (R, K)
     top_ids: torch.Tensor | None  # int64 (R, K)
@@ -177,8 +178,8 @@ class Sampler:
 
         Log-probabilities are the model's: log_softmax of the logits in float32, before penalties, temperature and
         filters. A slot may hold several rows, unless its request has penalties: they count what is drawn here.
-        Any float dtype is computed in float32. Where logits are not numbers, a row draws any valid token. Raises
-        `ValueError` on another shape, `KeyError` on a slot that no request began.
+        Any float dtype is computed in float32. A row that holds NaN or +inf, or nothing but -inf, draws NOT_DRAWN.
+        Raises `ValueError` on another shape, `KeyError` on a slot that no request began.
         """
         if logits.shape != (len(slots), self.vocab_size) or len(indices) != len(slots):
             raise ValueError(
@@ -244,12 +245,14 @@ class Sampler:
     def _with_logprobs(self, tokens: torch.Tensor, logits: torch.Tensor, requests: list[_Request]) -> Sampled:
         asked = tuple(q.logprobs for q in requests)
         most = max((n for n in asked if n is not None), default=None)
+        # NaN is taken for the largest, and a token of -inf is drawn only where there is no other.
+        drawn = tokens.where(logits.gather(1, tokens[:, None])[:, 0].isfinite(), NOT_DRAWN)
         if most is None:
-            return Sampled(tokens, None, None, None, asked)
+            return Sampled(drawn, None, None, None, asked)
         scores = logits.float()
         logprobs = scores.log_softmax(-1)
         ids = ranks(scores, self._falling).topk(min(most, self.vocab_size)).indices
-        return Sampled(tokens, logprobs.gather(1, tokens[:, None])[:, 0], logprobs.gather(1, ids), ids, asked)
+        return Sampled(drawn, logprobs.gather(1, tokens[:, None])[:, 0], logprobs.gather(1, ids), ids, asked)
 
     def _request(self, slot: int, params: SamplingParams, key: bytes) -> _Request:
         greedy = params.temperature == 0
@@ -290,6 +293,14 @@ class Sampler:
         if self.device.type != "cuda":
             return tensor.to(self.device)
         return tensor.pin_memory().to(self.device, non_blocking=True)
+
+
+def not_numbers(tokens: int) -> str:
+    """What is wrong where no token can be drawn after so many tokens of prompt and continuation."""
+    return (
+        f"the model's logits after {tokens:,} tokens are not numbers (NaN or infinite); "
+        "check the weights with python -m fastgpt.verify, and in 16 bits try --dtype float32"
+    )
 
 
 def penalize(

@@ -7,7 +7,7 @@ later (recomputation: Kwon et al., 2023, section 4.5), so the oldest always goes
 """
 
 import bisect
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -104,7 +104,7 @@ class Scheduler:
         """`drafts`: tokens that a guess has at most."""
         self.cache, self.block_size, self.drafts = cache, block_size, drafts
         self.max_batch, self.max_batch_tokens = max_batch, max_batch_tokens
-        self.waiting: deque[Sample] = deque()
+        self.waiting: OrderedDict[Sample, None] = OrderedDict()  # by their order; out of it at once, wherever it is
         self.running: list[Sample] = []  # oldest first
         self.hits, self.preemptions = 0, 0
         self._slots = list(reversed(range(max_batch)))
@@ -118,14 +118,9 @@ class Scheduler:
         """The cached positions that a continuation comes to need: its last token is never an input."""
         return min(prompt + new - 1, self.block_size)
 
-    @property
-    def queued(self) -> int:
-        """How many continuations have no place yet, with those that wait for another of their prompt."""
-        return len(self.waiting) + sum(len(sample.siblings) for sample in (*self.running, *self.waiting))
-
     def add(self, sample: Sample) -> None:
         """Put a sequence at the end of the queue."""
-        self.waiting.append(sample)
+        self.waiting[sample] = None
 
     def plan(self) -> Plan:
         """The next step; without chunks when nothing waits or runs. Pages are reserved, and tables count new tokens."""
@@ -152,8 +147,9 @@ class Scheduler:
                 asked.append(chunk)
                 (one if len(chunk.tokens) == 1 else many).append(chunk)
                 budget -= len(chunk.tokens)
-        while budget and self.waiting and self._slots and self._admit(self.waiting[0]):
-            chunk = self._chunk(self.waiting.popleft(), budget, [])
+        while budget and self.waiting and self._slots and self._admit(sample := next(iter(self.waiting))):
+            del self.waiting[sample]
+            chunk = self._chunk(sample, budget, [])
             asked.append(chunk)
             (one if len(chunk.tokens) == 1 else many).append(chunk)
             budget -= len(chunk.tokens)
@@ -184,16 +180,21 @@ class Scheduler:
         return True
 
     def put_back(self, samples: Iterable[Sample]) -> None:
-        """Put sequences into the queue where they belong by their order."""
-        for sample in samples:
-            bisect.insort(self.waiting, sample, key=lambda other: other.order)
+        """Put sequences into the queue where they belong by their order, which is before all that never ran."""
+        front = sorted(samples, key=lambda sample: sample.order)
+        while front and self.waiting and (first := next(iter(self.waiting))).order < front[-1].order:
+            del self.waiting[first]
+            bisect.insort(front, first, key=lambda sample: sample.order)
+        for sample in reversed(front):
+            self.waiting[sample] = None
+            self.waiting.move_to_end(sample, last=False)
 
     def drop(self, sample: Sample) -> None:
         """Take a sequence out, wherever it is: it is finished, or cancelled."""
         if sample.slot >= 0:
             self._stop(sample)
-        elif sample in self.waiting:
-            self.waiting.remove(sample)
+        else:
+            self.waiting.pop(sample, None)
 
     def start_over(self) -> None:
         """Preempt all, and forget all pages: after a step that failed, nobody knows what they hold."""
@@ -201,8 +202,7 @@ class Scheduler:
             sample.siblings = [sibling for sibling in sample.siblings if sibling.slot < 0]  # one may just have started
         for sample in self.running.copy():
             self._preempt(sample)
-        # Whatever was interrupted, nobody waits twice.
-        self.waiting = deque(sorted(set(self.waiting), key=lambda sample: sample.order))
+        self.waiting = OrderedDict.fromkeys(sorted(self.waiting, key=lambda sample: sample.order))
         self.allocator.forget()
 
     def _next_chunk(self, sample: Sample, budget: int) -> Chunk | None:

@@ -14,12 +14,12 @@ from fastgpt.model import GPT
 from fastgpt.paged_text import PagedText
 from fastgpt.prompt import Prompt, prompt_tokens
 from fastgpt.random_stream import prompt_digest, stream_key
-from fastgpt.sampler import Drawn, Sampler
+from fastgpt.sampler import NOT_DRAWN, Drawn, Sampler, not_numbers
 from fastgpt.tokenizer import Tokenizer
 
 
-class Generation:
-    """One continuation under way: iterate for its pieces of text; the attributes are right at every moment.
+class Generation(Iterator[str]):
+    """One continuation under way: an iterator of its pieces of text, whose attributes are right at every moment.
 
     Past block_size the window slides: the last block_size tokens are read anew for every token.
 
@@ -27,7 +27,7 @@ class Generation:
         prefill_tokens, prefill_seconds: of the prompt, or of its end that fits in block_size.
         decode_tokens, decode_seconds: of the new tokens after the first, which the prefill yields.
         drawn: the new tokens with their log-probabilities, without a stop token.
-        finish_reason: as in `Completion`, once it has ended.
+        finish_reason, error: as in `Completion`, once it has ended.
     """
 
     def __init__(
@@ -59,10 +59,12 @@ class Generation:
         self.decode_tokens, self.decode_seconds = 0, 0.0
         self.drawn: list[Drawn] = []
         self.finish_reason: str | None = None
+        self.error: str | None = None
+        self._detokenizer = Detokenizer(tokenizer, params.stop, self.prompt)
         self._pieces = self._read()
 
-    def __iter__(self) -> Iterator[str]:
-        return self._pieces
+    def __next__(self) -> str:
+        return next(self._pieces)
 
     def tokens(self) -> Iterator[int]:
         """The new tokens, one by one, up to a stop token, without regard to stop texts."""
@@ -70,8 +72,9 @@ class Generation:
             yield one.token
 
     def completion(self, index: int, sample: int, waited: float = 0.0) -> Completion:
-        """The rest of the continuation, and all of it; `waited`: seconds from its submission to now."""
-        text = "".join(self)
+        """The whole continuation, once its rest is made; `waited`: seconds from its submission to its beginning."""
+        for _ in self:
+            pass
         spent = self.prefill_seconds + self.decode_seconds
         first = waited + self.prefill_seconds if self.prefill_seconds else None
         asked = self.params.logprobs is not None
@@ -79,10 +82,11 @@ class Generation:
             index,
             sample,
             self.text,
-            text,
+            self._detokenizer.text,
             [one.token for one in self.drawn],
             self.finish_reason or "length",
             Timings(None if first is None else waited, first, waited + spent),
+            self.error,
             logprobs=[(one.logprob or 0.0, one.top or []) for one in self.drawn] if asked else None,
         )
 
@@ -110,6 +114,9 @@ class Generation:
                 sampled = sampler(self._logits(text, latest, pages or cache, step), [0], [i])
             (one,) = sampled.to_host()
             self._count(i, time.perf_counter() - began)
+            if one.token == NOT_DRAWN:
+                self.finish_reason, self.error = "error", not_numbers(len(text))
+                return
             if one.token in self.params.stop_tokens:
                 self.finish_reason = "stop"
                 return
@@ -148,7 +155,7 @@ class Generation:
 
     def _read(self) -> Iterator[str]:
         """The text, as whole characters come, up to a stop text."""
-        detokenizer = Detokenizer(self.tokenizer, self.params.stop)
+        detokenizer = self._detokenizer
         for token in self.tokens():
             if piece := detokenizer.push(token):
                 yield piece

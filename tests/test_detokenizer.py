@@ -1,5 +1,6 @@
 """Tokens to text: whole characters only, and nothing of a stop text."""
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,6 +26,26 @@ def test_text_ends_before_the_first_stop_text_and_no_part_of_it_leaks(text: str,
     said = text[: ends[0]] if ends else text
     wanted = said[: min(said.find(stop) for stop in meant if stop in said)] if ends else said
     assert "".join(pieces(text.encode(), tuple(stops))) == wanted
+
+
+@pytest.mark.parametrize("cut", range(1, 13))
+def test_a_continuation_begins_with_the_character_in_which_its_prompt_ends(cut: int):
+    """Whatever was said before the cut, and wherever in a character of one to four bytes it is."""
+    content = "aß€😀é가".encode()
+    whole = len(content[:cut].decode(errors="ignore").encode())
+    for first in (0, max(0, cut - 4)):
+        detokenizer = Detokenizer(ByteTokenizer(), prompt=list(content[first:cut]))
+        said = "".join(detokenizer.push(byte) for byte in content[cut:]) + detokenizer.finish()
+        assert said == detokenizer.text == content[whole:].decode()
+
+
+def test_a_prompts_character_that_is_not_completed_is_the_texts():
+    half = list("가".encode()[:2])
+    for rest, wanted in ((b"a", "\ufffda"), (b"\x80b", "\uac00b"), (b"", "")):
+        detokenizer = Detokenizer(ByteTokenizer(), prompt=half)
+        assert "".join(detokenizer.push(byte) for byte in rest) + detokenizer.finish() == wanted
+    detokenizer = Detokenizer(ByteTokenizer(), ["\uac00"], prompt=half)
+    assert (detokenizer.push(0x80), detokenizer.stopped) == ("", True)
 
 
 def test_it_says_when_it_stopped_and_is_silent_then():

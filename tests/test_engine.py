@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import sys
 
 import pytest
 import torch
@@ -276,6 +277,43 @@ def test_5000_requests_wait_their_turn(generator: TextGenerator):
     assert texts(found[::41]) == [alone(generator, *each) for each in zip(prompts[::41], params[::41], strict=True)]
     assert max(one.timings.started for one in found[:100]) < min(one.timings.started for one in found[-100:])
     check(engine.scheduler)
+
+
+class Nothing:
+    """Stands for a `Runner`: every logit is 0."""
+
+    def __init__(self, engine: Engine):
+        self.device, self.to_device, self.vocab_size = engine.runner.device, engine.runner.to_device, engine.vocab_size
+
+    def __call__(self, chunks) -> torch.Tensor:
+        return torch.zeros(sum(chunk.rows for chunk in chunks), self.vocab_size)
+
+
+def events(generator: TextGenerator, count: int, closing: bool) -> int:
+    """How many functions are called to answer so many prompts, or to begin and cancel them."""
+    engine = generator.engine(kv_memory=pages(generator, 100), max_batch=4)
+    engine.runner = Nothing(engine)
+    params, total = dataclasses.replace(GREEDY, max_new_tokens=1), 0
+
+    def counted(*_) -> None:
+        nonlocal total
+        total += 1
+
+    stream = engine.stream([[i % 11, i // 11 % 11] * 4 for i in range(count)], params)
+    next(stream)  # whatever is done once, such as imports
+    sys.setprofile(counted)
+    try:
+        stream.close() if closing else [engine.queued for _ in stream]
+    finally:
+        sys.setprofile(None)
+    return total
+
+
+@pytest.mark.parametrize("closing", [False, True])
+def test_a_prompts_cost_does_not_grow_with_their_number(generator: TextGenerator, closing: bool):
+    """Counted in calls."""
+    few, many = (events(generator, count, closing) / count for count in (100, 800))
+    assert many < 1.1 * few
 
 
 # Trouble

@@ -311,8 +311,11 @@ def test_nobody_loses_pages_for_a_guess():
 def test_the_least_recently_used_pages_are_given_up_first():
     planner = scheduler(count=7, batch=1)
     a, b, _ = (sample.tokens for sample in add(planner, 9, 9, 17, new=1))  # two full pages, two, four
-    planner.waiting[2].order = (3, 0)
-    planner.waiting.insert(2, Sample((2, 0), list(a[:9]), 9, SamplingParams(max_new_tokens=1)))
+    *_, last = planner.waiting
+    planner.drop(last)
+    last.order = (3, 0)
+    planner.add(Sample((2, 0), list(a[:9]), 9, SamplingParams(max_new_tokens=1)))
+    planner.add(last)
     assert [advance(planner) for _ in range(4)] == [{0: 9}, {1: 9}, {2: 1}, {3: 17}]
     for n, (tokens, computed) in enumerate([(a, 1), (b, 9)], 4):
         planner.add(Sample((n, 0), list(tokens[:9]), 9, SamplingParams(max_new_tokens=1)))
