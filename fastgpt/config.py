@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from fastgpt.errors import UsageError, nearest, shown
+from fastgpt.escapes import unescaped
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 CACHES = ("none", "dense", "paged", "auto")
 SPECULATION = ("none", "ngram")
+ORDERS = ("input", "completion")
 QUANTIZATION = ("none", "int8")
 KERNELS = ("auto", "torch", "reference", "triton")
 LEAST, MOST = -(2**63), 2**63 - 1  # what 64 bits hold: whole numbers end up in tensors and files
@@ -45,8 +47,30 @@ def option(
     return dataclasses.field(default=default, metadata=metadata | limits)
 
 
+class _Plain:
+    """Keeps each setting as a plain Python value, however it was given."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(typing.cast(Any, self)):
+            given = getattr(self, field.name)
+            value = _plain(given, several=typing.get_origin(field.type) is tuple)
+            if value is not given:
+                object.__setattr__(self, field.name, value)
+
+
+def _plain(value: Any, several: bool = False) -> Any:
+    """A number of NumPy or PyTorch as Python's; where a setting has `several` values, a tuple of a list or of one."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if not several or value == ():
+        return value
+    if isinstance(value, list | tuple):
+        return tuple(map(_plain, value))
+    return (value,) if isinstance(value, str | int) else value
+
+
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(_Plain):
     """The shape of a GPT.
 
     The defaults are GPT-2's smallest size.
@@ -200,8 +224,11 @@ class TrainConfig(ModelConfig):
 
 
 @dataclass(frozen=True)
-class SamplingParams:
-    """How a continuation is drawn, and where it ends."""
+class SamplingParams(_Plain):
+    """How a continuation is drawn, and where it ends.
+
+    `stop` and `stop_tokens` may be given as one value or as a list, and any number as NumPy's.
+    """
 
     max_new_tokens: int = option(500, "tokens in a continuation", low=0)
     temperature: float = option(0.8, "0 takes the likeliest token; higher is more varied", low=0)
@@ -238,6 +265,9 @@ class GenerateConfig(SamplingParams):
         path=True,
     )
     output: str | None = option(None, "file for the JSON lines that --prompts writes; default stdout", path=True)
+    resume: bool = option(False, "go on with the answers that the file of --output holds, given the same flags")
+    order: str = option("input", "order of the answers: that of the prompts, or as they are finished", choices=ORDERS)
+    stop_escapes: bool = option(False, r"read \n, \t, \\, \x41 and \u00e9 in --stop as the characters they mean")
     interactive: bool = option(False, "write in turns with the model")
     cache: str = option(
         "auto",
@@ -266,8 +296,11 @@ class GenerateConfig(SamplingParams):
     kernels: str = option("auto", "the table's column: see fastgpt/dispatch.py", choices=KERNELS)
 
     def sampling(self) -> SamplingParams:
-        """The part that says how to draw."""
-        return SamplingParams(**{f.name: getattr(self, f.name) for f in dataclasses.fields(SamplingParams)})
+        """The part that says how to draw. Raises `UsageError` for an escape in a stop text that is none."""
+        params = SamplingParams(**{f.name: getattr(self, f.name) for f in dataclasses.fields(SamplingParams)})
+        if not self.stop_escapes:
+            return params
+        return dataclasses.replace(params, stop=tuple(unescaped(text, "--stop") for text in params.stop))
 
 
 def _preset(L: int, H: int, C: int, block: int, batch: int, lr: float, iters: int, **rest: Any) -> TrainConfig:
