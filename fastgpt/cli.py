@@ -7,6 +7,7 @@ turns what it raises into exit codes: 0 done, 1 failed, 2 bad usage or input, 13
 import argparse
 import contextlib
 import dataclasses
+import errno
 import io
 import os
 import sys
@@ -19,7 +20,7 @@ from typing import Any, TypeVar
 
 from fastgpt import config as configuration
 from fastgpt import streams
-from fastgpt.errors import LONGEST_SHOWN, RunFailed, UsageError, nearest, shown
+from fastgpt.errors import LONGEST_SHOWN, RunFailed, UsageError, UsageErrors, nearest, shown
 from fastgpt.files import decode_utf8
 
 Config = TypeVar("Config")
@@ -59,7 +60,7 @@ def read(
     """
     words = _normalize(sys.argv[1:] if argv is None else argv, kind, presets)
     if "--help" in words:
-        _helper(kind, prog, description, presets).print_help()
+        print(_helper(kind, prog, description, presets).format_help(), end="")
         raise SystemExit(0)
     given = _values(words, kind)
     file = given.pop("config", None)
@@ -85,17 +86,28 @@ def change(start: Config, given: Mapping[str, Any]) -> Config:
 
 def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
     """Call `main(argv)` and return its exit code; an error that the user can mend is one line on stderr."""
-    streams.open_missing()
+    missing = streams.open_missing()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a character is no reason to stop
-    with contextlib.redirect_stderr(typing.cast(typing.IO[str], streams.Lasting(sys.stderr))):
+    product = streams.Product(sys.stdout, closed="stdout" in missing)
+    with (
+        contextlib.redirect_stderr(typing.cast(typing.IO[str], streams.Lasting(sys.stderr))),
+        contextlib.redirect_stdout(typing.cast(typing.IO[str], product)),
+    ):
         return _exit_code(main, argv)
 
 
 def _exit_code(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:
     try:
-        return main(argv)
+        try:
+            return main(argv)
+        finally:
+            sys.stdout.flush()  # now, while a full disk can still be told of
+    except UsageErrors as several:
+        for error in several.errors:
+            print("error:", *str(error).splitlines(), file=sys.stderr)
+        return 2
     except UsageError as error:
         print("error:", *str(error).splitlines(), file=sys.stderr)
         return 2
@@ -105,9 +117,9 @@ def _exit_code(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] 
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # The reader of our output went away; keep the interpreter from complaining about it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (streams.StreamLost, BrokenPipeError) as error:
+        if error.errno != errno.EPIPE:  # who reads no further knows why
+            print(f"error: stdout takes no more: {error.strerror}", file=sys.stderr)
         return 1
 
 

@@ -4,13 +4,25 @@
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 LONGEST_SHOWN = 80  # characters of a value in a message
 
 
 class UsageError(ValueError):
     """Bad input: the message names the flag or file, the value, the limit, and the way out (exit code 2)."""
+
+
+class UsageErrors(UsageError):
+    """Several at once, each of which is told in a line of its own.
+
+    Attributes:
+        errors: they themselves.
+    """
+
+    def __init__(self, errors: Sequence[UsageError]):
+        super().__init__("\n".join(map(str, errors)))
+        self.errors = errors
 
 
 class RunFailed(RuntimeError):

@@ -11,7 +11,7 @@ import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
 if __name__ == "__main__":
     from fastgpt import barriers
@@ -21,15 +21,17 @@ if __name__ == "__main__":
 import torch
 
 from fastgpt import checkpoint, cli, contention, dispatch, memory_need, run_folder, threads, tokenizer
-from fastgpt.config import CACHES, QUANTIZATION, GenerateConfig, ModelConfig, SamplingParams, validate, validate_fields
+from fastgpt.config import CACHES, QUANTIZATION, GenerateConfig, ModelConfig, SamplingParams, validate_fields
 from fastgpt.decode_step import CannotCompile, DecodeStep
 from fastgpt.device import describe, parse_memory, resolve_device, resolve_weights_dtype, synchronize
-from fastgpt.errors import CorruptCheckpoint, UsageError, shown
+from fastgpt.errors import CorruptCheckpoint, RunFailed, UsageError, shown
+from fastgpt.escapes import holds_escape
 from fastgpt.files import decode_utf8
 from fastgpt.model import GPT
 from fastgpt.paged_text import PagedText
 from fastgpt.prompt import Prompt, prompt_tokens
 from fastgpt.quantized import quantize_model
+from fastgpt.settings import EngineOptions, SamplingSettings, check_names, sampling
 from fastgpt.single import Generation
 from fastgpt.tokenizer import Tokenizer, check_unicode
 from fastgpt.units import counted
@@ -64,29 +66,32 @@ class TextGenerator:
         """
         self.step = self.step or DecodeStep(self.model, announce)
 
-    def generate(self, prompt: Prompt = "", *, cache: str = "auto", **settings: Any) -> str:
-        """The continuation of the prompt, without the prompt itself. See `stream`."""
-        return "".join(self.stream(prompt, cache=cache, **settings))
+    def generate(self, prompt: Prompt = "", *, cache: str = "auto", **settings: Unpack[SamplingSettings]) -> str:
+        """The continuation of the prompt, without the prompt itself. See `stream`.
 
-    def stream(self, prompt: Prompt = "", *, cache: str = "auto", **settings: Any) -> Generation:
-        """The continuation piece by piece, as it comes.
+        Raises:
+            RunFailed: the model's logits are not numbers.
+        """
+        made = self.stream(prompt, cache=cache, **settings)
+        text = "".join(made)
+        if made.error is not None:
+            raise RunFailed(made.error)
+        return text
+
+    def stream(self, prompt: Prompt = "", *, cache: str = "auto", **settings: Unpack[SamplingSettings]) -> Generation:
+        """The continuation piece by piece, as it comes: an iterator of texts.
 
         Args:
             prompt: any text, or token ids; an empty one starts at the tokenizer's start token.
             cache: "dense" keeps keys and values in a buffer, "paged" in pages, "none" computes them anew for every
                 token; "auto" is paged on CUDA, where a token is then a replayed graph, and dense elsewhere.
-            settings: fields of `SamplingParams`; `stop` may be one text or several.
+            settings: fields of `SamplingParams`.
 
         Raises:
-            UsageError: a setting outside its limits, more than one sample, or a character that the tokenizer does not
-                know.
+            UsageError: an unknown setting or one outside its limits, more than one sample, or a character that the
+                tokenizer does not know.
         """
-        if isinstance(stop := settings.get("stop", ()), str):
-            settings["stop"] = (stop,)
-        elif isinstance(stop, list):
-            settings["stop"] = tuple(stop)
-        params = SamplingParams(**settings)
-        validate(params)
+        params = sampling(settings)
         if cache not in CACHES:
             raise UsageError(f"cache {cache!r} is not one of {', '.join(CACHES)}")
         if cache == "auto":
@@ -95,11 +100,16 @@ class TextGenerator:
             raise UsageError(f"num_samples {params.num_samples}: a stream is one continuation; use engine()")
         return Generation(self.model, self.tokenizer, prompt, params, cache, self.step, idle=self._idle)
 
-    def engine(self, **options: Any) -> "Engine":
-        """An engine for many prompts at once; see `fastgpt.engine.Engine` for its options."""
+    def engine(self, **options: Unpack[EngineOptions]) -> "Engine":
+        """An engine for many prompts at once; see `fastgpt.engine.Engine` for its options.
+
+        Raises:
+            UsageError: an unknown option, or one outside its limits.
+        """
         from fastgpt.engine import Engine
 
-        return Engine(self.model, self.tokenizer, step=self.step, **options)
+        check_names(options, EngineOptions.__annotations__)
+        return Engine(self.model, self.tokenizer, **{"step": self.step, **options})
 
 
 def load(
@@ -165,9 +175,9 @@ def _check_size(out_dir: Path, step_dir: Path, config: ModelConfig, weights: Map
 
 
 def read_prompt(text: str) -> str:
-    """The prompt that --prompt names: the text itself, FILE:path, or - for stdin."""
+    """The prompt that --prompt names: the text itself, FILE:path, or - for stdin, with \\n for each \\r\\n."""
     if text == "-":
-        return decode_utf8(sys.stdin.buffer.read(), "--prompt: stdin")
+        return decode_utf8(sys.stdin.buffer.read(), "--prompt: stdin").replace("\r\n", "\n")
     if not text.startswith("FILE:"):
         return check_unicode(text, "--prompt")
     path = Path(text.removeprefix("FILE:"))
@@ -175,7 +185,7 @@ def read_prompt(text: str) -> str:
         content = path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise UsageError(f"--prompt {shown(text)} cannot be read: {getattr(error, 'strerror', error)}") from None
-    return decode_utf8(content, f"--prompt: {path}")
+    return decode_utf8(content, f"--prompt: {path}").replace("\r\n", "\n")
 
 
 def single_cache(device: torch.device) -> str:
@@ -201,6 +211,10 @@ def choose_cache(config: GenerateConfig) -> str:
         raise UsageError(f"--num_samples {config.num_samples}: --interactive has one continuation a turn; leave it out")
     if config.output is not None and config.prompts is None:
         raise UsageError(f"--output {config.output} is for --prompts; send the text of --prompt there with >")
+    if config.resume and config.output is None:
+        raise UsageError("--resume goes on with the file of --output; name it")
+    if config.order != "input" and config.prompts is None:
+        raise UsageError(f"--order {config.order} is for --prompts; leave it out")
     if config.prompts is not None and config.prompt:
         raise UsageError("--prompt and --prompts exclude each other; pass only one")
     if config.cache in SINGLE_CACHES and needs:
@@ -230,6 +244,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _generate(config: GenerateConfig) -> int:
     """Write what the flags ask for; the exit code."""
     cache = choose_cache(config)
+    params = config.sampling()
+    if not config.stop_escapes and (stop := next(filter(holds_escape, params.stop), None)):
+        print(
+            f"[--stop {stop} begins no escape: the backslash stands for itself; for the character that it means add "
+            "--stop_escapes, or in bash write $'...']",
+            file=sys.stderr,
+        )
     if config.kv_memory is not None:
         parse_memory(config.kv_memory, resolve_device(config.device))  # before anything is loaded
     if config.prompts is not None:
@@ -240,14 +261,19 @@ def _generate(config: GenerateConfig) -> int:
     if config.interactive:
         from fastgpt import interactive
 
-        interactive.run(_engine(generator, config), generator.tokenizer, config.sampling(), prompt)
-    elif cache == "paged":
-        _print_samples(_engine(generator, config), prompt, config.sampling())
-    else:
-        for sample in range(config.num_samples):
-            _print_heading(sample, config.num_samples)
-            parts, params = (generator.model, generator.tokenizer), config.sampling()
-            _print_sample(Generation(*parts, prompt, params, cache, generator.step, sample=sample), prompt)
+        return interactive.run(_engine(generator, config), generator.tokenizer, params, prompt)
+    if cache == "paged":
+        _print_samples(_engine(generator, config), prompt, params)
+        return 0
+    errors = []
+    for sample in range(config.num_samples):
+        _print_heading(sample, config.num_samples)
+        parts = generator.model, generator.tokenizer
+        made = Generation(*parts, prompt, params, cache, generator.step, sample=sample)
+        _print_sample(made, prompt)
+        errors += [made.error] if made.error is not None else []
+    if errors:
+        raise RunFailed(errors[0])
     return 0
 
 
@@ -303,29 +329,38 @@ def _engine(generator: TextGenerator, config: GenerateConfig) -> "Engine":
 
 
 def _answer_file(config: GenerateConfig, cache: str) -> int:
-    """Continue the prompts of --prompts; 1 where one of them could not be."""
-    from fastgpt import batch
+    """Continue the prompts of --prompts; 1 where one of them could not be, 128 + its number after a signal."""
+    from fastgpt import answers, batch
 
-    batch.check_output(config.output)
+    answers.check_output(config.output, config.resume)
     jobs = batch.read_prompts(config.prompts or "", config.sampling())
-    generator = _load(config)
-    tokens = sum(params.num_samples * params.max_new_tokens for _, params in jobs)
-    single = cache == "dense" or config.max_batch == 1 or (len(jobs) == 1 and jobs[0][1].num_samples == 1)
-    _compile(generator, config, alone=single and cache != "none" and tokens >= WORTH_COMPILING)
-    engine = _engine(generator, config) if cache == "paged" else None
-    completions = (
-        batch.all_at_once(engine, jobs)
-        if engine
-        else batch.one_by_one(generator.model, generator.tokenizer, jobs, cache, generator.step)
-    )
-    failed = batch.write(completions, jobs, config.output, engine)
+    with answers.Answers(config.output, jobs, resume=config.resume, order=config.order) as written:
+        if written.done == written.total:
+            print(f"[all {written.total:,} answers are there already]", file=sys.stderr)
+            return 1 if written.failed else 0
+        generator = _load(config)
+        single = cache == "dense" or config.max_batch == 1 or written.total - written.done == 1
+        tokens = sum(len(left) * params.max_new_tokens for left, (_, params) in zip(written.wanted, jobs, strict=True))
+        _compile(generator, config, alone=single and cache != "none" and tokens >= WORTH_COMPILING)
+        engine = _engine(generator, config) if cache == "paged" else None
+        parts = generator.model, generator.tokenizer
+        completions = (
+            batch.all_at_once(engine, jobs, wanted=written.wanted)
+            if engine
+            else batch.one_by_one(*parts, jobs, cache, generator.step, wanted=written.wanted)
+        )
+        stopped_by = batch.run(completions, written, engine)
     if engine:
         print(batch.summary(engine), file=sys.stderr)
-    if failed:
+    if failed := len(written.failed):
         print(
             f"{failed:,} of {counted(len(jobs), 'prompt')} could not be continued; see their error",
             file=sys.stderr,
         )
+    if stopped_by is not None:
+        more = "; --resume goes on" if config.output else ""
+        print(f"stopped with {written.done:,} of {counted(written.total, 'answer')} written{more}", file=sys.stderr)
+        return 128 + stopped_by
     return 1 if failed else 0
 
 
@@ -349,7 +384,7 @@ def _print_samples(engine: "Engine", prompt: str, params: SamplingParams) -> Non
     tokens = prompt_tokens(prompt, engine.tokenizer, engine.vocab_size)
     _warn_of_sliding(len(tokens), params, engine.block_size)
     texts, shown = ["" for _ in range(params.num_samples)], 0
-    ended = [False for _ in range(params.num_samples)]
+    ended, errors = [False for _ in range(params.num_samples)], {}
 
     def begin(sample: int) -> None:
         _print_heading(sample, params.num_samples)
@@ -357,9 +392,11 @@ def _print_samples(engine: "Engine", prompt: str, params: SamplingParams) -> Non
 
     begin(0)
     for piece in engine.stream([tokens], params):
-        if piece.completion and piece.completion.error:
+        if piece.completion and piece.completion.refused:
             print(flush=True)
             raise UsageError(piece.completion.error)
+        if piece.completion and piece.completion.error:
+            errors[piece.sample] = piece.completion.error
         texts[piece.sample] += piece.text
         ended[piece.sample] = piece.completion is not None
         while shown < params.num_samples:
@@ -375,6 +412,8 @@ def _print_samples(engine: "Engine", prompt: str, params: SamplingParams) -> Non
     line = speed_line(stats.prefill_tokens, stats.prefill_seconds, stats.decode_tokens, stats.decode_seconds)
     guesses = f", {batch.acceptance(stats)}" if engine.speculate != "none" else ""
     print(f"[{line}{guesses}]", file=sys.stderr)
+    if errors:
+        raise RunFailed(errors[min(errors)])
 
 
 def _print_sample(generation: Generation, prompt: str) -> None:

@@ -1,44 +1,51 @@
 """Writing in turns: what is typed is added to the text, the model goes on, and its cache is kept in between."""
 
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from codecs import BOM_UTF8
 
 from fastgpt.batch import acceptance
 from fastgpt.config import SamplingParams
 from fastgpt.engine import Engine
 from fastgpt.errors import UsageError
 from fastgpt.files import decode_utf8
+from fastgpt.signals import noted
+from fastgpt.text_encoding import BOM
 from fastgpt.tokenizer import Tokenizer
 from fastgpt.units import counted
 
 
-def run(engine: Engine, tokenizer: Tokenizer, params: SamplingParams, text: str) -> None:
+def run(engine: Engine, tokenizer: Tokenizer, params: SamplingParams, text: str) -> int:
     """Read lines from stdin until its end, and let the model go on after each; `text` stands before the first.
 
-    A line is added with its line break, if the vocabulary has one. Ctrl-C stops the model's turn, and between turns the
-    program.
+    A line is added with its line break, if the vocabulary has one; \\r\\n counts as one too. Ctrl-C stops the model's
+    turn, and between turns the program.
+
+    Returns:
+        1 where a turn ended as the model's logits were no numbers, else 0.
     """
     tokens = tokenizer.encode(text).tolist() if text else []
     if sys.stdin.isatty():
         print("[type a line, and the model goes on; Ctrl-C stops it, Ctrl-D ends]", file=sys.stderr)
-    breaks_lines = knows(tokenizer, "\n")
-    while line := sys.stdin.buffer.readline():
+    breaks_lines, code = knows(tokenizer, "\n"), 0
+    for number, line in enumerate(iter(sys.stdin.buffer.readline, b"")):
         try:
-            typed = decode_utf8(line, "the line")
+            typed = decode_utf8(line, "the line").replace("\r\n", "\n")
+            if number and line.startswith(BOM_UTF8):  # a mark only where the input begins, elsewhere a character
+                typed = BOM + typed
             tokens += tokenizer.encode(typed if breaks_lines else typed.rstrip("\n")).tolist()
         except UsageError as error:
             print(f"error: {error}", file=sys.stderr)
             continue
         tokens = cut(tokens, engine.block_size)
         reused = engine.scheduler.hits
-        said = take_turn(engine, tokens, params)
+        said, failed = take_turn(engine, tokens, params)
+        code = max(code, int(failed))
         print(flush=True)
         print(f"[{engine.scheduler.hits - reused:,} of {counted(len(tokens), 'token')} in the cache]", file=sys.stderr)
         tokens += said
     if engine.speculate != "none":
         print(f"[{acceptance(engine.stats)}]", file=sys.stderr)
+    return code
 
 
 def knows(tokenizer: Tokenizer, text: str) -> bool:
@@ -62,10 +69,10 @@ def cut(tokens: list[int], block_size: int) -> list[int]:
     return tokens[-kept:]
 
 
-def take_turn(engine: Engine, tokens: list[int], params: SamplingParams) -> list[int]:
-    """Print the continuation as it comes; its tokens."""
-    index, said = engine.submit(tokens, params), []
-    with interrupted() as signals:
+def take_turn(engine: Engine, tokens: list[int], params: SamplingParams) -> tuple[list[int], bool]:
+    """Print the continuation as it comes; its tokens, and whether the logits were no numbers."""
+    index, said, failed = engine.submit(tokens, params), [], False
+    with noted("SIGINT") as signals:
         while engine.busy:
             if signals:
                 engine.cancel(index)
@@ -74,15 +81,5 @@ def take_turn(engine: Engine, tokens: list[int], params: SamplingParams) -> list
                 said += piece.tokens
                 if piece.completion and piece.completion.error:
                     print(f"error: {piece.completion.error}", file=sys.stderr)
-    return said
-
-
-@contextmanager
-def interrupted() -> Iterator[list[int]]:
-    """Collects SIGINT instead of raising it, so that a step is never left half done."""
-    caught: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
-    try:
-        yield caught
-    finally:
-        signal.signal(signal.SIGINT, before)
+                    failed = not piece.completion.refused
+    return said, failed

@@ -47,6 +47,15 @@ def check(path: Path) -> None:
             _take_or_name_owner(file)
 
 
+def claim(descriptor: int) -> bool:
+    """Lock an open file until it is closed; False where another process has it, True also where nothing can."""
+    with open(descriptor, "rb", buffering=0, closefd=False) as file:
+        try:
+            return _take(file)
+        except OSError:
+            return True
+
+
 @contextmanager
 def _opened(path: Path, mode: str) -> Iterator[IO[str]]:
     """The file `path`, opened and locked; who waited for a file that its owner then deleted opens the next one."""
@@ -89,7 +98,7 @@ def _take_or_name_owner(file: IO[str]) -> None:
         time.sleep(0.01)
 
 
-def _take(file: IO[str]) -> bool:
+def _take(file: IO) -> bool:
     """Lock an open file for this process, without waiting. Raises `OSError` where nothing can be locked."""
     try:
         if os.name == "nt":

@@ -2,7 +2,8 @@
 
 import os
 import signal
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 STOPPING = ("SIGINT", "SIGTERM", "SIGHUP")
@@ -52,6 +53,35 @@ class Signals:
     def _save(self, number: int, frame: FrameType | None) -> None:
         self.save_asked = True
         _say("saving after this step")
+
+
+@contextmanager
+def noted(*names: str, notice: str | None = None) -> Iterator[list[int]]:
+    """Collects the numbers of signals instead of acting on them, so that a step is never left half done.
+
+    `notice`: what is said at the first one; a second one then ends at once, as `Signals` has it.
+    """
+    caught: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if notice is not None and caught:
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+        caught.append(number)
+        if notice is not None:
+            _say(notice)
+
+    before = {}
+    for name in names:
+        number = getattr(signal, name, None)
+        if number is None or signal.getsignal(number) is signal.SIG_IGN:
+            continue
+        with suppress(ValueError):  # not in the main thread, where signals do not arrive
+            before[number] = signal.signal(number, note)
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def ignore_saving() -> None:

@@ -1,4 +1,4 @@
-"""Standard streams that a run outlives: closed from the start, or closed by whoever watched."""
+"""Standard streams that were closed from the start, were closed by their reader, or lead to a full disk."""
 
 import io
 import os
@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 
-class Lasting:
-    """A standard stream that leads nowhere once it takes no more: whoever read it left, or its disk is full."""
+class StreamLost(OSError):
+    """A standard stream takes no more; `strerror` says why."""
+
+
+class _Wrapped:
+    """A stream whose failures are caught; what is written after one leads nowhere."""
 
     def __init__(self, stream: Any):
         self.stream = stream
@@ -19,32 +23,61 @@ class Lasting:
     def write(self, text: str) -> int:
         try:
             return self.stream.write(text)
-        except OSError:
-            self._lead_nowhere()
+        except OSError as error:
+            self._lose(error)
         return len(text)
 
     def flush(self) -> None:
         try:
             self.stream.flush()
-        except OSError:
-            self._lead_nowhere()
+        except OSError as error:
+            self._lose(error)
 
-    def _lead_nowhere(self) -> None:
+    def _lose(self, error: OSError) -> None:
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
         except io.UnsupportedOperation:  # no file
             self.stream = io.StringIO()
 
 
-def open_missing() -> None:
-    """Let the standard streams that were closed before this process began (by >&-, say) lead nowhere.
+class Lasting(_Wrapped):
+    """A standard stream whose loss stops nothing."""
+
+
+class Product(_Wrapped):
+    """Stdout where it takes a command's product: its loss is an error, told once.
+
+    The first call that fails raises `StreamLost`, and no later one does, nor does Python's own at exit.
+    """
+
+    def __init__(self, stream: Any, closed: bool = False):
+        """`closed`: it was so before this process began."""
+        super().__init__(stream)
+        self.closed_before = closed
+
+    def write(self, text: str) -> int:
+        if self.closed_before and text:
+            self.closed_before = False
+            raise StreamLost(0, "it is closed")
+        return super().write(text)
+
+    def _lose(self, error: OSError) -> None:
+        super()._lose(error)
+        raise StreamLost(error.errno, error.strerror or str(error)) from None
+
+
+def open_missing() -> set[str]:
+    """Let the standard streams that were closed before this process began (by >&-, say) lead nowhere; their names.
 
     Their numbers are taken first, or a file that is opened later would get what is meant for people.
     """
+    missing = set()
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(number)
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free
+            missing.add(name)
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 - it stays open
+    return missing

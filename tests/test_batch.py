@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from fastgpt import answers as answers_module
 from fastgpt import batch, cli, generate
+from fastgpt.answers import Answers
 from fastgpt.config import SamplingParams
 from fastgpt.errors import UsageError
 from fastgpt.generate import TextGenerator
@@ -126,7 +128,6 @@ def test_a_line_of_json_may_have_settings_of_its_own(tmp_path: Path):
     ("line", "words"),
     [
         ('{"prompt": "a"', ["is not JSON"]),
-        ("", ["is not JSON"]),
         ("[" * 100_000, ["is not JSON"]),
         ('"a"', ['either "prompt" or "tokens"']),
         ("{}", ['either "prompt" or "tokens"']),
@@ -157,6 +158,31 @@ def test_a_line_that_is_no_request_is_named_before_anything_is_computed(capsys, 
     Path("p.jsonl").write_text(f'{{"prompt": "a"}}\n{line}\n{{"prompt": "b"}}\n')
     found = refusal(capsys, "--prompts p.jsonl")
     assert [word for word in ["--prompts p.jsonl, line 2", *words] if word not in found] == [], found
+
+
+@pytest.mark.usefixtures("place")
+def test_all_lines_that_are_no_requests_are_named_at_once(capsys, monkeypatch):
+    monkeypatch.setattr(batch, "MOST_ERRORS", 3)
+    bad = ['{"prompt": 7}', "", '{"prompt": "a", "temprature": 1}', '{"prompt": "a"}', "\t", "[1", "{}", "3", '"a"']
+    Path("p.jsonl").write_text("\n".join(bad))
+    assert command("--prompts p.jsonl") == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert [line.partition(" is")[0].partition(": ")[2].partition(": ")[0] for line in err.splitlines()] == [
+        *(f"--prompts p.jsonl, line {number}" for number in (1, 3, 6)),
+        "--prompts p.jsonl has 3 more lines that are no requests",
+    ]
+
+
+@pytest.mark.usefixtures("place")
+def test_blank_lines_and_a_byte_order_mark_are_no_requests(capsys):
+    content = '\ufeff{"prompt": "abc"}\r\n\r\n   \n{"prompt": "a"}\n\n'
+    Path("p.jsonl").write_text(content, encoding="utf-8", newline="")
+    assert [prompt for prompt, _ in batch.read_prompts("p.jsonl", SamplingParams())] == ["abc", "a"]
+    Path("p.txt").write_text("\ufeffabc\r\n\r\na\r\n", encoding="utf-8", newline="")
+    assert [prompt for prompt, _ in batch.read_prompts("p.txt", SamplingParams())] == ["abc", "", "a"]
+    Path("p.jsonl").write_text("\n \n")
+    assert "--prompts p.jsonl is empty" in refusal(capsys, "--prompts p.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -250,13 +276,15 @@ def test_a_line_is_written_as_soon_as_all_before_it_are(generator: TextGenerator
     jobs = [("abc", SamplingParams(max_new_tokens=n)) for n in lengths]
     seen = []
 
-    def completions():
-        for done in batch.all_at_once(engine, jobs):
+    def completions(wanted: list[list[int]]):
+        for done in batch.all_at_once(engine, jobs, wanted=wanted):
             if done is not None:
                 seen.append((done.index, len(answers(Path("o").read_text()))))
             yield done
 
-    assert batch.write(completions(), jobs, "o", engine) == 0
+    with Answers("o", jobs) as written:
+        assert batch.run(completions(written.wanted), written, engine) is None
+    assert (written.failed, written.done) == (set(), 5)
     assert seen == [(1, 0), (2, 0), (0, 0), (4, 3), (3, 3)]
     assert [len(line["tokens"]) for line in answers(Path("o").read_text())] == lengths
 
@@ -336,14 +364,14 @@ def test_reading_fails_with_the_errors_of_the_api_too(tmp_path: Path):
 @pytest.mark.usefixtures("place")
 def test_an_output_that_comes_to_exist_meanwhile_is_kept(capsys):
     Path("p.txt").write_text("abc\n")
-    check = batch.check_output
+    check = answers_module.check_output
 
-    def made_meanwhile(output: str | None) -> None:
-        check(output)
+    def made_meanwhile(output: str | None, resume: bool) -> None:
+        check(output, resume)
         Path("o").write_text("somebody's")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batch, "check_output", made_meanwhile)
+        patch.setattr(answers_module, "check_output", made_meanwhile)
         assert command("--prompts p.txt --output o") == 2
     assert capsys.readouterr().err.splitlines()[-1] == "error: --output o cannot be made: File exists"
     assert Path("o").read_text() == "somebody's"

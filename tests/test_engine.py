@@ -283,10 +283,10 @@ class Nothing:
     """Stands for a `Runner`: every logit is 0."""
 
     def __init__(self, engine: Engine):
-        self.device, self.to_device, self.vocab_size = engine.runner.device, engine.runner.to_device, engine.vocab_size
+        self.device, self.vocab_size = engine.runner.device, engine.vocab_size
 
-    def __call__(self, chunks) -> torch.Tensor:
-        return torch.zeros(sum(chunk.rows for chunk in chunks), self.vocab_size)
+    def __call__(self, plan) -> torch.Tensor:
+        return torch.zeros(plan.rows, self.vocab_size)
 
 
 def events(generator: TextGenerator, count: int, closing: bool) -> int:

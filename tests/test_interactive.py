@@ -76,6 +76,28 @@ def test_the_cache_is_kept_between_turns(talk):
     assert [line.split()[0] for line in shown] == ["[0"] * 3
 
 
+def test_line_breaks_of_windows_and_a_byte_order_mark_are_no_text(talk, generator):
+    out, _ = talk(b"\xef\xbb\xbfabc\r\n\r\ndef\r\n", "jih")
+    assert out == "".join(reply + "\n" for reply in replies(generator, "jih", ["abc", "", "def"]))
+    _, shown = talk(b"abc\n\xef\xbb\xbfdef\n")
+    assert "lacks '\\ufeff' (U+FEFF)" in shown[1]
+
+
+def test_a_turn_begins_with_the_character_in_which_the_text_ends(capsys):
+    """A byte model whose turn goes on inside a character of the text."""
+    generator, half = fresh(chars=None, block_size=BLOCK), "가".encode()[:2]
+    engine = generator.engine(kv_memory=1 << 20)
+    params = SamplingParams(max_new_tokens=3, temperature=2.0, top_k=0)
+    seeds = (dataclasses.replace(params, seed=seed) for seed in range(200))
+    completing = next(one for one in seeds if engine.generate([list(half)], one)[0].tokens[0] & 0xC0 == 0x80)
+    said, _ = interactive.take_turn(engine, list(half), completing)
+    assert capsys.readouterr().out == (half + bytes(said)).decode(errors="replace")
+    (found,) = engine.generate([list(half)], completing)
+    alone = generator.stream(list(half), **vars(completing))
+    assert found.text == "".join(alone) == (half + bytes(said)).decode(errors="replace")
+    assert found.text[0] == (half + bytes(said[:1])).decode() != "\ufffd"
+
+
 def test_a_last_line_without_a_break_counts_too(talk, generator):
     assert talk("abc")[0] == generator.generate("abc", temperature=0, max_new_tokens=6) + "\n"
 
