@@ -23,7 +23,7 @@ import torch
 from fastgpt import checkpoint, cli, contention, dispatch, memory_need, run_folder, threads, tokenizer
 from fastgpt.config import CACHES, QUANTIZATION, GenerateConfig, ModelConfig, SamplingParams, validate_fields
 from fastgpt.decode_step import CannotCompile, DecodeStep
-from fastgpt.device import describe, parse_memory, resolve_device, resolve_weights_dtype, synchronize
+from fastgpt.device import parse_memory, resolve_device, resolve_weights_dtype, synchronize
 from fastgpt.errors import CorruptCheckpoint, RunFailed, UsageError, shown
 from fastgpt.escapes import holds_escape
 from fastgpt.files import decode_utf8
@@ -288,9 +288,8 @@ def _load(config: GenerateConfig) -> TextGenerator:
         batch=config.max_batch if config.prompts is not None else min(config.num_samples, config.max_batch),
         compile=bool(config.compile),
     )
-    device = generator.model.device
-    kernels = f"; kernels {generator.model.ops}" if device.type == "cuda" else ""  # elsewhere there is no choice
-    print(f"[{describe(device)}{kernels}]", file=sys.stderr)
+    if generator.model.device.type == "cuda":  # elsewhere there is no choice to tell of
+        print(f"[kernels {generator.model.ops}]", file=sys.stderr)
     return generator
 
 
