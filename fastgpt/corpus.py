@@ -2,9 +2,11 @@
 
 `prepare` finds the text, tokenizes it in two streaming passes and returns a `Corpus`; a folder that is
 already there and whose source has not changed is reused. `load` opens a prepared folder, ours or nanoGPT's, and
-checks every token in it.
+checks every token in it. In a corpus of several documents, the files of a folder, the vocabulary's end-of-text follows
+each; char has none, and its vocabulary stays that of the characters.
 """
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -17,14 +19,18 @@ import numpy as np
 from fastgpt import files, nanogpt, sources, token_file, tokenizer
 from fastgpt.errors import UsageError, nearest, shown
 from fastgpt.scratch_folder import scratch_folder
-from fastgpt.sources import Source
+from fastgpt.sources import Source, TextFiles
 from fastgpt.tokenizer import BpeTokenizer, ByteTokenizer, CharTokenizer, Gpt2Tokenizer, Tokenizer
 from fastgpt.units import counted
 
 NAMES = ("pydocs", "shakespeare")
 DEFAULT_BPE = 1024
 TRAIN_SHARE = 0.9
+OPENING_TOKENS, OPENING_WITHIN = 16, 4096  # tokens of `Corpus.opening`, and of the text in which it is looked for
 FORMAT = 1  # of meta.json
+# How text is read, which a run keeps: 1, up to version 0.1.0: byte order marks are text, linked folders are left out,
+# documents end in no more than a newline, and generation starts from a token that may be in no text. 2: as it is now.
+READING = 2
 TOKEN_FILES = ("train.bin", "val.bin")
 
 
@@ -34,7 +40,8 @@ class Corpus:
 
     Attributes:
         dtype: of the token files, "uint16" or "uint32".
-        source_sha256: of the UTF-8 text; for a folder that nanoGPT prepared, of its two token files.
+        source_sha256: of the UTF-8 text, with the ends of its documents; for a folder that nanoGPT prepared, of its two
+            token files.
         val_bytes: UTF-8 bytes of the val text, for bits per byte; like `characters` and `bytes`, which are
             those of the whole text, None for a folder that nanoGPT prepared.
     """
@@ -58,6 +65,22 @@ class Corpus:
         """The validation tokens, (val_tokens,) of `dtype`, as a read-only memory map."""
         return np.memmap(self.path / "val.bin", dtype=self.dtype, mode="r")
 
+    def opening(self) -> str:
+        """A few words of the val split for a model to continue: the beginning of its first whole line that is not blank.
+
+        A line begins after a line break or the end of a document; where no line does, the split's beginning is taken.
+        """
+        ids, end = self.val()[:OPENING_WITHIN].tolist(), self.tokenizer.end_token
+        pieces = [self.tokenizer.token_bytes(id) for id in ids]
+        for start in [*(i + 1 for i, id in enumerate(ids) if id == end or pieces[i].endswith(b"\n")), 0]:
+            part = pieces[start : start + OPENING_TOKENS]
+            if end in ids[start : start + OPENING_TOKENS]:
+                part = part[: ids[start:].index(end)]
+            text = b"".join(part).decode("utf-8", errors="ignore")  # without a character that is cut
+            if text.partition("\n")[0].strip():
+                return text
+        return ""
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -78,6 +101,7 @@ def prepare(
     gpt2_vocab: str | None = None,
     vocabulary: Tokenizer | None = None,
     data_dir: str = "data",
+    reading: int = READING,
     quiet: bool = False,
 ) -> Corpus:
     """Tokenize a corpus into `data_dir`, or find it there, and open it.
@@ -93,6 +117,7 @@ def prepare(
         corpus_file: a local copy of tiny Shakespeare; for shakespeare only.
         gpt2_vocab: folder with GPT-2's vocab.bpe and encoder.json.
         vocabulary: tokenize a text with this one instead of its own; not for a prepared folder.
+        reading: 1 reads a text as version 0.1.0 did; see `READING`.
         quiet: do not say on stderr what was prepared.
 
     Raises:
@@ -108,10 +133,17 @@ def prepare(
         if any((path / file).exists() for file in TOKEN_FILES):
             corpus = load(path, gpt2_vocab)
             _check_prepared(corpus, tokenizer, vocab_size)
-            return _announced("opened", corpus, quiet)
-        source = sources.text_files(path, skip=Path(data_dir))
+            own = vocabulary if vocabulary == corpus.tokenizer else None
+            return _announced("opened", _started(corpus, own, reading), quiet)
+        source = sources.text_files(path, skip=Path(data_dir), as_before=reading == 1)
+    can_end = vocabulary.end_token is not None if vocabulary else tokenizer != "char"
+    ends = can_end and reading > 1 and isinstance(source, TextFiles) and len(source.paths) > 1
+    if ends:
+        source = dataclasses.replace(source, ended=True)
+    if tokenizer == "byte" and vocab_size not in (None, 256 + ends):
+        raise _own_size(tokenizer, vocab_size)
 
-    statistics = _measure(source)
+    own, statistics = vocabulary, _measure(source)
     size = (vocab_size or DEFAULT_BPE) if tokenizer == "bpe" else None
     label = [_file_name(source.name), tokenizer, *([str(size)] if size else []), statistics.sha256[:8]]
     if vocabulary is not None:
@@ -119,10 +151,25 @@ def prepare(
     elif tokenizer == "gpt2" and gpt2_vocab is not None:
         vocabulary = Gpt2Tokenizer.from_files(gpt2_vocab)
     target = Path(data_dir) / "-".join(label)
-    if found := _reusable(target, statistics.sha256, vocabulary):
-        return _announced("reused", found, quiet)
-    vocabulary = vocabulary or _vocabulary(tokenizer, size, source, statistics)
-    return _announced("prepared", _write(target, source, statistics, vocabulary), quiet)
+    if corpus := _reusable(target, statistics.sha256, vocabulary):
+        verb = "reused"
+    else:
+        vocabulary = vocabulary or _vocabulary(tokenizer, size, source, statistics, ends)
+        verb, corpus = "prepared", _write(target, source, statistics, vocabulary)
+    return _announced(verb, _started(corpus, own, reading), quiet)
+
+
+def _started(corpus: Corpus, vocabulary: Tokenizer | None, reading: int) -> Corpus:
+    """The corpus with a vocabulary that knows a token to start from which is trained: a document's end, if the train
+    split holds one, else its first token. A given vocabulary, and one of a run that reads as before, stay as they are.
+    """
+    if vocabulary is not None:
+        return dataclasses.replace(corpus, tokenizer=vocabulary)
+    if reading == 1:
+        return corpus
+    train, end = corpus.train(), corpus.tokenizer.end_token
+    start = end if end is not None and token_file.holds(train, end) else int(train[0])
+    return dataclasses.replace(corpus, tokenizer=corpus.tokenizer.starting_from(start))
 
 
 def load(path: str | Path, gpt2_vocab: str | None = None) -> Corpus:
@@ -189,10 +236,8 @@ def _load_ours(path: Path) -> Corpus:
 def _check_arguments(dataset: str, kind: str, vocab_size: int | None, corpus_file: str | None) -> None:
     if kind not in tokenizer.KINDS:
         raise UsageError(f"--tokenizer {kind!r} is not one of {', '.join(tokenizer.KINDS)}")
-    if vocab_size is not None and kind != "bpe" and vocab_size != tokenizer.FIXED_SIZES.get(kind):
-        raise UsageError(
-            f"--vocab_size {vocab_size} is for --tokenizer bpe; --tokenizer {kind} has its own, leave it out"
-        )
+    if vocab_size is not None and kind != "bpe" and vocab_size not in tokenizer.FIXED_SIZES.get(kind, ()):
+        raise _own_size(kind, vocab_size)
     if vocab_size is not None and kind == "bpe":
         tokenizer.check_bpe_size(vocab_size)
     if corpus_file is not None and dataset != "shakespeare":
@@ -200,6 +245,10 @@ def _check_arguments(dataset: str, kind: str, vocab_size: int | None, corpus_fil
             f"--corpus_file {corpus_file} is a copy of tiny Shakespeare, and --dataset is {dataset}; "
             f"for your own text use --dataset {corpus_file}"
         )
+
+
+def _own_size(kind: str, vocab_size: int | None) -> UsageError:
+    return UsageError(f"--vocab_size {vocab_size} is for --tokenizer bpe; --tokenizer {kind} has its own, leave it out")
 
 
 def _check_prepared(corpus: Corpus, kind: str, vocab_size: int | None) -> None:
@@ -247,10 +296,16 @@ def _announced(verb: str, corpus: Corpus, quiet: bool) -> Corpus:
 
 
 def _measure(source: Source) -> Statistics:
-    """The first pass. Raises `UsageError` when the text is too short to have a training and a val part."""
+    """The first pass. Raises `UsageError` when the text is too short to have a training and a val part.
+
+    The hash is that of the text; the end of a document counts as a byte that UTF-8 has not.
+    """
     digest, characters, length = hashlib.sha256(), 0, 0
     seen = np.zeros(sys.maxunicode + 1, dtype=bool)
     for text in source.texts():
+        if text is None:
+            digest.update(b"\xff")
+            continue
         data = text.encode()
         digest.update(data)
         characters += len(text)
@@ -266,15 +321,16 @@ def _measure(source: Source) -> Statistics:
     return Statistics(digest.hexdigest(), characters, length, chars)
 
 
-def _vocabulary(kind: str, size: int | None, source: Source, statistics: Statistics) -> Tokenizer:
+def _vocabulary(kind: str, size: int | None, source: Source, statistics: Statistics, ends: bool) -> Tokenizer:
     if kind == "char":
         return CharTokenizer(statistics.chars)
     if kind == "byte":
-        return ByteTokenizer()
+        return ByteTokenizer(ends)
     if kind == "gpt2":
         return Gpt2Tokenizer.from_files()
     train_end = int(TRAIN_SHARE * statistics.characters)
-    return BpeTokenizer.train(sources.chunks(sources.span(source.texts(), 0, train_end)), size or DEFAULT_BPE)
+    pieces = sources.chunks(sources.span(source.texts(), 0, train_end))
+    return BpeTokenizer.train((text for text in pieces if text is not None), size or DEFAULT_BPE, ends)
 
 
 def _reusable(target: Path, sha256: str, vocabulary: Tokenizer | None) -> Corpus | None:

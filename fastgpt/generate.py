@@ -257,6 +257,7 @@ def _generate(config: GenerateConfig) -> int:
         return _answer_file(config, cache)
     prompt = read_prompt(config.prompt)
     generator = _load(config)
+    prompt = prompt or generator.tokenizer.opening
     _compile(generator, config, alone=config.interactive)
     if config.interactive:
         from fastgpt import interactive

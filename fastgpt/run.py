@@ -62,6 +62,7 @@ class Run:
         self.dtype = resolve_dtype(dtype, self.device, interpreted=resolve().interpreted)
         # A text that was allowed to change is read with the run's vocabulary, from then on.
         self.own_vocabulary = resuming and (config.allow_data_change or about.get("corpus", {}).get("own_vocabulary"))
+        self.reading = run_folder.reading(about) if resuming else corpus.READING
         self.data = corpus.prepare(
             config.dataset,
             tokenizer=config.tokenizer,
@@ -70,6 +71,7 @@ class Run:
             gpt2_vocab=config.gpt2_vocab,
             vocabulary=run_folder.vocabulary(self.out_dir) if self.own_vocabulary else None,
             data_dir=config.data_dir,
+            reading=self.reading,
         )
         if resuming:
             run_folder.check_resume(self.out_dir, config, self.data)
@@ -330,6 +332,7 @@ class Run:
                     "name": self.data.name,
                     "source_sha256": self.data.source_sha256,
                     "own_vocabulary": bool(self.own_vocabulary),
+                    "reading": self.reading,
                 },
                 "torch": torch.__version__,
             },
@@ -424,12 +427,13 @@ class Run:
         )
 
     def _sample(self) -> str:
+        """Some words of the val split, and how the model continues them."""
         self.model.eval()
-        generator = TextGenerator(self.model, self.data.tokenizer)
+        generator, opening = TextGenerator(self.model, self.data.tokenizer), self.data.opening()
         try:
-            return generator.generate(max_new_tokens=SAMPLE_TOKENS, seed=self.config.seed)
+            return opening + generator.generate(opening, max_new_tokens=SAMPLE_TOKENS, seed=self.config.seed)
         except RunFailed as error:
-            return f"({error})"
+            return f\"({error})\"
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -14,9 +14,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fastgpt import checkpoint, lock, tokenizer
+from fastgpt import __version__, checkpoint, lock, tokenizer
 from fastgpt.config import TrainConfig, validate
-from fastgpt.corpus import Corpus
+from fastgpt.corpus import READING, Corpus
 from fastgpt.errors import CorruptCheckpoint, UsageError
 from fastgpt.files import recover, temporary_sibling, write, write_atomic
 from fastgpt.units import format_bytes
@@ -177,7 +177,7 @@ def delete(out_dir: Path) -> None:
 def save(out_dir: Path, config: TrainConfig, vocabulary: tokenizer.Tokenizer, about: Mapping[str, Any]) -> None:
     """Write `config.json`, with the configuration and what was resolved, and `tokenizer.json`."""
     asked = {name: value for name, value in dataclasses.asdict(config).items() if name not in COMMANDS}
-    content = {"format": FORMAT, "config": asked, **about}
+    content = {"format": FORMAT, "fastgpt": __version__, "config": asked, **about}
     content["sha256"] = _sha256(content)
     write_atomic(out_dir / "config.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     vocabulary.save(out_dir / "tokenizer.json")
@@ -191,19 +191,29 @@ def load(out_dir: Path) -> tuple[TrainConfig, dict[str, Any]]:
     """
     path = out_dir / "config.json"
     content = checkpoint.read_json(path)
-    known = {field.name for field in dataclasses.fields(TrainConfig)}
-    saved = content.get("config")
-    if content.get("format") != FORMAT or not isinstance(saved, dict) or not saved.keys() <= known:
-        raise CorruptCheckpoint(f"{path} is not the configuration of a run of this version")
-    if any(not isinstance(content.get(name, {}), dict) for name in ("columns", "corpus")):
-        raise CorruptCheckpoint(f"{path} is not the configuration of a run of this version")
-    if type(threads := content.get("threads", 1)) is not int or threads < 1:
-        raise CorruptCheckpoint(f"{path} is not the configuration of a run of this version")
+    known = [field.name for field in dataclasses.fields(TrainConfig)]
+    saved, number = content.get("config"), content.get("format")
+    if number is None or not isinstance(saved, dict):
+        raise CorruptCheckpoint(f"{path} is not the configuration of a run; put back a copy of it")
     if content.get("sha256") != _sha256(content):
         raise CorruptCheckpoint(f"{path} is not what was saved; put back a copy of it, and change settings by flags")
+    ours = f"this is fastgpt {__version__}; use the version that wrote it"
+    if number != FORMAT:
+        raise CorruptCheckpoint(f"{path} has format {number!r:.20}, from {_version(content)}, and {ours}")
+    if unknown := [name for name in saved if name not in known]:
+        raise CorruptCheckpoint(f"{path} has the setting {unknown[0]!r:.40}, from {_version(content)}, and {ours}")
+    if any(not isinstance(content.get(name, {}), dict) for name in ("columns", "corpus")):
+        raise CorruptCheckpoint(f"{path} is not the configuration of a run; put back a copy of it")
+    if type(threads := content.get("threads", 1)) is not int or threads < 1:
+        raise CorruptCheckpoint(f"{path} is not the configuration of a run; put back a copy of it")
     config = TrainConfig(**saved)
     validate(config)
     return config, content
+
+
+def _version(content: Mapping[str, Any]) -> str:
+    """The version that wrote a `config.json`; the first ones did not say."""
+    return f"fastgpt {content['fastgpt']!s:.20}" if "fastgpt" in content else "fastgpt 0.1.0 or one before it"
 
 
 def _sha256(content: Mapping[str, Any]) -> str:
@@ -242,6 +252,21 @@ def check_resume(out_dir: Path, config: TrainConfig, data: Corpus) -> None:
             f"going on with a text that changed since the run began {change}; which checkpoint is best begins anew",
             file=sys.stderr,
         )
+
+
+def reading(about: Mapping[str, Any]) -> int:
+    """How the run of a `config.json` reads its text: `corpus.READING` when it began.
+
+    Raises:
+        CorruptCheckpoint: by rules that this version does not know.
+    """
+    number = about.get("corpus", {}).get("reading", 1)
+    if number not in range(1, READING + 1):
+        raise CorruptCheckpoint(
+            f"the run reads its text by rules {number!r:.20}, which {_version(about)} wrote and fastgpt {__version__} "
+            "does not know; use that version"
+        )
+    return number
 
 
 def vocabulary(out_dir: Path) -> tokenizer.Tokenizer:

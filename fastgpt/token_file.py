@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastgpt import files, sources
+from fastgpt import files
 from fastgpt.errors import UsageError
+from fastgpt.sources import Piece, chunks
 from fastgpt.tokenizer import Tokenizer
 from fastgpt.units import counted
 
@@ -23,20 +24,28 @@ def dtype_of(vocab_size: int) -> str:
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
-def write(path: Path, texts: Iterable[str], vocabulary: Tokenizer) -> dict[str, Any]:
-    """Encode a text that comes in pieces: how many tokens and UTF-8 bytes it has, and the file's sha256."""
+def write(path: Path, pieces: Iterable[Piece], vocabulary: Tokenizer) -> dict[str, Any]:
+    """Encode a text that comes in pieces: how many tokens and UTF-8 bytes it has, and the file's sha256.
+
+    The end of a document becomes the vocabulary's end_token.
+    """
     dtype = dtype_of(vocabulary.vocab_size)
     counts = {"tokens": 0, "bytes": 0}
 
     def blocks() -> Iterator[bytes]:
-        for chunk in sources.chunks(texts):
-            data = vocabulary.encode(chunk).astype(dtype).tobytes()
-            counts["tokens"] += len(data) // np.dtype(dtype).itemsize
-            counts["bytes"] += len(chunk.encode())
-            yield data
+        for chunk in chunks(pieces):
+            ids = np.array([vocabulary.end_token]) if chunk is None else vocabulary.encode(chunk)
+            counts["tokens"] += len(ids)
+            counts["bytes"] += 0 if chunk is None else len(chunk.encode())
+            yield ids.astype(dtype).tobytes()
 
     identity = files.write(path, blocks())
     return counts | {"sha256": identity["sha256"]}
+
+
+def holds(tokens: np.ndarray, token: int) -> bool:
+    """Whether a token is among those of a file, (T,), which is read only as far as it takes to find one."""
+    return any(bool((tokens[at : at + READ_BYTES] == token).any()) for at in range(0, len(tokens), READ_BYTES))
 
 
 def scan(path: Path, dtype: str, vocab_size: int, *digests: "_Hash") -> int:

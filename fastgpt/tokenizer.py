@@ -6,6 +6,7 @@ for every valid text. Each saves itself whole (`to_json`), so that a run's folde
 """
 
 import base64
+import copy
 import functools
 import hashlib
 import importlib.util
@@ -15,7 +16,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -25,7 +26,7 @@ from fastgpt.units import counted
 
 KINDS = ("char", "byte", "gpt2", "bpe")
 SMALLEST_BPE = 257
-FIXED_SIZES = {"byte": 256, "gpt2": 50_257}
+FIXED_SIZES = {"byte": (256, 257), "gpt2": (50_257,)}  # without and with a token that ends a document
 ENDOFTEXT = "<|endoftext|>"
 GPT2_MERGES = 50_000
 LARGEST_BPE = 1 << 20  # tokens; the library makes room for as many as are asked for at once
@@ -56,23 +57,48 @@ class Tokenizer(ABC):
     Attributes:
         kind: "char", "byte", "gpt2" or "bpe".
         vocab_size: number of tokens; ids are 0 .. vocab_size - 1.
-        start_token: the id that generation starts from when the prompt is empty.
+        end_token: the id that ends a document, to which no text is encoded; None where there is none.
+        start_token: the id that generation starts from when the prompt is empty. That of `starting_from`, which was
+            trained; of a vocabulary that was saved without one, a newline or `end_token`.
     """
 
     kind: ClassVar[str]
 
-    def __init__(self, tokens: Sequence[bytes], start_token: int):
+    def __init__(self, tokens: Sequence[bytes], start_token: int, end_token: int | None = None):
         self._tokens = tuple(tokens)
         self.vocab_size = len(self._tokens)
-        self.start_token = start_token
+        self.start_token, self.end_token = start_token, end_token
+        self._start_is_trained = False
+
+    def starting_from(self, token: int) -> Self:
+        """The same vocabulary with another `start_token`, which is saved with it. Raises ValueError for no token."""
+        if type(token) is not int or not 0 <= token < self.vocab_size:
+            raise ValueError(f"its start {token!r:.20} is no token of {self.vocab_size:,}")
+        other = copy.copy(self)
+        other.start_token, other._start_is_trained = token, True
+        return other
+
+    @property
+    def opening(self) -> str:
+        """The text of a trained `start_token`, which an empty prompt stands for; "" where it has none to show."""
+        if not self._start_is_trained or self.start_token == self.end_token:
+            return ""
+        try:
+            return self._tokens[self.start_token].decode("utf-8")
+        except UnicodeDecodeError:  # the first byte of a longer character
+            return ""
 
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
         """The ids of `text`, (T,) int64. Raises `UsageError` for a lone surrogate or an unknown character."""
 
     @abstractmethod
+    def _describe(self) -> dict[str, Any]:
+        """The vocabulary as JSON values."""
+
     def to_json(self) -> dict[str, Any]:
         """Everything `from_json` needs to rebuild this tokenizer, as JSON values."""
+        return self._describe() | ({"start": self.start_token} if self._start_is_trained else {})
 
     def token_bytes(self, id: int) -> bytes:
         """The UTF-8 bytes of one token, perhaps part of a character. Raises ValueError for an unknown id."""
@@ -93,7 +119,8 @@ class Tokenizer(ABC):
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Tokenizer) and self.to_json() == other.to_json()
+        """Whether it is the same vocabulary, wherever generation starts."""
+        return isinstance(other, Tokenizer) and self._describe() == other._describe()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(vocab_size={self.vocab_size})"
@@ -127,23 +154,25 @@ class CharTokenizer(Tokenizer):
             )
         return ids
 
-    def to_json(self) -> dict[str, Any]:
+    def _describe(self) -> dict[str, Any]:
         return {"kind": self.kind, "chars": self.chars}
 
 
 class ByteTokenizer(Tokenizer):
-    """One token per UTF-8 byte: 256 tokens for any text."""
+    """One token per UTF-8 byte: 256 tokens for any text. With `ends`, token 256 ends a document."""
 
     kind = "byte"
 
-    def __init__(self):
-        super().__init__([bytes([value]) for value in range(256)], start_token=ord("\n"))
+    def __init__(self, ends: bool = False):
+        self.ends = ends
+        tokens = [*(bytes([value]) for value in range(256)), *([ENDOFTEXT.encode()] if ends else [])]
+        super().__init__(tokens, start_token=ord("\n"), end_token=256 if ends else None)
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(_encoded(text), dtype=np.uint8).astype(np.int64)
 
-    def to_json(self) -> dict[str, Any]:
-        return {"kind": self.kind}
+    def _describe(self) -> dict[str, Any]:
+        return {"kind": self.kind} | _ending(self.ends)
 
 
 class Gpt2Tokenizer(Tokenizer):
@@ -168,13 +197,13 @@ class Gpt2Tokenizer(Tokenizer):
             raise UsageError(
                 "--tokenizer gpt2 needs tiktoken; pip install 'fastgpt-engine[gpt2]', or use --tokenizer bpe"
             ) from None
-        super().__init__([*ranks, ENDOFTEXT.encode()], start_token=len(ranks))
+        super().__init__([*ranks, ENDOFTEXT.encode()], start_token=len(ranks), end_token=len(ranks))
         self._ranks = tuple(ranks)
         self._encoding = tiktoken.Encoding(
             "gpt2",
             pat_str=GPT2_PATTERN,
             mergeable_ranks={token: rank for rank, token in enumerate(ranks)},
-            special_tokens={ENDOFTEXT: self.start_token},
+            special_tokens={ENDOFTEXT: len(ranks)},
         )
 
     @classmethod
@@ -193,7 +222,7 @@ class Gpt2Tokenizer(Tokenizer):
             ids += self._encoding.encode_ordinary(piece)
         return np.array(ids, dtype=np.int64)
 
-    def to_json(self) -> dict[str, Any]:
+    def _describe(self) -> dict[str, Any]:
         return {
             "kind": self.kind,
             "ranks": " ".join(base64.b64encode(token).decode() for token in self._ranks),
@@ -205,6 +234,7 @@ class BpeTokenizer(Tokenizer):
 
     Args:
         description: the library's own JSON, as a dict.
+        ends: the vocabulary has one more token, its last, which ends a document.
 
     Raises:
         ValueError: it does not describe a byte-level BPE.
@@ -213,7 +243,7 @@ class BpeTokenizer(Tokenizer):
 
     kind = "bpe"
 
-    def __init__(self, description: dict[str, Any]):
+    def __init__(self, description: dict[str, Any], ends: bool = False):
         library = _tokenizers()
         _check_plain_bpe(description)
         try:
@@ -226,12 +256,13 @@ class BpeTokenizer(Tokenizer):
             newline = tokens.index(b"\n")
         except (KeyError, ValueError):
             raise ValueError("its vocabulary is not a byte-level one") from None
-        super().__init__(tokens, start_token=newline)
-        self._description = description
+        self._description, self.ends = description, ends
+        end = len(tokens) if ends else None
+        super().__init__([*tokens, *([ENDOFTEXT.encode()] if ends else [])], start_token=newline, end_token=end)
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> "BpeTokenizer":
-        """Learn a vocabulary of at most `vocab_size` tokens, the 256 bytes among them.
+    def train(cls, texts: Iterable[str], vocab_size: int, ends: bool = False) -> "BpeTokenizer":
+        """Learn a vocabulary of at most `vocab_size` tokens, the 256 bytes, and with `ends` an end, among them.
 
         The same text gives the same vocabulary. A small text may hold fewer merges than asked for.
 
@@ -244,12 +275,12 @@ class BpeTokenizer(Tokenizer):
         trained.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
         trained.decoder = library.decoders.ByteLevel()
         trainer = library.trainers.BpeTrainer(
-            vocab_size=vocab_size,
+            vocab_size=vocab_size - ends,
             initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
         trained.train_from_iterator((p for text in texts for p in _PIECES.findall(text)), trainer)
-        return cls(json.loads(trained.to_str()))
+        return cls(json.loads(trained.to_str()), ends)
 
     def encode(self, text: str) -> np.ndarray:
         _encoded(text)
@@ -258,8 +289,13 @@ class BpeTokenizer(Tokenizer):
             ids += encoding.ids
         return np.array(ids, dtype=np.int64)
 
-    def to_json(self) -> dict[str, Any]:
-        return {"kind": self.kind, "tokenizer": self._description}
+    def _describe(self) -> dict[str, Any]:
+        return {"kind": self.kind, "tokenizer": self._description} | _ending(self.ends)
+
+
+def _ending(ends: bool) -> dict[str, Any]:
+    """What the description of a vocabulary says of a token of its own that ends a document."""
+    return {"end_of_text": True} if ends else {}
 
 
 def check_bpe_size(vocab_size: int) -> None:
@@ -276,21 +312,30 @@ def check_bpe_size(vocab_size: int) -> None:
 def from_json(description: dict[str, Any]) -> Tokenizer:
     """The tokenizer that `to_json` described. Raises `UsageError` when the description is not one."""
     kind = description.get("kind") if isinstance(description, dict) else None
+    if kind not in KINDS:
+        raise UsageError(f"tokenizer kind {kind!r:.40} is not one of {', '.join(KINDS)}")
     try:
-        match kind:
-            case "char":
-                return CharTokenizer(description["chars"])
-            case "byte":
-                return ByteTokenizer()
-            case "gpt2":
-                return Gpt2Tokenizer([base64.b64decode(token) for token in description["ranks"].split(" ")])
-            case "bpe":
-                return BpeTokenizer(description["tokenizer"])
+        vocabulary = _vocabulary_of(kind, description)
+        return vocabulary.starting_from(description["start"]) if "start" in description else vocabulary
     except UsageError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise UsageError(f"not a {kind} tokenizer: {error}") from None
-    raise UsageError(f"tokenizer kind {kind!r} is not one of {', '.join(KINDS)}")
+
+
+def _vocabulary_of(kind: str, description: dict[str, Any]) -> Tokenizer:
+    ends = description.get("end_of_text", False)
+    if type(ends) is not bool:
+        raise ValueError(f"end_of_text {ends!r:.20} is neither true nor false")
+    match kind:
+        case "char":
+            return CharTokenizer(description["chars"])
+        case "byte":
+            return ByteTokenizer(ends)
+        case "gpt2":
+            return Gpt2Tokenizer([base64.b64decode(token) for token in description["ranks"].split(" ")])
+        case _:
+            return BpeTokenizer(description["tokenizer"], ends)
 
 
 def load(path: str | Path) -> Tokenizer:

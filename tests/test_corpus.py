@@ -93,9 +93,10 @@ class TestPrepare:
         assert int(prepared.val().max()) == (1 << 16) - 1
 
     def test_odd_but_valid_text(self, tmp_path: Path):
-        for name, text in {"bom": "\ufeffab", "crlf": "a\r\nb\rc\n\r"}.items():
+        for name, text in {"bom": "\ufeff\ufeffab", "crlf": "a\r\nb\rc\n\r"}.items():
             (tmp_path / name).write_bytes(text.encode())
-            assert text_of(prepare(tmp_path / name, tmp_path)) == text
+            assert text_of(prepare(tmp_path / name, tmp_path)) == text.removeprefix("\ufeff")
+        assert text_of(prepare(tmp_path / "bom", tmp_path, reading=1)) == "\ufeff\ufeffab"
 
     @every_kind
     def test_one_enormous_line(self, kind: str, tmp_path: Path):
