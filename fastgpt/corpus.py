@@ -66,7 +66,7 @@ class Corpus:
         return np.memmap(self.path / "val.bin", dtype=self.dtype, mode="r")
 
     def opening(self) -> str:
-        """A few words of the val split for a model to continue: the beginning of its first whole line that is not blank.
+        """A few words of the val split for a model to continue: how its first whole line that is not blank begins.
 
         A line begins after a line break or the end of a document; where no line does, the split's beginning is taken.
         """
@@ -279,6 +279,15 @@ def _find(dataset: str, data_dir: Path) -> Path:
     )
 
 
+def located(dataset: str, data_dir: str) -> str:
+    """The dataset as it is found from any working folder: a known name as it is, else an absolute path.
+
+    Raises:
+        UsageError: there is none.
+    """
+    return dataset if dataset in NAMES else files.absolute(_find(dataset, Path(data_dir)))
+
+
 def _file_name(name: str) -> str:
     return re.sub(r"[^\w.-]+", "_", name)[:40].strip(".") or "corpus"
 
@@ -369,7 +378,9 @@ def _write(target: Path, source: Source, statistics: Statistics, vocabulary: Tok
             files.write(temporary / "meta.json", [json.dumps(meta, indent=1).encode()])
             _publish(temporary, target, statistics.sha256, vocabulary)
     except OSError as error:
-        raise UsageError(f"--data_dir {target.parent}: cannot write {target.name}: {error.strerror}") from None
+        raise UsageError(
+            f"--data_dir {target.parent}: cannot write {target.name}: {error.strerror}; name another"
+        ) from None
     return load(target)
 
 

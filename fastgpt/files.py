@@ -40,6 +40,11 @@ def regular(path: Path) -> Path:
     return path
 
 
+def absolute(path: Path) -> str:
+    """The path from the root on; links stay, except where a `..` follows one and would lead elsewhere without it."""
+    return str(path.resolve() if ".." in path.parts else path.absolute())
+
+
 def temporary_sibling(path: Path, purpose: str = "") -> Path:
     """A name in the same folder, for what is renamed to `path` once it is whole."""
     return path.with_name(f"{TEMPORARY}{purpose}{path.name}-{os.getpid()}")

@@ -45,7 +45,7 @@ class Run:
 
     def __init__(self, config: TrainConfig):
         resuming = config.resuming
-        self.asked, self.out_dir = config, Path(config.out_dir)
+        self.out_dir = Path(config.out_dir)
         self.device = resolve_device(config.device)
         if resuming:
             checkpoint.require(self.out_dir)
@@ -53,6 +53,8 @@ class Run:
         else:
             run_folder.claim(self.out_dir, config.overwrite)
         about = run_folder.load(self.out_dir)[1] if resuming else {}
+        if resuming:
+            config = run_folder.relocated(self.out_dir, config)
         same = about.get("device") == self.device.type  # as the run began on: then its choices are kept
         recorded = about.get("dtype", "auto") if same else "auto"
         columns = about.get("columns") if same else None
@@ -73,6 +75,7 @@ class Run:
             data_dir=config.data_dir,
             reading=self.reading,
         )
+        self.asked = run_folder.anchored(config)
         if resuming:
             run_folder.check_resume(self.out_dir, config, self.data)
         self.config = dataclasses.replace(config, vocab_size=self.data.tokenizer.vocab_size)

@@ -14,11 +14,11 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fastgpt import __version__, checkpoint, lock, tokenizer
+from fastgpt import __version__, checkpoint, corpus, lock, tokenizer
 from fastgpt.config import TrainConfig, validate
 from fastgpt.corpus import READING, Corpus
 from fastgpt.errors import CorruptCheckpoint, UsageError
-from fastgpt.files import recover, temporary_sibling, write, write_atomic
+from fastgpt.files import absolute, recover, temporary_sibling, write, write_atomic
 from fastgpt.units import format_bytes
 
 FORMAT = 1
@@ -26,6 +26,7 @@ LOCK = ".lock"
 # Deleted in this order: config.json, by which `claim` knows that the others are a run's, goes last.
 RUN_FILES = ("tokenizer.json", "metrics.jsonl", "latest", "best", "config.json")
 PICTURE = "plots/loss.png"
+DATA_PATHS = ("corpus_file", "data_dir", "gpt2_vocab")  # with the dataset, which may be a name
 COMMANDS = ("init_from", "overwrite", "allow_data_change")  # of one start, not of the run
 FIXED = ("block_size", "n_layer", "n_head", "kv_heads", "n_embd", "bias", "position", "tokenizer")
 
@@ -252,6 +253,42 @@ def check_resume(out_dir: Path, config: TrainConfig, data: Corpus) -> None:
             f"going on with a text that changed since the run began {change}; which checkpoint is best begins anew",
             file=sys.stderr,
         )
+
+
+def anchored(config: TrainConfig) -> TrainConfig:
+    """The configuration with absolute paths, by which a resume from another working folder finds the data."""
+    paths = {name: absolute(Path(path)) for name in DATA_PATHS if (path := getattr(config, name)) is not None}
+    return dataclasses.replace(config, dataset=corpus.located(config.dataset, config.data_dir), **paths)
+
+
+def relocated(out_dir: Path, config: TrainConfig) -> TrainConfig:
+    """The configuration of a resume, whose data is where it says; prepared data, which can be made again, may be gone.
+
+    Raises:
+        UsageError: a path that the run recorded leads to nothing, and no flag gives another one.
+    """
+    saved, _ = load(out_dir)
+    if config.data_dir == saved.data_dir and not Path(config.data_dir).absolute().parent.is_dir():
+        default = TrainConfig.data_dir
+        print(f"--data_dir {config.data_dir}, which the run recorded, is gone: using {default}", file=sys.stderr)
+        config = dataclasses.replace(config, data_dir=default)
+    for name in ("dataset", "corpus_file", "gpt2_vocab"):
+        path = getattr(config, name)
+        if path is not None and path == getattr(saved, name) and not _leads_somewhere(name, path, config.data_dir):
+            raise UsageError(
+                f"--{name} {path}: the run in {out_dir} recorded this path, and nothing is there; put it back, or pass "
+                f"--{name} with the path where it is now: a text with the same sha256 goes on"
+            )
+    return config
+
+
+def _leads_somewhere(name: str, path: str, data_dir: str) -> bool:
+    if name != "dataset":
+        return Path(path).exists()
+    try:
+        return bool(corpus.located(path, data_dir))
+    except UsageError:
+        return False
 
 
 def reading(about: Mapping[str, Any]) -> int:

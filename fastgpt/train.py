@@ -61,6 +61,7 @@ def starting_point(preset: str | None, given: Mapping[str, object]) -> tuple[Tra
     if asked.resuming:
         by_path = init_from != "resume"
         out_dir = str(given.get("out_dir", Path(init_from).parent if by_path else "out"))
+        run_folder.check_free(Path(out_dir))
         run_folder.mend(Path(out_dir))
         validate(asked)
         if preset is not None:
