@@ -10,6 +10,7 @@ import pytest
 from fastgpt import corpus, token_file
 from fastgpt.errors import UsageError
 from fastgpt.tokenizer import ByteTokenizer, CharTokenizer
+from fastgpt.units import counted
 from tests.corpora import prepare, refused, text_of
 
 TEXT = "It was the best of times, it was the worst of times.\n" * 20
@@ -130,7 +131,8 @@ def test_a_scan_sees_every_token_whatever_the_block(block: int, dtype: str, tmp_
             token_file.scan(path, dtype, 99)
     for size in (0, 1, 7, 13):
         path.write_bytes(b"\1" * size)
-        with pytest.raises(UsageError, match=f"x.bin has {size} bytes, which is no whole number of {dtype} tokens"):
+        held = counted(size, "byte")
+        with pytest.raises(UsageError, match=f"x.bin has {held}, which is no whole number of {dtype} tokens"):
             token_file.scan(path, dtype, 1 << 20)
 
 
