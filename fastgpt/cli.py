@@ -109,10 +109,10 @@ def _exit_code(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] 
             print("error:", *str(error).splitlines(), file=sys.stderr)
         return 2
     except UsageError as error:
-        print("error:", *str(error).splitlines(), file=sys.stderr)
+        print(f"error: {_printable(error)}", file=sys.stderr)
         return 2
     except RunFailed as error:
-        print("error:", *str(error).splitlines(), file=sys.stderr)
+        print(f"error: {_printable(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -121,6 +121,12 @@ def _exit_code(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] 
         if error.errno != errno.EPIPE:  # who reads no further knows why
             print(f"error: stdout takes no more: {error.strerror}", file=sys.stderr)
         return 1
+
+
+def _printable(error: Exception) -> str:
+    """A message on one line, in which a control character, as files may hold, is shown and does nothing."""
+    line = " ".join(str(error).splitlines())
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
 
 
 def _check_reachable(name: str, path: str) -> None:

@@ -21,7 +21,7 @@ from fastgpt.errors import UsageError, nearest, shown
 from fastgpt.scratch_folder import scratch_folder
 from fastgpt.sources import Source, TextFiles
 from fastgpt.tokenizer import BpeTokenizer, ByteTokenizer, CharTokenizer, Gpt2Tokenizer, Tokenizer
-from fastgpt.units import counted
+from fastgpt.units import counted, format_seconds
 
 NAMES = ("pydocs", "shakespeare")
 DEFAULT_BPE = 1024
@@ -32,6 +32,7 @@ FORMAT = 1  # of meta.json
 # documents end in no more than a newline, and generation starts from a token that may be in no text. 2: as it is now.
 READING = 2
 TOKEN_FILES = ("train.bin", "val.bin")
+STALE_SECONDS = 60  # by which val.bin may be older than train.bin
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,7 @@ def load(path: str | Path, gpt2_vocab: str | None = None) -> Corpus:
             raise UsageError(f"{path} has no {file}; prepare the text itself with --dataset PATH")
     meta = path / "meta.pkl"
     vocabulary = nanogpt.vocabulary(meta) if meta.exists() else Gpt2Tokenizer.from_files(gpt2_vocab)
+    _warn_of_stale_val(path)
     digest = hashlib.sha256()
     train, val = (token_file.scan(path / file, nanogpt.DTYPE, vocabulary.vocab_size, digest) for file in TOKEN_FILES)
     return Corpus(
@@ -200,6 +202,21 @@ def load(path: str | Path, gpt2_vocab: str | None = None) -> Corpus:
         characters=None,
         bytes=None,
     )
+
+
+def _warn_of_stale_val(path: Path) -> None:
+    """Say so where val.bin is older than train.bin, which nanoGPT writes before it: it may be of another text.
+
+    Times of change are all that its folder tells of that, and copying may change them, so this is no error. A folder of
+    ours has the hash of both.
+    """
+    train, val = ((path / file).stat().st_mtime for file in TOKEN_FILES)
+    if train - val > STALE_SECONDS:
+        print(
+            f"warning: {path / 'val.bin'} is {format_seconds(train - val)} older than train.bin; if it is of another "
+            "text, the val loss tells nothing: prepare both again (if not, touch val.bin)",
+            file=sys.stderr,
+        )
 
 
 def _load_ours(path: Path) -> Corpus:
@@ -227,7 +244,8 @@ def _load_ours(path: Path) -> Corpus:
     except UsageError as error:
         raise UsageError(f"{path / 'meta.json'}: {error}") from None
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise UsageError(f"{path / 'meta.json'} is damaged: {error}; delete {path} and prepare it again") from None
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise UsageError(f"{path / 'meta.json'} is damaged: {reason}; delete {path} and prepare it again") from None
     for file, tokens, sha256 in zip(TOKEN_FILES, (corpus.train_tokens, corpus.val_tokens), hashes, strict=True):
         token_file.check(path / file, corpus.tokenizer.vocab_size, tokens, sha256)
     return corpus

@@ -4,6 +4,7 @@ A .pt file is a zip archive around a pickle, and a pickle can run any code. `tor
 none: it knows tensors and plain data, and refuses all else. No other way is ever tried.
 """
 
+import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,11 @@ from fastgpt.units import counted
 
 LARGEST_PICKLE = 64 << 20  # bytes; that of GPT-2's largest size takes less than one MiB
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")  # nanoGPT's model_args
-PREFIXES = ("_orig_mod.", "transformer.")  # of torch.compile, and of nanoGPT's module
+BIAS = True  # nanoGPT's default, and what it had before it had the setting
+WRAPPERS = ("_orig_mod.", "module.")  # of torch.compile and DistributedDataParallel, in either order
+PREFIX = "transformer."  # of nanoGPT's module
+ESCAPE = re.compile(r"\x1b\[[0-9;]*m")  # by which PyTorch makes parts of a message bold
+GLOBAL = re.compile(r"GLOBAL (\S+)")  # what its messages call a class or a function in a pickle
 DERIVED = ("lm_head.weight", ".attn.bias", ".attn.masked_bias")  # tied to the embedding; masks of old versions
 
 
@@ -54,14 +59,28 @@ def load(path: str | Path) -> ForeignModel:
     try:
         _check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return ForeignModel(path, _shape(content["model_args"]), _tensors(content["model"]))
+        return ForeignModel(path, _shape(_part(content, "model_args")), _tensors(_part(content, "model")))
     except OSError as error:
         raise UsageError(f"--init_from {path} cannot be read: {error.strerror or error}") from None
     except Exception as error:  # a hostile or broken file may raise anything; none of it has run
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UsageError(
-            f"--init_from {path} is not nanoGPT's checkpoint: {reason:.200}; nothing in it was run"
+            f"--init_from {path} is not nanoGPT's checkpoint: {_reason(error):.200}; nothing in it was run"
         ) from None
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with the file, in a line. PyTorch's advice is left out, which is to run what the file holds."""
+    text = ESCAPE.sub("", str(error)) or type(error).__name__
+    if found := GLOBAL.search(text):
+        return f"it holds {found[1]}, which is neither a tensor nor plain data"
+    return text.rpartition("WeightsUnpickler error: ")[2].splitlines()[0]
+
+
+def _part(content: Any, name: str) -> dict[str, Any]:
+    part = content.get(name) if isinstance(content, dict) else None
+    if not isinstance(part, dict):
+        raise ValueError(f"it has no {name}, which nanoGPT's train.py saves")
+    return part
 
 
 def _check_archive(path: Path) -> None:
@@ -82,7 +101,9 @@ def _check_archive(path: Path) -> None:
 
 
 def _shape(arguments: dict[str, Any]) -> ModelConfig:
-    shape = ModelConfig(**{name: arguments[name] for name in SHAPE})
+    if missing := [name for name in SHAPE if name not in arguments and name != "bias"]:
+        raise ValueError(f"its model_args lack {missing[0]}")
+    shape = ModelConfig(**{name: arguments.get(name, BIAS) for name in SHAPE})
     validate(shape)
     return shape
 
@@ -90,8 +111,9 @@ def _shape(arguments: dict[str, Any]) -> ModelConfig:
 def _tensors(weights: dict[str, Any]) -> dict[str, torch.Tensor]:
     result = {}
     for name, tensor in weights.items():
-        for prefix in PREFIXES:
-            name = name.removeprefix(prefix)
+        while name.startswith(WRAPPERS):
+            name = name.partition(".")[2]
+        name = name.removeprefix(PREFIX)
         if name.endswith(DERIVED):
             continue
         _check_stored(name, tensor)

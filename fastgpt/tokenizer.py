@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import re
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -148,11 +149,24 @@ class CharTokenizer(Tokenizer):
         if unknown:
             named = ", ".join(f"{char!r} (U+{ord(char):04X})" for char in unknown[:5])
             more = f" and {len(unknown) - 5:,} more" if len(unknown) > 5 else ""
+            way_out = self._normalization(text, unknown)
             raise UsageError(
                 f"the char vocabulary has only {counted(self.vocab_size, 'character')} and lacks {named}{more}; "
-                "leave those out, or train with --tokenizer byte, gpt2 or bpe"
+                f"{way_out or 'leave those out, or train with --tokenizer byte, gpt2 or bpe'}"
             )
         return ids
+
+    def _normalization(self, text: str, unknown: Sequence[str]) -> str:
+        """Advice for a text whose unknown characters, or some of them, are those of another Unicode normalization."""
+        known = set(self.chars)
+        for form in ("NFC", "NFD"):
+            left = set(unicodedata.normalize(form, text)) - known
+            if len(left) < len(unknown):
+                rest = f", which leaves {counted(len(left), 'unknown character')}" if left else ""
+                return (
+                    f"normalize the text to Unicode's {form}, as the vocabulary is (uconv -x any-{form.lower()}){rest}"
+                )
+        return ""
 
     def _describe(self) -> dict[str, Any]:
         return {"kind": self.kind, "chars": self.chars}
@@ -319,7 +333,9 @@ def from_json(description: dict[str, Any]) -> Tokenizer:
         return vocabulary.starting_from(description["start"]) if "start" in description else vocabulary
     except UsageError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except KeyError as error:
+        raise UsageError(f"not a {kind} tokenizer: it has no {error}") from None
+    except (TypeError, ValueError, AttributeError, RecursionError) as error:
         raise UsageError(f"not a {kind} tokenizer: {error}") from None
 
 

@@ -263,6 +263,14 @@ def test_an_error_stays_on_one_line_whatever_was_typed(capsys):
     assert err.startswith("error: unknown flag --n layer")
 
 
+def test_what_a_file_could_do_to_a_terminal_is_shown_instead(capsys):
+    def main(argv):
+        raise UsageError("the name \x1b[31mred\x07 of 가")
+
+    assert cli.run(main) == 2
+    assert capsys.readouterr().err == "error: the name \\x1b[31mred\\x07 of 가\n"
+
+
 def test_run_turns_an_interrupt_into_130(capsys):
     def main(argv):
         raise KeyboardInterrupt

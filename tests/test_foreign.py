@@ -27,7 +27,7 @@ pytestmark = [
 ]
 LETTERS = len(set(TEXT))
 SHAPE = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "bias": True, "vocab_size": LETTERS}
-PREFIXES = ("", "_orig_mod.")
+PREFIXES = ("", "_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module.")
 START = "--dataset text.txt --device cpu --dtype float32 --batch_size 2 --max_iters 2 --eval_interval 2 --eval_iters 1"
 
 
@@ -103,6 +103,12 @@ class TestStart:
         padding = run.model.wte.weight[LETTERS:]
         assert not padding.any()
 
+    def test_a_file_from_before_biases_were_a_setting_has_them(self):
+        content = content_of(SHAPE)
+        del content["model_args"]["bias"]
+        write(content)
+        assert self.loaded().model.weights()["h.0.attn.c_attn.bias"].any()
+
     def test_the_losses_are_those_of_the_same_model(self):
         write(content_of(SHAPE))
         model, tokens = model_of(SHAPE).eval(), torch.randint(LETTERS, (2, 9))
@@ -110,7 +116,7 @@ class TestStart:
         run.model.eval()
         assert torch.equal(run.model(tokens[:, :-1], tokens[:, 1:]), model(tokens[:, :-1], tokens[:, 1:]))
 
-    @pytest.mark.parametrize("prefix", PREFIXES)
+    @pytest.mark.parametrize("prefix", PREFIXES[:2])
     def test_a_training_goes_its_whole_way(self, capsys, prefix: str):
         write(content_of(SHAPE, prefix))
         assert start() == 0
@@ -301,7 +307,9 @@ class TestNothingIsRun:
             content[place] = canary
         write(content)
         error = refusal(capsys)
-        assert "nothing in it was run" in error
+        assert "it holds " in error
+        assert error.endswith(", which is neither a tensor nor plain data; nothing in it was run")  # and no bad advice
+        assert error.isprintable()
         assert not Path("canary").exists()
         assert [call.get("weights_only") for call in loads] == [True]  # and no other way was tried
 
@@ -321,6 +329,20 @@ class TestNothingIsRun:
         assert "is no zip archive" in refusal(capsys)
         assert not Path("canary").exists()
         assert loads == []
+
+    @pytest.mark.parametrize(
+        ("change", "reason"),
+        [
+            (lambda content: content.pop("model_args"), "it has no model_args, which nanoGPT's train.py saves"),
+            (lambda content: content.pop("model"), "it has no model, which nanoGPT's train.py saves"),
+            (lambda content: content["model_args"].pop("n_head"), "its model_args lack n_head"),
+        ],
+    )
+    def test_what_is_missing_is_named(self, capsys, change: Callable[[dict], object], reason: str):
+        content = content_of(SHAPE)
+        change(content)
+        write(content)
+        assert refusal(capsys).endswith(f"is not nanoGPT's checkpoint: {reason}; nothing in it was run")
 
     def test_an_archive_of_torchscript_is_not_run(self, capsys, loads):
         module = torch.jit.script(torch.nn.Linear(2, 2))

@@ -46,6 +46,15 @@ class TestNanogptFolders:
             assert prepared.source_sha256 == sha256(foreign / "train.bin", foreign / "val.bin")
             assert text_of(prepared) == "azéé" + "za"
 
+    def test_a_val_split_that_is_older_than_the_train_split_is_named(self, foreign: Path, tmp_path: Path, capsys):
+        for age, warned in ((0, False), (30, False), (7200, True)):
+            os.utime(foreign / "train.bin", (1e9, 1e9))
+            os.utime(foreign / "val.bin", (1e9 - age, 1e9 - age))
+            prepare(foreign, tmp_path)
+            err = capsys.readouterr().err
+            assert (f"warning: {foreign / 'val.bin'} is 2:00:00 older than train.bin; if" in err) is warned
+            assert err.count("\n") == warned
+
     @needs_gpt2
     def test_nanogpt_without_meta_is_gpt2(self, foreign: Path, tmp_path: Path):
         (foreign / "meta.pkl").unlink()

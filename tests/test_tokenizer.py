@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import time
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -224,6 +225,21 @@ class TestChar:
             CharTokenizer("a").encode("a\n\x1b")
         assert "\n" not in str(error.value)
         assert "\x1b" not in str(error.value)
+
+
+class TestNormalization:
+    @pytest.mark.parametrize(("own", "other"), [("NFC", "NFD"), ("NFD", "NFC")])
+    def test_text_in_another_normalization_is_told_which_is_the_vocabularys(self, own: str, other: str):
+        text = "Über den Häusern, 한국어"
+        chars = CharTokenizer("".join(sorted(set(unicodedata.normalize(own, text)))))
+        with pytest.raises(
+            UsageError, match=f"; normalize the text to Unicode's {own}, as the vocabulary is .*nf[cd]\\)$"
+        ):
+            chars.encode(unicodedata.normalize(other, text))
+        with pytest.raises(UsageError, match=f"Unicode's {own}, .*, which leaves 1 unknown character$"):
+            chars.encode(unicodedata.normalize(other, text) + "Z")
+        with pytest.raises(UsageError, match=r"lacks 'Z' \(U\+005A\); leave those out"):
+            chars.encode("Z")
 
 
 class TestByte:

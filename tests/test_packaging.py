@@ -1,0 +1,22 @@
+"""What is shipped: typed packages in the wheel, and in the source distribution all that the tests need."""
+
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_both_packages_say_that_they_are_typed_and_ship_that():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    for package in project["packages"]:
+        folder = ROOT / project["package-dir"].get(package, package)
+        assert (folder / "py.typed").is_file()
+        assert "py.typed" in project["package-data"][package]
+
+
+def test_the_source_distribution_holds_what_tests_import_and_read():
+    manifest = (ROOT / "MANIFEST.in").read_text(encoding="utf-8").splitlines()
+    pytest_paths = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pytest"]
+    beside = set(pytest_paths["ini_options"]["pythonpath"]) - {".", "kernels"}  # packages are shipped anyway
+    assert {f"graft {folder}" for folder in ("tests", *beside)} <= set(manifest)
+    assert "include data/prepare.py" in manifest
