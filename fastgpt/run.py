@@ -55,6 +55,7 @@ class Run:
         about = run_folder.load(self.out_dir)[1] if resuming else {}
         if resuming:
             config = run_folder.relocated(self.out_dir, config)
+        self.asked = run_folder.anchored(config)
         same = about.get("device") == self.device.type  # as the run began on: then its choices are kept
         recorded = about.get("dtype", "auto") if same else "auto"
         columns = about.get("columns") if same else None
@@ -75,7 +76,6 @@ class Run:
             data_dir=config.data_dir,
             reading=self.reading,
         )
-        self.asked = run_folder.anchored(config)
         if resuming:
             run_folder.check_resume(self.out_dir, config, self.data)
         self.config = dataclasses.replace(config, vocab_size=self.data.tokenizer.vocab_size)

@@ -36,7 +36,7 @@ def test_a_refusal_names_the_way_on(text: str, out: Path, capsys):
     write(text)
     before = runs.contents(out)
     line = refusal(capsys, "--max_iters 6")
-    assert line.startswith("error: --dataset text.txt")
+    assert line.startswith(f"error: --dataset {Path('text.txt').absolute()}")
     assert "go on with it by --allow_data_change" in line
     assert runs.contents(out) == before
 
