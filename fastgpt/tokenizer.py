@@ -47,9 +47,18 @@ _PIECES = re.compile(rf"(?:(?:\s{_RUN}+)?+\S{_RUN}+(?!\S)){{1,1024}}+|\S{_RUN}|\
 
 
 def cache_dir() -> Path:
-    """The folder for downloads and vocabulary files: $FASTGPT_CACHE, else ~/.cache/fastgpt. May not exist."""
-    folder = os.environ.get("FASTGPT_CACHE")
-    return Path(folder).expanduser() if folder else Path.home() / ".cache" / "fastgpt"
+    """The folder for downloads and vocabulary files: $FASTGPT_CACHE, else ~/.cache/fastgpt. May not exist.
+
+    Raises:
+        UsageError: it lies in a home folder, and the system knows none.
+    """
+    folder = os.environ.get("FASTGPT_CACHE") or "~/.cache/fastgpt"
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError:
+        raise UsageError(
+            f"the cache {folder} lies in a home folder, and there is none; set FASTGPT_CACHE to a folder, or HOME"
+        ) from None
 
 
 class Tokenizer(ABC):

