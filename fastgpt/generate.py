@@ -257,12 +257,12 @@ def _generate(config: GenerateConfig) -> int:
         return _answer_file(config, cache)
     prompt = read_prompt(config.prompt)
     generator = _load(config)
-    prompt = prompt or generator.tokenizer.opening
     _compile(generator, config, alone=config.interactive)
     if config.interactive:
         from fastgpt import interactive
 
         return interactive.run(_engine(generator, config), generator.tokenizer, params, prompt)
+    prompt = prompt or generator.tokenizer.opening
     if cache == "paged":
         _print_samples(_engine(generator, config), prompt, params)
         return 0

@@ -436,7 +436,7 @@ class Run:
         try:
             return opening + generator.generate(opening, max_new_tokens=SAMPLE_TOKENS, seed=self.config.seed)
         except RunFailed as error:
-            return f\"({error})\"
+            return f"({error})"
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
