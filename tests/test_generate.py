@@ -222,7 +222,8 @@ def test_every_setting_reaches_the_text(out: Path, capsys):
     cut = usual[: usual.index(stop, 4)]
     assert printed("--stop", "absent", "--stop", stop) == cut + "\n"
     assert printed("--max_new_tokens", "0") == "The \n"
-    assert printed("--prompt", "") == fastgpt.load(out).generate(max_new_tokens=40) + "\n"
+    generator = fastgpt.load(out)
+    assert printed("--prompt", "") == generator.tokenizer.opening + generator.generate(max_new_tokens=40) + "\n"
 
 
 @pytest.mark.parametrize("settings", [{"dtype": "bfloat16"}, {"kernels": "reference"}, {"device": "cpu"}], ids=str)
