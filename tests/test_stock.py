@@ -133,6 +133,16 @@ def test_attention_agrees_where_only_keys_and_values_are_trained(names):
         assert_near(a, b.double(), torch.float32)
 
 
+def test_training_attention_in_16_bits_compiles_in_one_graph():
+    torch.manual_seed(0)
+    inputs, grad = [t.bfloat16() for t in torch.randn(3, 2, 20, 2, 8)], torch.randn(2, 20, 2, 8).bfloat16()
+    compiled = torch.compile(stock.causal_attention, fullgraph=True, backend="aot_eager")
+    for a, b in zip(
+        with_gradients(compiled, inputs, grad), with_gradients(stock.causal_attention, inputs, grad), strict=True
+    ):
+        assert_near(a.double(), b.double(), torch.bfloat16)
+
+
 def test_scores_of_float32_inputs_are_not_rounded_under_autocast():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 64, 2, 32)
