@@ -171,7 +171,10 @@ class TrainConfig(ModelConfig):
     # Evaluation, logging, samples
     eval_interval: int = option(2000, "steps between evaluations, each followed by a checkpoint", low=1)
     eval_iters: int | None = option(
-        None, "batches of an evaluation, always the same; 0: the whole val split; none: that up to 1M tokens", low=0
+        None,
+        "an evaluation reads this times the run's first batch_size windows, evenly spaced over the val split; "
+        "0: all of it; none: all of it up to 1M tokens",
+        low=0,
     )
     log_interval: int = option(10, "steps between log lines", low=1)
     sample_interval: int = option(0, "steps between printed samples; 0: only at the end", low=0)

@@ -51,12 +51,13 @@ class Loader:
         starts = random.integers(0, last, size=micro_batches * batch_size)
         return self._gather(starts[micro * batch_size : (micro + 1) * batch_size])
 
-    def fixed(self, batches: int, batch_size: int) -> Iterator[Counted]:
-        """The same random batches at every call, for evaluations that can be compared."""
-        random = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, 1, 0]))
-        last = len(self.tokens) - self.block_size
-        for _ in range(batches):
-            yield *self._gather(random.integers(0, last, size=batch_size)), batch_size * self.block_size
+    def windows(self, count: int, batch_size: int) -> Iterator[Counted]:
+        """`count` windows at even distances from the first to the last, in batches; the last batch may be smaller."""
+        last = len(self.tokens) - self.block_size - 1  # where the last window begins
+        for first in range(0, count, batch_size):
+            numbers = range(first, min(first + batch_size, count))
+            starts = np.array([number * last // max(1, count - 1) for number in numbers])
+            yield *self._gather(starts), len(numbers) * self.block_size
 
     def whole(self, batch_size: int) -> Iterator[Counted]:
         """Every token but the first as a target exactly once, in windows laid end to end.

@@ -4,6 +4,7 @@ A line of `metrics.jsonl` is a JSON object with `step` (optimizer steps done) an
 - `loss`, `lr`, `grad_norm`, `ms` (a step), `tokens_per_second`, `mfu` (share of the chip's peak) and `memory` (peak
   bytes);
 - `val_loss`;
+- `val_set` (the evaluation set of the val losses from here on, which is another one than before);
 - `skipped` (why the step changed nothing) and `batch` (its place in the order of the data);
 - `rolled_back_from` (the step), `skipped` (why) and `batches` (the first and the last that are left out from here on).
 Null is what is not known: the speed of the first step, the peak of a CPU; or not finite.
@@ -102,10 +103,12 @@ def read_metrics(path: Path) -> list[Record]:
 
 
 def _is_later(record: Record, progress: Progress) -> bool:
-    """Whether it is of a later step, or of an evaluation or a return that has yet to come at that step."""
+    """Whether it is of a later step, or of what has yet to come at that step: an evaluation, its set, a return."""
     left_out = record.get("batches")
     if isinstance(left_out, list) and left_out and isinstance(left_out[-1], int):
         return record["step"] > progress.step or left_out[-1] + 1 - record["step"] > progress.skipped_batches
+    if "val_set" in record and record["val_set"] != progress.val_set:
+        return record["step"] >= progress.step
     return record["step"] > (progress.evaluated_step if "val_loss" in record else progress.step)
 
 

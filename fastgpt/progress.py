@@ -17,6 +17,7 @@ class Progress:
     tokens: int = option(0, "tokens seen", low=0)
     val_loss: float | None = option(None, "of the last evaluation, if that was a number")
     evaluated_step: int = option(0, "the step of that evaluation", low=0)
+    val_set: str | None = option(None, "identity of the evaluation set that the losses are of")
     best_val_loss: float | None = option(None, "the lowest val loss")
     best_step: int = option(0, "the step of that", low=0)
     rollbacks: int = option(0, "how often the run came back to this step's checkpoint", low=0)
@@ -31,6 +32,8 @@ def read(state: Mapping[str, Any], path: Path) -> Progress:
     """The progress in the content of a state.json, which is at `path`. Raises `CorruptCheckpoint`."""
     values = state.get("progress")
     try:
+        if isinstance(values, dict):
+            values = {"val_set": None} | values  # which older versions did not save
         if not isinstance(values, dict) or values.keys() != {field.name for field in fields(Progress)}:
             raise UsageError("its progress has other fields")
         validate_fields(Progress, values)

@@ -9,11 +9,11 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from fastgpt import evaluate
 from fastgpt.config import TrainConfig
 from fastgpt.corpus import Corpus
 from fastgpt.device import describe
 from fastgpt.errors import UsageError
+from fastgpt.evaluate import EvaluationSet
 from fastgpt.model import GPT
 from fastgpt.tokenizer import Tokenizer
 from fastgpt.units import counted, format_bytes, format_seconds
@@ -48,6 +48,7 @@ def introduce(
     data: Corpus,
     device: torch.device,
     dtype: torch.dtype,
+    evaluation: EvaluationSet,
     step: int,
 ) -> None:
     """Model, data, machine and length of the run that is about to take its next step."""
@@ -56,14 +57,12 @@ def introduce(
     tokens = f"{data.train_tokens:,} train and {counted(data.val_tokens, 'val token')}"
     arithmetic = str(dtype).removeprefix("torch.") + (", compiled" if config.compile else "")
     steps = f"{counted(config.max_iters - step, 'step')} of {counted(config.tokens_per_step, 'token')}"
-    batches = evaluate.plan(config, data.val_tokens)
-    evaluation = f"{counted(batches, 'batch')} of the val split, always the same" if batches else "the whole val split"
     facts = {
         "model": f"{counted(model.num_parameters(), 'parameter')}: {shape}",
         "data": f"{data.name}: {tokens}, vocabulary {data.tokenizer.vocab_size:,} ({data.tokenizer.kind})",
         "machine": f"{describe(device)}, {arithmetic}",
         "kernels": str(model.ops),
-        "evaluation": f"{evaluation}, every {counted(config.eval_interval, 'step')}",
+        "evaluation": f"{evaluation.describe()}, every {counted(config.eval_interval, 'step')}",
         "run": f"{steps}{f', continuing at step {step}' if step else ''} -> {config.out_dir}",
     }
     console.print(_lines(facts, bold=True), highlight=False, soft_wrap=True)

@@ -11,7 +11,7 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, cast
 
@@ -21,7 +21,8 @@ from rich.console import Console
 from fastgpt import checkpoint, contention, corpus, dispatch, evaluate, loader, memory_need, report, run_folder, threads
 from fastgpt.config import TrainConfig
 from fastgpt.device import autocast, is_out_of_memory, peak_flops, peak_memory, resolve_device, resolve_dtype
-from fastgpt.errors import RunFailed, UsageError
+from fastgpt.errors import RunFailed, UsageError, shown
+from fastgpt.evaluate import EvaluationSet
 from fastgpt.files import regular
 from fastgpt.generate import TextGenerator
 from fastgpt.guard import Verdict
@@ -52,7 +53,7 @@ class Run:
             run_folder.named_step(self.out_dir, config.init_from)
         else:
             run_folder.claim(self.out_dir, config.overwrite)
-        about = run_folder.load(self.out_dir)[1] if resuming else {}
+        saved, about = run_folder.load(self.out_dir) if resuming else (config, {})
         if resuming:
             config = run_folder.relocated(self.out_dir, config)
         self.asked = run_folder.anchored(config)
@@ -83,7 +84,9 @@ class Run:
         self.micro_batches = MicroBatches(self.train_loader, config.batch_size, config.gradient_accumulation_steps)
         memory_need.check_training(self.config, self.device)
         self.ops = resolve(workload=Workload.of_training(self.config, self.dtype))
-        self.state = TrainingState(self.config, self.ops, self.data, self.device, self.dtype)
+        self.evaluation, unnamed = self._evaluation_set(saved, about.get("evaluation", {}))
+        val_set = self.evaluation.identity
+        self.state = TrainingState(self.config, self.ops, self.data, self.device, self.dtype, val_set, unnamed)
         self.model, self.step = self.state.model, self.state.step
         self.saver = Saver(self.out_dir, config.keep_last, beside=config.async_save)
         self.saved_step = self.last_saved = 0  # of the last checkpoint that was begun, and that was finished
@@ -92,6 +95,20 @@ class Run:
         self.failures = 0
         self.watch, self.slowness = Stopwatch(self.device), contention.Slowness(self.threads)
         self.console = Console(file=cast(IO[str], Lasting(sys.stderr)))
+
+    def _evaluation_set(self, saved: TrainConfig, recorded: Mapping[str, int]) -> tuple[EvaluationSet, str]:
+        """The recorded evaluation set, or that of new settings; and the identity of one that an older version had.
+
+        Args:
+            saved: the configuration that the record was made with.
+        """
+        batch_size, tokens = recorded.get("batch_size", saved.batch_size), self.data.val_tokens
+        chosen = EvaluationSet.of(self.config, self.data, batch_size)
+        if "windows" in recorded and saved.eval_iters == self.config.eval_iters:
+            chosen = dataclasses.replace(chosen, windows=recorded["windows"])
+        # Those of older versions drew their windows at random, except of the whole split.
+        whole = not recorded and not evaluate.plan(saved.eval_iters, tokens)
+        return chosen, dataclasses.replace(chosen, windows=0).identity if whole else "windows drawn at random"
 
     @property
     def progress(self) -> Progress:
@@ -117,14 +134,30 @@ class Run:
     def train(self, signals: Signals) -> RunSummary:
         """Take the steps that are left, and tell how it went; once there are steps, signals wait for a checkpoint."""
         config, self.signals = self.config, signals
-        report.introduce(self.console, config, self.model, self.data, self.device, self.dtype, self.progress.step)
+        report.introduce(
+            *(self.console, config, self.model, self.data, self.device, self.dtype, self.evaluation),
+            self.progress.step,
+        )
         watching = contention.watching(self.threads if self.device.type == "cpu" else 1)
         with watching, self.metrics, Display(self.console, config.max_iters) as self.display, self.saver:
             signals.patient = True
+            self._begin_evaluation_set()
             self._take_steps()
             self._save_the_rest()
             signals.patient = False
         return self._finish(None if self._is_finished() else signals.caught)
+
+    def _begin_evaluation_set(self) -> None:
+        """Say and record that val losses are measured on another evaluation set from here on, if they are."""
+        progress, now = self.progress, self.evaluation.identity
+        if progress.val_set == now:
+            return
+        self.display.say(
+            f"step {progress.step}: evaluations read {now} from here on, and before {shown(progress.val_set)}; "
+            "which checkpoint is best begins anew"
+        )
+        progress.val_set = now
+        self._write({"step": progress.step, "tokens": progress.tokens, "val_set": now})
 
     def _take_steps(self) -> None:
         """Steps, evaluations and checkpoints, until the run is finished, its time is over or a signal came."""
@@ -272,7 +305,7 @@ class Run:
         try:
             return evaluate.mean_loss(
                 self.model,
-                evaluate.batches(self.val_loader, self.config),
+                self.evaluation.batches(self.val_loader),
                 autocast(self.device, self.dtype),
                 stopping=self._is_asked_to_stop,
             )
@@ -337,6 +370,7 @@ class Run:
                     "own_vocabulary": bool(self.own_vocabulary),
                     "reading": self.reading,
                 },
+                "evaluation": {"windows": self.evaluation.windows, "batch_size": self.evaluation.batch_size},
                 "torch": torch.__version__,
             },
         )
@@ -419,6 +453,7 @@ class Run:
         tokens = self.progress.tokens
         record = {"step": back_to, "tokens": tokens, "rolled_back_from": step, "skipped": why, "batches": left_out}
         self._write(record)
+        self._begin_evaluation_set()
         if folder:
             self._save(returned=True)  # so that a resume need not find out again
 

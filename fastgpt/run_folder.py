@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from fastgpt import __version__, checkpoint, corpus, lock, tokenizer
-from fastgpt.config import TrainConfig, validate
+from fastgpt.config import MOST, TrainConfig, validate
 from fastgpt.corpus import READING, Corpus
-from fastgpt.errors import CorruptCheckpoint, UsageError
+from fastgpt.errors import CorruptCheckpoint, UsageError, shown
 from fastgpt.files import absolute, recover, temporary_sibling, write, write_atomic
 from fastgpt.units import format_bytes
 
@@ -203,12 +203,16 @@ def load(out_dir: Path) -> tuple[TrainConfig, dict[str, Any]]:
         raise CorruptCheckpoint(f"{path} has format {number!r:.20}, from {_version(content)}, and {ours}")
     if unknown := [name for name in saved if name not in known]:
         raise CorruptCheckpoint(f"{path} has the setting {unknown[0]!r:.40}, from {_version(content)}, and {ours}")
-    if any(not isinstance(content.get(name, {}), dict) for name in ("columns", "corpus")):
+    if any(not isinstance(content.get(name, {}), dict) for name in ("columns", "corpus", "evaluation")):
         raise CorruptCheckpoint(f"{path} is not the configuration of a run; put back a copy of it")
     if type(threads := content.get("threads", 1)) is not int or threads < 1:
         raise CorruptCheckpoint(f"{path} is not the configuration of a run; put back a copy of it")
     config = TrainConfig(**saved)
     validate(config)
+    for name, least in (("windows", 0), ("batch_size", 1)):
+        value = content.get("evaluation", {}).get(name, least)
+        if type(value) is not int or not least <= value <= MOST:
+            raise CorruptCheckpoint(f"{path} records an evaluation with {name} {shown(value)}")
     return config, content
 
 
@@ -249,10 +253,7 @@ def check_resume(out_dir: Path, config: TrainConfig, data: Corpus) -> None:
                 f"--dataset {config.dataset}: the text changed since the run in {out_dir} began {change}; "
                 f"restore it, {ways_out}or start another --out_dir"
             )
-        print(
-            f"going on with a text that changed since the run began {change}; which checkpoint is best begins anew",
-            file=sys.stderr,
-        )
+        print(f"going on with a text that changed since the run began {change}", file=sys.stderr)
 
 
 def anchored(config: TrainConfig) -> TrainConfig:

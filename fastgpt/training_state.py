@@ -21,14 +21,28 @@ class TrainingState:
 
     Attributes:
         model, step: the same objects for the whole run, whatever is loaded.
-        progress: another one after each loading.
+        progress: another one after each loading; its `val_set` is still that of the checkpoint.
+
+    Args:
+        val_set: identity of the run's evaluation set.
+        unnamed: that of the checkpoints of older versions, which do not name theirs.
     """
 
-    def __init__(self, config: TrainConfig, ops: Ops, data: Corpus, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self,
+        config: TrainConfig,
+        ops: Ops,
+        data: Corpus,
+        device: torch.device,
+        dtype: torch.dtype,
+        val_set: str,
+        unnamed: str = "",
+    ):
         self.config, self.ops, self.data, self.device = config, ops, data, device
+        self.val_set, self.unnamed = val_set, unnamed
         self.model = self._make_model()
         self.step = TrainStep(self.model, config, device, dtype)
-        self.progress = Progress()
+        self.progress = Progress(val_set=val_set)
 
     def snapshot(self) -> Snapshot:
         """All of it as it is now, for a checkpoint; waits for the device."""
@@ -45,9 +59,12 @@ class TrainingState:
         state = checkpoint.load_state(folder)
         checkpoint.check_vocabulary(folder, self.data.tokenizer)
         self.progress = progress.read(state, folder / checkpoint.STATE)
-        changed = state.get("text", self.data.source_sha256) != self.data.source_sha256
+        if self.progress.val_set is None:
+            same = state.get("text", self.data.source_sha256) == self.data.source_sha256
+            self.progress.val_set = self.unnamed if same else "another text"
+        changed = self.progress.val_set != self.val_set
         if changed or not checkpoint.folder_of(folder.parent, self.progress.best_step).is_dir():
-            self.progress.forget_best()  # it is of another text, or was deleted for a better one of a time now undone
+            self.progress.forget_best()  # judged on another evaluation set, or its folder was pruned after a rollback
         with checkpoint.naming(folder / checkpoint.MODEL):
             self.model.load_weights(checkpoint.load_weights(folder))
         checkpoint.load_optimizer(folder, self.model, self.step.optimizer)
@@ -60,7 +77,7 @@ class TrainingState:
         """Become what it was before the first step."""
         self.model.load_weights(self._make_model().weights())
         self.step.reset()
-        self.progress = Progress()
+        self.progress = Progress(val_set=self.val_set)
 
     def _make_model(self) -> GPT:
         torch.manual_seed(self.config.seed)

@@ -32,12 +32,20 @@ class VerifyConfig:
 
 @dataclass(frozen=True)
 class Report:
-    """What was found about a checkpoint: bytes of its files, what is damaged, or None, and its val loss if known."""
+    """What was found about a checkpoint.
+
+    Attributes:
+        size: bytes of its files.
+        damage: what is wrong with them, or None.
+        val_loss: in nats, if it was evaluated.
+        val_set: identity of the evaluation set of that.
+    """
 
     folder: Path
     size: int
     damage: str | None
-    val_loss: float | None
+    val_loss: float | None = None
+    val_set: str | None = None
 
 
 def check(folder: Path, vocabulary: Tokenizer) -> Report | None:
@@ -50,8 +58,8 @@ def check(folder: Path, vocabulary: Tokenizer) -> Report | None:
             tensor_file.read(folder / name)  # which looks at the header alone
         done = progress.read(checkpoint.load_state(folder), folder / checkpoint.STATE)
     except (OSError, UsageError) as error:
-        return Report(folder, size, str(error), None) if folder.is_dir() else None
-    return Report(folder, size, None, done.val_loss if done.evaluated_step == done.step else None)
+        return Report(folder, size, str(error)) if folder.is_dir() else None
+    return Report(folder, size, None, done.val_loss if done.evaluated_step == done.step else None, done.val_set)
 
 
 def table(reports: Sequence[Report], pointers: dict[str, str]) -> Table:
@@ -60,11 +68,15 @@ def table(reports: Sequence[Report], pointers: dict[str, str]) -> Table:
     for column in ("step", "size", "intact", "val loss"):
         result.add_column(column, justify="right")
     result.add_column()
+    val_sets = {report.folder.name: report.val_set for report in reports}
+    now = val_sets.get(pointers.get("latest", ""))
     for report in reports:
-        names = ", ".join(name for name, step in pointers.items() if step == report.folder.name)
+        notes = [name for name, step in pointers.items() if step == report.folder.name]
+        if report.val_loss is not None and now is not None and report.val_set != now:
+            notes.append("evaluated on another set")
         loss = "-" if report.val_loss is None else f"{report.val_loss:.4f}"
         step = f"{int(report.folder.name.removeprefix('step-')):,}"
-        result.add_row(step, format_bytes(report.size), "no" if report.damage else "yes", loss, names)
+        result.add_row(step, format_bytes(report.size), "no" if report.damage else "yes", loss, ", ".join(notes))
     return result
 
 

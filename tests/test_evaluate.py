@@ -1,4 +1,4 @@
-"""Evaluations: the same batches every time, and the mean over exactly the targets that count."""
+"""Evaluations: the same windows every time, and the mean over exactly the targets that count."""
 
 import re
 from contextlib import nullcontext
@@ -8,21 +8,26 @@ import pytest
 import torch
 
 from fastgpt import evaluate
-from fastgpt.config import ModelConfig, TrainConfig
+from fastgpt.config import ModelConfig
+from fastgpt.evaluate import EvaluationSet
 from fastgpt.loader import Loader
 from fastgpt.model import GPT
-from tests.runs import parts, records, run
+from tests.runs import TEXT, parts, records, run
 
 pytestmark = pytest.mark.usefixtures("workplace", "no_picture")
 LIMIT = evaluate.WHOLE_SPLIT_LIMIT
 
 
-def test_a_fixed_evaluation_is_the_mean_over_the_same_batches():
+def test_an_evaluation_of_windows_is_the_mean_over_even_distances():
     out = run("--eval_iters 3 --max_iters 5 --eval_interval 5 --dropout 0.2")
     model, _, loader = parts(out, "latest")
+    text, T = torch.from_numpy(loader.tokens.astype(np.int64)), 8
+    starts = [number * (len(text) - T - 1) // 11 for number in range(12)]  # 3 batches of 4
+    windows = torch.stack([text[start : start + T + 1] for start in starts])
+    assert starts[-1] + T + 1 == len(text)
     with torch.no_grad():
-        losses = [model(x, y).item() for x, y, _ in loader.fixed(3, 4)]
-    assert records(out, "val_loss") == {5: pytest.approx(sum(losses) / 3, rel=1e-6)}
+        loss = model(windows[:, :-1], windows[:, 1:]).item()
+    assert records(out, "val_loss") == {5: pytest.approx(loss, rel=1e-6)}
 
 
 def test_an_evaluation_of_the_whole_split_is_a_plain_loop_over_its_windows():
@@ -52,7 +57,7 @@ def test_an_evaluation_of_the_whole_split_is_a_plain_loop_over_its_windows():
     ],
 )
 def test_the_plan_is_what_was_asked_for_or_fits_the_split(asked: int | None, tokens: int, batches: int):
-    assert evaluate.plan(TrainConfig(eval_iters=asked), tokens) == batches
+    assert evaluate.plan(asked, tokens) == batches
 
 
 def test_a_small_split_is_evaluated_whole_unless_told_otherwise(capsys):
@@ -60,7 +65,9 @@ def test_a_small_split_is_evaluated_whole_unless_told_otherwise(capsys):
     assert records(usual, "val_loss") == records(whole, "val_loss")
     assert re.search(r"^evaluation +the whole val split, every 3 steps$", capsys.readouterr().err, re.M)
     run("--eval_iters 5", "fixed")
-    assert "5 batches of the val split, always the same, every 3 steps" in capsys.readouterr().err
+    share = round(100 * 5 * 4 * 8 / (len(TEXT) - int(0.9 * len(TEXT))))
+    told = f"20 windows evenly spaced over the val split, {share}% of its tokens, every 3 steps"
+    assert told in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -79,9 +86,20 @@ def test_the_batch_size_does_not_change_the_loss_of_the_whole_split(loader: Load
     assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)
 
 
+def test_the_batch_size_does_not_change_the_loss_of_windows(loader: Loader, model: GPT):
+    losses = [evaluate.mean_loss(model, loader.windows(10, size), nullcontext()) for size in (1, 3, 7, 64)]
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)
+
+
+@pytest.mark.parametrize("windows", [0, 6, 7])
+def test_the_batches_of_a_set_are_counted_without_reading_them(loader: Loader, windows: int):
+    chosen = EvaluationSet(windows, 2, 8, len(loader.tokens), "")
+    assert chosen.count == len(list(chosen.batches(loader)))
+
+
 def test_an_evaluation_drops_nothing_out_and_leaves_the_model_in_training(loader: Loader, model: GPT):
-    config = TrainConfig(eval_iters=3, batch_size=2, block_size=8)
-    first, again = (evaluate.mean_loss(model, evaluate.batches(loader, config), nullcontext()) for _ in range(2))
+    chosen = EvaluationSet(6, 2, 8, len(loader.tokens), "")
+    first, again = (evaluate.mean_loss(model, chosen.batches(loader), nullcontext()) for _ in range(2))
     assert first == again
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -89,6 +107,6 @@ def test_an_evaluation_drops_nothing_out_and_leaves_the_model_in_training(loader
 
 def test_an_evaluation_that_is_stopped_has_no_loss(loader: Loader, model: GPT):
     answers = iter([False, True])
-    assert evaluate.mean_loss(model, loader.fixed(9, 1), nullcontext(), stopping=lambda: next(answers)) is None
+    assert evaluate.mean_loss(model, loader.windows(9, 1), nullcontext(), stopping=lambda: next(answers)) is None
     assert model.training
     assert list(answers) == []

@@ -33,13 +33,13 @@ def test_a_batch_does_not_depend_on_what_was_drawn_before():
     used = make()
     for step in range(5):
         used.batch(step, 0, 1, 4)
-    list(used.fixed(2, 4))
+    list(used.windows(8, 4))
     assert torch.equal(used.batch(7, 0, 1, 4)[0], make().batch(7, 0, 1, 4)[0])
 
 
-def test_steps_seeds_and_evaluations_see_different_data():
+def test_steps_and_seeds_see_different_data():
     drawn = [make().batch(step, 0, 1, 8)[0] for step in range(4)]
-    drawn += [make(seed=2).batch(0, 0, 1, 8)[0], next(make().fixed(1, 8))[0]]
+    drawn += [make(seed=2).batch(0, 0, 1, 8)[0]]
     assert len({tuple(x[:, 0].tolist()) for x in drawn}) == len(drawn)
 
 
@@ -62,15 +62,17 @@ def test_a_text_of_one_window_is_enough():
     assert y.tolist() == [list(range(1, 9))] * 2
 
 
-def test_fixed_batches_are_the_same_at_every_call():
-    loader = make()
-    first, second = list(loader.fixed(3, 4)), list(loader.fixed(3, 4))
-    assert len(first) == 3
-    for (x, y, counted), (again_x, again_y, again) in zip(first, second, strict=True):
-        assert counted == again == 4 * 8
-        assert torch.equal(x, again_x)
-        assert torch.equal(y, again_y)
-    assert not torch.equal(first[0][0], first[1][0])
+@given(count=st.integers(1, 60), batch_size=st.integers(1, 7), tokens=st.integers(9, 300), seed=st.integers(0, 9))
+def test_windows_reach_from_the_first_token_to_the_last_at_even_distances(count, batch_size, tokens, seed):
+    found = list(make(tokens, seed=seed).windows(count, batch_size))
+    assert [len(x) for x, _, _ in found[:-1]] == [batch_size] * (len(found) - 1)
+    assert all(counted == y.numel() and torch.equal(y, x + 1) for x, y, counted in found)
+    starts = np.concatenate([x[:, 0].numpy() for x, _, _ in found])
+    assert (len(starts), starts[0]) == (count, 0)
+    if count > 1:
+        assert starts[-1] == tokens - 9
+        distances = np.diff(starts)
+        assert distances.max() - distances.min() <= 1
 
 
 @settings(deadline=None)
