@@ -1,6 +1,7 @@
 """Batches out of a token file. Which tokens a step sees is a pure function of (seed, step)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -43,13 +44,15 @@ class Loader:
             )
         self.tokens, self.block_size, self.vocab_size = tokens, block_size, vocab_size
         self.seed, self.device, self.name = seed, device, name
+        self.drawn = (-1, 0, np.empty(0, np.int64))  # the last step, its sequences and where they begin
 
     def batch(self, step: int, micro: int, micro_batches: int, batch_size: int) -> Batch:
         """Micro-batch number `micro` of the `micro_batches` that make up the step's global batch."""
-        random = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, 0, step]))
-        last = len(self.tokens) - self.block_size
-        starts = random.integers(0, last, size=micro_batches * batch_size)
-        return self._gather(starts[micro * batch_size : (micro + 1) * batch_size])
+        if self.drawn[:2] != (step, micro_batches * batch_size):
+            random = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, 0, step]))
+            starts = random.integers(0, len(self.tokens) - self.block_size, size=micro_batches * batch_size)
+            self.drawn = step, micro_batches * batch_size, starts
+        return self._gather(self.drawn[2][micro * batch_size : (micro + 1) * batch_size])
 
     def windows(self, count: int, batch_size: int) -> Iterator[Counted]:
         """`count` windows at even distances from the first to the last, in batches; the last batch may be smaller."""
@@ -87,15 +90,33 @@ class Loader:
         return tensor.to(self.device)
 
 
+@dataclass(frozen=True)
+class StepBatches(Sequence[Batch]):
+    """The micro-batches of one step, each gathered when its turn comes."""
+
+    loader: Loader
+    step: int
+    batch_size: int
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, micro: int) -> Batch:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if not 0 <= micro < self.count:
+            raise IndexError(micro)
+        return self.loader.batch(self.step, micro, self.count, self.batch_size)
+
+
 class MicroBatches:
     """The batches of a step: `count` micro-batches of `batch_size` sequences, which can be divided further."""
 
     def __init__(self, loader: Loader, batch_size: int, count: int):
         self.loader, self.batch_size, self.count = loader, batch_size, count
 
-    def of_step(self, step: int) -> list[Batch]:
+    def of_step(self, step: int) -> "StepBatches":
         """The same sequences for a step, however they are divided."""
-        return [self.loader.batch(step, micro, self.count, self.batch_size) for micro in range(self.count)]
+        return StepBatches(self.loader, step, self.batch_size, self.count)
 
     def divide(self) -> bool:
         """Halve the micro-batches, or divide them by their next factor, for good; False where they are single ones."""

@@ -1,4 +1,4 @@
-"""What a run says about itself: `metrics.jsonl`, the progress display, and the curves.
+"""What a run measures: `metrics.jsonl`, and the time of its steps.
 
 A line of `metrics.jsonl` is a JSON object with `step` (optimizer steps done) and `tokens` (seen so far), and one of
 - `loss`, `lr`, `grad_norm`, `ms` (a step), `tokens_per_second`, `mfu` (share of the chip's peak) and `memory` (peak
@@ -15,23 +15,17 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
-from rich.text import Text
 
 from fastgpt.config import ModelConfig
 from fastgpt.device import synchronize
 from fastgpt.progress import Progress
-from fastgpt.streams import Lasting
-from fastgpt.units import format_bytes, format_seconds
 
-BAR_WIDTH = 16
 Record = dict[str, Any]
 
 
@@ -120,74 +114,23 @@ def _record(line: bytes) -> Record | None:
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
-class Display:
-    """Progress on stderr: one live line on a terminal, plain lines elsewhere. Samples go to stdout."""
-
-    def __init__(self, console: Console, total: int):
-        self.console, self.total = console, total
-        self.live = Live(console=console, redirect_stdout=False, redirect_stderr=False) if console.is_terminal else None
-
-    def __enter__(self) -> "Display":
-        if self.live:
-            self.live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.live:
-            self.live.stop()
-
-    def show(self, record: Record, val_loss: float | None) -> None:
-        """A training record beside the latest val loss, what matters most first: a narrow terminal cuts the end."""
-        step, speed = record["step"], record["tokens_per_second"]
-        parts = [f"step {step}/{self.total}", f"loss {record['loss']:.4f}"]
-        parts.append("val -" if val_loss is None else f"val {val_loss:.4f}")
-        if speed is not None:  # the first step is not timed
-            parts.append(f"{format_seconds((self.total - step) * record['ms'] / 1e3)} left")
-            parts += [f"{speed:,.0f} tokens/s", f"{record['ms']:.1f} ms"]
-        parts += [f"lr {record['lr']:.2e}", f"norm {record['grad_norm']:.2f}"]
-        if record["mfu"] is not None:
-            parts.append(f"MFU {record['mfu']:.1%}")
-        parts.append(format_bytes(record["memory"]))
-        if self.live:
-            line = Table.grid(padding=(0, 1))
-            line.add_column(width=BAR_WIDTH)
-            line.add_column(no_wrap=True, overflow="ellipsis")
-            line.add_row(ProgressBar(self.total, step, width=BAR_WIDTH), Text("  ".join(parts)))
-            self.live.update(line)
-        else:
-            self.say("  ".join(parts))
-
-    def say(self, text: str) -> None:
-        """A line that stays."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    def product(self, text: str) -> None:
-        """Text for stdout, with the live line out of the way."""
-        if self.live:
-            self.live.stop()
-        print_product(text)
-        if self.live:
-            self.live.start()
-
-
-def print_product(text: str) -> None:
-    """Print to stdout, for as long as somebody reads it."""
-    print(text, file=Lasting(sys.stdout), flush=True)
-
-
 class Stopwatch:
     """Seconds spent in steps: `with watch: step()`. The first, which compiles and allocates, is not counted."""
 
     def __init__(self, device: torch.device):
-        self.device, self.first = device, True
+        self.device, self.first, self.dropped = device, True, False
         self.last: float | None = None  # seconds of the last step, if it was counted
         self.seconds, self.steps = 0.0, 0
         self.lap_seconds, self.lap_steps = 0.0, 0
+        self.began = 0.0
 
     def __enter__(self) -> None:
         self.began = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
+        if self.dropped:
+            self.dropped = False
+            return
         if self.first:
             synchronize(self.device)  # or the second step would wait for it
             self.first = False
@@ -195,6 +138,17 @@ class Stopwatch:
         self.last = time.perf_counter() - self.began
         self.lap_seconds += self.last
         self.lap_steps += 1
+
+    def drop(self) -> None:
+        """Do not count the step that is under way."""
+        self.dropped = True
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count the time of the block."""
+        began = time.perf_counter()
+        yield
+        self.began += time.perf_counter() - began
 
     def lap(self) -> float | None:
         """Seconds a step since the last lap, or None where none was counted; call it when the device is idle."""

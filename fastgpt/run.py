@@ -2,16 +2,17 @@
 
 The data flows forward: corpus -> loader -> model -> loss -> optimizer -> checkpoint. What can go wrong on the way does
 not end the run: a bad step changes nothing (`fastgpt.guard`), a row of them leads back to the last good checkpoint, a
-micro-batch that is too large is made smaller, a signal waits for the step, a full disk for the next checkpoint.
+micro-batch that is too large is made smaller, a signal waits for the micro-batch, a full disk for the next checkpoint.
 """
 
 import dataclasses
 import functools
+import itertools
 import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, cast
 
@@ -20,14 +21,23 @@ from rich.console import Console
 
 from fastgpt import checkpoint, contention, corpus, dispatch, evaluate, loader, memory_need, report, run_folder, threads
 from fastgpt.config import TrainConfig
-from fastgpt.device import autocast, is_out_of_memory, peak_flops, peak_memory, resolve_device, resolve_dtype
+from fastgpt.device import (
+    autocast,
+    is_out_of_memory,
+    peak_flops,
+    peak_memory,
+    resolve_device,
+    resolve_dtype,
+    synchronize,
+)
+from fastgpt.display import Display, print_product
 from fastgpt.errors import RunFailed, UsageError, shown
 from fastgpt.evaluate import EvaluationSet
 from fastgpt.files import regular
 from fastgpt.generate import TextGenerator
 from fastgpt.guard import Verdict
 from fastgpt.loader import MicroBatches
-from fastgpt.metrics import Display, MetricsFile, Record, Stopwatch, flops_per_token, print_product
+from fastgpt.metrics import MetricsFile, Record, Stopwatch, flops_per_token
 from fastgpt.progress import Progress
 from fastgpt.report import RunSummary
 from fastgpt.saver import Saver
@@ -138,8 +148,10 @@ class Run:
             *(self.console, config, self.model, self.data, self.device, self.dtype, self.evaluation),
             self.progress.step,
         )
+        uniform = math.log(self.data.tokenizer.vocab_size) if self.progress.step == 0 else None
+        display = Display(self.console, config.max_iters, uniform, settled=2 if config.compile else 1)
         watching = contention.watching(self.threads if self.device.type == "cpu" else 1)
-        with watching, self.metrics, Display(self.console, config.max_iters) as self.display, self.saver:
+        with watching, self.metrics, display as self.display, self.saver:
             signals.patient = True
             self._begin_evaluation_set()
             self._take_steps()
@@ -167,7 +179,8 @@ class Run:
             self._evaluate_and_save()
         while not (self._is_finished() or over or self.signals.caught):
             with self.watch:
-                self._train_step()
+                if self._train_step():
+                    continue
                 step, over = self.progress.step, time.monotonic() > deadline
                 due = step % config.eval_interval == 0 or step == config.max_iters or over
                 logged = due or step % config.log_interval == 0
@@ -185,7 +198,7 @@ class Run:
                 self._save()
             self._tell_of_save(wait=False)
             if config.sample_interval and step % config.sample_interval == 0 and not self._is_finished():
-                self.display.product(f"--- sample at step {step}\n{self._sample()}\n---")
+                self.display.product(f"--- sample at step {step}\n{self._sample(self._is_asked_to_stop)}\n---")
 
     def _use_threads(self, recorded: int | None) -> int:
         """Compute with as many threads as --threads says; `recorded`: with how many the run did so on this device."""
@@ -213,21 +226,42 @@ class Run:
         due = step == config.max_iters or step % config.eval_interval == 0
         return due and step > 0 and self.progress.evaluated_step != step
 
-    def _train_step(self) -> None:
-        """One optimizer step; where its micro-batches do not fit into the memory, they are made smaller for good."""
+    def _train_step(self) -> bool:
+        """One optimizer step; where its micro-batches do not fit into the memory, they are made smaller for good.
+
+        Returns:
+            True where a signal cut it short; it is then as if it had not begun.
+        """
         place = self.progress.step + self.progress.skipped_batches  # in the order of the data
         while True:
+            batches = self.micro_batches.of_step(place)
+            self.display.begin("micro", self.progress.step, len(batches))
             try:
-                loss = self.step.accumulate(self.progress.step, self.micro_batches.of_step(place))
+                loss = self.step.accumulate(self.progress.step, batches, self._is_step_to_stop)
                 break
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
             # Not in the except block, where the exception would keep what the step took.
             self._divide_micro_batches()
+        if loss is None:
+            self.step.abandon()
+            self.watch.drop()
+            return True
         _, self.rate = self.step.update(self.progress.step, loss)
         self.progress.step += 1
         self.progress.tokens += self.config.tokens_per_step
+        return False
+
+    def _is_step_to_stop(self, done: int) -> bool:
+        """Show how many micro-batches of a step are done, and do what signals want before the others."""
+        if self.watch.first:
+            synchronize(self.device)  # so that the time of the first ones tells that of a step
+        self.display.reach(done)
+        if done == self.display.count:
+            return False
+        with self.watch.paused():
+            return self._is_asked_to_stop()
 
     def _divide_micro_batches(self) -> None:
         """After a step ran out of memory: make the micro-batches smaller, or save what is done and give up."""
@@ -302,12 +336,16 @@ class Run:
 
     def _evaluate(self) -> float | None:
         """The val loss, or None where a signal cut it short; what is done is saved where the memory is too small."""
+        done = itertools.count()
+        self.display.begin("evaluation", self.progress.step, self.evaluation.count)
+
+        def stopping() -> bool:
+            self.display.reach(next(done))
+            return self._is_asked_to_stop()
+
         try:
             return evaluate.mean_loss(
-                self.model,
-                self.evaluation.batches(self.val_loader),
-                autocast(self.device, self.dtype),
-                stopping=self._is_asked_to_stop,
+                self.model, self.evaluation.batches(self.val_loader), autocast(self.device, self.dtype), stopping
             )
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -318,8 +356,14 @@ class Run:
         raise RunFailed(memory_need.lacking(where, self.config))
 
     def _is_asked_to_stop(self) -> bool:
-        """What signals want, between two batches of an evaluation: a checkpoint, which is written here, or an end."""
-        if self.signals.save_asked:
+        """Do what signals want, between two batches: write a checkpoint of the last step, or stop.
+
+        Returns:
+            True where what is under way is to be dropped, also because the run went back to an earlier step.
+        """
+        if self.signals.save_asked and self.progress.step != self.saved_step:
+            if not self._follow(self.step.guard.read()):
+                return True
             self._save()
         return self.signals.caught is not None
 
@@ -464,12 +508,13 @@ class Run:
             f"lower --grad_clip {clip:g}" if clip else "clip gradients, which --grad_clip 0 does not: set it to 1"
         )
 
-    def _sample(self) -> str:
-        """Some words of the val split, and how the model continues them."""
+    def _sample(self, stopping: Callable[[], bool] = lambda: False) -> str:
+        """Some words of the val split and how the model continues them, cut short where `stopping` says so."""
         self.model.eval()
         generator, opening = TextGenerator(self.model, self.data.tokenizer), self.data.opening()
         try:
-            return opening + generator.generate(opening, max_new_tokens=SAMPLE_TOKENS, seed=self.config.seed)
+            pieces = generator.stream(opening, max_new_tokens=SAMPLE_TOKENS, seed=self.config.seed)
+            return opening + "".join(itertools.takewhile(lambda _: not stopping(), pieces))
         except RunFailed as error:
             return f"({error})"
         except (RuntimeError, MemoryError) as error:

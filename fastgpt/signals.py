@@ -48,11 +48,11 @@ class Signals:
         if not self.patient or self.caught is not None:
             raise SystemExit(128 + number)
         self.caught = number
-        _say("stopping after this step, then saving; once more stops at once")
+        _say("saving, then stopping; once more stops at once")
 
     def _save(self, number: int, frame: FrameType | None) -> None:
         self.save_asked = True
-        _say("saving after this step")
+        _say("saving, then going on")
 
 
 @contextmanager

@@ -7,7 +7,7 @@
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,18 +53,30 @@ class TrainStep:
             UsageError: the model cannot be compiled.
         """
         loss = self.accumulate(number, batches)
+        assert loss is not None  # nothing stops it
         return loss, *self.update(number, loss)
 
-    def accumulate(self, number: int, batches: Sequence[Batch]) -> torch.Tensor:
-        """The first half of a step, which takes the memory: forward and backward. Returns the mean loss."""
+    def accumulate(
+        self, number: int, batches: Sequence[Batch], stopping: Callable[[int], bool] = lambda done: False
+    ) -> torch.Tensor | None:
+        """The first half of a step, which takes the memory: forward and backward.
+
+        Args:
+            stopping: asked after each micro-batch, with how many are done, whether to leave out the others.
+
+        Returns:
+            The mean loss; None where the step was cut short, and is to be abandoned.
+        """
         # Dropout is a pure function of (seed, step), so a resumed run repeats it.
         torch.manual_seed((self.config.seed + (number + 1) * 0x9E3779B97F4A7C15) % 2**64)
         total = torch.zeros((), device=self.device)
         with autocast(self.device, self.dtype):  # around all micro-batches: the weights are cast once
-            for x, y in batches:
+            for done, (x, y) in enumerate(batches, 1):
                 loss = self._loss(x, y) / len(batches)
                 self.scaler.scale(loss).backward()
                 total += loss.detach()
+                if stopping(done) and done < len(batches):
+                    return None
         return total
 
     def update(self, number: int, loss: torch.Tensor) -> tuple[torch.Tensor, float]:
@@ -81,7 +93,7 @@ class TrainStep:
         return norm, rate
 
     def abandon(self) -> None:
-        """Forget a step whose first half an exception cut short, so that it can be taken again."""
+        """Forget a step whose first half was cut short, so that it can be taken again."""
         self.optimizer.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgpt.errors import UsageError
-from fastgpt.loader import IGNORED, Loader
+from fastgpt.loader import IGNORED, Loader, MicroBatches
 
 CPU = torch.device("cpu")
 
@@ -35,6 +35,16 @@ def test_a_batch_does_not_depend_on_what_was_drawn_before():
         used.batch(step, 0, 1, 4)
     list(used.windows(8, 4))
     assert torch.equal(used.batch(7, 0, 1, 4)[0], make().batch(7, 0, 1, 4)[0])
+
+
+def test_the_micro_batches_of_a_step_are_gathered_one_by_one_and_drawn_once(monkeypatch):
+    loader, drawn = make(), []
+    philox = np.random.Philox
+    monkeypatch.setattr(np.random, "Philox", lambda **named: drawn.append(named["counter"]) or philox(**named))
+    batches = MicroBatches(loader, 2, 6).of_step(3)
+    assert (len(batches), drawn) == (6, [])
+    assert torch.equal(torch.cat([x for x, _ in batches]), global_batch(make(), 3, 1, 12))
+    assert drawn == [[0, 0, 0, 3]] * 2  # here, and by the other loader
 
 
 def test_steps_and_seeds_see_different_data():

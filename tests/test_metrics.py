@@ -1,6 +1,5 @@
-"""metrics.jsonl, the progress display, the stopwatch, the formulas, and the picture."""
+"""metrics.jsonl, the stopwatch, the formulas, and the picture."""
 
-import io
 import json
 import math
 import time
@@ -10,14 +9,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
 
 from fastgpt import metrics
 from fastgpt.config import ModelConfig
-from fastgpt.metrics import Display, MetricsFile, Stopwatch, flops_per_token, format_bytes, format_seconds, read_metrics
+from fastgpt.metrics import MetricsFile, Stopwatch, flops_per_token, read_metrics
 from fastgpt.model import GPT
 from fastgpt.plots import plot_loss
 from fastgpt.progress import Progress
+from fastgpt.units import format_bytes, format_seconds
 
 RECORD = {
     "step": 30,
@@ -109,53 +108,6 @@ def test_no_file_has_no_records(path: Path):
     assert read_metrics(path) == []
 
 
-def shown(record: dict, *, total: int = 90, val_loss: float | None = None) -> list[str]:
-    out = io.StringIO()
-    with Display(Console(file=out, width=40), total) as display:
-        display.show(record, val_loss)
-    return out.getvalue().splitlines()
-
-
-def test_progress_is_one_plain_line_however_narrow_the_pipe():
-    assert shown(RECORD, val_loss=2.5) == [
-        "step 30/90  loss 2.3457  val 2.5000  0:03 left  12,346 tokens/s  50.0 ms  lr 9.90e-04  norm 1.23  MFU 42.1%  "
-        "3 MiB"
-    ]
-
-
-def test_what_is_not_known_is_said_to_be_unknown():
-    (line,) = shown(RECORD | {"mfu": None, "memory": None})
-    assert "val -" in line
-    assert "MFU" not in line  # no peak is known
-    assert "memory unknown" in line
-
-
-def test_a_step_that_was_not_timed_says_nothing_of_time():
-    (line,) = shown(RECORD | {"ms": None, "tokens_per_second": None, "mfu": None})
-    assert line == "step 30/90  loss 2.3457  val -  lr 9.90e-04  norm 1.23  3 MiB"
-
-
-def test_a_terminal_gets_a_live_line_and_samples_as_they_are(capsys):
-    out = io.StringIO()
-    console = Console(file=out, force_terminal=True, width=200)
-    with Display(console, 90) as display:
-        display.show(RECORD, None)
-        display.product("[bold]sampled[/bold]")
-    assert "30/90" in out.getvalue()
-    assert "loss 2.3457" in out.getvalue()
-    assert capsys.readouterr().out == "[bold]sampled[/bold]\n"
-
-
-def test_a_narrow_terminal_cuts_the_end_of_the_line():
-    out = io.StringIO()
-    with Display(Console(file=out, force_terminal=True, width=60), 90) as display:
-        display.show(RECORD, 2.5)
-    shown = [line for line in out.getvalue().splitlines() if "30/90" in line][-1]
-    assert "step 30/90  loss 2.3457  val 2.5000" in shown
-    assert "…" in shown
-    assert "MiB" not in shown
-
-
 @pytest.fixture
 def clock(monkeypatch) -> list[float]:
     now = [100.0]
@@ -174,6 +126,20 @@ def test_the_stopwatch_counts_steps_and_not_what_lies_between(clock: list[float]
     with watch:
         clock[0] += 5
     assert (watch.lap(), watch.seconds, watch.steps) == (5.0, 9.0, 3)
+
+
+def test_a_step_that_was_dropped_and_time_out_of_it_do_not_count(clock: list[float]):
+    watch = Stopwatch(torch.device("cpu"))
+    with watch:
+        clock[0] += 70
+        watch.drop()
+    assert watch.first  # the next one compiles
+    for _ in range(2):
+        with watch:
+            clock[0] += 3
+            with watch.paused():
+                clock[0] += 100
+    assert watch.lap() == 3.0
 
 
 def test_an_empty_lap_has_no_time(clock: list[float]):

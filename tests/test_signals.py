@@ -1,5 +1,8 @@
 """Signals: the first is noted and loses nothing, the second ends at once."""
 
+import itertools
+import json
+import math
 import os
 import re
 import shlex
@@ -15,6 +18,7 @@ import torch
 from fastgpt import checkpoint, cli, evaluate, files, run_folder, train
 from fastgpt import run as run_module
 from fastgpt.config import TrainConfig
+from fastgpt.generate import TextGenerator
 from fastgpt.signals import Signals
 from fastgpt.step import TrainStep
 from tests.runs import ENDLESS, FLAGS, at_call, contents, records, resume, run, signal_at_step, spawn, tensors
@@ -81,7 +85,8 @@ def test_a_second_signal_ends_at_once_and_leaves_the_last_checkpoint():
 
 
 MOMENTS = {  # each at step 6
-    "step": (TrainStep, "_loss", 11),  # in a micro-batch
+    "step": (TrainStep, "_loss", 12),  # in its last micro-batch
+    "first micro-batch": (TrainStep, "_loss", 11),
     "evaluation": (evaluate, "_loss", 3),  # in a batch
     "saving": (checkpoint, "save", 2),
 }
@@ -116,7 +121,7 @@ def test_a_signal_at_any_moment_saves_and_loses_nothing(monkeypatch, moment: str
     folder = checkpoint.find(Path("out"), "latest")
     checkpoint.verify(folder)
     if (moment, flags) != ("saving", "--async_save"):  # where training is some steps further by then
-        assert folder.name == "step-000006"
+        assert folder.name == ("step-000005" if moment == "first micro-batch" else "step-000006")
     resumes_as(whole)
 
 
@@ -154,12 +159,71 @@ def test_a_second_signal_at_any_moment_ends_at_once_and_loses_no_checkpoint(monk
     resumes_as(whole)
 
 
-def test_sigusr1_in_a_step_that_is_not_evaluated_saves_after_it(monkeypatch):
+@pytest.mark.parametrize(("call", "step"), [(9, 4), (10, 5)])  # in the first and in the last micro-batch of step 5
+def test_sigusr1_in_a_step_that_is_not_evaluated_saves_before_the_next_micro_batch(monkeypatch, call: int, step: int):
+    whole = run(STEPS, "whole")
     saved, save = [], checkpoint.save
     monkeypatch.setattr(checkpoint, "save", lambda *rest: saved.append(rest[1].step) or save(*rest))
-    at_call(monkeypatch, TrainStep, "_loss", 9, lambda: os.kill(os.getpid(), signal.SIGUSR1))
-    run(STEPS)
-    assert saved == [3, 5, 6, 9, 12]
+    at_call(monkeypatch, TrainStep, "_loss", call, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    out = run(STEPS)
+    assert saved == [3, step, 6, 9, 12]
+    assert all(torch.equal(tensor, tensors(whole)[name]) for name, tensor in tensors(out).items())
+    assert records(out) == records(whole)
+
+
+def test_sigusr1_leads_back_where_the_steps_before_it_were_bad(monkeypatch):
+    """The verdicts of steps that were not logged are read before a checkpoint of them is written."""
+    loss, calls = TrainStep._loss, itertools.count(1)
+
+    def bad(self, x, y):
+        call = next(calls)
+        if call == 15:  # the first micro-batch of step 8; steps 6 and 7 were skipped
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return loss(self, x, y) + (math.nan if 11 <= call <= 14 else 0)
+
+    monkeypatch.setattr(TrainStep, "_loss", bad)
+    flags = "--max_iters 10 --eval_interval 4 --log_interval 100 --rollback_after 2"
+    out = run(flags)
+    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    (back,) = [record for record in found if "rolled_back_from" in record]
+    assert (back["step"], back["rolled_back_from"]) == (4, 7)
+    assert next(calls) == 1 + 15 + 2 * 6  # the micro-batch, and six steps
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_in_a_sample_is_heard_between_its_tokens(monkeypatch, name: str):
+    def pieces(*rest, **named):
+        if (Path("out") / "latest").exists():  # the last sample
+            return
+        for number in range(10):
+            if number == 3:
+                os.kill(os.getpid(), getattr(signal, name))
+            yield str(number)
+        assert name == "SIGUSR1"  # the other one ends the sample
+        assert checkpoint.find(Path("out"), "latest").name == "step-000002"
+
+    monkeypatch.setattr(TextGenerator, "stream", pieces)
+    code = cli.run(train.main, [*FLAGS, "--sample_interval", "2", "--max_iters", "3"])
+    assert code == (143 if name == "SIGTERM" else 0)
+    assert checkpoint.find(Path("out"), "latest").name == ("step-000002" if name == "SIGTERM" else "step-000003")
+
+
+def test_a_step_of_many_micro_batches_is_dropped_and_repeated_to_the_bit():
+    """In a process of its own, as a user would: one step would take an hour."""
+    flags = "--max_iters 3 --eval_interval 1 --dropout 0.2"
+    whole = run(flags, "whole")
+    run(f"{flags} --max_iters 2 --lr_decay_iters 3")
+    process = spawn(f"{ENDLESS} --gradient_accumulation_steps 1000000 --batch_size 1 --init_from resume")
+    for line in process.stderr:
+        if line.startswith("run "):
+            break
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    assert "stopped at step 2 of 1000000, saved in out" in out
+    assert resume("--max_iters 3 --gradient_accumulation_steps 2 --batch_size 4 --eval_interval 1 --dropout 0.2") == 0
+    assert all(torch.equal(tensor, tensors(whole)[name]) for name, tensor in tensors(Path("out")).items())
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -170,9 +234,10 @@ def test_sigusr1_saves_and_goes_on(monkeypatch, capfd, moment: str):
     monkeypatch.setattr(checkpoint, "save", lambda *rest: saved.append(rest[1].step) or save(*rest))
     at_call(monkeypatch, *MOMENTS[moment], lambda: os.kill(os.getpid(), signal.SIGUSR1))
     out = run(STEPS)
-    assert "saving after this step" in capfd.readouterr().err
+    assert "saving, then going on" in capfd.readouterr().err
     # It is saved at once, though an evaluation comes first, and after that as ever.
-    assert saved == ([3, 6, 9, 12] if moment == "saving" else [3, 6, 6, 9, 12])
+    at_once = {"saving": [], "first micro-batch": [5]}.get(moment, [6])
+    assert saved == [3, *at_once, 6, 9, 12]
     assert all(torch.equal(tensor, tensors(whole)[name]) for name, tensor in tensors(out).items())
     assert records(out, "val_loss") == records(whole, "val_loss")
 
