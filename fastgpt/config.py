@@ -22,6 +22,7 @@ SPECULATION = ("none", "ngram")
 ORDERS = ("input", "completion")
 QUANTIZATION = ("none", "int8")
 KERNELS = ("auto", "torch", "reference", "triton")
+USUAL_WARMUP = 2000  # steps
 LEAST, MOST = -(2**63), 2**63 - 1  # what 64 bits hold: whole numbers end up in tensors and files
 
 
@@ -160,7 +161,9 @@ class TrainConfig(ModelConfig):
     learning_rate: float = option(6e-4, "peak learning rate", above=0)
     schedule: str = option("cosine", "shape of the learning rate", choices=("cosine", "linear", "constant", "wsd"))
     decay_lr: bool = option(True, "follow the schedule; off is the same as --schedule constant")
-    warmup_iters: int = option(2000, "steps of linear warm-up", low=0)
+    warmup_iters: int | None = option(
+        None, "steps of linear warm-up; where not given, a preset's or 2000, but at most a tenth of max_iters", low=0
+    )
     lr_decay_iters: int | None = option(None, "step at which min_lr is reached; default max_iters", low=1)
     min_lr: float | None = option(None, "final learning rate; default learning_rate / 10", low=0)
     weight_decay: float = option(0.1, "decay of the matrices, none on biases and gains", low=0)
@@ -216,6 +219,11 @@ class TrainConfig(ModelConfig):
     @property
     def tokens_per_step(self) -> int:
         return self.gradient_accumulation_steps * self.batch_size * self.block_size
+
+    @property
+    def warmup(self) -> int:
+        """Steps of warm-up; where none were asked for, at most a tenth of the run, or it would never reach its rate."""
+        return min(USUAL_WARMUP, self.max_iters // 10) if self.warmup_iters is None else self.warmup_iters
 
     @property
     def final_lr(self) -> float:

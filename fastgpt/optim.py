@@ -85,14 +85,14 @@ def clip(parameters: list[torch.nn.Parameter], limit: float) -> torch.Tensor:
 def learning_rate(step: int, config: TrainConfig) -> float:
     """The learning rate of a step, counted from 0.
 
-    Linear warm-up over `warmup_iters`, then down to `min_lr` at `lr_decay_iters` along a half cosine
+    Linear warm-up over `config.warmup` steps, then down to `min_lr` at `lr_decay_iters` along a half cosine
     (Loshchilov & Hutter, 2017) or a line, or constant; wsd stays at the peak for 80% of the way and then goes
     down a line (Hu et al., 2024).
     """
     peak, final, warmup, end = (
         config.learning_rate,
         config.final_lr,
-        config.warmup_iters,
+        config.warmup,
         config.decay_iters,
     )
     if step < warmup:

@@ -18,7 +18,7 @@ if __name__ == "__main__":
     barriers.choose(sys.argv)  # before PyTorch is imported
 
 from fastgpt import checkpoint, cli, foreign, memory_need, run_folder, signals, threads
-from fastgpt.config import PRESETS, TrainConfig, validate, validate_fields
+from fastgpt.config import PRESETS, USUAL_WARMUP, TrainConfig, validate, validate_fields
 from fastgpt.device import is_out_of_memory, resolve_device
 from fastgpt.errors import RunFailed, UsageError
 from fastgpt.report import RunSummary
@@ -37,6 +37,8 @@ def train(config: TrainConfig) -> RunSummary:
     if config.resuming:
         run_folder.mend(Path(config.out_dir))
     validate(config)
+    if config.warmup_iters is None:
+        config = with_warmup(config)
     run_folder.check_free(Path(config.out_dir))
     try:
         with threads.restored(), Signals(patient=False) as noted:
@@ -84,6 +86,22 @@ def starting_point(preset: str | None, given: Mapping[str, object]) -> tuple[Tra
     return (dataclasses.replace(config, vocab_size=None) if "tokenizer" in given else config), why
 
 
+def with_warmup(config: TrainConfig) -> TrainConfig:
+    """Cap a warm-up that nobody asked for at a tenth of the run, and say so.
+
+    The number becomes a part of the run's settings, so that a resume has the same schedule.
+    """
+    usual = USUAL_WARMUP if config.warmup_iters is None else config.warmup_iters
+    steps = min(usual, config.max_iters // 10)
+    if steps < usual:
+        print(
+            f"the warm-up takes {steps} of the {config.max_iters} steps, a tenth, and not {usual}; "
+            "--warmup_iters sets another number",
+            file=sys.stderr,
+        )
+    return dataclasses.replace(config, warmup_iters=steps)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     signals.ignore_saving()
     preset, given = cli.read(
@@ -92,6 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     start, why = starting_point(preset, given)
     config = cli.change(start, given)
     print(why, file=sys.stderr)
+    if not config.resuming and "warmup_iters" not in given:
+        config = with_warmup(config)
     summary = train(config)
     if summary.failures:
         return 1
