@@ -27,6 +27,12 @@ PEAK_FLOPS = {
 }
 
 
+# oneDNN, which multiplies matrices on a CPU, names what it could not make: a scratchpad, or the code of a product.
+OUT_OF_MEMORY = re.compile(
+    "DefaultCPUAllocator|MPS backend out of memory|CUDA error: out of memory|could not (create|execute) a (primitive|memory)|std::bad_alloc"
+)
+
+
 def resolve_device(name: str) -> torch.device:
     """The device that --device names; auto takes CUDA, then mps, then the CPU.
 
@@ -140,8 +146,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     # PyTorch has no class of its own for those of CPUs, of Apple GPUs, and of making a CUDA graph ready.
-    said = ("DefaultCPUAllocator", "MPS backend out of memory", "CUDA error: out of memory")
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
+    return isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def parse_memory(text: str, device: torch.device) -> int:

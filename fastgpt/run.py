@@ -242,8 +242,9 @@ class Run:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
+                reason = str(error)
             # Not in the except block, where the exception would keep what the step took.
-            self._divide_micro_batches()
+            self._divide_micro_batches(reason)
         if loss is None:
             self.step.abandon()
             self.watch.drop()
@@ -263,7 +264,7 @@ class Run:
         with self.watch.paused():
             return self._is_asked_to_stop()
 
-    def _divide_micro_batches(self) -> None:
+    def _divide_micro_batches(self, reason: str) -> None:
         """After a step ran out of memory: make the micro-batches smaller, or save what is done and give up."""
         self.step.abandon()
         if self.device.type == "cuda":
@@ -271,7 +272,8 @@ class Run:
         number = self.progress.step + 1
         if not self.micro_batches.divide():
             self._save_the_rest()
-            raise RunFailed(memory_need.lacking(f"in step {number} with one sequence at a time", self.config))
+            where = f"in step {number} with one sequence at a time"
+            raise RunFailed(memory_need.lacking(where, self.config, reason))
         self.display.say(
             f"out of memory in step {number}: going on with --batch_size {self.micro_batches.batch_size} "
             f"--gradient_accumulation_steps {self.micro_batches.count}, the same sequences in each step"
@@ -328,8 +330,9 @@ class Run:
         self._tell_of_save(wait=True)  # one that failed does not hold the best model
         progress = self.progress
         if loss is not None:
-            progress.val_loss, progress.evaluated_step = loss if math.isfinite(loss) else None, progress.step
-            if math.isfinite(loss) and (progress.best_val_loss is None or loss < progress.best_val_loss):
+            good = math.isfinite(loss)
+            progress.val_loss, progress.evaluated_step = loss if good else None, progress.step
+            if good and (progress.best_val_loss is None or loss < progress.best_val_loss):
                 progress.best_val_loss, progress.best_step = loss, progress.step
             self._write({"step": progress.step, "tokens": progress.tokens, "val_loss": loss})
         self._save()
@@ -350,10 +353,11 @@ class Run:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
+            reason = str(error)
         # Not in the except block, where the exception would keep what the evaluation took.
         self._save_the_rest()
         where = f"in the evaluation after step {self.progress.step} with one sequence at a time"
-        raise RunFailed(memory_need.lacking(where, self.config))
+        raise RunFailed(memory_need.lacking(where, self.config, reason))
 
     def _is_asked_to_stop(self) -> bool:
         """Do what signals want, between two batches: write a checkpoint of the last step, or stop.

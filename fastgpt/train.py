@@ -50,7 +50,7 @@ def train(config: TrainConfig) -> RunSummary:
         if not is_out_of_memory(error):
             raise
         # In an update, for one, and then half of the weights may have changed: nothing is saved.
-        raise RunFailed(memory_need.lacking("outside of forward and backward passes", config)) from None
+        raise RunFailed(memory_need.lacking("outside of forward and backward passes", config, error)) from None
 
 
 def starting_point(preset: str | None, given: Mapping[str, object]) -> tuple[TrainConfig, str]:

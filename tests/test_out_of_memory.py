@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastgpt import checkpoint, cli, evaluate, files, optim, saver, train
+from fastgpt.device import is_out_of_memory
 from fastgpt.generate import TextGenerator
 from fastgpt.model import GPT
 from fastgpt.run import Run
@@ -20,6 +21,11 @@ ERRORS = [
     torch.OutOfMemoryError("CUDA out of memory."),
     RuntimeError("[enforce fail at alloc_cpu.cpp:128] . DefaultCPUAllocator: can't allocate memory"),
     MemoryError(),
+    RuntimeError("could not create a primitive"),
+    RuntimeError("could not create a primitive descriptor for a matmul primitive"),
+    RuntimeError("could not create a memory object"),
+    RuntimeError("could not execute a primitive"),
+    RuntimeError("std::bad_alloc"),
 ]
 
 
@@ -44,7 +50,13 @@ def with_memory_for(monkeypatch, sequences: int, error: Exception = ERRORS[0], a
     return seen
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_what_says_that_memory_ran_out():
+    assert all(is_out_of_memory(error) for error in ERRORS)
+    assert not any(is_out_of_memory(kind("could not create a file")) for kind in (RuntimeError, ValueError))
+    assert not is_out_of_memory(ValueError("could not create a primitive"))
+
+
+@pytest.mark.parametrize("error", ERRORS[:4], ids=lambda error: type(error).__name__)
 def test_the_losses_are_those_of_the_undivided_run(capfd, monkeypatch, error: Exception):
     flags = "--batch_size 8 --gradient_accumulation_steps 1"
     whole = run(flags, "whole")
@@ -99,6 +111,7 @@ def test_not_even_one_sequence_saves_what_is_done_and_names_the_flags(capsys, mo
     line = err.splitlines()[-1]
     assert line.startswith("error: out of memory in step 5 with one sequence at a time; lower --block_size 8, ")
     assert all(flag in line for flag in ("--n_layer 2", "--n_embd 16"))
+    assert line.endswith("or free memory (CUDA out of memory.)")
     assert "Traceback" not in err
     assert checkpoint.find(Path("out"), "latest").name == "step-000004"
     assert list(records(Path("out"))) == [1, 2, 3, 4]
@@ -146,7 +159,7 @@ def test_a_sample_without_memory_is_left_out(capsys, monkeypatch):
     def greedy(*rest, **named):
         raise ERRORS[0]
 
-    monkeypatch.setattr(TextGenerator, "generate", greedy)
+    monkeypatch.setattr(TextGenerator, "stream", greedy)
     out = run("--sample_interval 2")
     assert capsys.readouterr().out.count("(out of memory)") == 3
     assert checkpoint.find(out, "latest").name == "step-000006"
