@@ -258,10 +258,10 @@ def newest_good(out_dir: Path, before: int) -> Path | None:
 
 
 def verify(step_dir: Path | str, names: Sequence[str] = FILES) -> None:
-    """Check a checkpoint's files, all of them or those about to be read, against its manifest.
+    """Check a checkpoint's files, all of them or those about to be read, against its manifest, and for finite numbers.
 
     Raises:
-        CorruptCheckpoint: naming the file that is missing, truncated or altered.
+        CorruptCheckpoint: naming the file that is missing, truncated or altered, or the tensor that is not finite.
     """
     step_dir = Path(step_dir)
     manifest = read_json(step_dir / MANIFEST)
@@ -281,6 +281,8 @@ def verify(step_dir: Path | str, names: Sequence[str] = FILES) -> None:
             raise CorruptCheckpoint(f"{path} is missing; {ways_out}")
         if not _is(path, files[name]):
             raise CorruptCheckpoint(f"{path} is not what was saved (see {MANIFEST}); {ways_out}")
+        if name != STATE and (bad := tensor_file.first_not_finite(tensor_file.read(path))):
+            raise CorruptCheckpoint(f"{path} is not finite: {bad} holds a NaN or an infinity; {ways_out}")
 
 
 @contextmanager
@@ -367,7 +369,7 @@ def _is(path: Path, identity: Any) -> bool:
 
 
 def _json(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, indent=1) + "\n").encode()
+    return (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
 
 
 def _moments(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

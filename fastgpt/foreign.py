@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fastgpt import tensor_file
 from fastgpt.config import ModelConfig, validate
 from fastgpt.errors import UsageError
 from fastgpt.units import counted
@@ -38,12 +39,17 @@ class ForeignModel:
         """The weights for a vocabulary of this size; rows of the embedding beyond it are padding.
 
         Raises:
-            UsageError: the model has a smaller vocabulary.
+            UsageError: the model has a smaller vocabulary, or a weight that is not finite.
         """
         if vocab_size > (self.shape.vocab_size or 0):
             raise UsageError(
                 f"--init_from {self.path}: its vocabulary has {counted(self.shape.vocab_size or 0, 'token')}, and that "
                 f"of --dataset {vocab_size:,}; name the data that it was trained on"
+            )
+        if bad := tensor_file.first_not_finite(self.tensors):
+            raise UsageError(
+                f"--init_from {self.path}: its weights are not finite: {bad} holds a NaN or an infinity; "
+                "take a checkpoint from before that"
             )
         return {name: tensor[:vocab_size] if name == "wte.weight" else tensor for name, tensor in self.tensors.items()}
 

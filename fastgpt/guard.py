@@ -78,7 +78,7 @@ class Guard:
         difference = torch.where(skip, 0.0, loss - self.mean)
         share = torch.where(skip, 0.0, weight)
         self.mean = self.mean + share * difference
-        self.variance = (1 - share) * (self.variance + share * difference**2)
+        self.variance = ((1 - share) * (self.variance + share * difference**2)).clamp(max=MOST)  # JSON has no infinity
         self.good = self.good + ~skip
 
     def read(self) -> list[Verdict]:
@@ -117,8 +117,8 @@ class Guard:
             TypeError, ValueError: it is none.
         """
         for name in STATE:
-            value = float(state.get(name, 0.0))
-            if math.isnan(value) or MOST < abs(value) < math.inf or (name in COUNTS and not 0 <= value < 2**31):
+            value = min(float(state.get(name, 0.0)), MOST)  # older versions saved an infinite variance
+            if not abs(value) <= MOST or (name in COUNTS and not 0 <= value < 2**31):
                 raise ValueError(f"the guard's {name} is {value}")
             setattr(self, name, torch.full_like(self.in_row, value))
         self.unread.clear()

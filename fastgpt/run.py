@@ -19,7 +19,19 @@ from typing import IO, cast
 import torch
 from rich.console import Console
 
-from fastgpt import checkpoint, contention, corpus, dispatch, evaluate, loader, memory_need, report, run_folder, threads
+from fastgpt import (
+    checkpoint,
+    contention,
+    corpus,
+    dispatch,
+    evaluate,
+    loader,
+    memory_need,
+    report,
+    run_folder,
+    tensor_file,
+    threads,
+)
 from fastgpt.config import TrainConfig
 from fastgpt.device import (
     autocast,
@@ -102,6 +114,7 @@ class Run:
         self.saved_step = self.last_saved = 0  # of the last checkpoint that was begun, and that was finished
         self.saved_best: tuple[float | None, int] = (None, 0)  # of the last that was finished
         self.returns: Counter[int] = Counter()  # rollbacks to each step, which the disk may not have taken
+        self.unfit_step: int | None = None  # whose weights are not finite
         self.failures = 0
         self.watch, self.slowness = Stopwatch(self.device), contention.Slowness(self.threads)
         self.console = Console(file=cast(IO[str], Lasting(sys.stderr)))
@@ -330,7 +343,10 @@ class Run:
         self._tell_of_save(wait=True)  # one that failed does not hold the best model
         progress = self.progress
         if loss is not None:
-            good = math.isfinite(loss)
+            if bad := tensor_file.first_not_finite(self.model.weights()):
+                self.display.say(f"warning: step {progress.step}: not saved, as its weights are not finite: {bad}")
+                self.unfit_step = progress.step
+            good = math.isfinite(loss) and not bad
             progress.val_loss, progress.evaluated_step = loss if good else None, progress.step
             if good and (progress.best_val_loss is None or loss < progress.best_val_loss):
                 progress.best_val_loss, progress.best_step = loss, progress.step
@@ -375,6 +391,9 @@ class Run:
         """Write a checkpoint, or begin to, and what the run is made from; `returned`: after going back to its step."""
         self._tell_of_save(wait=True)  # of the one before, which may still be under way
         progress = self.progress
+        if progress.step == self.unfit_step:
+            self.signals.save_asked = False
+            return
         progress.rollbacks = progress.rollbacks if returned else 0
         snapshot = self.state.snapshot()
         val_loss = progress.val_loss if progress.val_loss is not None else math.nan

@@ -180,7 +180,7 @@ def save(out_dir: Path, config: TrainConfig, vocabulary: tokenizer.Tokenizer, ab
     asked = {name: value for name, value in dataclasses.asdict(config).items() if name not in COMMANDS}
     content = {"format": FORMAT, "fastgpt": __version__, "config": asked, **about}
     content["sha256"] = _sha256(content)
-    write_atomic(out_dir / "config.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_atomic(out_dir / "config.json", json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     vocabulary.save(out_dir / "tokenizer.json")
 
 

@@ -37,6 +37,15 @@ def parts(tensors: Mapping[str, torch.Tensor]) -> Iterator[Block]:
         yield tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
+def first_not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """The name of the first tensor that holds a NaN or an infinity, or None; waits for the device."""
+    for name, tensor in tensors.items():
+        # A sum that is finite is of numbers that are, and takes one pass without a copy; others may overflow it.
+        if tensor.dtype in DTYPES and not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
+            return name
+    return None
+
+
 def read(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a file, mapped into memory. Raises `CorruptCheckpoint`, before anything is allocated."""
     try:
