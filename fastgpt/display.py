@@ -86,9 +86,10 @@ class Display:
         self.done, now = done, time.monotonic()
         if self.name == "micro" and self.step == self.start:
             self._estimate(now - self.began)
-        if self.live is None and now - self.spoke >= SILENCE and done < self.count:
-            left = format_seconds((now - self.began) / max(1, done) * (self.count - done))
-            self.say(f"step {self.step}/{self.total}  {self.name} {done}/{self.count}  {left} left of that")
+        if self.live is None and now - self.spoke >= SILENCE and 0 < done < self.count:
+            left = format_seconds((now - self.began) / done * (self.count - done))
+            what = "step" if self.name == "micro" else self.name
+            self.say(f"step {self.step}/{self.total}  {self.name} {done}/{self.count}  {left} left in this {what}")
 
     def show(self, record: Record, val_loss: float | None) -> None:
         """Show a training record beside the latest val loss."""

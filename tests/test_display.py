@@ -102,7 +102,7 @@ def test_a_terminal_keeps_the_first_loss_as_a_line_of_its_own():
             "step 1510/2000  loss 2.3457  val 2.5000  0:24 left  12,346 tokens/s  50.0 ms  lr 9.90e-04  norm 1.23  "
             "MFU 42.1%  3 MiB",
         ),
-        (100, "step 1510/2000  loss 2.3457  val 2.5000  0:24 left  12,346 tokens/s  50.0 ms  MFU 42.1%  3 MiB"),
+        (110, "step 1510/2000  loss 2.3457  val 2.5000  0:24 left  12,346 tokens/s  50.0 ms  MFU 42.1%  3 MiB"),
         (80, "step 1510/2000  loss 2.3457  val 2.5000  0:24 left  12,346 tokens/s"),
         (60, "step 1510/2000  loss 2.3457  val 2.5000  0:24 left"),
         (40, "step 1510/2000  loss 2.3457  0:24 left"),
@@ -149,8 +149,11 @@ def test_a_pipe_is_told_of_a_long_step_after_its_first_micro_batch_and_each_minu
                 display.reach(done)
     found = lines(display)
     assert found[0] == "step 1: micro-batch 1 of 40 done after 0:12; about 8:00 a step, 12:00:00 in all"
-    assert found[1:3] == ["step 0/90  micro 6/40  6:48 left of that", "step 0/90  micro 11/40  5:48 left of that"]
-    assert found[8] == "step 1/90  micro 1/40  7:48 left of that"
+    assert found[1:3] == [
+        "step 0/90  micro 6/40  6:48 left in this step",
+        "step 0/90  micro 11/40  5:48 left in this step",
+    ]
+    assert found[8] == "step 1/90  micro 1/40  7:48 left in this step"
     assert len(found) == 16
 
 
