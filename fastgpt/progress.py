@@ -30,11 +30,12 @@ class Progress:
 
 def read(state: Mapping[str, Any], path: Path) -> Progress:
     """The progress in the content of a state.json, which is at `path`. Raises `CorruptCheckpoint`."""
-    values = state.get("progress")
+    saved = state.get("progress")
+    values: dict[str, Any] = {"val_set": None}  # which older versions did not save
     try:
-        if isinstance(values, dict):
-            values = {"val_set": None} | values  # which older versions did not save
-        if not isinstance(values, dict) or values.keys() != {field.name for field in fields(Progress)}:
+        if isinstance(saved, dict):
+            values |= saved
+        if values.keys() != {field.name for field in fields(Progress)}:
             raise UsageError("its progress has other fields")
         validate_fields(Progress, values)
         if values["step"] != state.get("step"):
