@@ -72,6 +72,7 @@ def test_a_text_of_one_window_is_enough():
     assert y.tolist() == [list(range(1, 9))] * 2
 
 
+@settings(deadline=None, max_examples=40)
 @given(count=st.integers(1, 60), batch_size=st.integers(1, 7), tokens=st.integers(9, 300), seed=st.integers(0, 9))
 def test_windows_reach_from_the_first_token_to_the_last_at_even_distances(count, batch_size, tokens, seed):
     found = list(make(tokens, seed=seed).windows(count, batch_size))
