@@ -29,7 +29,8 @@ PEAK_FLOPS = {
 
 # oneDNN, which multiplies matrices on a CPU, names what it could not make: a scratchpad, or the code of a product.
 OUT_OF_MEMORY = re.compile(
-    "DefaultCPUAllocator|MPS backend out of memory|CUDA error: out of memory|could not (create|execute) a (primitive|memory)|std::bad_alloc"
+    "DefaultCPUAllocator|MPS backend out of memory|CUDA error: out of memory|std::bad_alloc|"
+    "could not (create|execute) a (primitive|memory)"
 )
 
 
