@@ -19,7 +19,7 @@ from fastgpt.config import MOST, TrainConfig, validate
 from fastgpt.corpus import READING, Corpus
 from fastgpt.errors import CorruptCheckpoint, UsageError, shown
 from fastgpt.files import absolute, recover, temporary_sibling, write, write_atomic
-from fastgpt.units import format_bytes
+from fastgpt.units import counted, format_bytes
 
 FORMAT = 1
 LOCK = ".lock"
@@ -112,7 +112,7 @@ def check_disk(out_dir: Path, config: TrainConfig, parameters: int, step: int) -
     free, largest = shutil.disk_usage(out_dir).free + held, _largest_file()
     if count * size > free:
         raise UsageError(
-            f"--out_dir {out_dir}: {count} checkpoints of {format_bytes(size)} need {format_bytes(count * size)}, and "
+            f"--out_dir {out_dir}: room for {counted(count, 'checkpoint')}, {format_bytes(count * size)}, is needed, and "
             f"its disk has {format_bytes(free)}; make room, name a folder elsewhere, or lower --keep_last"
         )
     if 2 * weights > largest:
