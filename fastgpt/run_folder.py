@@ -112,8 +112,8 @@ def check_disk(out_dir: Path, config: TrainConfig, parameters: int, step: int) -
     free, largest = shutil.disk_usage(out_dir).free + held, _largest_file()
     if count * size > free:
         raise UsageError(
-            f"--out_dir {out_dir}: room for {counted(count, 'checkpoint')}, {format_bytes(count * size)}, is needed, and "
-            f"its disk has {format_bytes(free)}; make room, name a folder elsewhere, or lower --keep_last"
+            f"--out_dir {out_dir}: room for {counted(count, 'checkpoint')}, {format_bytes(count * size)}, is needed, "
+            f"and its disk has {format_bytes(free)}; make room, name a folder elsewhere, or lower --keep_last"
         )
     if 2 * weights > largest:
         raise UsageError(
