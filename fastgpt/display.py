@@ -60,10 +60,9 @@ class Display:
         self.start: int | None = None  # steps done before the first one here
         self.first = 0.0  # seconds of the first micro-batch
         self.estimate: float | None = None  # seconds of a step, told by the micro-batches of the first one
-        options = {"redirect_stdout": False, "redirect_stderr": False}
         self.live: Live | None = None
         if console.is_terminal:
-            self.live = Live(console=console, get_renderable=self._line, **options)
+            self.live = Live(console=console, get_renderable=self._line, redirect_stdout=False, redirect_stderr=False)
 
     def __enter__(self) -> "Display":
         if self.live:
