@@ -168,13 +168,13 @@ def test_a_run_beyond_max_iters_is_refused_though_its_evaluation_is_owed(capsys)
 def test_a_changed_text_is_refused(capsys):
     start("--max_iters 2")
     Path("text.txt").write_text(TEXT + " fox", encoding="utf-8")
-    refused(capsys, "--max_iters 9", "--dataset text.txt", "text changed", "sha256")
+    refused(capsys, "--max_iters 9", f"--dataset {Path('text.txt').absolute()}", "text changed", "sha256")
 
 
 def test_another_vocabulary_is_refused(capsys):
     start("--max_iters 2")
     Path("text.txt").write_text(TEXT + "?", encoding="utf-8")
-    refused(capsys, "--max_iters 9", "--dataset text.txt", "vocabulary")
+    refused(capsys, "--max_iters 9", f"--dataset {Path('text.txt').absolute()}", "vocabulary")
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optim.safetensors", "state.json", "manifest.json"])
