@@ -117,7 +117,8 @@ class Guard:
             TypeError, ValueError: it is none.
         """
         for name in STATE:
-            value = min(float(state.get(name, 0.0)), MOST)  # older versions saved an infinite variance
+            value = float(state.get(name, 0.0))
+            value = MOST if value == math.inf else value  # older versions saved an infinite variance
             if not abs(value) <= MOST or (name in COUNTS and not 0 <= value < 2**31):
                 raise ValueError(f"the guard's {name} is {value}")
             setattr(self, name, torch.full_like(self.in_row, value))

@@ -526,4 +526,4 @@ def test_changed_tokens_of_a_nanogpt_folder_are_refused(capsys, file: str):
     content = bytearray((folder / file).read_bytes())
     content[6] ^= 1
     (folder / file).write_bytes(content)
-    refused(capsys, "--max_iters 9", "--dataset foreign", "text changed", "sha256")
+    refused(capsys, "--max_iters 9", f"--dataset {folder.absolute()}", "text changed", "sha256")
