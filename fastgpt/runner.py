@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch._dynamo.config as dynamo
 import torch.fx.experimental._config as shapes
 
 from fastgpt.cuda_graphs import GraphPool
@@ -183,6 +182,8 @@ def can_be_captured(ops: Ops) -> bool:
 
 def _compiled(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """torch.compile for any sizes: equal ones are no reason to compile again, nor is a second engine to give up."""
+    from torch._dynamo import config as dynamo  # takes seconds, and imports triton
+
     function = torch.compile(forward, dynamic=True)
 
     def run(*args: Any) -> torch.Tensor:
