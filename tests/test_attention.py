@@ -118,7 +118,7 @@ def test_agrees_at_any_shape_and_layout(dtype, data, seed):
     with tiled(tile) if tile else contextlib.nullcontext():
         layout = draw("grad_out", *LAYOUTS)
         assert_op_agrees(
-            causal_attention, "causal_attention", inputs, plain=fused, layout=layout, spread=spread, **arguments
+            causal_attention, "causal_attention", inputs, other=fused, layout=layout, spread=spread, **arguments
         )
 
 
