@@ -22,19 +22,27 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), prompt: Sequence[int] = ()):
         """`prompt`: the tokens before the continuation, or the last of them."""
         self.tokenizer, self.stop = tokenizer, [text for text in stop if text]
-        self.text, self.stopped = "", False
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.stopped = False
+        self._given: list[str] = []
+        self._bytes = b""  # the beginning of a character
         self._pending = ""  # may be the beginning of a stop text
         self._pushed = False
         for token in prompt[-LONGEST_CHARACTER:]:
-            self._decoder.decode(tokenizer.token_bytes(token))  # what is whole is the prompt's
+            self._decode(token)  # what is whole is the prompt's
+
+    @property
+    def text(self) -> str:
+        return "".join(self._given)
 
     def push(self, token: int) -> str:
         """What can be given out after this token: text that no later token changes."""
         if self.stopped:
             return ""
         self._pushed = True
-        self._pending += self._decoder.decode(self.tokenizer.token_bytes(token))
+        if not self.stop:
+            self._given.append(piece := self._decode(token))
+            return piece
+        self._pending += self._decode(token)
         ends = [at for stop in self.stop if (at := self._pending.find(stop)) >= 0]
         if ends:
             self.stopped = True
@@ -45,12 +53,19 @@ class Detokenizer:
         """What was held back, after the last token."""
         if self.stopped or not self._pushed:
             return ""
-        self._pending += self._decoder.decode(b"", final=True)
+        self._pending += self._bytes.decode("utf-8", "replace")
         return self._give(len(self._pending))
+
+    def _decode(self, token: int) -> str:
+        """The characters that end with this token."""
+        content = self._bytes + self.tokenizer.token_bytes(token)
+        text, used = codecs.utf_8_decode(content, "replace", False)
+        self._bytes = content[used:]
+        return text
 
     def _give(self, count: int) -> str:
         piece, self._pending = self._pending[:count], self._pending[count:]
-        self.text += piece
+        self._given.append(piece)
         return piece
 
 

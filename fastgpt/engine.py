@@ -27,7 +27,7 @@ from fastgpt.prompt import Prompt, prompt_tokens
 from fastgpt.random_stream import Occurrences, prompt_digest, stream_key
 from fastgpt.runner import Runner
 from fastgpt.sampler import NOT_DRAWN, Drawn, Sampler, not_numbers
-from fastgpt.scheduler import Chunk, Plan, Sample, Scheduler
+from fastgpt.scheduler import Chunk, LastToken, Plan, Sample, Scheduler
 from fastgpt.speculation import NgramProposer
 from fastgpt.tokenizer import Tokenizer
 from fastgpt.units import counted
@@ -69,8 +69,14 @@ class _Request:
 
 @dataclass(eq=False, slots=True)
 class _Output:
-    """What one sample has given out, and what it has not yet."""
+    """What one sample has given out, and what it has not yet.
 
+    `length`: of prompt and continuation, at which it ends.
+    """
+
+    request: _Request
+    number: int  # of the continuation
+    length: int
     detokenizer: Detokenizer | None
     logprobs: list[tuple[float, list[tuple[int, float]]]] | None
     first_token: float | None = None
@@ -144,7 +150,7 @@ class Engine:
         self.stats = Stats()
         self._submitted = 0
         self._requests: dict[int, _Request] = {}  # those that are not finished
-        self._outputs: dict[Sample, _Output] = {}
+        self._outputs: dict[Sample, _Output] = {}  # of those that are not finished
         self._slots: list[Sample | None] = [None] * max_batch  # whose settings the sampler holds
         self._ready = _Sink()  # of what was submitted
 
@@ -261,6 +267,9 @@ class Engine:
         if self.slide and not params.penalizes:
             # Nothing reads what is before the window, and each continuation would copy it.
             tokens = tokens[-self.block_size :]
+        length = len(tokens) + params.max_new_tokens
+        if not self.slide:
+            length = min(length, self.block_size + 1)
         for number in wanted:
             key = stream_key(digest, params.seed, occurrence, number)
             sample = Sample((request.number, number), tokens, len(tokens), params, key=key)
@@ -269,7 +278,8 @@ class Engine:
             request.samples[sample] = None
             sink.open += 1
             detokenizer = Detokenizer(self.tokenizer, params.stop, tokens) if self.tokenizer else None
-            self._outputs[sample] = _Output(detokenizer, None if params.logprobs is None else [])
+            logprobs = None if params.logprobs is None else []
+            self._outputs[sample] = _Output(request, number, length, detokenizer, logprobs)
         self._requests[request.number] = request
         if params.max_new_tokens == 0:
             for sample in list(request.samples):
@@ -312,32 +322,28 @@ class Engine:
             self._slots = [None] * len(self._slots)  # the sampler may have counted what nobody was given
             raise
 
-    def _compute(self, plan: Plan, now: float) -> tuple[list[Chunk], list[Drawn]]:
+    def _compute(self, plan: Plan, now: float) -> tuple[Sequence[Chunk | LastToken], Sequence[Drawn]]:
         """Run a step: the chunks that predict, and what was drawn after the last token and each guess of each."""
         logits = self.runner(plan)
-        if plan.steady:
-            turns, fresh = plan.chunks, plan.changed
-        else:
-            turns, logits = self._begin_turns(plan, logits, now)
-            fresh = [turn.sample for turn in turns]
+        if plan.batch:
+            return plan.chunks, self.sampler(logits, plan.batch.slots, plan.batch.generated).to_host()
+        turns, logits = self._begin_turns(plan, logits, now)
         if not turns:
             synchronize(self.runner.device)  # so that the step's time is its own
             return [], []
-        for sample in fresh:
-            if self._slots[sample.slot] is not sample:
-                self._give_slot(sample)
-        if plan.steady:
-            samples = [turn.sample for turn in turns]
-            slots = [sample.slot for sample in samples]
-            indices = [len(sample.tokens) - sample.prompt_length for sample in samples]
-        else:
-            slots = [turn.sample.slot for turn in turns for _ in range(turn.rows)]
-            indices = [turn.sample.generated + i for turn in turns for i in range(turn.rows)]
+        for turn in turns:
+            if self._slots[turn.sample.slot] is not turn.sample:
+                self._give_slot(turn.sample)
+        slots = [turn.sample.slot for turn in turns for _ in range(turn.rows)]
+        indices = [turn.sample.generated + i for turn in turns for i in range(turn.rows)]
         return turns, self.sampler(logits, slots, indices).to_host()
 
-    def _begin_turns(self, plan: Plan, logits: torch.Tensor, now: float) -> tuple[list[Chunk], torch.Tensor]:
+    def _begin_turns(
+        self, plan: Plan, logits: torch.Tensor, now: float
+    ) -> tuple[list[Chunk | LastToken], torch.Tensor]:
         """The chunks that predict, with one for each continuation that forks from one of them, and their logits."""
-        turns, begins, end = [], [], 0
+        turns: list[Chunk | LastToken] = []
+        begins, end = [], 0
         for chunk in plan.chunks:
             if chunk.reading:
                 request = self._requests[chunk.sample.order[0]]
@@ -370,57 +376,54 @@ class Engine:
         end = sample.prompt_length
         self.sampler.begin(sample.slot, sample.params, sample.tokens[:end], sample.tokens[end:], key=sample.key)
 
-    def _accept(self, turns: Sequence[Chunk], drawn: Sequence[Drawn]) -> None:
+    def _accept(self, turns: Sequence[Chunk | LastToken], drawn: Sequence[Drawn]) -> None:
         """Give each sequence its new tokens: up to the first that was guessed wrong, or that ends it."""
         end = decoded = 0
         new = tuple.__new__  # as Piece(...), in a fraction of its time
         for turn in turns:
             sample, draft, first = turn.sample, turn.draft, end
-            request, output, before = self._requests[sample.order[0]], self._outputs[sample], len(sample.tokens)
-            end += turn.rows
-            reason = self._append(request, sample, output, drawn[first])
+            output = self._outputs[sample]
+            request, end = output.request, end + turn.rows
+            reason = self._append(sample, output, drawn[first])
             if draft:
                 for at, guess in enumerate(draft, first):
                     if reason or guess != drawn[at].token:
                         break
                     self.stats.accepted += 1
-                    reason = self._append(request, sample, output, drawn[at + 1])
+                    reason = self._append(sample, output, drawn[at + 1])
                 self.stats.proposed += len(draft)
             if not turn.reading:
-                decoded += len(sample.tokens) - before
+                decoded += len(output.tokens)
             if reason:
                 self._finish(request, sample, reason)
                 continue
             if draft and sample.table is not None:
                 self.scheduler.allocator.truncate(sample.table, len(sample.tokens) - 1)
-            request.sink.pieces.append(new(Piece, (request.index, sample.order[1], output.text, output.tokens, None)))
+            request.sink.pieces.append(new(Piece, (request.index, output.number, output.text, output.tokens, None)))
             output.text, output.tokens = "", []
         self.stats.decode_tokens += decoded
 
-    def _append(self, request: _Request, sample: Sample, output: _Output, drawn: Drawn) -> str | None:
+    def _append(self, sample: Sample, output: _Output, drawn: Drawn) -> str | None:
         """Add a token; why the continuation ends with it, or None."""
-        params, token = sample.params, drawn.token
+        token, logprob, top = drawn
         if token == NOT_DRAWN:
             return "error"
         if output.first_token is None:
-            output.first_token = time.perf_counter()
+            output.first_token, request = time.perf_counter(), output.request
             if request.first_token is None:
                 request.first_token = output.first_token
                 self.stats.first_token_seconds.append(request.first_token - request.submitted)
-        if token in params.stop_tokens:
+        if token in sample.params.stop_tokens:
             return "stop"
         sample.tokens.append(token)
         output.tokens.append(token)
-        if output.logprobs is not None and drawn.logprob is not None:
-            output.logprobs.append((drawn.logprob, drawn.top or []))
+        if logprob is not None and output.logprobs is not None:
+            output.logprobs.append((logprob, top or []))
         if output.detokenizer:
             output.text += output.detokenizer.push(token)
             if output.detokenizer.stopped:
                 return "stop"
-        length = len(sample.tokens)
-        if length - sample.prompt_length == params.max_new_tokens or (not self.slide and length > self.block_size):
-            return "length"
-        return None
+        return "length" if len(sample.tokens) >= output.length else None
 
     def _finish(self, request: _Request, sample: Sample, reason: str) -> None:
         self.scheduler.drop(sample)

@@ -14,7 +14,8 @@ class PageTables:
     """A row of pages for each slot of the scheduler, int32 (slots, M).
 
     A row is its sequence's from its first step to its last, so that a step sends only entries that have changed: all of
-    a new sequence's, a page that was added, the copy that took the place of a shared page.
+    a new sequence's, a page that was added, the copy that took the place of a shared page. Which those are, each block
+    table counts for itself, so it may belong to one slot of one `PageTables` alone.
 
     Attributes:
         pages: the rows on the device; what lies behind a sequence's pages is of no meaning.
@@ -25,21 +26,18 @@ class PageTables:
         self.pages = torch.zeros(slots, M, dtype=torch.int32, device=device)
         self.host = np.zeros((slots, M), dtype=np.int32)
         self._entries = self.host.reshape(-1)
-        self._tables: list[BlockTable | None] = [None] * slots  # whose each row is
 
     def update(self, samples: Iterable[Sample]) -> None:
-        """Bring the rows of these sequences up to date. A row is sent whole where its slot has a new table."""
+        """Bring the rows of these sequences up to date."""
         places: list[int] = []
         pages: list[int] = []
-        changed = []
+        changed: list[BlockTable] = []
         for sample in samples:
-            table, slot = sample.table, sample.slot
+            table = sample.table
             assert table is not None
-            if self._tables[slot] is not table:
-                self._tables[slot], table.copied = table, 0
             first, last = table.copied, len(table.pages)
             if first < last:
-                row = slot * self.host.shape[1]
+                row = sample.slot * self.host.shape[1]
                 places += range(row + first, row + last)
                 pages += table.pages[first:]
                 changed.append(table)

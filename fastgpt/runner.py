@@ -6,7 +6,7 @@ and replayed on buffers that stay where they are; smaller batches are padded.
 
 import bisect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from fastgpt.dispatch import Ops
 from fastgpt.kv_cache import PagedCache, PagedStep, Part
 from fastgpt.model import GPT
 from fastgpt.page_tables import PageTables
-from fastgpt.scheduler import Chunk, Plan
+from fastgpt.scheduler import Chunk, LastToken, Plan
 
 RECOMPILE_LIMIT = 256  # of all engines of a process; each compiles a few kinds of steps
 
@@ -69,7 +69,7 @@ class Runner:
         chunks, decoding = plan.chunks, plan.decoding
         pure = decoding == len(chunks) == plan.rows
         if pure and (graph := self._graph(decoding)):
-            self._fill(graph.longs, graph.ints, chunks, None)
+            self._fill(graph.longs, graph.ints, plan, None)
             return graph.replay(decoding)
         if self.single and pure and decoding == 1 and chunks[0].first > 0:
             return self.single(chunks[0], self.tables)
@@ -79,7 +79,7 @@ class Runner:
         reading = len(chunks) - decoding
         B = decoding + (self._size(reading) if reading else 0)  # perhaps with an empty sequence behind
         longs, ints = np.empty((3, plan.tokens), np.int64), np.zeros((3, B + 1), np.int32)
-        self._fill(longs, ints[:2], chunks, counts)
+        self._fill(longs, ints[:2], plan, counts)
         if reading:
             ends = np.arange(1, len(chunks) + 1) if counts is None else counts.cumsum()
             ints[2, 1 : reading + 1] = ends[decoding:] - decoding
@@ -102,32 +102,27 @@ class Runner:
         hidden = self.model.hidden(tokens, cache=step)[0]  # (N, C)
         return self.model.logits(hidden if rows is None else hidden[rows])
 
-    def _fill(self, longs: np.ndarray, ints: np.ndarray, chunks: Sequence[Chunk], counts: np.ndarray | None) -> None:
+    def _fill(self, longs: np.ndarray, ints: np.ndarray, plan: Plan, counts: np.ndarray | None) -> None:
         """Write what a step reads, on the host.
 
         Args:
-            longs: (3, N): the chunks' tokens, their positions and their slots in the pages.
+            longs: (3, N): the plan's tokens, their positions and their slots in the pages.
             ints: (2, B): the chunks' rows of the tables, and their lengths.
             counts: tokens of each chunk; None where each has one.
         """
-        n, P = len(chunks), self.cache.allocator.page_size
-        slots, firsts = [chunk.sample.slot for chunk in chunks], [chunk.first for chunk in chunks]
-        if counts is None:
-            tokens = [chunk.tokens[0] for chunk in chunks]
-            given, at, rows = np.fromiter(tokens + firsts + slots, np.int64, 3 * n).reshape(3, n)
-            ints[0, :n] = rows
-            np.add(at, 1, out=ints[1, :n], casting="unsafe")
+        chunks, n, P = plan.chunks, len(plan.chunks), self.cache.allocator.page_size
+        if plan.batch:
+            given, at, rows = plan.batch.tokens, plan.batch.at, plan.batch.rows
         else:
-            given = np.array([token for chunk in chunks for token in chunk.tokens])
-            rows, at = np.array(slots), np.array(firsts)
-            ints[0, :n], ints[1, :n] = rows, at + counts
+            rows, at = np.array([chunk.sample.slot for chunk in chunks]), np.array([chunk.first for chunk in chunks])
+            given = [token for chunk in chunks for token in chunk.tokens]
+        ints[0, :n], ints[1, :n] = rows, at + (1 if counts is None else counts)
+        if counts is not None:
             at, rows = np.arange(len(given)) + np.repeat(at - counts.cumsum() + counts, counts), rows.repeat(counts)
         longs = longs[:, : len(given)]
         longs[0], longs[1] = given, at
-        pages, places = np.divmod(at, P)
-        longs[2] = self.tables.host[rows, pages]
-        longs[2] *= P
-        longs[2] += places
+        pages = at // P
+        longs[2] = (self.tables.host[rows, pages] - pages) * P + at
 
     def _size(self, count: int) -> int:
         """`count`, but never 1 where the model is compiled: that would be compiled apart."""
@@ -202,7 +197,7 @@ class _SingleStep:
         self.keys, self.values = ([t.flatten(0, 1) for t in pool] for pool in (cache.keys, cache.values))
         self.within = torch.arange(cache.allocator.page_size)
 
-    def __call__(self, chunk: Chunk, tables: PageTables) -> torch.Tensor:
+    def __call__(self, chunk: Chunk | LastToken, tables: PageTables) -> torch.Tensor:
         pages = tables.pages[chunk.sample.slot, : chunk.first // len(self.within) + 1].long()
         slots = (pages[:, None] * len(self.within) + self.within).flatten()[: chunk.first + 1]
         return self.step(torch.tensor(chunk.tokens), slots, self.keys, self.values)

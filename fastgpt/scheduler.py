@@ -8,8 +8,11 @@ later (recomputation: Kwon et al., 2023, section 4.5), so the oldest always goes
 
 import bisect
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
 
 from fastgpt.block_allocator import BlockAllocator, BlockTable, OutOfPages
 from fastgpt.config import SamplingParams
@@ -26,7 +29,7 @@ class Sample:
         tokens: prompt and continuation.
         start: the first token of the window; 0 until the window slides.
         slot: its place in the batch, -1 while it waits.
-        decoding: its chunk of one token, used again in every step that decodes it.
+        decoding: its chunk in every step that decodes it.
         granted: positions below it have a place of its own, and only decoding goes on there: nothing is to be asked.
         siblings: continuations of the same prompt that wait for this one to have read it.
         key: of its random stream.
@@ -39,7 +42,7 @@ class Sample:
     start: int = 0
     slot: int = -1
     table: BlockTable | None = None
-    decoding: "Chunk | None" = None
+    decoding: "LastToken | None" = None
     granted: int = 0
     proposer: NgramProposer | None = None
     siblings: list["Sample"] = field(default_factory=list)
@@ -62,6 +65,60 @@ class Chunk:
     rows: int  # how many of its last tokens predict: none before the end of a prompt, else one and one a guess
 
 
+@dataclass(frozen=True, slots=True)
+class LastToken:
+    """The chunk of a sequence that decodes, good for all its steps: it reads where the sequence stands."""
+
+    sample: Sample
+    draft: ClassVar[list[int]] = []
+    reading: ClassVar[bool] = False
+    rows: ClassVar[int] = 1
+
+    @property
+    def first(self) -> int:
+        assert self.sample.table is not None
+        return self.sample.table.length - 1
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.sample.tokens[-1:]
+
+
+class DecodeBatch:
+    """Running sequences that all decode, kept as arrays from step to step until one comes or goes.
+
+    Each step is the one before, one position on, so only a sequence at the end of its pages is visited by itself.
+
+    Attributes:
+        chunks, samples, tables, slots: one of each for each sequence, oldest first.
+        rows: their slots as an array, int64 (B,).
+        at: the positions of the tokens that the step computes, int64 (B,).
+        granted: `Sample.granted` of each, int64 (B,).
+    """
+
+    def __init__(self, chunks: list[LastToken]):
+        """The first step, which the block tables already count."""
+        self.chunks = chunks
+        self.samples = [chunk.sample for chunk in chunks]
+        self.tables = [sample.table for sample in self.samples if sample.table is not None]
+        self.slots = [sample.slot for sample in self.samples]
+        self.rows = np.array(self.slots)
+        self.at = np.array([table.length - 1 for table in self.tables])
+        self.granted = np.array([sample.granted for sample in self.samples])
+        self._prompts = np.array([sample.prompt_length for sample in self.samples])
+        self._texts = [sample.tokens for sample in self.samples]
+
+    @property
+    def tokens(self) -> list[int]:
+        """The tokens that the step computes."""
+        return [text[-1] for text in self._texts]
+
+    @property
+    def generated(self) -> list[int]:
+        """`Sample.generated` of each, before the step."""
+        return (self.at + 1 - self._prompts).tolist()
+
+
 @dataclass(slots=True)
 class Plan:
     """One step. It is good until the next is planned, which may use its chunks again.
@@ -72,16 +129,16 @@ class Plan:
         rows: how many tokens predict.
         tokens, read: how many tokens are computed, and how many of them are of prompts, or of a preempted sequence.
         changed: the sequences whose pages may have changed since the step before, and all that have just got a slot.
-        steady: all sequences decode, a token each.
+        batch: all chunks, where every running sequence decodes.
     """
 
-    chunks: list[Chunk] = field(default_factory=list)
+    chunks: Sequence[Chunk | LastToken] = ()
     decoding: int = 0
     rows: int = 0
     tokens: int = 0
     read: int = 0
     changed: list[Sample] = field(default_factory=list)
-    steady: bool = False
+    batch: DecodeBatch | None = None
 
 
 class Scheduler:
@@ -108,6 +165,7 @@ class Scheduler:
         self.running: list[Sample] = []  # oldest first
         self.hits, self.preemptions = 0, 0
         self._slots = list(reversed(range(max_batch)))
+        self._batch: DecodeBatch | None = None  # what the last step computed, if no sequence has come or gone since
         self._refused: tuple[Sample, int] | None = None  # who was not let in, and with how many free pages
 
     @property
@@ -123,41 +181,63 @@ class Scheduler:
         self.waiting[sample] = None
 
     def plan(self) -> Plan:
-        """The next step; without chunks when nothing waits or runs. Pages are reserved, and tables count new tokens."""
+        """The next step; without chunks when nothing waits or runs. Pages are reserved, and tables count new tokens.
+
+        All that predicted in the step before have got a token since, or were dropped.
+        """
         budget, one, many, asked, changed = self.max_batch_tokens, [], [], [], []
-        for sample in self.running.copy():
-            if budget == 0:
-                break
-            table, chunk = sample.table, sample.decoding
-            if table is None:  # it has just lost its pages to an older one
-                continue
-            length, tokens = table.length, sample.tokens
-            if (
-                chunk is not None
-                and len(tokens) == length + 1
-                and (length < sample.granted or self._grant(sample, table, changed))
-            ):
-                chunk.first, chunk.tokens[0] = length, tokens[-1]
-                table.length = length = length + 1
-                if length == sample.granted:
-                    self._publish(sample)
-                one.append(chunk)
-                budget -= 1
-            elif (chunk := self._next_chunk(sample, budget)) is not None:
-                asked.append(chunk)
-                (one if len(chunk.tokens) == 1 else many).append(chunk)
-                budget -= len(chunk.tokens)
+        batch, self._batch = self._batch, None
+        if batch and self._advance(batch, changed):
+            one += batch.chunks
+            budget -= len(one)
+        else:
+            batch = None
+            for sample in self.running.copy():
+                if budget == 0:
+                    break
+                table, chunk = sample.table, sample.decoding
+                if table is None:  # it has just lost its pages to an older one
+                    continue
+                if (
+                    chunk is not None
+                    and len(sample.tokens) == table.length + 1
+                    and (table.length < sample.granted or self._grant(sample, table, changed))
+                ):
+                    table.length += 1
+                    if table.length == sample.granted:
+                        self._publish(sample)
+                    one.append(chunk)
+                    budget -= 1
+                elif (chunk := self._next_chunk(sample, budget)) is not None:
+                    asked.append(chunk)
+                    (one if len(chunk.tokens) == 1 else many).append(chunk)
+                    budget -= len(chunk.tokens)
         while budget and self.waiting and self._slots and self._admit(sample := next(iter(self.waiting))):
             del self.waiting[sample]
             chunk = self._chunk(sample, budget, [])
             asked.append(chunk)
             (one if len(chunk.tokens) == 1 else many).append(chunk)
             budget -= len(chunk.tokens)
+        if not asked and one and len(one) == len(self.running):
+            self._batch = batch or DecodeBatch(one)
         chunks, spent = one + many, self.max_batch_tokens - budget
         rows = len(chunks) + sum(chunk.rows - 1 for chunk in asked)
         read = sum(len(chunk.tokens) for chunk in asked if chunk.reading)
-        steady = not many and not read and rows == len(chunks)
-        return Plan(chunks, len(one), rows, spent, read, changed + [chunk.sample for chunk in asked], steady)
+        changed += [chunk.sample for chunk in asked]
+        return Plan(chunks, len(one), rows, spent, read, changed, self._batch)
+
+    def _advance(self, batch: DecodeBatch, changed: list[Sample]) -> bool:
+        """Move to the batch's next step; False, with no token counted, where a sequence can get no page."""
+        batch.at += 1
+        for i in (batch.at == batch.granted).nonzero()[0].tolist():
+            if not self._grant(batch.samples[i], batch.tables[i], changed):
+                return False
+            batch.granted[i] = batch.samples[i].granted
+        for table in batch.tables:
+            table.length += 1
+        for i in (batch.at == batch.granted - 1).nonzero()[0].tolist():
+            self._publish(batch.samples[i])
+        return True
 
     def _grant(self, sample: Sample, table: BlockTable, changed: list[Sample]) -> bool:
         """Give a sequence that decodes its next page, if its pages are full and one is free."""
@@ -260,7 +340,7 @@ class Scheduler:
         rows = 1 + len(draft) if table.length >= known else 0
         reading = sample.generated == 0 or (known - first > 1 and not sample.start)  # not each time the window slides
         if rows and sample.proposer is None and not sample.start:
-            sample.decoding = sample.decoding or Chunk(sample, 0, [0], [], False, 1)
+            sample.decoding = sample.decoding or LastToken(sample)
             sample.granted = min(self.allocator.pages_for(table.length) * self.allocator.page_size, self.block_size)
         return Chunk(sample, first, tokens, draft, reading, rows)
 
@@ -287,14 +367,14 @@ class Scheduler:
     def _run(self, sample: Sample) -> None:
         if not sample.generated:
             sample.tokens = list(sample.tokens)  # from here on it grows apart from its siblings'
-        sample.slot = self._slots.pop()
+        sample.slot, self._batch = self._slots.pop(), None
         bisect.insort(self.running, sample, key=lambda other: other.order)
 
     def _stop(self, sample: Sample) -> None:
         assert sample.table is not None
         self.allocator.release(sample.table)
         self._slots.append(sample.slot)
-        sample.table, sample.slot, sample.decoding, sample.granted = None, -1, None, 0
+        sample.table, sample.slot, sample.decoding, sample.granted, self._batch = None, -1, None, 0, None
         self.running.remove(sample)
 
     def _preempt(self, sample: Sample) -> None:
