@@ -6,11 +6,11 @@ section 4. A page is in one of three states: used (some table refers to it), cac
 a known prefix and may be taken up again) or empty. Cached and empty pages together are free.
 """
 
-import hashlib
 import struct
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 
 
 class OutOfPages(Exception):
@@ -84,7 +84,9 @@ class BlockAllocator:
         """
         table = BlockTable()
         if self.prefix_cache:
-            for digest in self._digests(tokens, b"", 0, (len(tokens) - 1) // self.page_size):
+            digest = b""
+            for i in range((len(tokens) - 1) // self.page_size):
+                digest = self._digest(digest, tokens, i)
                 page = self._by_digest.get(digest)
                 if page is None:
                     break
@@ -146,8 +148,9 @@ class BlockAllocator:
         if not self.prefix_cache:
             return
         done, full = len(table.digests), min(len(tokens), table.length) // self.page_size
-        before = table.digests[-1] if done else b""
-        for i, digest in enumerate(self._digests(tokens, before, done, full), done):
+        digest = table.digests[-1] if done else b""
+        for i in range(done, full):
+            digest = self._digest(digest, tokens, i)
             table.digests.append(digest)
             if digest not in self._by_digest:
                 self._by_digest[digest] = table.pages[i]
@@ -180,12 +183,10 @@ class BlockAllocator:
         self._by_digest.clear()
         self._digest_of.clear()
 
-    def _digests(self, tokens: Sequence[int], before: bytes, first: int, last: int) -> Iterator[bytes]:
-        """The hash of each prefix that ends with page `first`, ..., `last` - 1; `before` is the one before."""
-        P = self.page_size
-        for i in range(first, last):
-            before = hashlib.sha256(before + self._pack(*tokens[i * P : (i + 1) * P])).digest()
-            yield before
+    def _digest(self, before: bytes, tokens: Sequence[int], page: int) -> bytes:
+        """The hash of the prefix that ends with this page of the tokens; `before`: that of the page before."""
+        first = page * self.page_size
+        return sha256(before + self._pack(*tokens[first : first + self.page_size])).digest()
 
     def _take(self, before: int | None) -> int:
         """A free page: the one behind `before` if it is empty, so that a sequence's pages lie side by side.
@@ -205,7 +206,8 @@ class BlockAllocator:
             self._taken[row] += 1
             self._empty_rows.pop(row, None)
         self.references[page] = 1
-        self.peak = max(self.peak, self.used)
+        if (used := self.pages - len(self._empty) - len(self._cached)) > self.peak:
+            self.peak = used
         return page
 
     def _give_back(self, page: int) -> None:

@@ -24,11 +24,10 @@ class Detokenizer:
         self.tokenizer, self.stop = tokenizer, [text for text in stop if text]
         self.stopped = False
         self._given: list[str] = []
-        self._bytes = b""  # the beginning of a character
         self._pending = ""  # may be the beginning of a stop text
         self._pushed = False
-        for token in prompt[-LONGEST_CHARACTER:]:
-            self._decode(token)  # what is whole is the prompt's
+        before = b"".join(map(tokenizer.token_bytes, prompt[-LONGEST_CHARACTER:]))
+        self._bytes = before[codecs.utf_8_decode(before, "replace")[1] :]  # the beginning of a character
 
     @property
     def text(self) -> str:
@@ -39,10 +38,13 @@ class Detokenizer:
         if self.stopped:
             return ""
         self._pushed = True
+        content = self._bytes + self.tokenizer.token_bytes(token)
+        text, used = codecs.utf_8_decode(content, "replace")
+        self._bytes = content[used:]
         if not self.stop:
-            self._given.append(piece := self._decode(token))
-            return piece
-        self._pending += self._decode(token)
+            self._given.append(text)
+            return text
+        self._pending += text
         ends = [at for stop in self.stop if (at := self._pending.find(stop)) >= 0]
         if ends:
             self.stopped = True
@@ -55,13 +57,6 @@ class Detokenizer:
             return ""
         self._pending += self._bytes.decode("utf-8", "replace")
         return self._give(len(self._pending))
-
-    def _decode(self, token: int) -> str:
-        """The characters that end with this token."""
-        content = self._bytes + self.tokenizer.token_bytes(token)
-        text, used = codecs.utf_8_decode(content, "replace", False)
-        self._bytes = content[used:]
-        return text
 
     def _give(self, count: int) -> str:
         piece, self._pending = self._pending[:count], self._pending[count:]

@@ -9,6 +9,7 @@ and the `Engine` gives them to their requests. What a request draws depends on i
 not on what runs beside it; only equal prompts with equal seeds, given together, are numbered and draw apart.
 """
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -77,6 +78,7 @@ class _Output:
     request: _Request
     number: int  # of the continuation
     length: int
+    stop_tokens: Sequence[int]
     detokenizer: Detokenizer | None
     logprobs: list[tuple[float, list[tuple[int, float]]]] | None
     first_token: float | None = None
@@ -279,7 +281,7 @@ class Engine:
             sink.open += 1
             detokenizer = Detokenizer(self.tokenizer, params.stop, tokens) if self.tokenizer else None
             logprobs = None if params.logprobs is None else []
-            self._outputs[sample] = _Output(request, number, length, detokenizer, logprobs)
+            self._outputs[sample] = _Output(request, number, length, params.stop_tokens, detokenizer, logprobs)
         self._requests[request.number] = request
         if params.max_new_tokens == 0:
             for sample in list(request.samples):
@@ -378,19 +380,18 @@ class Engine:
 
     def _accept(self, turns: Sequence[Chunk | LastToken], drawn: Sequence[Drawn]) -> None:
         """Give each sequence its new tokens: up to the first that was guessed wrong, or that ends it."""
-        end = decoded = 0
+        decoded, each = 0, iter(drawn)
         new = tuple.__new__  # as Piece(...), in a fraction of its time
-        for turn in turns:
-            sample, draft, first = turn.sample, turn.draft, end
+        for turn, latest in zip(turns, each, strict=False):
+            sample, draft = turn.sample, turn.draft
             output = self._outputs[sample]
-            request, end = output.request, end + turn.rows
-            reason = self._append(sample, output, drawn[first])
+            request, reason = output.request, self._append(sample, output, latest)
             if draft:
-                for at, guess in enumerate(draft, first):
-                    if reason or guess != drawn[at].token:
+                for guess, after in zip(draft, list(itertools.islice(each, len(draft))), strict=True):
+                    if reason or guess != latest.token:
                         break
                     self.stats.accepted += 1
-                    reason = self._append(sample, output, drawn[at + 1])
+                    reason, latest = self._append(sample, output, after), after
                 self.stats.proposed += len(draft)
             if not turn.reading:
                 decoded += len(output.tokens)
@@ -413,15 +414,15 @@ class Engine:
             if request.first_token is None:
                 request.first_token = output.first_token
                 self.stats.first_token_seconds.append(request.first_token - request.submitted)
-        if token in sample.params.stop_tokens:
+        if token in output.stop_tokens:
             return "stop"
         sample.tokens.append(token)
         output.tokens.append(token)
         if logprob is not None and output.logprobs is not None:
             output.logprobs.append((logprob, top or []))
-        if output.detokenizer:
-            output.text += output.detokenizer.push(token)
-            if output.detokenizer.stopped:
+        if detokenizer := output.detokenizer:
+            output.text += detokenizer.push(token)
+            if detokenizer.stopped:
                 return "stop"
         return "length" if len(sample.tokens) >= output.length else None
 

@@ -110,19 +110,20 @@ class Runner:
             ints: (2, B): the chunks' rows of the tables, and their lengths.
             counts: tokens of each chunk; None where each has one.
         """
-        chunks, n, P = plan.chunks, len(plan.chunks), self.cache.allocator.page_size
+        n, P = len(plan.chunks), self.cache.allocator.page_size
         if plan.batch:
-            given, at, rows = plan.batch.tokens, plan.batch.at, plan.batch.rows
-        else:
-            rows, at = np.array([chunk.sample.slot for chunk in chunks]), np.array([chunk.first for chunk in chunks])
-            given = [token for chunk in chunks for token in chunk.tokens]
+            longs[:, :n], ints[:, :n] = plan.batch.longs, plan.batch.ints
+            return
+        tokens = [token for chunk in plan.chunks for token in chunk.tokens]
+        at, rows = np.array([(chunk.first, chunk.sample.slot) for chunk in plan.chunks]).T
         ints[0, :n], ints[1, :n] = rows, at + (1 if counts is None else counts)
         if counts is not None:
-            at, rows = np.arange(len(given)) + np.repeat(at - counts.cumsum() + counts, counts), rows.repeat(counts)
-        longs = longs[:, : len(given)]
-        longs[0], longs[1] = given, at
-        pages = at // P
-        longs[2] = (self.tables.host[rows, pages] - pages) * P + at
+            at, rows = np.arange(len(tokens)) + np.repeat(at - counts.cumsum() + counts, counts), rows.repeat(counts)
+        longs = longs[:, : len(tokens)]
+        longs[0], longs[1] = tokens, at
+        longs[2] = self.tables.host[rows, at // P]
+        longs[2] *= P
+        longs[2] += at % P
 
     def _size(self, count: int) -> int:
         """`count`, but never 1 where the model is compiled: that would be compiled apart."""

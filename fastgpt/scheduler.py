@@ -7,10 +7,10 @@ later (recomputation: Kwon et al., 2023, section 4.5), so the oldest always goes
 """
 
 import bisect
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from operator import itemgetter
 
 import numpy as np
 
@@ -65,14 +65,14 @@ class Chunk:
     rows: int  # how many of its last tokens predict: none before the end of a prompt, else one and one a guess
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class LastToken:
     """The chunk of a sequence that decodes, good for all its steps: it reads where the sequence stands."""
 
     sample: Sample
-    draft: ClassVar[list[int]] = []
-    reading: ClassVar[bool] = False
-    rows: ClassVar[int] = 1
+    draft: list[int] = field(default_factory=list)
+    reading: bool = False
+    rows: int = 1
 
     @property
     def first(self) -> int:
@@ -85,38 +85,51 @@ class LastToken:
 
 
 class DecodeBatch:
-    """Running sequences that all decode, kept as arrays from step to step until one comes or goes.
+    """Running sequences that all decode, kept from step to step until one comes or goes.
 
     Each step is the one before, one position on, so only a sequence at the end of its pages is visited by itself.
 
     Attributes:
         chunks, samples, tables, slots: one of each for each sequence, oldest first.
-        rows: their slots as an array, int64 (B,).
-        at: the positions of the tokens that the step computes, int64 (B,).
-        granted: `Sample.granted` of each, int64 (B,).
+        longs: int64 (3, B): the tokens that the step computes, their positions and their places in the pages.
+        ints: int32 (2, B): slots, and lengths with the step's token.
+        step: how many steps lie behind it.
+        full: by step, the numbers of the sequences whose pages are full when it begins.
     """
 
-    def __init__(self, chunks: list[LastToken]):
+    def __init__(self, chunks: list[LastToken], page_size: int):
         """The first step, which the block tables already count."""
         self.chunks = chunks
         self.samples = [chunk.sample for chunk in chunks]
         self.tables = [sample.table for sample in self.samples if sample.table is not None]
         self.slots = [sample.slot for sample in self.samples]
-        self.rows = np.array(self.slots)
-        self.at = np.array([table.length - 1 for table in self.tables])
-        self.granted = np.array([sample.granted for sample in self.samples])
-        self._prompts = np.array([sample.prompt_length for sample in self.samples])
+        lengths = [table.length for table in self.tables]
+        pages = [table.pages[(table.length - 1) // page_size] for table in self.tables]
         self._texts = [sample.tokens for sample in self.samples]
+        self._prompts = np.array([sample.prompt_length for sample in self.samples], np.int32)
+        self.longs, self.ints = np.array([pages, lengths, pages], np.int64), np.array([self.slots, lengths], np.int32)
+        self.longs[1] -= 1
+        self.longs[2] = self.longs[2] * page_size + self.longs[1] % page_size
+        self.step = 0
+        self.full: defaultdict[int, list[int]] = defaultdict(list)
+        for i, (sample, length) in enumerate(zip(self.samples, lengths, strict=True)):
+            self.full[sample.granted - length + 1].append(i)
+        self._read()
 
-    @property
-    def tokens(self) -> list[int]:
-        """The tokens that the step computes."""
-        return [text[-1] for text in self._texts]
+    def advance(self) -> None:
+        """Move to the next step, but for the places in pages that are new."""
+        self.step += 1
+        self.longs[1:] += 1
+        self.ints[1] += 1
+        self._read()
 
     @property
     def generated(self) -> list[int]:
         """`Sample.generated` of each, before the step."""
-        return (self.at + 1 - self._prompts).tolist()
+        return (self.ints[1] - self._prompts).tolist()
+
+    def _read(self) -> None:
+        self.longs[0] = np.fromiter(map(itemgetter(-1), self._texts), np.int64, len(self._texts))
 
 
 @dataclass(slots=True)
@@ -219,7 +232,7 @@ class Scheduler:
             (one if len(chunk.tokens) == 1 else many).append(chunk)
             budget -= len(chunk.tokens)
         if not asked and one and len(one) == len(self.running):
-            self._batch = batch or DecodeBatch(one)
+            self._batch = batch or DecodeBatch(one, self.allocator.page_size)
         chunks, spent = one + many, self.max_batch_tokens - budget
         rows = len(chunks) + sum(chunk.rows - 1 for chunk in asked)
         read = sum(len(chunk.tokens) for chunk in asked if chunk.reading)
@@ -228,24 +241,27 @@ class Scheduler:
 
     def _advance(self, batch: DecodeBatch, changed: list[Sample]) -> bool:
         """Move to the batch's next step; False, with no token counted, where a sequence can get no page."""
-        batch.at += 1
-        for i in (batch.at == batch.granted).nonzero()[0].tolist():
-            if not self._grant(batch.samples[i], batch.tables[i], changed):
+        batch.advance()
+        for i in batch.full.pop(batch.step, ()):
+            sample, table = batch.samples[i], batch.tables[i]
+            if not self._grant(sample, table, changed):
                 return False
-            batch.granted[i] = batch.samples[i].granted
+            batch.longs[2, i] = table.pages[-1] * self.allocator.page_size
+            batch.full[batch.step + sample.granted - table.length].append(i)
         for table in batch.tables:
             table.length += 1
-        for i in (batch.at == batch.granted - 1).nonzero()[0].tolist():
-            self._publish(batch.samples[i])
+        for i in batch.full.get(batch.step + 1, ()):
+            self.allocator.publish(batch.tables[i], batch.samples[i].tokens)
         return True
 
     def _grant(self, sample: Sample, table: BlockTable, changed: list[Sample]) -> bool:
         """Give a sequence that decodes its next page, if its pages are full and one is free."""
-        if sample.granted != table.length or table.length % self.allocator.page_size or table.length == self.block_size:
+        allocator, length = self.allocator, table.length
+        if sample.granted != length or length % allocator.page_size or length == self.block_size:
             return False
-        if not self.allocator.extend(table):
+        if not allocator.extend(table):
             return False
-        sample.granted = min(table.length + self.allocator.page_size, self.block_size)
+        sample.granted = min(length + allocator.page_size, self.block_size)
         changed.append(sample)
         return True
 

@@ -75,6 +75,15 @@ def check_plan(scheduler: Scheduler, plan: Plan) -> None:
     assert len({chunk.sample.order for chunk in chunks}) == len(chunks)
     if scheduler.running:
         assert scheduler.running[0] in [chunk.sample for chunk in chunks], "the oldest goes on in every step"
+    if batch := plan.batch:
+        P = allocator.page_size
+        at = [(chunk.first, chunk.sample.table.pages[chunk.first // P]) for chunk in chunks]
+        assert [chunk.sample for chunk in chunks] == batch.samples == scheduler.running
+        assert batch.longs.T.tolist() == [
+            [*chunk.tokens, place, page * P + place % P] for chunk, (place, page) in zip(chunks, at, strict=True)
+        ]
+        assert batch.ints.T.tolist() == [[chunk.sample.slot, chunk.first + 1] for chunk in chunks]
+        assert batch.generated == [chunk.sample.generated for chunk in chunks]
     for chunk in chunks:
         sample, end = chunk.sample, chunk.first + len(chunk.tokens)
         window, table = sample.tokens[sample.start :], sample.table
@@ -198,6 +207,22 @@ def test_a_prompt_is_read_in_chunks_beside_those_that_decode():
     assert advance(planner) == {0: 1, 1: 9}
     assert advance(planner) == {0: 1, 1: 4, 2: 5}
     assert advance(planner) == {0: 1, 1: 1, 2: 1}
+
+
+def test_sequences_that_decode_stay_a_batch_until_one_comes_or_goes():
+    """Also where pages end, which only their own sequences notice."""
+    planner = scheduler()
+    samples = add(planner, 2, 3, 7, new=30)
+    batches = [advance(planner) and planner._batch for _ in range(12)]
+    assert batches[0] is None  # prompts are read
+    assert batches[2] is not None
+    assert set(batches[2:]) == {batches[2]}
+    planner.drop(samples[1])
+    advance(planner)
+    assert planner._batch.samples == [samples[0], samples[2]]
+    planner.add(Sample((9, 0), [1, 2], 2, SamplingParams(max_new_tokens=9)))
+    assert advance(planner) == {0: 1, 2: 1, 9: 2}
+    assert planner._batch is None
 
 
 def test_a_finished_sequences_place_is_taken_in_the_next_step():
