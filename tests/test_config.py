@@ -174,7 +174,7 @@ def test_the_nearest_choice_is_named(changes, meant):
     refused(TrainConfig(**changes), f"; did you mean {meant}?")
 
 
-@pytest.mark.parametrize("stop", ["a", (1,), ("a", None)])
+@pytest.mark.parametrize("stop", [1, (1,), ("a", None)])
 def test_stops_are_a_list_of_text(stop):
     refused(GenerateConfig(stop=stop), "--stop", "list of text")
 

@@ -40,7 +40,7 @@ HOSTILE = [
 TOGETHER = {
     "n_head", "n_kv_head", "n_embd", "n_layer", "block_size", "batch_size", "gradient_accumulation_steps", "vocab_size",
     "learning_rate", "min_lr", "position", "tokenizer", "kernels", "init_from", "allow_data_change", "compile", "cache",
-    "kv_memory", "device", "dtype", "async_save", "keep_last",
+    "kv_memory", "device", "dtype", "async_save", "keep_last", "resume",
 }  # fmt: skip
 
 
@@ -148,6 +148,7 @@ def traces(text: str) -> set[str]:
         with contextlib.suppress(ValueError):
             spelled |= {str(number(text)), "thousands of digits"}
     spelled |= {one.encode(errors="backslashreplace").decode() for one in spelled}
+    spelled |= {"".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in one) for one in spelled}
     spelled |= {f"U+{ord(char):04X}" for char in text if 0xD800 <= ord(char) < 0xE000}
     return {one[:15].rstrip() for one in spelled}
 
@@ -168,7 +169,8 @@ def check(kind: type, field: dataclasses.Field, text: str) -> None:
         return
     if field.name == "checkpoint" and Path(text).name in ("", ".."):  # a folder that is there, without a manifest
         return
-    due = judge(field, typing.get_type_hints(kind)[field.name], text)
+    hint = typing.get_type_hints(kind)[field.name]
+    due = judge(field, hint, text)
     line = run(kind, flag(kind, field, text))
     if line is None:
         assert due is not False, f"--{field.name} {text!r:.200} was taken"
@@ -177,7 +179,8 @@ def check(kind: type, field: dataclasses.Field, text: str) -> None:
     if field.name == "init_from" and due is None:  # a run to continue, which is looked for in its folder
         return
     assert f"--{field.name}" in line
-    assert any(trace in line for trace in traces(text)), line
+    # A switch that is on, and lacks another flag, is named without its value.
+    assert (hint is bool and due) or any(trace in line for trace in traces(text)), line
     if field.metadata["choices"] and difflib.get_close_matches(text[:80], field.metadata["choices"], cutoff=0.5):
         assert len(text) > 80 or "did you mean" in line or text in field.metadata["choices"], line
 
