@@ -71,7 +71,7 @@ def refusal(capsys, flags: str = "", settings: str = START) -> str:
     assert code == 2, err
     assert out == ""
     *said, error = err.splitlines()
-    assert all(line.startswith(("preset ", "prepared ", "reused ")) for line in said), err
+    assert all(line.startswith(("preset ", "the warm-up ", "prepared ", "reused ")) for line in said), err
     assert error.startswith("error: ")
     assert not checkpoint.holds_run(Path("out"))
     return error
@@ -462,6 +462,6 @@ def test_sizes_are_checked_before_anything_is_allocated(file: str):
     else:
         *said, error = err.splitlines()
         assert code == 2, err
-        assert all(line.startswith(("preset ", "prepared ", "reused ")) for line in said), err
+        assert all(line.startswith(("preset ", "the warm-up ", "prepared ", "reused ")) for line in said), err
         assert error.startswith("error: ")
     assert json.loads(Path("grown.txt").read_text()) < 200 << 10  # KiB
