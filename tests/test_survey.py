@@ -72,7 +72,7 @@ def case(name: str) -> str:
 
 
 def test_records_everything_goes_on_and_resumes(suite: Path):
-    done = run(suite, "--minutes", "1", "--case_seconds", "4")
+    done = run(suite, "--minutes", "3", "--case_seconds", "4")
     assert done.returncode == 0, done.stderr
     found = cases(suite)
     assert found[case("test_failing")]["outcome"] == "failed"
@@ -98,7 +98,7 @@ def test_records_everything_goes_on_and_resumes(suite: Path):
 
     (suite.parent / "out" / "cases" / case("test_last")).unlink()
     before = {name: (suite.parent / "out" / "cases" / name).stat().st_mtime_ns for name in cases(suite)}
-    again = run(suite, "--minutes", "1", "--case_seconds", "4")
+    again = run(suite, "--minutes", "3", "--case_seconds", "4")
     assert again.returncode == 0, again.stderr
     assert "7 cases, 6 of them done before" in again.stdout
     assert case("test_last") in cases(suite)
