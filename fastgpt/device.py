@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from fastgpt.config import DTYPES
-from fastgpt.errors import UsageError, nearest, shown
+from fastgpt.errors import RunFailed, UsageError, nearest, shown
 from fastgpt.units import counted
 
 # Dense 16-bit tensor-core peaks in FLOP/s, by the name that the driver gives; from NVIDIA's data sheets.
@@ -146,6 +146,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that the device, or the machine, has no memory left."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
+    if isinstance(error, RunFailed):  # our own message, which may quote one
+        return False
     # PyTorch has no class of its own for those of CPUs, of Apple GPUs, and of making a CUDA graph ready.
     return isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
 
