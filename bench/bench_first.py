@@ -1,4 +1,4 @@
-"""What a GPU that is new to this project is asked first, in some three minutes, for GPT-2's shape in bfloat16.
+"""Answers the first questions about a new GPU in some three minutes, for GPT-2's shape in bfloat16.
 
 In this order: whether the kernels run and agree with the reference; how fast attention is, against itself with its
 loops in the other order and against PyTorch's own kernels; a training step, and decoding, against PyTorch's column.

@@ -1,4 +1,4 @@
-"""How fast training and generation are beside other programs, by how OpenMP's threads wait at barriers.
+"""Times training and generation beside other programs, by how OpenMP's threads wait at barriers.
 
     python bench/busy.py                                  # every workload; several minutes
     python bench/busy.py --workloads train-cpu --loads idle one

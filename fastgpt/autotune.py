@@ -159,7 +159,7 @@ def measure(calls: Mapping[str, Callable[[], object]], stopwatch: Stopwatch) -> 
 
 
 def repeats_for(seconds: float) -> int:
-    """How many calls of so many seconds make a sample."""
+    """The number of calls, each of so many seconds, that make a sample."""
     return min(math.ceil(SAMPLE / max(seconds, 1e-9)), MOST_REPEATS)
 
 
