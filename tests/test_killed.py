@@ -27,7 +27,7 @@ CONFIG = TrainConfig(vocab_size=11, block_size=8, n_layer=1, n_head=2, n_embd=8)
 DISK = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "fastgpt.write", "fastgpt.sync"}
 TINY = [  # at this rate the best checkpoint is step 2, still so after step 4, and then step 6
     *FLAGS,
-    *shlex.split("--eval_interval 2 --keep_last 1 --dropout 0.1 --lr_decay_iters 6 --learning_rate 0.1 --min_lr 0.1"),
+    *shlex.split("--eval_interval 2 --keep_last 1 --dropout 0.1 --lr_decay_iters 6 --learning_rate 0.3 --min_lr 0.3"),
 ]
 Parts = tuple[GPT, torch.optim.Optimizer]
 

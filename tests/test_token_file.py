@@ -81,7 +81,7 @@ def test_a_meta_without_its_hashes_is_refused(hashes: object, folder: Path, tmp_
     assert str(folder) in refused(folder, tmp_path)
     del meta["val"]["sha256"]
     (folder / "meta.json").write_text(json.dumps(meta))
-    assert "meta.json is damaged: 'sha256'" in refused(folder, tmp_path)
+    assert "meta.json is damaged: it has no 'sha256'" in refused(folder, tmp_path)
 
 
 @pytest.mark.parametrize("value", [1e999, "many", None, -1, 10**400])
