@@ -2,7 +2,8 @@
 
 `Watcher` looks at the time for which the threads of this process had work and no CPU. Little of it: threads spin at
 barriers, which is fastest. Much: they sleep there (`fastgpt.barriers`), which costs some of the speed of an idle
-machine and keeps most of what a busy one has to give. `Slowness` gives advice where steps have become far slower.
+machine and keeps most of what a busy one has to give, for as long as other programs use CPUs that this one's threads
+need. `Slowness` gives advice where steps have become far slower.
 """
 
 import math
@@ -16,7 +17,8 @@ from fastgpt.units import counted
 
 LOOK = 0.1  # seconds over which the waiting is measured
 CONTENDED = 0.3  # seconds of waiting in a second; measured: up to 0.2 on an idle machine, 0.4 and more on a busy one
-SHORTEST, LONGEST = 1.0, 8.0  # seconds for which threads sleep at barriers before spinning is tried again
+SHORTEST, LONGEST = 1.0, 8.0  # seconds for which threads sleep at barriers at least, before spinning is tried again
+HELD = 0.5  # CPUs that threads need and other programs use: spinning is not tried
 
 SLOW = 3.0  # times the best step
 ROW, ROW_SECONDS = 5, 10.0  # what is slow for fewer steps or less time is not worth advice
@@ -57,7 +59,8 @@ class Watcher:
     def _watch(self) -> None:
         """Spin until threads wait for CPUs, then sleep for a while and try again, each time later if that is no use.
 
-        While threads sleep, their waiting says little: it grows by each time that one is woken.
+        While threads sleep, their waiting says little: it grows by each time that one is woken. What other programs
+        use says enough to put the next try off.
         """
         rest = 0.0
         while not self.over.is_set():
@@ -70,7 +73,9 @@ class Watcher:
             if not self.barriers.sleep():
                 return
             self.since = time.monotonic()
-            self.over.wait(rest)
+            self.over.wait(rest - LOOK)
+            while self._lacks_cpus():
+                pass
             self.asleep, self.since = self.slept, math.inf
             self.barriers.spin()
 
@@ -79,6 +84,13 @@ class Watcher:
         before, began = cpus.waited(), time.monotonic()
         self.over.wait(LOOK)
         return _rate(before, began)
+
+    def _lacks_cpus(self) -> bool:
+        """Whether other programs use CPUs that the computing threads need, measured over LOOK seconds."""
+        before = cpus.Moment.now()
+        if self.over.wait(LOOK) or before is None or (now := cpus.Moment.now()) is None:
+            return False
+        return now.taken_since(before) > cpus.allowed() - self.barriers.threads + HELD
 
 
 class Slowness:

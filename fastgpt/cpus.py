@@ -14,7 +14,12 @@ STATISTICS = Path("/proc/stat")
 
 def usable() -> int:
     """The CPUs that this process may keep busy: those of its affinity, and no more than its cgroup's quota pays for."""
-    return max(1, int(min(len(_affinity()), quota())))
+    return max(1, int(min(allowed(), quota())))
+
+
+def allowed() -> int:
+    """The CPUs of this process's affinity: those on which it may run, all at once or in turns."""
+    return len(_affinity())
 
 
 def quota(process: Path = PROCESS, cgroups: Path = CGROUPS) -> float:

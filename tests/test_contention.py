@@ -1,6 +1,6 @@
 """What is done about other programs on the CPUs, by a clock that the test moves."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 
@@ -13,44 +13,57 @@ BUSY, CALM = 0.8, 0.1  # seconds of waiting in a second
 
 
 class Machine:
-    """A clock, the waiting of this process's threads, and the event that ends a watcher; `shares`: of each look."""
+    """A clock, the waiting of this process's threads, and the event that ends a watcher.
 
-    def __init__(self, shares: list[float]):
-        self.now, self.waited, self.shares = 100.0, 5.0, iter(shares)
+    `shares`: of each look while threads spin. `taken`: CPUs that others use in each look while they sleep, then none.
+    """
+
+    def __init__(self, shares: Sequence[float], taken: Sequence[float]):
+        self.now, self.waited, self.others, self.shares, self.taken = 100.0, 5.0, 7.0, iter(shares), iter(taken)
         self.rests: list[float] = []
-        self.over = False
+        self.asleep = self.over = False
 
     def is_set(self) -> bool:
         return self.over
 
-    def wait(self, seconds: float) -> None:
+    def wait(self, seconds: float) -> bool:
         self.now += seconds
         if seconds != LOOK:
-            self.rests.append(seconds)
-            return
-        share = next(self.shares, None)
-        self.over = share is None
-        self.waited += (share or 0.0) * seconds
+            self.rests.append(seconds + LOOK)
+        elif self.asleep:
+            self.others += next(self.taken, 0.0) * seconds
+        else:
+            share = next(self.shares, None)
+            self.over = share is None
+            self.waited += (share or 0.0) * seconds
+        return self.over
 
 
 class Noted(Barriers):
-    """Barriers that note what they are told."""
+    """Barriers that note what they are told, and tell the machine."""
 
-    def __init__(self):
+    def __init__(self, machine: Machine | None = None):
         super().__init__(threads=2)
+        self.machine = machine or Machine([], [])
         self.told: list[str] = []
 
     def sleep(self) -> bool:
         self.told.append("sleep")
+        self.machine.asleep = True
         return True
 
     def spin(self) -> None:
         self.told.append("spin")
+        self.machine.asleep = False
 
 
-def watched(monkeypatch: pytest.MonkeyPatch, shares: list[float]) -> tuple[Machine, Noted, Watcher]:
-    machine, barriers = Machine(shares), Noted()
-    watcher = Watcher(barriers)
+def watched(
+    monkeypatch: pytest.MonkeyPatch, shares: list[float], taken: Sequence[float] = (), allowed: int = 2
+) -> tuple[Machine, Noted, Watcher]:
+    machine = Machine(shares, taken)
+    watcher = Watcher(barriers := Noted(machine))
+    monkeypatch.setattr(cpus, "allowed", lambda: allowed)
+    monkeypatch.setattr(Moment, "now", lambda: Moment(machine.now, 0.0, machine.others))
     monkeypatch.setattr(watcher, "over", machine)
     monkeypatch.setattr(contention.time, "monotonic", lambda: machine.now)
     monkeypatch.setattr(cpus, "waited", lambda: machine.waited)
@@ -78,6 +91,18 @@ def test_once_the_others_have_gone_threads_spin_again_and_trying_begins_anew(mon
     machine, barriers, _ = watched(monkeypatch, [BUSY, BUSY, *calm, BUSY, *calm])
     assert machine.rests == [1, 2, 1]
     assert barriers.told[-1] == "spin"
+
+
+def test_spinning_is_not_tried_while_others_use_cpus_that_threads_need(monkeypatch: pytest.MonkeyPatch):
+    machine, barriers, watcher = watched(monkeypatch, [BUSY, *[CALM] * 30], [1.0] * 40)
+    assert machine.rests == [1]
+    assert barriers.told == ["sleep", "spin"]
+    assert watcher.slept == pytest.approx(5)  # a second, and while they were there
+
+
+def test_others_on_cpus_that_threads_do_not_need_are_no_reason_to_sleep(monkeypatch: pytest.MonkeyPatch):
+    _, _, watcher = watched(monkeypatch, [BUSY, *[CALM] * 30], [1.4] * 40, allowed=3)
+    assert watcher.slept == pytest.approx(1)
 
 
 def test_a_watcher_whose_system_has_no_thread_left_gives_up(monkeypatch: pytest.MonkeyPatch):
