@@ -10,7 +10,7 @@ rounds, the fewest that pass BigCrush there. One call gives eight 16-bit numbers
 
 A kernel reproduces it tile by tile, because no tile enters. A call's columns, two in each group of 8, are those that
 one thread holds of a row in the tensor cores' accumulators, so that a kernel uses its numbers where they arise.
-Offered here: `dropout_mask`, `apply_dropout`.
+Offered here: `dropout_mask`, `weights_kept`, `apply_dropout`.
 """
 
 import torch
@@ -41,15 +41,24 @@ def dropout_mask(seed: torch.Tensor, B: int, H: int, Tq: int, Tk: int, p: float)
     return keep.flatten(2)[..., :Tk].view(B, H, Tq, Tk)
 
 
-def apply_dropout(weights: torch.Tensor, seed: torch.Tensor | None, p: float) -> torch.Tensor:
-    """Drop and rescale attention weights (B, H, Tq, Tk) by the mask of `seed`."""
+def weights_kept(shape: tuple[int, ...], seed: torch.Tensor | None, p: float) -> torch.Tensor | None:
+    """`dropout_mask` of attention weights of a shape (B, H, Tq, Tk); None where p is 0, and all are kept.
+
+    Raises:
+        ValueError: dropout without a seed.
+    """
     if p == 0.0:
-        return weights
+        return None
     if seed is None:
         raise ValueError(f"causal_attention: dropout_p={p} needs a seed, an int64 scalar tensor")
-    B, H, Tq, Tk = weights.shape
-    keep = dropout_mask(seed, B, H, Tq, Tk, p)
-    return weights * keep * (1.0 / (1.0 - p))
+    B, H, Tq, Tk = shape
+    return dropout_mask(seed, B, H, Tq, Tk, p)
+
+
+def apply_dropout(weights: torch.Tensor, seed: torch.Tensor | None, p: float) -> torch.Tensor:
+    """Drop and rescale attention weights (B, H, Tq, Tk) by the mask of `seed`."""
+    keep = weights_kept(weights.shape, seed, p)
+    return weights if keep is None else weights * keep * (1.0 / (1.0 - p))
 
 
 @torch.library.custom_op("fastgpt::dropout_mask", mutates_args=())

@@ -3,15 +3,15 @@
     S = scale q k^T + mask        W = softmax(S)        out = dropout(W) v
 
 Of 16-bit inputs S is float32, as in every fused kernel: rounded to bfloat16, a score of 40 is off by up to an eighth,
-and its weight by as much relatively. W is rounded to 16 bits and is all that is kept for the backward pass, whose
-products are in 16 bits; the softmax's own backward pass is in float32 between them.
+and its weight by as much relatively. W is rounded to 16 bits and is, with what dropout leaves of it, all that is kept
+for the backward pass, whose products are in 16 bits; the softmax's own backward pass is in float32 between them.
 
 Offered here: `attention_by_products`.
 """
 
 import torch
 
-from fastgpt_kernels.dropout import apply_dropout
+from fastgpt_kernels.dropout import apply_dropout, weights_kept
 from fastgpt_kernels.float32_product import product_dtype
 from fastgpt_kernels.reference import visible
 
@@ -36,9 +36,10 @@ def attention_by_products(
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     seen = visible(q.shape[2], k.shape[2], doc_ids, q.device)
     hidden = torch.zeros_like(seen, dtype=torch.promote_types(q.dtype, torch.float32)).masked_fill(~seen, -torch.inf)
-    narrow = q.element_size() == 2
-    weights = _Weights.apply(q, k, hidden, scale) if narrow else _weights(q, k, hidden, scale)
-    weights = apply_dropout(weights, seed, dropout_p)
+    if q.element_size() == 2:
+        keep = weights_kept((*q.shape[:3], k.shape[2]), seed, dropout_p)
+        return _Narrow.apply(q, k, v, hidden, scale, keep, 1.0 / (1.0 - dropout_p))
+    weights = apply_dropout(_weights(q, k, hidden, scale), seed, dropout_p)
     return torch.bmm(weights.flatten(0, 1), v.flatten(0, 1)).unflatten(0, q.shape[:2])
 
 
@@ -48,33 +49,47 @@ def _weights(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, scale: float)
     mask: (Tq, Tk), or (B, 1, Tq, Tk) by documents.
     """
     (B, H, Tq, _), Tk = q.shape, k.shape[2]
-    mask = mask if mask.dim() == 2 else mask.expand(B, H, Tq, Tk).flatten(0, 1)
     q, k = q.flatten(0, 1), k.flatten(0, 1).mT
     if q.dtype == mask.dtype or q.device.type != "cuda":
-        scores = torch.baddbmm(mask, q.to(mask.dtype), k.to(mask.dtype), alpha=scale)
+        mask = mask if mask.dim() == 2 else mask.expand(B, H, Tq, Tk).flatten(0, 1)
+        scores = torch.baddbmm(mask, q.to(mask.dtype), k.to(mask.dtype), alpha=scale).unflatten(0, (B, H))
     else:
-        scores = torch.bmm(q, k, out_dtype=torch.float32).mul_(scale).add_(mask)
-    return scores.softmax(-1).unflatten(0, (B, H))
+        scores = torch.bmm(q, k, out_dtype=torch.float32).mul_(scale).unflatten(0, (B, H)).add_(mask)
+    return scores.softmax(-1)
 
 
-class _Weights(torch.autograd.Function):
-    """`_weights` of 16-bit inputs, in their dtype."""
+class _Narrow(torch.autograd.Function):
+    """Attention of 16-bit inputs, each product rounded once: numbers that scale it are applied to its sums.
+
+    keep: bool (B, H, Tq, Tk), which weights dropout leaves, or None; what it leaves is scaled by keep_scale.
+    """
 
     @staticmethod
-    def forward(ctx, q, k, mask, scale):
+    def forward(ctx, q, k, v, mask, scale, keep, keep_scale):
         with torch.autocast(q.device.type, enabled=False):
             weights = _narrow_weights(q, k, mask, scale)
-        ctx.save_for_backward(q, k, weights)
-        ctx.scale = scale
-        return weights
+            kept = weights if keep is None else weights * keep
+            out = _product(kept, v, keep_scale)
+        ctx.save_for_backward(q, k, v, weights, kept, keep)
+        ctx.scale, ctx.keep_scale = scale, keep_scale
+        return out
 
     @staticmethod
     def backward(ctx, *grads):
-        q, k, weights = ctx.saved_tensors
-        ds = torch.ops.aten._softmax_backward_data(grads[0], weights, -1, weights.dtype).flatten(0, 1)
-        dq = torch.bmm(ds, k.flatten(0, 1)) * ctx.scale
-        dk = torch.bmm(ds.mT, q.flatten(0, 1)) * ctx.scale
-        return dq.view_as(q), dk.view_as(k), None, None
+        q, k, v, weights, kept, keep = ctx.saved_tensors
+        dv = _product(kept.mT, grads[0], ctx.keep_scale)
+        dw = _product(grads[0], v.mT, 1.0)  # but for keep_scale, which comes with the last products
+        dw = dw if keep is None else dw.mul_(keep)
+        ds = torch.ops.aten._softmax_backward_data(dw, weights, -1, weights.dtype)
+        scale = ctx.scale * ctx.keep_scale
+        return _product(ds, k, scale), _product(ds.mT, q, scale), dv, None, None, None, None
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """scale a b, (B, H, n, m) of (B, H, n, l) and (B, H, l, m), scaled before it is rounded."""
+    a, b, shape = a.flatten(0, 1), b.flatten(0, 1), a.shape[:2]
+    product = torch.bmm(a, b) if scale == 1.0 else torch.baddbmm(a.new_zeros(()), a, b, beta=0, alpha=scale)
+    return product.unflatten(0, shape)
 
 
 def _narrow_weights(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
