@@ -2,7 +2,7 @@
 
 `assert_op_agrees` runs an operation forward and backward, with its inputs in guarded buffers and every buffer that the
 kernels allocate guarded and full of NaN, and compares all that comes out. Its parts serve alone too: `Guards`,
-`poisoned`, `outputs_and_gradients`, `assert_parity`, `LAYOUTS`.
+`poisoned`, `outputs_and_gradients`, `assert_parity`, `LAYOUTS`, `flash`.
 """
 
 import contextlib
@@ -282,3 +282,59 @@ def assert_op_agrees(
         got = outputs_and_gradients(ours, placed, placed_grads, **placed_arguments)
     names = [f"output {i}" for i in range(len(grad_outs))] + [f"gradient of input {i}" for i in range(len(inputs))]
     assert_parity(got, expected, truth, names, other=others, spread=spread)
+
+
+def flash_with_mask(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    grad: torch.Tensor,
+    keep: torch.Tensor | float,
+    p: float,
+    scale: float,
+    doc_ids: torch.Tensor | None,
+) -> list[torch.Tensor]:
+    """(out, dq, dk, dv) by the kernels' formulas, with every factor of a product rounded to q's dtype."""
+    dtype, group = q.dtype, q.shape[2] // k.shape[2]
+
+    def rounded(t: torch.Tensor) -> torch.Tensor:
+        return t.to(dtype).float()
+
+    q, k, v, grad = (t.float() for t in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2), grad))
+    kept = keep / (1 - p)
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * scale
+    P = scores.masked_fill(~reference.visible(q.shape[1], k.shape[1], doc_ids, q.device), float("-inf")).softmax(-1)
+    out = rounded(torch.einsum("bhij,bjhd->bihd", rounded(P * kept), v))
+    delta = (grad * out).sum(-1).mT[..., None]
+    dS = rounded(P * (torch.einsum("bihd,bjhd->bhij", grad, v) * kept - delta)) * scale
+    dq = torch.einsum("bhij,bjhd->bihd", dS, k)
+    dk, dv = (torch.einsum("bhij,bihd->bjhd", a, b) for a, b in ((dS, q), (rounded(P * kept), grad)))
+    return [t.to(dtype) for t in (out, dq, *(t.unflatten(2, (-1, group)).sum(3) for t in (dk, dv)))]
+
+
+class _Flash(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, scale, doc_ids):
+        ctx.save_for_backward(q, k, v)
+        ctx.rest = (1.0, 0.0, scale, doc_ids)
+        return flash_with_mask(q, k, v, torch.zeros_like(q), *ctx.rest)[0]
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return *flash_with_mask(*ctx.saved_tensors, *grads, *ctx.rest)[1:], None, None
+
+
+def flash(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float | None = None,
+    doc_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`reference.causal_attention` by the kernels' formulas, whose backward pass takes delta from the rounded output.
+
+    That is most of the error of wide scores. Stock PyTorch takes a path without it for inputs that its fused kernels
+    refuse: other shapes on each device.
+    """
+    return _Flash.apply(q, k, v, 1 / math.sqrt(q.shape[-1]) if scale is None else scale, doc_ids)

@@ -19,6 +19,7 @@ from tests.parity import (
     LAYOUTS,
     SPREADS,
     assert_op_agrees,
+    flash,
     outputs_and_gradients,
     relative_errors,
 )
@@ -115,11 +116,20 @@ def test_agrees_at_any_shape_and_layout(dtype, data, seed):
     seen = reference.visible(Tq, Tk, arguments.get("doc_ids"), torch.device(DEVICE)).expand(B, 1, Tq, Tk).sum(-1)
     assume(B == 0 or (seen > 1).sum() * H >= (4 if dtype == torch.float32 else 64))
     tile = draw("tile", None, (16, 32), (64, 32), (32, 128)) if Tk < 100 else None
+    other = fused if DEVICE == "cpu" or p else flash
     with tiled(tile) if tile else contextlib.nullcontext():
         layout = draw("grad_out", *LAYOUTS)
         assert_op_agrees(
-            causal_attention, "causal_attention", inputs, other=fused, layout=layout, spread=spread, **arguments
+            causal_attention, "causal_attention", inputs, other=other, layout=layout, spread=spread, **arguments
         )
+
+
+@pytest.mark.parametrize("documents", [1, 2])
+def test_the_formulas_that_wide_scores_are_held_against_are_right(documents):
+    torch.manual_seed(0)
+    doc_ids = torch.randint(documents, (2, 67), device=DEVICE)
+    inputs = packed(2, 40, 67, 4, 2, 16)
+    assert_op_agrees(flash, "causal_attention", inputs, scale=0.3, doc_ids=doc_ids)
 
 
 def tiles_of_the_table():

@@ -11,7 +11,7 @@ from fastgpt_kernels import attention, launch
 from fastgpt_kernels.attention import causal_attention
 from fastgpt_kernels.dropout import dropout_mask
 from fastgpt_kernels.reference import visible
-from tests.parity import DEVICE, SPREADS, assert_parity, outputs_and_gradients
+from tests.parity import DEVICE, SPREADS, assert_parity, flash_with_mask, outputs_and_gradients
 
 tiles = pytest.mark.parametrize("tile", [None, (16, 32), (64, 32), (32, 128)])
 
@@ -107,25 +107,6 @@ def attention_with_mask(q, k, v, *, keep, p, scale, doc_ids=None):
     seen = visible(q.shape[1], k.shape[1], doc_ids, q.device)
     weights = scores.masked_fill(~seen, float("-inf")).softmax(-1) * keep / (1 - p)
     return torch.einsum("bhij,bjhd->bihd", weights, v)
-
-
-def flash_with_mask(q, k, v, grad, keep, p, scale, doc_ids):
-    """(out, dq, dk, dv) by the kernels' formulas, with every factor of a product rounded to q's dtype."""
-    dtype, group = q.dtype, q.shape[2] // k.shape[2]
-
-    def rounded(t):
-        return t.to(dtype).float()
-
-    q, k, v, grad = (t.float() for t in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2), grad))
-    kept = keep / (1 - p)
-    scores = torch.einsum("bihd,bjhd->bhij", q, k) * scale
-    P = scores.masked_fill(~visible(q.shape[1], k.shape[1], doc_ids, q.device), float("-inf")).softmax(-1)
-    out = rounded(torch.einsum("bhij,bjhd->bihd", rounded(P * kept), v))
-    delta = (grad * out).sum(-1).mT[..., None]
-    dS = rounded(P * (torch.einsum("bihd,bjhd->bhij", grad, v) * kept - delta)) * scale
-    dq = torch.einsum("bhij,bjhd->bihd", dS, k)
-    dk, dv = (torch.einsum("bhij,bihd->bjhd", a, b) for a, b in ((dS, q), (rounded(P * kept), grad)))
-    return [t.to(dtype) for t in (out, dq, *(t.unflatten(2, (-1, group)).sum(3) for t in (dk, dv)))]
 
 
 @pytest.mark.parametrize("spread", SPREADS)

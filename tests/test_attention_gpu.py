@@ -6,7 +6,7 @@ import torch
 from fastgpt_kernels import reference
 from fastgpt_kernels.attention import causal_attention
 from fastgpt_kernels.dropout import dropout_mask
-from tests.parity import FLOAT32_LIMIT, SPREADS, assert_op_agrees, outputs_and_gradients, relative_errors
+from tests.parity import FLOAT32_LIMIT, SPREADS, assert_op_agrees, flash, outputs_and_gradients, relative_errors
 
 pytestmark = pytest.mark.gpu
 
@@ -65,7 +65,12 @@ def test_agrees_with_float64_as_nearly_as_stock_pytorch_does(options, shape, dty
 def test_wide_scores_agree_too(spread, shape, dtype):
     torch.manual_seed(0)
     assert_op_agrees(
-        causal_attention, "causal_attention", packed(*shape, dtype, spread), layout="gapped", spread=spread
+        causal_attention,
+        "causal_attention",
+        packed(*shape, dtype, spread),
+        layout="gapped",
+        other=flash,
+        spread=spread,
     )
 
 
