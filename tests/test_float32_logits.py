@@ -88,7 +88,7 @@ def test_the_loss_is_of_float32_logits(column, dtype: torch.dtype):
 def test_a_wide_head_is_trained_in_16_bits_on_a_cpu(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(stock, "NARROW_HEAD", 50)
     made = []
-    monkeypatch.setattr(stock, "float32_product", lambda x, weight: (made.append(len(weight)), x @ weight.t())[1])
+    monkeypatch.setattr(stock, "float32_product", lambda x, weight, _: (made.append(len(weight)), x @ weight.t())[1])
     for V, trained in ((50, True), (51, True), (51, False)):
         weight = torch.randn(V, 4, dtype=torch.bfloat16, requires_grad=trained)
         stock.linear_cross_entropy(torch.randn(3, 4).bfloat16(), weight, torch.tensor([1, 2, 3]))
@@ -119,6 +119,31 @@ def test_the_product_and_its_gradients(dtype: torch.dtype, mixed: bool, compiled
     for a, b in zip(gradients, truth[1:], strict=True):
         assert a.dtype == (torch.float32 if mixed else dtype)
         assert relative_error(a, b) < torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_of_padding_take_no_part_in_a_loss(dtype: torch.dtype, compiled: bool):
+    """As for a GPU, whose products have the padded width."""
+    torch.manual_seed(0)
+    factors, targets = [torch.randn(6, 20).to(dtype), torch.randn(30, 20).to(dtype)], torch.randint(27, (6,))
+
+    def loss(x, weight, outputs):
+        return torch.nn.functional.cross_entropy(float32_product(x, weight, outputs), targets)
+
+    def results(function, *arguments):
+        leaves = [t.clone().requires_grad_() for t in factors]
+        value = function(*leaves, *arguments)
+        return value.detach(), *torch.autograd.grad(value, leaves)
+
+    padded = torch.compile(loss, fullgraph=True, backend="aot_eager") if compiled else loss
+    value, dx, dweight = results(padded, 27)
+    expected, expected_dx, expected_dweight = results(lambda x, weight: loss(x, weight[:27], None))
+    assert float(value) == pytest.approx(float(expected), abs=1e-6)
+    assert relative_error(dx, expected_dx.double()) < 2 * torch.finfo(dtype).eps
+    assert relative_error(dweight, expected_dweight.double()) < 2 * torch.finfo(dtype).eps
+    assert not dweight[27:].any()
+    assert (float32_product(*factors, 27)[:, 27:] == -torch.inf).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

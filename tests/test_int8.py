@@ -168,6 +168,10 @@ def test_the_paths_of_stock_pytorch_agree_with_float64(shape, outputs, dtype, bi
     ):
         assert y.dtype == torch.float32
         assert max(relative_errors(y, expected)) < 1e-6
+    for other in (torch.float16, torch.bfloat16):
+        y = stock._linear_of_dequantized(x, weight_int8, scale, other)
+        assert y.dtype == other
+        assert max(relative_errors(y, unbiased)) < 3 * torch.finfo(torch.bfloat16).eps
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="of the torch column on a CPU")

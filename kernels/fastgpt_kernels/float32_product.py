@@ -17,18 +17,24 @@ import torch.nn.functional as F
 FEW_ROWS = 16
 
 
-def float32_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def float32_product(x: torch.Tensor, weight: torch.Tensor, outputs: int | None = None) -> torch.Tensor:
     """x @ weight.T in float32 of factors in 16 bits, or in autocast's dtype: (..., I), (O, I) -> (..., O).
 
     Wider factors give a result in their own dtype.
+
+    Args:
+        outputs: the columns from here on are -inf, as logits of padding, to which a softmax gives no gradient.
     """
     dtype = product_dtype(x)
     if dtype.itemsize > 2:
-        return F.linear(x, weight)
+        y = F.linear(x, weight)
+        if outputs is not None:
+            y[..., outputs:] = -torch.inf
+        return y
     with torch.autocast(x.device.type, enabled=False):
         rows, weight = x.reshape(-1, x.shape[-1]).to(dtype), weight.to(dtype)
         trained = torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad)
-        y = _Product.apply(rows, weight) if trained else _product(rows, weight)
+        y = _Product.apply(rows, weight, outputs) if trained else _product(rows, weight, outputs)
         return y.view(*x.shape[:-1], len(weight))
 
 
@@ -54,24 +60,28 @@ def product_by_pieces(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return y
 
 
-def _product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def _product(rows: torch.Tensor, weight: torch.Tensor, outputs: int | None) -> torch.Tensor:
     """16-bit rows (R, I) and weight (O, I) -> float32 (R, O)."""
     if rows.device.type == "cuda":
-        return torch.mm(rows, weight.t(), out_dtype=torch.float32)
-    if torch.compiler.is_compiling():
-        return rows.float() @ weight.float().t()
-    return product_by_pieces(rows.float(), weight)
+        y = torch.mm(rows, weight.t(), out_dtype=torch.float32)
+    elif torch.compiler.is_compiling():
+        y = rows.float() @ weight.float().t()
+    else:
+        y = product_by_pieces(rows.float(), weight)
+    if outputs is not None:
+        y[:, outputs:] = -torch.inf
+    return y
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, weight):
+    def forward(ctx, rows, weight, outputs):
         ctx.save_for_backward(rows, weight)
-        return _product(rows, weight)
+        return _product(rows, weight, outputs)
 
     @staticmethod
     def backward(ctx, *grads):
         rows, weight = ctx.saved_tensors
-        grad = grads[0].to(rows.dtype)
-        wants_rows, wants_weight = ctx.needs_input_grad
-        return grad @ weight if wants_rows else None, grad.t() @ rows if wants_weight else None
+        grad = grads[0].to(rows.dtype)  # a softmax gives 0 for a logit of -inf
+        wants_rows, wants_weight, _ = ctx.needs_input_grad
+        return grad @ weight if wants_rows else None, grad.t() @ rows if wants_weight else None, None

@@ -83,10 +83,8 @@ def linear_cross_entropy(
         weight, valid_vocab = weight[:valid_vocab], None
     trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     narrow = trained and x.device.type == "cpu" and len(weight) > NARROW_HEAD
-    logits = F.linear(x, weight) if narrow else float32_product(x, weight)
-    if valid_vocab is not None:
-        # A GPU's matrix kernels want the padded width; the padding is masked afterwards.
-        logits[..., valid_vocab:] = float("-inf")
+    # A GPU's matrix kernels want the padded width, whose logits are masked.
+    logits = F.linear(x, weight) if narrow else float32_product(x, weight, valid_vocab)
     # float32 for 16-bit logits, and float64 stays what it is
     logits = logits.reshape(-1, logits.shape[-1]).to(torch.promote_types(logits.dtype, torch.float32))
     flat = targets.flatten().long()
@@ -291,6 +289,9 @@ def _traceable_linear_int8(
         y = row_product(x, weight_int8) if on_cpu else (weight_int8.float() * x.reshape(inputs)).sum(-1)
         y = y * scale if bias is None else y * scale + bias
         return y.to(out_dtype).view(*x.shape[:-1], outputs)
+    if x.device.type == "cuda" and x.element_size() == 2 and out_dtype == torch.float32:
+        y = float32_product(x, weight_int8) * scale  # 16-bit factors, of which the integers are exact ones
+        return y if bias is None else y + bias
     # Scaled before the product: inductor would take one scaled after it for a _weight_int8pack_mm, slow for many rows.
     weight = weight_int8 * scale[:, None]
     if out_dtype != x.dtype:
@@ -303,15 +304,16 @@ def _linear_of_dequantized(
 ) -> torch.Tensor:
     """F.linear after a kernel that writes the weight in x's dtype, at most 2^26 numbers at a time to bound the memory.
 
-    A wider result is scaled after the product, of which the integers are exact factors. Otherwise the weight is scaled
-    before it, as sums of up to 127 |x| would pass float16's largest number.
+    A float32 result of 16 bits is scaled after the product, of which the integers are exact factors. Otherwise the
+    weight is scaled before it, as sums of up to 127 |x| would pass float16's largest number.
     """
+    exact = rows.element_size() == 2 and out_dtype == torch.float32
     step = max(1, (1 << 26) // weight_int8.shape[1])
     parts = []
     for part, part_scale in zip(weight_int8.split(step), scale.split(step), strict=True):
-        if out_dtype != rows.dtype:
-            parts.append(float32_product(rows, part).mul_(part_scale).to(out_dtype))
+        if exact:
+            parts.append(float32_product(rows, part).mul_(part_scale))
             continue
         weight = torch.empty(part.shape, dtype=rows.dtype, device=rows.device)
-        parts.append(F.linear(rows, torch.mul(part, part_scale[:, None], out=weight)))
+        parts.append(F.linear(rows, torch.mul(part, part_scale[:, None], out=weight)).to(out_dtype))
     return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
