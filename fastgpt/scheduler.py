@@ -236,7 +236,8 @@ class Scheduler:
         chunks, spent = one + many, self.max_batch_tokens - budget
         rows = len(chunks) + sum(chunk.rows - 1 for chunk in asked)
         read = sum(len(chunk.tokens) for chunk in asked if chunk.reading)
-        changed += [chunk.sample for chunk in asked]
+        # One that was given a page in this step may have lost all of them since, to an older one.
+        changed = [sample for sample in changed if sample.table] + [chunk.sample for chunk in asked]
         return Plan(chunks, len(one), rows, spent, read, changed, self._batch)
 
     def _advance(self, batch: DecodeBatch, changed: list[Sample]) -> bool:

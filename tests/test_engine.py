@@ -217,6 +217,15 @@ def test_continuations_in_a_pool_for_one_of_them(generator: TextGenerator):
     assert engine.scheduler.preemptions > 0
 
 
+def test_one_that_gets_a_page_and_loses_all_in_the_same_step():
+    """In windows that end within a page the order in which pages are full is not that of age."""
+    generator = fresh(block_size=9)
+    engine = watched(generator.engine(kv_memory=pages(generator, 7, 4), page_size=4, max_batch=8, slide=True))
+    params = [SamplingParams(max_new_tokens=2, num_samples=4), SamplingParams(max_new_tokens=17, num_samples=3)]
+    found = answer(engine, [[0], [1, 0, 1, 0, 0]], params)
+    assert [len(one.tokens) for one in found] == [2] * 4 + [17] * 3
+
+
 # Sizes
 
 

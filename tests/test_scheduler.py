@@ -71,6 +71,7 @@ def check_plan(scheduler: Scheduler, plan: Plan) -> None:
     assert plan.read == sum(len(chunk.tokens) for chunk in chunks if chunk.reading)
     assert plan.rows == sum(chunk.rows for chunk in chunks)
     assert sum(len(chunk.tokens) for chunk in chunks) <= scheduler.max_batch_tokens
+    assert all(sample.table for sample in plan.changed)
     assert len(scheduler.running) <= scheduler.max_batch
     assert len({chunk.sample.order for chunk in chunks}) == len(chunks)
     if scheduler.running:
