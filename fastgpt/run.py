@@ -497,6 +497,7 @@ class Run:
         else:
             self.state.reset()
             self.saved_step = self.last_saved = 0
+        self.unfit_step = None  # when the run is there again, it has other weights
         back_to, count = self.progress.step, self.config.rollback_after
         row = "a step was skipped" if count == 1 else f"{count} steps in a row were skipped"
         returns = max(self.returns[back_to], self.progress.rollbacks) + 1

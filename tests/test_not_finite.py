@@ -1,5 +1,6 @@
 """Weights that are not finite are named by all that reads them, and no file of a run holds what JSON lacks."""
 
+import itertools
 import math
 import shutil
 from pathlib import Path
@@ -112,6 +113,23 @@ def test_an_evaluation_of_weights_that_are_not_finite_is_never_the_best_and_not_
     assert (out / "best").read_text() == "step-000009\n"
     told = [line for line in capsys.readouterr().err.splitlines() if "not finite" in line]
     assert told == ["warning: step 6: not saved, as its weights are not finite: wte.weight"]
+
+
+def test_a_step_whose_weights_were_not_finite_is_saved_once_a_rollback_has_led_there_again(monkeypatch, workplace):
+    """Weights that are not finite at step 6, then losses that are not, then the same steps with others."""
+    finite, answers = tensor_file.first_not_finite, iter([None, "wte.weight"])
+    own = lambda tensors: next(answers, None) if "wpe.weight" in tensors else finite(tensors)  # noqa: E731
+    judge, judged = Guard.judge, itertools.count(1)
+
+    def spoiled(self, loss, norm, scale=None):
+        return judge(self, loss * math.nan if next(judged) in (7, 8) else loss, norm, scale)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tensor_file, "first_not_finite", own)
+        patch.setattr(Guard, "judge", spoiled)
+        out = runs.run("--max_iters 9 --rollback_after 2")
+    assert runs.records(out, "rolled_back_from") == {3: 8}
+    assert [folder.name for folder in checkpoint.steps(out)] == ["step-000003", "step-000006", "step-000009"]
 
 
 def test_the_guards_state_is_always_json(workplace: Path):
