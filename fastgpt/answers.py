@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from fastgpt import lock
+from fastgpt import lock, streams
 from fastgpt.completion import Completion
 from fastgpt.config import SamplingParams
 from fastgpt.errors import RunFailed, UsageError
@@ -121,7 +121,7 @@ class Answers:
         Raises:
             RunFailed: the file takes no more; it ends with the last whole line.
         """
-        self.done += self.samples[completion.index] if completion.refused else 1
+        self.done += len(self.wanted[completion.index]) if completion.refused else 1
         if not self.in_order:
             self._write(completion)
             return
@@ -140,9 +140,10 @@ class Answers:
     def _read(self, file: "_File") -> set[Place]:
         """The places of the lines of an earlier run, of which each must be an answer to these prompts."""
         finished: set[Place] = set()
-        *lines, half = file.path.read_bytes().split(b"\n")
-        if not half.startswith(BEGINNING[: len(half)]):
-            lines.append(half)  # no answer that was cut off
+        *lines, rest = file.path.read_bytes().split(b"\n")
+        half = rest.startswith(BEGINNING[: len(rest)]) and not _is_json(rest)  # an answer that was cut off
+        if not half:
+            lines.append(rest)
         for number, line in enumerate(lines, 1):
             where = f"{file.name}, line {number}"
             try:
@@ -165,7 +166,11 @@ class Answers:
                 self.failed.add(index)
                 if began is None:  # there are no others of it
                     finished.update((index, n) for n in range(self.samples[index]))
-        file.cut(file.size - len(half), len(lines))
+        if half:
+            file.cut(file.size - len(rest), len(lines))
+        else:
+            file.cut(file.size, len(lines) - 1)
+            file.write("")  # the end of the line
         return finished
 
 
@@ -256,8 +261,10 @@ class _Text:
 
 
 def _stdout() -> "_Lines | _Text":
-    """Stdout, in ASCII where it cannot hold all of Unicode."""
+    """Stdout, in ASCII where it cannot hold all of Unicode. Raises `streams.StreamLost` where it was closed."""
     stream = sys.stdout
+    if isinstance(stream, streams.Product):
+        stream.check()
     stream.flush()
     try:
         lines = _Lines(os.dup(stream.fileno()), "stdout", "make room, or write to another file by --output")
@@ -289,6 +296,14 @@ def to_line(completion: Completion, *, escaped: bool = False) -> str:
     if completion.error is not None:
         record["error"] = completion.error
     return json.dumps(record, ensure_ascii=escaped, allow_nan=False)
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _finite(logprob: float) -> float | None:

@@ -55,10 +55,15 @@ class Product(_Wrapped):
         super().__init__(stream)
         self.closed_before = closed
 
-    def write(self, text: str) -> int:
-        if self.closed_before and text:
+    def check(self) -> None:
+        """Raises `StreamLost` where the stream was closed, for who writes to its descriptor, or wants to know early."""
+        if self.closed_before:
             self.closed_before = False
             raise StreamLost(0, "it is closed")
+
+    def write(self, text: str) -> int:
+        if text:
+            self.check()
         return super().write(text)
 
     def _lose(self, error: OSError) -> None:

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from fastgpt import answers, cli, generate
+from fastgpt import answers, cli, generate, streams
+from fastgpt.completion import Completion, Timings
+from fastgpt.config import SamplingParams
 from fastgpt.engine import Engine
 from fastgpt.errors import RunFailed, UsageError
 from fastgpt.generate import TextGenerator
@@ -104,6 +106,15 @@ def test_a_resume_cuts_off_half_a_line_and_makes_the_same_answers(whole: list[di
         assert command("--output o --resume", cache) == 1
         assert lines() == whole
     assert "1 of 7 prompts could not be continued" in capsys.readouterr().err
+
+
+def test_a_last_line_without_its_end_is_an_answer_too(whole: list[dict]):
+    """As another program may have written the file."""
+    records = [json.loads(line) for line in Path("whole").read_text(encoding="utf-8").splitlines()]
+    kept = [json.dumps(record | {"text": "kept"}, separators=(",", ":")) for record in records[:3]]
+    Path("o").write_text("\n".join(kept), encoding="utf-8")
+    assert command("--output o --resume") == 1
+    assert lines() == [*(record | {"text": "kept"} for record in whole[:3]), *whole[3:]]
 
 
 def test_a_resume_of_nothing_begins(whole: list[dict]):
@@ -265,6 +276,23 @@ def test_a_device_may_be_the_output(place: Path, capsys):
     assert command("--output /dev/full") == 1
     (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert told.startswith("error: --output /dev/full takes no more: No space left on device; it holds 0 whole lines")
+
+
+def test_a_stdout_that_was_closed_is_told_before_the_model_loads(place: Path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", streams.Product(sys.stdout, closed=True))
+    with pytest.raises(streams.StreamLost, match="it is closed"):
+        answers.Answers(None, [("a", SamplingParams())])
+
+
+def test_a_prompt_that_is_refused_after_a_resume_counts_what_was_missing_of_it(whole: list[dict]):
+    first = next(record for record in whole if record["index"] == 3)
+    Path("o").write_text(json.dumps(first | {"timings": {"started": 0.1}}) + "\n", encoding="utf-8")
+    prompts = [record["prompt"] for record in by_place(whole) if record["sample"] == 0]
+    jobs = [(prompt, SamplingParams(num_samples=3 if i == 3 else 1)) for i, prompt in enumerate(prompts)]
+    with answers.Answers("o", jobs, resume=True) as written:
+        assert (written.done, written.total) == (1, 9)
+        written.add(Completion(3, 1, prompts[3], "", [], "error", Timings(None, None, 0.0), "no room"))
+        assert written.done == 3
 
 
 @pytest.mark.parametrize("mode", ["w", "a"])
