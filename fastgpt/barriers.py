@@ -86,12 +86,12 @@ def can_sleep() -> bool:
 
 
 def _libraries() -> list[ctypes.CDLL]:
-    """The copies of libgomp that this process has loaded."""
+    """The copies of libgomp that this process has loaded, but for one whose file has been replaced since."""
     try:
         lines = Path("/proc/self/maps").read_text(errors="replace").splitlines()
     except OSError:
         return []
-    paths = {line.split(maxsplit=5)[5] for line in lines if "/libgomp" in line}
+    paths = {line.split(maxsplit=5)[5] for line in lines if "/libgomp" in line and not line.endswith(" (deleted)")}
     return [ctypes.CDLL(path) for path in sorted(paths)]
 
 

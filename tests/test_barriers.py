@@ -73,6 +73,13 @@ def test_a_system_without_room_for_a_second_team_goes_on_without(monkeypatch: py
     ours.spin()
 
 
+def test_a_libgomp_whose_file_was_replaced_is_left_alone(monkeypatch: pytest.MonkeyPatch):
+    """By an update while the program runs: what has no file cannot be opened."""
+    maps = "7f00-7f01 r-xp 00000000 08:01 123    /usr/lib/libgomp-abc.so.1.0.0 (deleted)\n"
+    monkeypatch.setattr(Path, "read_text", lambda self, **_: maps)
+    assert barriers._libraries() == []
+
+
 def moments(monkeypatch: pytest.MonkeyPatch, *values: Moment | None) -> list[Moment | None]:
     """Let `Moment.now` give these in turn; the list of those that are left."""
     left = list(values)
