@@ -1,5 +1,6 @@
 """What is shipped: typed packages in the wheel, and in the source distribution all that the tests need."""
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -20,3 +21,11 @@ def test_the_source_distribution_holds_what_tests_import_and_read():
     beside = set(pytest_paths["ini_options"]["pythonpath"]) - {".", "kernels"}  # packages are shipped anyway
     assert {f"graft {folder}" for folder in ("tests", *beside)} <= set(manifest)
     assert "include data/prepare.py" in manifest
+
+
+def test_readme_gets_a_cpu_build_that_the_package_accepts():
+    """A newer one would be replaced, with gigabytes of CUDA libraries."""
+    needs = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    (torch,) = (need for need in needs if need.startswith("torch"))
+    (line,) = re.findall(r'pip install "(torch[^"]*)" --index-url', (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert line.removeprefix("torch") in torch.removeprefix("torch").split(",")
