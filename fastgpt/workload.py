@@ -299,15 +299,14 @@ def _linear_int8(draw: Draw) -> Iterator[Case]:
     """
     w = draw.w
 
-    def case(T: int, outputs: int, inputs: int, bias: bool) -> Case:
+    def case(T: int, outputs: int, inputs: int, bias: bool, **arguments: torch.dtype) -> Case:
         weight, scale = quantize(draw(outputs, inputs, dtype=torch.float32))
-        return Case(
-            (draw(w.B, T, inputs, dtype=w.dtype), weight, scale, draw(outputs, dtype=w.dtype) if bias else None)
-        )
+        x, bias_of_each = draw(w.B, T, inputs, dtype=w.dtype), draw(outputs, dtype=w.dtype) if bias else None
+        return Case((x, weight, scale, bias_of_each), arguments)
 
     yield case(1, 4 * w.C, w.C, w.bias)
     yield case(1, w.C, 4 * w.C, w.bias)
-    yield case(1, w.V, w.C, False)
+    yield case(1, w.V, w.C, False, out_dtype=torch.promote_types(w.dtype, torch.float32))  # logits
     yield case(w.T, 4 * w.C, w.C, w.bias)
 
 

@@ -157,9 +157,9 @@ def _kv_write_launches(tuning: Tuning, D: int, heaviest: bool) -> list[Launch]:
 
 
 def _int8_launches(tuning: Tuning, R: int, heaviest: bool) -> list[Launch]:
-    """Up to 4096 rows through GPT-2's widest layer; heaviest: with a bias, and inputs that end within a tile."""
+    """Up to 4096 rows by GPT-2's widest layer; heaviest: a bias, a float32 result, inputs that end within a tile."""
     R, outputs, inputs, dtype = min(R, 4096), 3072, 784 if heaviest else 768, DTYPES[tuning.kind]
-    x, y = empty(R, inputs, dtype=dtype), empty(R, outputs, dtype=dtype)
+    x, y = empty(R, inputs, dtype=dtype), empty(R, outputs, dtype=torch.float32 if heaviest else dtype)
     weight, scale = empty(outputs, inputs, dtype=torch.int8), empty(outputs)
     return [int8.linear_launch(y, x, weight, scale, scale if heaviest else None, tuning)]
 
