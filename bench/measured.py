@@ -190,7 +190,8 @@ def _aim(info: Mapping[str, Any], median: float, best: Peer | None) -> Aim | Non
     if is_number(info.get("aim")) and best is not None:
         return Aim(f"≥ {info['aim']:g}", best.ratio >= info["aim"])
     if is_number(info.get("aim_seconds")):
-        return Aim(f"≤ {info['aim_seconds']:g} s", median <= info["aim_seconds"])
+        aim = info["aim_seconds"]
+        return Aim(f"≤ {aim:g} s" if aim >= 1e-3 else f"≤ {aim * 1e6:g} µs", median <= aim)
     if is_number(info.get("aim_below")) and is_number(info.get("growth")):
         return Aim(f"growth ≤ {info['aim_below']:g}", info["growth"] <= info["aim_below"])
     return None
