@@ -179,6 +179,9 @@ def _tuple(out: Any) -> tuple[torch.Tensor, ...]:
 
 
 def _wide(value: Any) -> Any:
+    """A tensor of floats in float64, and float64 for a dtype of floats."""
+    if isinstance(value, torch.dtype) and value.is_floating_point:
+        return torch.float64
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         return value
     return value.detach().double().requires_grad_(value.requires_grad)

@@ -171,7 +171,7 @@ TABLE: dict[str, dict[tuple[str, str], Rows]] = {
         ("sm_80", "16-bit"): _by_head("128x64 w8 s3", "128x32 w8 s2", "64x32 w8 s2", "32x32 w4 s2"),
         ("sm_80", "tf32"): _by_head("64x32 w8 s2", "32x32 w8 s2", "16x32 w8 s2"),
         ("sm_80", "float32"): _by_head("32x32 w8 s2", "16x32 w8 s2"),
-        ("sm_90", "16-bit"): _by_head("64x32 w4 s2", "128x32 w8 s2", "128x64 w8 s3", "128x32 w8 s2"),
+        ("sm_90", "16-bit"): _by_head("64x32 w4 s2", "128x32 w8 s2", "128x32 w8 s3", "128x32 w8 s3"),
         ("sm_90", "tf32"): _by_head("128x32 w8 s2", "128x32 w8 s2", "32x32 w8 s2"),
         ("sm_90", "float32"): _by_head("32x32 w8 s2", "16x32 w8 s2"),
         ("sm_100", "16-bit"): _by_head("128x64 w8 s3", "128x64 w8 s3", "128x64 w8 s3", "128x32 w8 s2"),
