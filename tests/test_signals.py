@@ -28,6 +28,8 @@ pytestmark = [
     pytest.mark.skipif(os.name == "nt", reason="Windows sends no such signals"),
 ]
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
+# Seconds in which a signal is answered on the busiest machine; one that is not heard takes hours.
+PATIENCE = 60
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -50,7 +52,7 @@ def test_a_signal_is_noted_and_a_second_one_ends_at_once(capfd, name: str):
 def test_a_signal_saves_and_the_resumed_run_is_the_one_that_was_not_stopped(name: str, code: int):
     process = spawn(f"{ENDLESS} --dropout 0.2 --lr_decay_iters 40 --log_interval 4 --out_dir 'stop ped'")
     signal_at_step(process, 8, getattr(signal, name))
-    out, err = process.communicate(timeout=10)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == code, err
     assert "Traceback" not in err
     stopped = int(re.search(r"^stopped at step (\d+) of 1000000, saved in stop ped$", out, re.M)[1])
@@ -76,7 +78,7 @@ def test_a_second_signal_ends_at_once_and_leaves_the_last_checkpoint():
     time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGINT)  # two of a kind might become one
-    _, err = process.communicate(timeout=10)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode in (130, 143), err
     assert "once more stops at once" in err
     assert "saved" not in err
@@ -141,7 +143,7 @@ def test_a_second_signal_at_any_moment_ends_at_once_and_loses_no_checkpoint(monk
     whole = run(STEPS, "whole")
 
     def twice() -> None:
-        wait_for(Path("out/latest"), 10)  # another thread may be writing it
+        wait_for(Path("out/latest"))  # another thread may be writing it
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("went on")
@@ -219,7 +221,7 @@ def test_a_step_of_many_micro_batches_is_dropped_and_repeated_to_the_bit():
             break
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 143, err
     assert "stopped at step 2 of 1000000, saved in out" in out
     assert resume("--max_iters 3 --gradient_accumulation_steps 2 --batch_size 4 --eval_interval 1 --dropout 0.2") == 0
@@ -263,18 +265,18 @@ def test_a_signal_in_a_long_evaluation_is_heard_within_seconds(name: str):
     time.sleep(0.3)
     process.send_signal(getattr(signal, name))
     if name == "SIGUSR1":
-        wait_for(Path("out/latest"), 10)
+        wait_for(Path("out/latest"))
         process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=10)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == (130 if name == "SIGINT" else 143), err
     checkpoint.verify(checkpoint.find(Path("out"), "latest"))
     assert checkpoint.find(Path("out"), "latest").name == "step-000003"
 
 
-def wait_for(path: Path, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + PATIENCE
     while not path.exists():
-        assert time.monotonic() < deadline, f"no {path} after {seconds} seconds"
+        assert time.monotonic() < deadline, f"no {path} after {PATIENCE} seconds"
         time.sleep(0.01)
 
 
