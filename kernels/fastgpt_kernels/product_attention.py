@@ -78,7 +78,7 @@ class _Narrow(torch.autograd.Function):
     def backward(ctx, *grads):
         q, k, v, weights, kept, keep = ctx.saved_tensors
         dv = _product(kept.mT, grads[0], ctx.keep_scale)
-        dw = _product(grads[0], v.mT, 1.0)  # but for keep_scale, which comes with the last products
+        dw = _product(grads[0], v.mT, 1.0)  # without keep_scale: dq and dk are scaled by it, and rounded once
         dw = dw if keep is None else dw.mul_(keep)
         ds = torch.ops.aten._softmax_backward_data(dw, weights, -1, weights.dtype)
         scale = ctx.scale * ctx.keep_scale
