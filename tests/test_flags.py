@@ -109,8 +109,10 @@ def judge(field: dataclasses.Field, hint: typing.Any, text: str) -> bool | None:
     optional = type(None) in allowed
     if optional and text.lower() == "none":
         return True
+    if m["auto"] and text.lower() == "auto":
+        return True
     if bool in allowed:
-        return text.lower() in {"true", "yes", "on", "1", "false", "no", "off", "0", *(["auto"] if optional else [])}
+        return text.lower() in {"true", "yes", "on", "1", "false", "no", "off", "0"}
     if m["choices"]:
         return text in m["choices"]
     if int in allowed or float in allowed:
