@@ -23,6 +23,12 @@ def test_the_source_distribution_holds_what_tests_import_and_read():
     assert "include data/prepare.py" in manifest
 
 
+def test_the_source_distribution_holds_the_stubs_that_pyright_reads():
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    assert (ROOT / tools["pyright"]["stubPath"] / "triton" / "__init__.pyi").is_file()
+    assert f"graft {tools['pyright']['stubPath']}" in (ROOT / "MANIFEST.in").read_text(encoding="utf-8").splitlines()
+
+
 def test_readme_gets_a_cpu_build_that_the_package_accepts():
     """A newer one would be replaced, with gigabytes of CUDA libraries."""
     needs = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
