@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fastgpt import config as configuration
-from fastgpt import streams
+from fastgpt.config import fields as configuration
 from fastgpt.errors import LONGEST_SHOWN, RunFailed, UsageError, UsageErrors, nearest, shown
-from fastgpt.files import decode_utf8
+from fastgpt.system import streams
+from fastgpt.system.files import decode_utf8
 
 Config = TypeVar("Config")
 TRUE, FALSE, AUTO = ("true", "yes", "on", "1"), ("false", "no", "off", "0"), "auto"
