@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from bench_train import calls, configured, engine_step, make_loader
 from fastgpt.ops import table
 from fastgpt.system.device import cpu_has_bfloat16
-from fastgpt_kernels import reference, stock
+from fastgpt_kernels import reference, torch_ops
 
 IN_16_BITS = "in 16 bits"
 AIM = 0.95  # at most 5% of the step
@@ -73,7 +73,7 @@ def test_output_layer_of_gpt2(against, device: torch.device, rows: int):
 
     @torch.inference_mode()
     def wide() -> None:
-        stock.float32_product(x, weight)
+        torch_ops.float32_product(x, weight)
 
     @torch.inference_mode()
     def narrow() -> None:

@@ -41,7 +41,7 @@ OPTIONS = {
 }
 # What the compiled code depends on, beside shapes, compiler and processor.
 PARTS = ("gpt", "positions", "gelu", "linear", "int8")
-KERNELS = ("row_product", "float32_product", "stock", "reference")
+KERNELS = ("row_product", "float32_product", "torch_ops", "reference")
 SOURCES = [Path(__file__), *(Path(gpt.__file__).with_name(f"{name}.py") for name in PARTS)]
 SOURCES += [Path(row_product.__file__).with_name(f"{name}.py") for name in KERNELS]
 

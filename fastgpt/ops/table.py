@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from fastgpt.errors import UsageError
-from fastgpt_kernels import reference, stock
+from fastgpt_kernels import reference, torch_ops
 
 
 class Row(NamedTuple):
@@ -28,13 +28,13 @@ class Row(NamedTuple):
 
 
 TABLE: dict[str, Row] = {
-    "layer_norm": Row(reference.layer_norm, stock.layer_norm, "norm"),
-    "add_layer_norm": Row(reference.add_layer_norm, stock.add_layer_norm, "norm"),
-    "causal_attention": Row(reference.causal_attention, stock.causal_attention, "attention"),
-    "linear_cross_entropy": Row(reference.linear_cross_entropy, stock.linear_cross_entropy, "cross_entropy"),
-    "paged_attention": Row(reference.paged_attention, stock.paged_attention, "paged"),
-    "kv_write": Row(reference.kv_write, stock.kv_write, "paged"),
-    "linear_int8": Row(reference.linear_int8, stock.linear_int8, "int8"),
+    "layer_norm": Row(reference.layer_norm, torch_ops.layer_norm, "norm"),
+    "add_layer_norm": Row(reference.add_layer_norm, torch_ops.add_layer_norm, "norm"),
+    "causal_attention": Row(reference.causal_attention, torch_ops.causal_attention, "attention"),
+    "linear_cross_entropy": Row(reference.linear_cross_entropy, torch_ops.linear_cross_entropy, "cross_entropy"),
+    "paged_attention": Row(reference.paged_attention, torch_ops.paged_attention, "paged"),
+    "kv_write": Row(reference.kv_write, torch_ops.kv_write, "paged"),
+    "linear_int8": Row(reference.linear_int8, torch_ops.linear_int8, "int8"),
 }
 
 

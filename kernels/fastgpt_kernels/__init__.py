@@ -5,7 +5,7 @@
 
 gives the Triton ones, usable in any model: those of the first line with forward and backward (but no second
 derivatives), those over a paged cache or a weight of 8 bits, which `quantize` makes, forward alone. They are imported
-when asked for: `fastgpt_kernels.reference` and `fastgpt_kernels.stock` need no triton.
+when asked for: `fastgpt_kernels.reference` and `fastgpt_kernels.torch_ops` need no triton.
 """
 
 import importlib

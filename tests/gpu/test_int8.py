@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastgpt_kernels import int8, stock
+from fastgpt_kernels import int8, torch_ops
 from fastgpt_kernels.int8 import linear_int8
 from fastgpt_kernels.quantization import quantize
 from tests.helpers.int8_cases import assert_agrees, case, truth
@@ -40,7 +40,7 @@ def test_it_agrees_with_float64_as_nearly_as_stock_pytorch_does(rows, inputs, ou
 def test_tf32_agrees_as_nearly_as_that_of_stock_pytorch(rows):
     torch.set_float32_matmul_precision("high")
     made = case((rows, 768), 2304)
-    error, plain = (relative_errors(f(*made), truth(*made))[0] for f in (linear_int8, stock.linear_int8))
+    error, plain = (relative_errors(f(*made), truth(*made))[0] for f in (linear_int8, torch_ops.linear_int8))
     assert error <= max(2 * plain, 1e-5)
 
 
@@ -71,8 +71,8 @@ def test_a_graph_that_is_replayed_gives_the_same_bits(rows):
 def test_stock_pytorch_compiled_agrees(rows, dtype):
     torch._dynamo.reset()
     made = case((rows, 768), 2304, "x", dtype=dtype)
-    compiled = torch.compile(stock.linear_int8, fullgraph=True)
-    assert_parity([compiled(*made)], [stock.linear_int8(*made)], [truth(*made)])
+    compiled = torch.compile(torch_ops.linear_int8, fullgraph=True)
+    assert_parity([compiled(*made)], [torch_ops.linear_int8(*made)], [truth(*made)])
 
 
 @pytest.mark.parametrize("rows", [1, 5])

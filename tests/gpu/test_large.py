@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from fastgpt.config.training import PRESETS
 from fastgpt.ops.autotune import choose
 from fastgpt.ops.workload import Workload
-from fastgpt_kernels import cross_entropy, norm, reference, stock
+from fastgpt_kernels import cross_entropy, norm, reference, torch_ops
 from fastgpt_kernels.attention import causal_attention
 from fastgpt_kernels.cross_entropy import linear_cross_entropy
 from fastgpt_kernels.paged import kv_write, paged_attention
@@ -60,7 +60,7 @@ def test_attention_to_more_than_2_31_elements_does_not_overflow(shape):
         assert not t[-1, :, 0].any()
     q, k, v = (t[-1:, :, -1:] for t in inputs)
     head, upstream = [q[:, -n:], k, v], grad[-1:, -n:, -1:]
-    plain = outputs_and_gradients(stock.causal_attention, head, [upstream])
+    plain = outputs_and_gradients(torch_ops.causal_attention, head, [upstream])
     truth = outputs_and_gradients(reference.causal_attention, [t.double() for t in head], [upstream.double()])
     ours = [t[-1:, :, -1:] for t in (out, dq, dk, dv)]
     assert_parity([ours[0][:, -n:], ours[1][:, -n:], *ours[2:]], plain, truth, ["out", "dq", "dk", "dv"])
@@ -185,7 +185,7 @@ def test_normalized_rows_past_2_31_elements_are_their_own(C):
     ours = [t[-last:] if t.shape == x.shape else t for t in got]
     inputs, grads = [*tails[:2], weight, bias], tails[2:]
     truth = outputs_and_gradients(reference.add_layer_norm, [t.double() for t in inputs], [g.double() for g in grads])
-    assert_parity(ours, outputs_and_gradients(stock.add_layer_norm, inputs, grads), truth)
+    assert_parity(ours, outputs_and_gradients(torch_ops.add_layer_norm, inputs, grads), truth)
 
 
 @pytest.mark.parametrize(("H", "Hkv"), [(16, 16), (32, 16)])
@@ -203,7 +203,7 @@ def test_a_pool_of_more_than_2_31_elements_does_not_overflow(H, Hkv):
     q, lengths = torch.randn(n, H, D, device="cuda").to(torch.bfloat16), integers([length])
     inputs = [t[None].double() for t in (q, k, v)]
     truth = reference.causal_attention(*inputs)[0]
-    plain = stock.causal_attention(q[None], k[None], v[None])[0]
+    plain = torch_ops.causal_attention(q[None], k[None], v[None])[0]
     got = paged_attention(q, k_pages, v_pages, table, lengths, starts=integers([0, n]))
     last = paged_attention(q[-1:], k_pages, v_pages, table, lengths)
     assert_parity([got, last], [plain, plain[-1:]], [truth, truth[-1:]], ["several queries", "one query"])

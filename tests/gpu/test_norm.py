@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastgpt_kernels import norm, stock
+from fastgpt_kernels import norm, torch_ops
 from tests.helpers.parity import assert_op_agrees, outputs_and_gradients
 
 pytestmark = pytest.mark.gpu
@@ -38,7 +38,7 @@ def test_a_float32_stream_beside_a_bfloat16_branch_agrees(C, affine):
 
     def plain(x, residual, weight, bias):
         total = x + residual
-        return total, stock.layer_norm(total, weight.float(), bias.float())
+        return total, torch_ops.layer_norm(total, weight.float(), bias.float())
 
     assert_op_agrees(norm.add_layer_norm, "add_layer_norm", inputs, plain=plain)
 
@@ -61,4 +61,4 @@ def test_it_runs_on_the_tensors_gpu_and_not_on_the_current_one():
     torch.manual_seed(0)
     x, weight, bias = (torch.randn(shape, device="cuda:1") for shape in ((5, 33), (33,), (33,)))
     assert torch.cuda.current_device() == 0
-    torch.testing.assert_close(norm.layer_norm(x, weight, bias), stock.layer_norm(x, weight, bias))
+    torch.testing.assert_close(norm.layer_norm(x, weight, bias), torch_ops.layer_norm(x, weight, bias))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fastgpt_kernels import reference, stock
+from fastgpt_kernels import reference, torch_ops
 from fastgpt_kernels.paged import kv_write, paged_attention
 from tests.helpers.paged_cases import assert_agrees, case, decode, integers
 from tests.helpers.parity import FLOAT32_LIMIT, SPREADS, assert_parity, relative_errors
@@ -61,7 +61,7 @@ def test_twenty_runs_give_the_same_bits(H, Hkv, queries):
 def test_the_path_of_stock_pytorch_that_does_not_wait_agrees():
     for H, Hkv in ((12, 12), (8, 2)):
         made = case([700, 0, 129], 16, H, Hkv, 64, room=3)
-        assert max(relative_errors(stock.paged_attention(*made.inputs()), made.truth())) < FLOAT32_LIMIT
+        assert max(relative_errors(torch_ops.paged_attention(*made.inputs()), made.truth())) < FLOAT32_LIMIT
 
 
 def step(q, k, v, k_pages, v_pages, table, lengths, slots, starts):
@@ -110,7 +110,7 @@ def test_a_graph_captured_once_serves_other_lengths_tables_and_slots(H, Hkv, n):
         for t, expected in zip(pages, right, strict=True):
             assert torch.equal(t.double(), expected)
         truth = reference.paged_attention(q.double(), *right, *state[:2], starts=starts)
-        plain = stock.paged_attention(q, *pages, *state[:2], starts=starts)
+        plain = torch_ops.paged_attention(q, *pages, *state[:2], starts=starts)
         assert_parity([out], [plain], [truth], ["out"])
 
 

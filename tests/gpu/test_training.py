@@ -8,7 +8,7 @@ from fastgpt.generation import load
 from fastgpt.model.gpt import GPT
 from fastgpt.system.files import sha256
 from fastgpt.training.step import TrainStep
-from fastgpt_kernels import reference, stock
+from fastgpt_kernels import reference, torch_ops
 from fastgpt_kernels.dropout import dropout_mask
 from tests.helpers.runs import train
 
@@ -32,8 +32,8 @@ def test_attention_in_bfloat16_is_as_near_the_truth_as_the_reference_in_bfloat16
         return ((out.double() - truth).norm() / truth.norm()).item()
 
     truth = reference.causal_attention(q.double(), k.double(), v.double(), dropout_p=dropout_p, seed=seed)
-    assert error(stock, torch.float32) < 1e-3  # TF32, where it is on
-    assert error(stock, torch.bfloat16) < 2 * error(reference, torch.bfloat16)
+    assert error(torch_ops, torch.float32) < 1e-3  # TF32, where it is on
+    assert error(torch_ops, torch.bfloat16) < 2 * error(reference, torch.bfloat16)
 
 
 def test_training_in_bfloat16_learns_and_generates(tmp_path):

@@ -6,7 +6,7 @@ import unittest.mock
 import pytest
 import torch
 
-from fastgpt_kernels import cross_entropy, stock
+from fastgpt_kernels import cross_entropy, torch_ops
 from tests.helpers.parity import (
     DEVICE,
     LAYOUTS,
@@ -47,8 +47,8 @@ def plain(x, weight, targets, **arguments):
     """Stock PyTorch, which wants a dimension of rows and targets in int64."""
     targets = targets.long()
     if x.dim() > 1:
-        return stock.linear_cross_entropy(x, weight, targets, **arguments)
-    return stock.linear_cross_entropy(x[None], weight, targets[None], **arguments).view(targets.shape)
+        return torch_ops.linear_cross_entropy(x, weight, targets, **arguments)
+    return torch_ops.linear_cross_entropy(x[None], weight, targets[None], **arguments).view(targets.shape)
 
 
 def same_bits(first, second):

@@ -3,7 +3,7 @@
 import torch
 import torch._dynamo  # at once, as it keeps torch's functions, and is not to keep the ones of `poisoned`
 
-from fastgpt_kernels import stock
+from fastgpt_kernels import torch_ops
 from fastgpt_kernels.int8 import linear_int8
 from fastgpt_kernels.quantization import quantize
 from tests.helpers.parity import DEVICE, LAYOUTS, Guards, assert_parity, poisoned
@@ -30,6 +30,6 @@ def assert_agrees(made):
     placed = [None if t is None else guards.input(t, name) for t, name in zip(made, names, strict=True)]
     with poisoned(guards):
         got = linear_int8(*placed)
-    assert_parity([got], [stock.linear_int8(*made)], [truth(*made)], ["y"])
+    assert_parity([got], [torch_ops.linear_int8(*made)], [truth(*made)], ["y"])
     assert got.is_contiguous()
     return got

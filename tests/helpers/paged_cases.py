@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastgpt_kernels import reference, stock
+from fastgpt_kernels import reference, torch_ops
 from fastgpt_kernels.paged import paged_attention
 from tests.helpers.parity import DEVICE, Guards, assert_parity, poisoned
 
@@ -83,7 +83,7 @@ def decode(chunk):
 
 def assert_agrees(made: Case, ours=paged_attention, **arguments):
     truth = made.truth(**arguments)
-    expected = stock.paged_attention(*made.inputs(), starts=made.starts, **arguments)
+    expected = torch_ops.paged_attention(*made.inputs(), starts=made.starts, **arguments)
     guards = Guards()
     names = ("q", "k_pages", "v_pages", "block_table", "lengths")
     placed = [guards.input(t, name) for t, name in zip(made.inputs(), names, strict=True)]

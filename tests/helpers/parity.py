@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fastgpt_kernels import reference, stock
+from fastgpt_kernels import reference, torch_ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # How near float32 results are to float64, by either measure.
@@ -244,12 +244,12 @@ def assert_op_agrees(
         inputs: the positional arguments, all of which require gradients; None for one that is absent.
         layout: of the gradients of the outputs, from `LAYOUTS`.
         used: the outputs that get a gradient; default all.
-        plain: what stands for stock PyTorch; default `stock`'s operation.
+        plain: what stands for stock PyTorch; default `torch_ops`'s operation.
         other: another path of stock PyTorch, as in `assert_parity`.
         spread: the standard deviation of attention's scores, as in `limit`.
         arguments: passed on by keyword; tensors among them are guarded too.
     """
-    plain = plain or getattr(stock, op)
+    plain = plain or getattr(torch_ops, op)
     with torch.no_grad():
         out = plain(*inputs, **arguments)
     grad_outs = [

@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fastgpt_kernels import attention, attention_backward, launch, reference, stock
+from fastgpt_kernels import attention, attention_backward, launch, reference, torch_ops
 from fastgpt_kernels.attention import causal_attention
 from tests.helpers.parity import (
     DEVICE,
@@ -46,8 +46,8 @@ def fused(*inputs, **arguments):
 
     Like ours, its backward pass takes delta from the rounded output, which is most of the error of wide scores.
     """
-    with unittest.mock.patch.object(stock, "_prefers_products", return_value=False):
-        return stock.causal_attention(*inputs, **arguments)
+    with unittest.mock.patch.object(torch_ops, "_prefers_products", return_value=False):
+        return torch_ops.causal_attention(*inputs, **arguments)
 
 
 def seeded(number, p=0.25):

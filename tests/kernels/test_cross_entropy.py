@@ -8,7 +8,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from fastgpt_kernels import cross_entropy, reference, stock
+from fastgpt_kernels import cross_entropy, reference, torch_ops
 from fastgpt_kernels.cross_entropy import linear_cross_entropy
 from tests.helpers.cross_entropy_cases import (
     chunks_of,
@@ -161,7 +161,7 @@ def assert_logits_agree(logits, targets, dtype, grad=None, **arguments):
             outputs_and_gradients(function, [t.to(wide) for t in (x, weight)], [g.to(out)], **run)
             for function, wide, out in (
                 (linear_cross_entropy, dtype, torch.float32),
-                (stock.linear_cross_entropy, dtype, torch.float32),
+                (torch_ops.linear_cross_entropy, dtype, torch.float32),
                 (reference.linear_cross_entropy, torch.float64, torch.float64),
             )
         )
@@ -237,7 +237,7 @@ def test_gradients_of_single_losses_of_any_size(grads, dtype):
     truth = outputs_and_gradients(
         reference.linear_cross_entropy, [t.double() for t in inputs], [grad.double()], **arguments
     )
-    plain = outputs_and_gradients(stock.linear_cross_entropy, inputs, [grad], **arguments)
+    plain = outputs_and_gradients(torch_ops.linear_cross_entropy, inputs, [grad], **arguments)
     assert_parity(outputs_and_gradients(linear_cross_entropy, inputs, [grad], **arguments), plain, truth)
 
 
@@ -288,7 +288,7 @@ def assert_many_rows_agree(inputs, grad, **arguments):
     truth = outputs_and_gradients(
         reference.linear_cross_entropy, [t.double() for t in inputs], [grad.double()], **arguments
     )
-    plain = outputs_and_gradients(stock.linear_cross_entropy, inputs, [grad], **arguments)
+    plain = outputs_and_gradients(torch_ops.linear_cross_entropy, inputs, [grad], **arguments)
     ours = outputs_and_gradients(linear_cross_entropy, inputs, [grad], **arguments)
     assert_parity(ours, plain, truth)
     for a, b, c in zip(ours[1:], plain[1:], truth[1:], strict=True):

@@ -11,7 +11,7 @@ import torch._dynamo  # at once, as it keeps torch's functions, and is not to ke
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from fastgpt_kernels import int8, launch, reference, stock
+from fastgpt_kernels import int8, launch, reference, torch_ops
 from fastgpt_kernels.int8 import linear_int8
 from fastgpt_kernels.quantization import quantize
 from tests.helpers.int8_cases import assert_agrees, case, truth
@@ -52,7 +52,7 @@ def test_every_column_keeps_the_shape_and_the_dtype(shape, dtype, bias, launches
     if math.prod(shape):
         assert_agrees(made)
         assert launches == ["int8_product" if math.prod(shape[:-1]) > int8.FEW_ROWS else "int8_rows"]
-    for column in (reference.linear_int8, stock.linear_int8, linear_int8):
+    for column in (reference.linear_int8, torch_ops.linear_int8, linear_int8):
         y = column(*made)
         assert (y.shape, y.dtype) == ((*shape[:-1], 20), dtype)
     assert len(launches) == 2 * (math.prod(shape) > 0)
@@ -61,7 +61,7 @@ def test_every_column_keeps_the_shape_and_the_dtype(shape, dtype, bias, launches
 @pytest.mark.parametrize("rows", [2, 9])
 def test_without_outputs_the_result_is_empty(rows, launches):
     x, weight_int8, scale, _ = case((rows, 8), 3)
-    for column in (reference.linear_int8, stock.linear_int8, linear_int8):
+    for column in (reference.linear_int8, torch_ops.linear_int8, linear_int8):
         assert column(x, weight_int8[:0], scale[:0]).shape == (rows, 0)
     assert not launches
 
@@ -87,7 +87,11 @@ def test_the_largest_weights_do_not_overflow(rows):
     x = torch.full((rows, 300), 40.0, dtype=torch.float16, device=DEVICE)
     made = (x, weight_int8, torch.full((3,), 1e-3, device=DEVICE), None)
     assert_agrees(made)
-    for y in (stock.linear_int8(*made), stock._traceable_linear_int8(*made, x.dtype), reference.linear_int8(*made)):
+    for y in (
+        torch_ops.linear_int8(*made),
+        torch_ops._traceable_linear_int8(*made, x.dtype),
+        reference.linear_int8(*made),
+    ):
         assert relative_errors(y, truth(*made))[0] < 1e-3
 
 
@@ -100,7 +104,7 @@ def test_every_weight_is_converted_as_it_is():
         assert torch.equal(linear_int8(x, weight_int8, one), weight_int8.t().float().expand(rows, 256))
 
 
-@pytest.mark.parametrize("column", [int8, stock, reference], ids=["triton", "torch", "reference"])
+@pytest.mark.parametrize("column", [int8, torch_ops, reference], ids=["triton", "torch", "reference"])
 @pytest.mark.parametrize("rows", [1, 20])
 def test_a_float32_result_of_16_bit_rows_is_not_rounded(rows, column):
     made = case((rows, 300), 33, "x", dtype=torch.float16)
@@ -130,21 +134,21 @@ def test_the_paths_of_stock_pytorch_agree_with_float64(shape, outputs, dtype, bi
     # Two roundings, and that of the scale, each of half a step of the dtype.
     most = 1e-6 if dtype == torch.float32 else 1.5 * torch.finfo(dtype).eps
     for y, expected in (
-        (stock.linear_int8(*made), exact),
-        (stock._traceable_linear_int8(*made, dtype), exact),
-        (stock._linear_of_dequantized(x, weight_int8, scale, dtype), unbiased),
+        (torch_ops.linear_int8(*made), exact),
+        (torch_ops._traceable_linear_int8(*made, dtype), exact),
+        (torch_ops._linear_of_dequantized(x, weight_int8, scale, dtype), unbiased),
     ):
         assert y.dtype == dtype
         assert max(relative_errors(y, expected)) < most
     for y, expected in (
-        (stock.linear_int8(*made, out_dtype=torch.float32), exact),
-        (stock._traceable_linear_int8(*made, torch.float32), exact),
-        (stock._linear_of_dequantized(x, weight_int8, scale, torch.float32), unbiased),
+        (torch_ops.linear_int8(*made, out_dtype=torch.float32), exact),
+        (torch_ops._traceable_linear_int8(*made, torch.float32), exact),
+        (torch_ops._linear_of_dequantized(x, weight_int8, scale, torch.float32), unbiased),
     ):
         assert y.dtype == torch.float32
         assert max(relative_errors(y, expected)) < 1e-6
     for other in (torch.float16, torch.bfloat16):
-        y = stock._linear_of_dequantized(x, weight_int8, scale, other)
+        y = torch_ops._linear_of_dequantized(x, weight_int8, scale, other)
         assert y.dtype == other
         assert max(relative_errors(y, unbiased)) < 3 * torch.finfo(torch.bfloat16).eps
 
@@ -156,7 +160,7 @@ def test_pieces_of_a_large_weight_make_one_output(rows):
     torch.manual_seed(0)
     inputs = 96 if rows == 1 else 1500
     made = case((rows, inputs), 3000, "x")
-    assert max(relative_errors(stock.linear_int8(*made), truth(*made))) < 1e-6
+    assert max(relative_errors(torch_ops.linear_int8(*made), truth(*made))) < 1e-6
 
 
 @pytest.mark.parametrize("bias", [None, "x"])
@@ -166,7 +170,7 @@ def test_the_operator_passes_opcheck(rows, bias):
         torch.library.opcheck(torch.ops.fastgpt.linear_int8.default, (*case((2, rows, 33), 20, bias), out_dtype))
 
 
-@pytest.mark.parametrize("column", [int8, stock, reference], ids=["triton", "torch", "reference"])
+@pytest.mark.parametrize("column", [int8, torch_ops, reference], ids=["triton", "torch", "reference"])
 @pytest.mark.parametrize("rows", [1, 6])
 def test_compiled_in_one_graph_it_gives_the_same(rows, column):
     torch._dynamo.reset()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgpt_kernels import cross_entropy, launch, reference, stock
+from fastgpt_kernels import cross_entropy, launch, reference, torch_ops
 from fastgpt_kernels.cross_entropy import linear_cross_entropy, rows_per_chunk
 from tests.helpers.cross_entropy_cases import chunks_of, dtypes, grad_of, inputs_of, labels, reductions, same_bits
 from tests.helpers.parity import DEVICE, Guards, limit, outputs_and_gradients, relative_errors
@@ -154,7 +154,7 @@ def test_autocast_multiplies_in_its_dtype_and_gives_each_gradient_in_its_own(red
     assert {logits.dtype for logits, _ in pairs} == {torch.float32}
     assert {gradient.dtype for _, gradient in pairs if gradient is not None} == {torch.float16}
     assert [t.dtype for t in ours] == [torch.float32, x.dtype, torch.float32]
-    plain = results(stock.linear_cross_entropy, x, weight)
+    plain = results(torch_ops.linear_cross_entropy, x, weight)
     truth = results(reference.linear_cross_entropy, x.double(), weight.double(), grad=grad.double(), autocast=False)
     for a, b, c in zip(ours, plain, truth, strict=True):
         for error, stock_error in zip(relative_errors(a, c), relative_errors(b, c), strict=True):

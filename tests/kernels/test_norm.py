@@ -8,7 +8,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fastgpt_kernels import launch, norm, reference, stock
+from fastgpt_kernels import launch, norm, reference, torch_ops
 from tests.helpers.parity import (
     DEVICE,
     FLOAT32_LIMIT,
@@ -140,7 +140,7 @@ def in_float32(op, dtype):
         *streams, weight, bias = inputs
         total = sum(streams[1:], streams[0])
         affine = [t if t is None else t.float() for t in (weight, bias)]
-        y = stock.layer_norm(total.float(), *affine, **arguments).to(dtype or total.dtype)
+        y = torch_ops.layer_norm(total.float(), *affine, **arguments).to(dtype or total.dtype)
         return y if op == "layer_norm" else (total, y)
 
     return plain
@@ -194,7 +194,7 @@ def test_a_large_mean_costs_no_more_accuracy_than_in_stock_pytorch(C, dtype, wid
     inputs = tensors("layer_norm", (4, C), dtype, offset=1000.0)
     grad = torch.randn(4, C, device=DEVICE).to(dtype)
     truth = outputs_and_gradients(reference.layer_norm, [t.double() for t in inputs], [grad.double()])
-    ours, plain = (outputs_and_gradients(column.layer_norm, inputs, [grad]) for column in (norm, stock))
+    ours, plain = (outputs_and_gradients(column.layer_norm, inputs, [grad]) for column in (norm, torch_ops))
     for a, b, c in zip(ours, plain, truth, strict=True):
         for error, stock_error in zip(relative_errors(a, c), relative_errors(b, c), strict=True):
             assert error <= max(2 * stock_error, FLOAT32_LIMIT)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from fastgpt_kernels import launch, paged, paged_decode, paged_prefill, reference, stock
+from fastgpt_kernels import launch, paged, paged_decode, paged_prefill, reference, torch_ops
 from fastgpt_kernels.paged import kv_write, paged_attention
 from tests.helpers.paged_cases import Case, assert_agrees, case, decode, integers
 from tests.helpers.parity import DEVICE, SPREADS, Guards, assert_parity, poisoned
@@ -155,7 +155,7 @@ def test_the_grid_depends_on_shapes_alone(launches):
     assert len(grids) == 1
 
 
-@pytest.mark.parametrize("column", [reference, stock], ids=["reference", "torch"])
+@pytest.mark.parametrize("column", [reference, torch_ops], ids=["reference", "torch"])
 @pytest.mark.parametrize("P", [8, 16, 32])
 @pytest.mark.parametrize(("H", "Hkv", "D"), [(2, 2, 16), (4, 2, 33)])
 @pytest.mark.parametrize("queries", [None, [7, 300, 0, 2, 1]])
@@ -172,8 +172,8 @@ def test_the_twins_agree_with_dense_attention(column, P, H, Hkv, D, queries):
 def test_stock_decode_that_does_not_wait_agrees(H, Hkv, dtype):
     """Its path on a GPU, which runs on a CPU too."""
     made = case([7, 300, 129, 0, 64], 16, H, Hkv, 20, dtype=dtype, room=2)
-    plain = stock.paged_attention(*made.inputs(), scale=0.3)
-    assert_parity([stock._decode_without_waiting(*made.inputs(), 0.3)], [plain], [made.truth(0.3)])
+    plain = torch_ops.paged_attention(*made.inputs(), scale=0.3)
+    assert_parity([torch_ops._decode_without_waiting(*made.inputs(), 0.3)], [plain], [made.truth(0.3)])
 
 
 @pytest.mark.parametrize("queries", [None, [2, 0, 40]])
@@ -273,8 +273,8 @@ def test_keys_and_values_are_written_to_their_slots_alone(N, Hkv, D, P, layout, 
     with poisoned(guards):
         assert kv_write(*inputs[:2], *ours, inputs[2]) is None
     plain, waiting, math_ = ([t.clone() for t in (k_pages, v_pages)] for _ in range(3))
-    stock.kv_write(k, v, *plain, slots)
-    stock.kv_write(k, v, *waiting, slots.as_subclass(OnGpu))
+    torch_ops.kv_write(k, v, *plain, slots)
+    torch_ops.kv_write(k, v, *waiting, slots.as_subclass(OnGpu))
     reference.kv_write(k, v, *math_, slots)
     for got in (ours, plain, waiting, math_):
         for pages, right in zip(got, expected, strict=True):
@@ -325,7 +325,7 @@ def test_operators_pass_opcheck(H, Hkv, lengths, dtype):
     torch.library.opcheck(ops.kv_write.default, (k, k.clone(), k_pages, v_pages, slots))
 
 
-@pytest.mark.parametrize("column", [paged, stock], ids=["triton", "torch"])
+@pytest.mark.parametrize("column", [paged, torch_ops], ids=["triton", "torch"])
 @pytest.mark.parametrize("queries", [None, [3, 2]])
 def test_compiled_in_one_graph_it_gives_the_same(queries, column):
     torch._dynamo.reset()

@@ -11,7 +11,7 @@ from fastgpt.model.int8 import QuantizedEmbedding, quantize_model
 from fastgpt.model.linear import Embedding
 from fastgpt.ops import table
 from fastgpt_kernels import float32_product as module
-from fastgpt_kernels import reference, stock
+from fastgpt_kernels import reference, torch_ops
 from fastgpt_kernels.float32_product import float32_product, product_by_pieces
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -73,7 +73,7 @@ def test_a_model_gives_float32_logits(kernels: str, dtype: torch.dtype, quantize
     assert relative_error(logits, hidden.double() @ weight[:100].t()) < 1e-6
 
 
-@pytest.mark.parametrize("column", [reference, stock], ids=["reference", "torch"])
+@pytest.mark.parametrize("column", [reference, torch_ops], ids=["reference", "torch"])
 @halves
 def test_the_loss_is_of_float32_logits(column, dtype: torch.dtype):
     """Evaluated at any size, and trained up to a size on a CPU."""
@@ -87,12 +87,14 @@ def test_the_loss_is_of_float32_logits(column, dtype: torch.dtype):
 
 
 def test_a_wide_head_is_trained_in_16_bits_on_a_cpu(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(stock, "NARROW_HEAD", 50)
+    monkeypatch.setattr(torch_ops, "NARROW_HEAD", 50)
     made = []
-    monkeypatch.setattr(stock, "float32_product", lambda x, weight, _: (made.append(len(weight)), x @ weight.t())[1])
+    monkeypatch.setattr(
+        torch_ops, "float32_product", lambda x, weight, _: (made.append(len(weight)), x @ weight.t())[1]
+    )
     for V, trained in ((50, True), (51, True), (51, False)):
         weight = torch.randn(V, 4, dtype=torch.bfloat16, requires_grad=trained)
-        stock.linear_cross_entropy(torch.randn(3, 4).bfloat16(), weight, torch.tensor([1, 2, 3]))
+        torch_ops.linear_cross_entropy(torch.randn(3, 4).bfloat16(), weight, torch.tensor([1, 2, 3]))
     assert made == [50, 51]
 
 

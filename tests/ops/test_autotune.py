@@ -14,7 +14,7 @@ from fastgpt.ops.autotune import BUDGET, FEWEST_ROUNDS, MOST_REPEATS, MOST_ROUND
 from fastgpt.ops.table import TABLE
 from fastgpt.ops.timed_choices import CANDIDATES, Choice, Environment
 from fastgpt.ops.workload import Workload, timed_case
-from fastgpt_kernels import reference, stock
+from fastgpt_kernels import reference, torch_ops
 from tests.helpers.fake_gpu import FakeGpu
 from tests.helpers.runs import run
 
@@ -72,7 +72,7 @@ def test_what_python_takes_to_launch_does_not_decide(monkeypatch, training):
     def taking(launching: float, running: float):
         def function(*args, **kwargs):
             gpu.call(launching, running)()
-            return stock.layer_norm(*args, **kwargs)
+            return torch_ops.layer_norm(*args, **kwargs)
 
         return function
 
@@ -114,20 +114,20 @@ def test_what_will_be_compiled_is_timed_compiled_and_checked_as_it_is(monkeypatc
 
 def test_of_equals_the_first_candidate_is_taken():
     assert CANDIDATES[0] == "torch"
-    assert settle("layer_norm", TRAINING, torch=stock.layer_norm, triton=reference.layer_norm).backend == "torch"
+    assert settle("layer_norm", TRAINING, torch=torch_ops.layer_norm, triton=reference.layer_norm).backend == "torch"
 
 
 def wrong_output(*args, **kwargs):
-    return 1.001 * stock.layer_norm(*args, **kwargs)
+    return 1.001 * torch_ops.layer_norm(*args, **kwargs)
 
 
 def wrong_gradient(*args, **kwargs):
-    out = stock.layer_norm(*args, **kwargs)
+    out = torch_ops.layer_norm(*args, **kwargs)
     return out + (out - out.detach())
 
 
 def not_finite(*args, **kwargs):
-    return stock.layer_norm(*args, **kwargs) / 0
+    return torch_ops.layer_norm(*args, **kwargs) / 0
 
 
 def no_kernel(*args, **kwargs):
@@ -144,7 +144,7 @@ def no_kernel(*args, **kwargs):
     ],
 )
 def test_a_faster_one_that_is_wrong_or_raises_is_left_out_and_named(wrong, why):
-    choice = settle("layer_norm", TRAINING, torch=stock.layer_norm, triton=(wrong, 1e-6))
+    choice = settle("layer_norm", TRAINING, torch=torch_ops.layer_norm, triton=(wrong, 1e-6))
     assert (choice.backend, list(choice.left_out), choice.lasting) == ("torch", ["triton"], True)
     said = autotune.Chosen({"layer_norm": choice}, "A GPU", 1.0).reason.split("; ")
     assert f"triton left out of layer_norm: {why}" in said
@@ -152,9 +152,9 @@ def test_a_faster_one_that_is_wrong_or_raises_is_left_out_and_named(wrong, why):
 
 def test_a_wrong_write_in_place_is_seen():
     def elsewhere(k, v, k_pages, v_pages, slots):
-        stock.kv_write(k, v, k_pages, v_pages, slots - 1)
+        torch_ops.kv_write(k, v, k_pages, v_pages, slots - 1)
 
-    choice = settle("kv_write", GENERATING, torch=stock.kv_write, triton=elsewhere)
+    choice = settle("kv_write", GENERATING, torch=torch_ops.kv_write, triton=elsewhere)
     assert (choice.backend, list(choice.left_out)) == ("torch", ["triton"])
 
 
@@ -169,7 +169,7 @@ def test_a_lack_of_memory_at_the_true_shape_is_left_out_but_not_for_ever():
     def hungry(q, *args, **kwargs):
         if q.shape[1] == 300:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return stock.causal_attention(q, *args, **kwargs)
+        return torch_ops.causal_attention(q, *args, **kwargs)
 
     choice = settle("causal_attention", large, torch=hungry, triton=reference.causal_attention)
     assert (choice.backend, choice.lasting) == ("triton", False)

@@ -18,7 +18,7 @@ from fastgpt.ops.table import TABLE
 from fastgpt.ops.workload import Case, Workload, checked_cases, timed_case
 from fastgpt.system.device import autocast
 from fastgpt.tokenizer.byte import ByteTokenizer
-from fastgpt_kernels import stock
+from fastgpt_kernels import torch_ops
 
 CPU = torch.device("cpu")
 SHAPE: dict[str, Any] = {"n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 32, "block_size": 20, "vocab_size": 256}
@@ -148,7 +148,7 @@ def test_the_same_numbers_are_drawn_each_time(workload, op):
 def test_a_write_is_seen_in_copies_of_the_pages():
     (case,) = checked_cases("kv_write", GENERATING, CPU)
     k, v, *pages, slots = tensors(case)
-    found = case.results(stock.kv_write)
+    found = case.results(torch_ops.kv_write)
     for written, pool, t in zip(found.values(), pages, (k, v), strict=True):
         assert torch.equal(written.flatten(0, 1)[slots], t)
         assert not torch.equal(written, pool)

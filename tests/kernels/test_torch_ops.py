@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastgpt_kernels import product_attention, reference, stock
+from fastgpt_kernels import product_attention, reference, torch_ops
 from tests.helpers.parity import SPREADS
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -36,7 +36,7 @@ def outputs_and_gradients(column, op, leaves, views, dtype, rounded, layout, arg
 
 def assert_parity(op, leaves, views=lambda *leaves: leaves, *, dtype, layout="dense", **arguments):
     expected = outputs_and_gradients(reference, op, leaves, views, torch.float64, dtype, layout, arguments)
-    got = outputs_and_gradients(stock, op, leaves, views, dtype, dtype, layout, arguments)
+    got = outputs_and_gradients(torch_ops, op, leaves, views, dtype, dtype, layout, arguments)
     for a, b in zip(got, expected, strict=True):
         assert_near(a, b, dtype)
 
@@ -63,7 +63,7 @@ def test_training_attention_rounds_no_score(dtype, spread, names):
     exact = [t.double() for t in inputs]
     truth = with_gradients(reference.causal_attention, exact, grad.to(dtype).double(), **arguments)
     bound = U / 2 if dtype == torch.bfloat16 else U / 16
-    for column, most in ((stock, 4 * bound), (reference, bound)):
+    for column, most in ((torch_ops, 4 * bound), (reference, bound)):
         got = with_gradients(column.causal_attention, inputs, grad.to(dtype), **arguments)
         for a, b in zip(got, truth, strict=True):
             assert a.dtype == dtype
@@ -116,7 +116,7 @@ def test_attention_without_gradients_agrees(Tq, Tk, H, Hkv, names, dtype):
     inputs, arguments = packed(H, Hkv, Tq)(torch.randn(2, Tk, H + 2 * Hkv, 5)), attention_arguments(names, Tk)
     rounded = [t.to(dtype) for t in inputs]
     expected = reference.causal_attention(*(t.double() for t in rounded), **arguments)
-    assert_near(stock.causal_attention(*rounded, **arguments), expected, dtype)
+    assert_near(torch_ops.causal_attention(*rounded, **arguments), expected, dtype)
 
 
 @pytest.mark.parametrize("names", ["", "documents"])
@@ -125,7 +125,7 @@ def test_attention_agrees_where_only_keys_and_values_are_trained(names):
     q, arguments = torch.randn(2, 3, 6, 5), attention_arguments(names, 7)
     kv = [torch.randn(2, 7, 2, 5, requires_grad=True) for _ in range(2)]
     expected = reference.causal_attention(q.double(), *(t.double() for t in kv), **arguments)
-    got = stock.causal_attention(q, *kv, **arguments)
+    got = torch_ops.causal_attention(q, *kv, **arguments)
     assert_near(got, expected, torch.float32)
     grad = torch.randn_like(got)
     pairs = zip(torch.autograd.grad(got, kv, grad), torch.autograd.grad(expected, kv, grad.double()), strict=True)
@@ -136,9 +136,9 @@ def test_attention_agrees_where_only_keys_and_values_are_trained(names):
 def test_training_attention_in_16_bits_compiles_in_one_graph():
     torch.manual_seed(0)
     inputs, grad = [t.bfloat16() for t in torch.randn(3, 2, 20, 2, 8)], torch.randn(2, 20, 2, 8).bfloat16()
-    compiled = torch.compile(stock.causal_attention, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(torch_ops.causal_attention, fullgraph=True, backend="aot_eager")
     for a, b in zip(
-        with_gradients(compiled, inputs, grad), with_gradients(stock.causal_attention, inputs, grad), strict=True
+        with_gradients(compiled, inputs, grad), with_gradients(torch_ops.causal_attention, inputs, grad), strict=True
     ):
         assert_near(a.double(), b.double(), torch.bfloat16)
 
@@ -149,7 +149,7 @@ def test_scores_of_float32_inputs_are_not_rounded_under_autocast():
     inputs, arguments = (6 * q, 6 * k, v), {"dropout_p": 0.25, "seed": torch.tensor(3)}
     exact = reference.causal_attention(*(t.bfloat16().double() for t in inputs), **arguments)
     with torch.autocast("cpu", torch.bfloat16):
-        got = stock.causal_attention(*inputs, **arguments)
+        got = torch_ops.causal_attention(*inputs, **arguments)
     assert got.dtype == torch.bfloat16
     assert (got - exact).norm() < 2 * U * exact.norm()
 
@@ -159,9 +159,9 @@ def test_scores_made_in_parts_are_the_same(names, monkeypatch):
     torch.manual_seed(0)
     inputs = [t.bfloat16().requires_grad_() for t in torch.randn(3, 5, 20, 3, 8)]
     arguments = {"doc_ids": torch.arange(100).view(5, 20) // 7} if names else {}
-    whole = stock.causal_attention(*inputs, **arguments)
+    whole = torch_ops.causal_attention(*inputs, **arguments)
     monkeypatch.setattr(product_attention, "SCORES", 2 * 3 * 20 * 20)
-    assert torch.equal(stock.causal_attention(*inputs, **arguments), whole)
+    assert torch.equal(torch_ops.causal_attention(*inputs, **arguments), whole)
 
 
 @pytest.mark.parametrize("names", ["", "dropout", "documents"])
@@ -174,12 +174,12 @@ def test_attention_of_an_empty_batch_is_empty(Tq, Tk, names):
 
 def test_products_serve_short_training_in_16_bits_on_a_cpu():
     q = torch.zeros(1, 1, 1, 4, dtype=torch.bfloat16, requires_grad=True)
-    assert stock._prefers_products(q, 1024)
-    assert not stock._prefers_products(q, 1025)
-    assert not stock._prefers_products(q.detach().float().requires_grad_(), 1)
-    assert not stock._prefers_products(q.detach(), 1)
+    assert torch_ops._prefers_products(q, 1024)
+    assert not torch_ops._prefers_products(q, 1025)
+    assert not torch_ops._prefers_products(q.detach().float().requires_grad_(), 1)
+    assert not torch_ops._prefers_products(q.detach(), 1)
     with torch.no_grad():
-        assert not stock._prefers_products(q, 1)
+        assert not torch_ops._prefers_products(q, 1)
 
 
 @dtypes
@@ -222,7 +222,7 @@ def test_cross_entropy_and_its_gradients_agree(shape, valid, reduction, layout, 
     )
 
 
-columns = pytest.mark.parametrize("column", [reference, stock], ids=["reference", "torch"])
+columns = pytest.mark.parametrize("column", [reference, torch_ops], ids=["reference", "torch"])
 
 
 @columns
@@ -277,4 +277,4 @@ def test_what_is_written_to_pages_that_are_a_view_is_not_lost():
     assert torch.equal(pools[0][[1, 0], [1, 2]], k)
     assert torch.equal(pools[1][[1, 0], [1, 2]], v)
     with pytest.raises(RuntimeError, match="view"):
-        stock.kv_write(k, v, *pools[2:], slots)
+        torch_ops.kv_write(k, v, *pools[2:], slots)
