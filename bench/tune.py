@@ -9,11 +9,11 @@ have, fits no multiprocessor, loses the tensor cores or makes them wait for each
 of that kind it stops here, and prints what would be timed. On one it times the others at the shapes of the benchmarks,
 in turn with the present row, so that no drift decides; promising ones come first, then the nearest, and the best three
 are timed again, more often. A winner has to be at least 2% faster by the geometric mean over the shapes, faster in
-three rounds of four, and give the present row's outputs within the dtype's rounding. `--write` puts its row into the
-launch table's source, and nothing else there.
+three rounds of four, and give the present row's outputs within the dtype's rounding. `--write` puts its row into
+launch_table.toml, and changes nothing else there.
 
-Then: ruff format, tests/test_aot.py, python tests/golden/make.py, and parity with pytest -m gpu. Exit code 2 with one
-line for a kernel, target, dtype or width that is not in the table.
+Then: python -m fastgpt_kernels.compile_report tests/golden/compile, tests/test_aot.py, and parity with pytest -m gpu.
+Exit code 2 with one line for a kernel, target, dtype or width that is not in the table.
 """
 
 # isort: off
@@ -34,7 +34,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -43,17 +42,16 @@ from rich.progress import track
 from triton import knobs
 from triton.runtime.errors import OutOfResources
 
-import table_source
+import tune_table
 from fastgpt import cli
 from fastgpt.errors import UsageError
 from fastgpt.ops.gpu_clock import GpuClock
 from fastgpt.system.files import write_atomic
 from fastgpt_kernels import aot, launch
-from fastgpt_kernels.launch import INTERPRETED, TABLE, TARGETS, Config, Launch, Tuning, trial
+from fastgpt_kernels.launch import ANY, INTERPRETED, KINDS, TABLE, TABLE_FILE, TARGETS, Config, Launch, Tuning, trial
 from fastgpt_kernels.machine_code import CHIPS
 from tune_cases import Workload, workloads
 
-KINDS = ("16-bit", "tf32", "float32")
 SMALLER_CHIPS = 99 * 1024  # bytes of shared memory of sm_86, sm_89 and sm_120, which run sm_80's rows of 16 bits
 ROUNDS, FINAL_ROUNDS, FINALISTS = 3, 12, 3
 TIMED_SECONDS, FEWEST_LAPS, MOST_LAPS = 0.008, 3, 32  # of one measurement
@@ -122,7 +120,7 @@ class Row:
     config: Config
 
     def __str__(self) -> str:
-        width = "any" if self.width >= 2**31 else self.width
+        width = "any" if self.width == ANY else self.width
         return f"{self.kernel} {self.tuning.target} {self.tuning.kind} {width}"
 
 
@@ -351,7 +349,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--seconds", type=tool.positive, default=300.0, help="for timing, in all; default 300")
     parser.add_argument("--filter-only", action="store_true", help="time nothing, also where there is a GPU")
-    parser.add_argument("--write", action="store_true", help="put the faster rows into the launch table's source")
+    parser.add_argument("--write", action="store_true", help="put the faster rows into launch_table.toml")
     flags = parser.parse_args(argv)
     if INTERPRETED:
         parser.error("TRITON_INTERPRET is set, and an interpreter compiles nothing; unset it for this command")
@@ -369,14 +367,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not timing and flags.write:
         parser.error(f"--write needs timings, and nothing is timed {'with --filter-only' if here else 'without a GPU'}")
     rows = rows_of(flags.kernel, target, flags.dtype, flags.width)
-    file, faster = Path(launch.__file__), 0
+    faster = 0
     for row, config in sweep(rows, flags.seconds, timing, console):
         faster += 1
         console.print(f"  {row}: {row.config} -> {config}", highlight=False)
         if flags.write:
-            source = file.read_text(encoding="utf-8")
-            write_atomic(file, table_source.replace(source, row.kernel, *row.tuning, row.width, config))
-            console.print(f"  written into {file.name}", highlight=False)
+            text = TABLE_FILE.read_text(encoding="utf-8")
+            write_atomic(TABLE_FILE, tune_table.replace(text, row.kernel, *row.tuning, row.width, config))
+            console.print(f"  written into {TABLE_FILE.name}", highlight=False)
     if timing:
         console.print(f"{faster} of {len(rows)} rows have a faster one", highlight=False)
     else:

@@ -40,7 +40,7 @@ class Environment:
     """All that a choice depends on but the workload.
 
     Attributes:
-        kernels: a hash of the sources of `fastgpt_kernels`.
+        kernels: a hash of the sources of `fastgpt_kernels`, the launch table among them.
         products: how float32 matrices are multiplied: "ieee" or "tf32".
     """
 
@@ -68,9 +68,9 @@ def environment_of(device: torch.device) -> Environment:
 
 
 def source_hash(folder: Path) -> str:
-    """A hash of the files in a folder, sources and data, and their names."""
+    """A hash of a folder's Python and TOML files and their names."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.suffix in (".py", ".toml")):
+    for path in sorted([*folder.glob("*.py"), *folder.glob("*.toml")]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 

@@ -66,7 +66,7 @@ from fastgpt_kernels import (
     paged_decode,
     paged_prefill,
 )
-from fastgpt_kernels.launch import INTERPRETED, TABLE, TARGETS, Config, Launch, Tuning
+from fastgpt_kernels.launch import ANY, INTERPRETED, TABLE, TARGETS, Config, Launch, Tuning
 from fastgpt_kernels.machine_code import CHIPS, blocks_per_sm, inspect, ptxas_warnings
 
 VARIANTS = ("plain", "heaviest")
@@ -218,7 +218,7 @@ def example(kernel: str, tuning: Tuning, width: int, heaviest: bool) -> Launch:
 def describe(kind: str, width: int, row: Config, variant: str) -> str:
     """The column `config`, which is unique for a target and kernel."""
     dtype = "bfloat16" if kind == "16-bit" else kind
-    return f"{dtype} {width if width < 2**31 else 'any'} {row} {variant}"
+    return f"{dtype} {'any' if width == ANY else width} {row} {variant}"
 
 
 class Driver:

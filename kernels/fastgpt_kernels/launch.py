@@ -1,15 +1,19 @@
 """How kernels are launched: one table of tiles, warps and stages, and the checks of what comes in.
 
-A row is found by (kernel, architecture, dtype, width), where the width is a head size or a number of columns and each
-row serves widths up to its own. The same rows are what `python -m fastgpt_kernels.aot` compiles, so no row is launched
-that was not compiled before. Nothing here asks the device, tunes or waits: a device is looked up once.
+The table stands in launch_table.toml. A row is found by (kernel, architecture, dtype, width), where the width is a head
+size or a number of columns and each row serves widths up to its own. The same rows are what
+`python -m fastgpt_kernels.aot` compiles, so no row is launched that was not compiled before. Nothing here asks the
+device, tunes or waits: a device is looked up once.
 """
 
 import contextlib
 import functools
+import itertools
 import os
 import re
+import tomllib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +21,7 @@ from triton import knobs
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+KINDS = ("16-bit", "tf32", "float32")
 # Waits for the GPU in order to check what only the data can show, such as targets out of range.
 DEBUG = os.environ.get("FASTGPT_DEBUG") == "1"
 # Whether the kernels run in Triton's interpreter, on the CPU: settled when triton is imported.
@@ -60,199 +65,67 @@ class Launch(NamedTuple):
 
 
 Rows = dict[int, Config]
+Table = dict[str, dict[tuple[str, str], Rows]]  # kernel -> (target, kind) -> width -> row
+
+ANY = 1 << 62  # the width that is written `any`
+TABLE_FILE = Path(__file__).with_name("launch_table.toml")
+# What the names in that file stand for. Of two that stand for the same row, the later one counts.
+SECTIONS = {"all": ("16-bit", "float32"), **{kind: (kind,) for kind in KINDS}}
+COLUMNS = {"all": TARGETS, **{target: (target,) for target in TARGETS}}
 
 
-def _everywhere(rows: Rows, *tuned: tuple[str, str, Rows], **others: Rows) -> dict[tuple[str, str], Rows]:
-    """The same rows for every target and dtype, but for some widths of the targets named.
+def read_table(text: str) -> Table:
+    """The table that launch_table.toml holds, from its text, which begins with a description of the notation.
 
-    tuned: (target, dtype, rows) that bench/tune.py found to be faster, for one target and dtype.
+    Raises:
+        ValueError: names the entry that is not as described there.
     """
-    table = {(target, kind): rows | others.get(target, {}) for target in TARGETS for kind in ("16-bit", "float32")}
-    for target, kind, faster in tuned:
-        table[target, kind] |= faster
+    try:
+        read = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{TABLE_FILE.name}: {error}") from None
+    table: Table = {}
+    for kernel, sections in read.items():
+        rows: dict[tuple[str, str], Rows] = {(target, kind): {} for target in TARGETS for kind in KINDS}
+        for section in _known(f"[{kernel}]", sections, SECTIONS):
+            for width, tiles in sections[section].items():
+                place = f"[{kernel}.{section}] {width}"
+                number = ANY if width == "any" else _number(place, width)
+                for column in _known(place, tiles, COLUMNS):
+                    for key in itertools.product(COLUMNS[column], SECTIONS[section]):
+                        rows[key][number] = _config(f"{place} {column}", tiles[column])
+        table[kernel] = {key: dict(sorted(by_width.items())) for key, by_width in rows.items() if by_width}
     return table
 
 
-HEAD_SIZES = (32, 64, 128, 256)
-ROW_COUNTS = (16, 64, 1 << 31)
+def _known(place: str, given: Any, known: dict[str, tuple[str, ...]]) -> list[str]:
+    """The given names, in the order of the known ones."""
+    unknown = given.keys() - known.keys() if isinstance(given, dict) else [given]
+    if unknown:
+        raise _bad(place, min(map(str, unknown)), ", ".join(known))
+    return [name for name in known if name in given]
 
 
-def _tiles(widths: tuple[int, ...], tiles: tuple[str, ...]) -> Rows:
-    """Rows for the last of these widths, written as `str` writes them: rows x columns, warps, stages."""
-    numbers = ([int(n) for n in re.findall(r"\d+", tile)] for tile in tiles)
-    return {width: Config(*n) for width, n in zip(widths[-len(tiles) :], numbers, strict=True)}
+def _number(place: str, width: str) -> int:
+    if not (width.isdecimal() and int(width) > 0):
+        raise _bad(place, width, "a width above 0, or any")
+    return int(width)
 
 
-def _by_head(*tiles: str) -> Rows:
-    """For the last of HEAD_SIZES: queries x keys."""
-    return _tiles(HEAD_SIZES, tiles)
+def _config(place: str, tile: Any) -> Config:
+    """A row from how `str` writes it. Triton's tiles and warps are powers of two."""
+    found = re.fullmatch(r"(\d+)x(\d+) w(\d+) s(\d+)", str(tile), re.ASCII)
+    config = Config(*map(int, found.groups())) if found else None
+    if config is None or 0 in config or any(n & (n - 1) for n in config[:3]):
+        raise _bad(place, tile, "ROWSxCOLUMNS wWARPS sSTAGES, powers of two but for the stages, as in 128x64 w8 s3")
+    return config
 
 
-def _by_rows(*tiles: str) -> Rows:
-    """For the last of ROW_COUNTS: rows x output channels."""
-    return _tiles(ROW_COUNTS, tiles)
+def _bad(place: str, value: Any, expected: str) -> ValueError:
+    return ValueError(f"{TABLE_FILE.name}: {place}: {value!r} is not known; expected {expected}")
 
 
-TABLE: dict[str, dict[tuple[str, str], Rows]] = {
-    # Widths are columns; above 8192 the kernels go over a row in tiles.
-    "norm_forward": _everywhere(
-        {
-            128: Config(8, 128, 4),
-            256: Config(4, 256, 4),
-            512: Config(2, 512, 4),
-            1024: Config(1, 1024, 1),
-            2048: Config(1, 2048, 2),
-            4096: Config(1, 4096, 4),
-            8192: Config(1, 8192, 8),
-            65536: Config(1, 4096, 8),
-        },
-        sm_80={8192: Config(1, 8192, 32)},
-        gfx942={128: Config(8, 128, 2), 256: Config(4, 256, 2), 512: Config(2, 512, 2)},  # its warps are twice as wide
-    ),
-    "norm_backward": _everywhere(
-        {
-            128: Config(16, 128, 4),
-            256: Config(8, 256, 4),
-            512: Config(4, 512, 4),
-            1024: Config(2, 1024, 4),
-            2048: Config(2, 2048, 8),
-            4096: Config(1, 4096, 8),
-            8192: Config(1, 8192, 16),
-            65536: Config(1, 4096, 8),
-        }
-    ),
-    "norm_weight_partials": _everywhere({65536: Config(8, 256, 4)}),
-    "sum_partials": _everywhere({65536: Config(32, 32, 4)}),
-    # One row of logits a program, gone over in tiles; widths are the vocabulary's.
-    "cross_entropy": _everywhere(
-        {1024: Config(1, 1024, 4), 1 << 31: Config(1, 4096, 8)}, gfx942={1024: Config(1, 1024, 2)}
-    ),
-    "scale": _everywhere({1 << 62: Config(1, 1024, 4)}),
-    "attention_forward": {
-        ("sm_80", "16-bit"): _by_head("128x128 w8 s2", "128x64 w8 s3", "128x32 w8 s3", "64x32 w8 s2"),
-        ("sm_80", "tf32"): _by_head("128x32 w8 s2", "64x32 w8 s2", "32x32 w8 s1"),
-        ("sm_80", "float32"): _by_head("32x32 w8 s1", "16x32 w8 s1"),
-        ("sm_90", "16-bit"): _by_head("128x64 w8 s3", "128x64 w8 s3", "128x64 w8 s3", "64x32 w8 s3"),
-        ("sm_90", "tf32"): _by_head("128x32 w8 s3", "128x32 w8 s3", "64x32 w8 s2"),
-        ("sm_90", "float32"): _by_head("32x32 w8 s1", "16x32 w8 s1"),
-        ("sm_100", "16-bit"): _by_head("128x64 w8 s3", "128x64 w8 s3", "128x64 w8 s3", "128x32 w8 s3"),
-        ("sm_100", "tf32"): _by_head("128x32 w8 s3", "128x32 w8 s3", "64x32 w8 s2"),
-        ("sm_100", "float32"): _by_head("32x32 w8 s1", "16x32 w8 s1"),
-        ("gfx942", "16-bit"): _by_head("32x64 w4 s2", "128x64 w4 s3", "64x32 w4 s2", "64x32 w4 s2"),
-        ("gfx942", "float32"): _by_head("32x32 w4 s1", "16x32 w4 s1"),
-    },
-    "attention_forward_dropout": {
-        ("sm_80", "16-bit"): _by_head("128x128 w8 s2", "128x64 w8 s3", "128x32 w8 s3", "64x32 w8 s2"),
-        ("sm_80", "tf32"): _by_head("128x32 w8 s2", "64x32 w8 s2", "32x32 w8 s1"),
-        ("sm_80", "float32"): _by_head("16x32 w8 s2", "16x32 w8 s2"),
-        ("sm_90", "16-bit"): _by_head("128x64 w8 s3", "128x64 w8 s3", "128x64 w8 s3", "64x32 w8 s3"),
-        ("sm_90", "tf32"): _by_head("128x32 w8 s3", "128x32 w8 s3", "32x32 w8 s2"),
-        ("sm_90", "float32"): _by_head("16x32 w8 s2", "16x32 w8 s2"),
-        ("sm_100", "16-bit"): _by_head("128x64 w8 s3", "128x64 w8 s3", "128x32 w8 s3", "64x32 w8 s2"),
-        ("sm_100", "tf32"): _by_head("128x32 w8 s3", "128x32 w8 s3", "32x32 w8 s2"),
-        ("sm_100", "float32"): _by_head("16x32 w8 s2", "16x32 w8 s2"),
-        ("gfx942", "16-bit"): _by_head("16x64 w4 s2", "128x64 w4 s3", "64x32 w4 s2", "64x32 w4 s2"),
-        ("gfx942", "float32"): _by_head("32x32 w4 s1", "16x32 w4 s1"),
-    },
-    "attention_backward_queries": {
-        ("sm_80", "16-bit"): _by_head("128x64 w8 s3", "128x64 w8 s3", "64x64 w8 s2", "32x32 w4 s2"),
-        ("sm_80", "tf32"): _by_head("64x32 w8 s2", "32x32 w8 s2", "16x32 w8 s2"),
-        ("sm_80", "float32"): _by_head("32x32 w8 s2", "16x32 w8 s2"),
-        ("sm_90", "16-bit"): _by_head("128x64 w8 s3", "128x64 w8 s3", "128x64 w8 s3", "128x32 w8 s2"),
-        ("sm_90", "tf32"): _by_head("128x32 w8 s2", "128x32 w8 s2", "32x32 w8 s2"),
-        ("sm_90", "float32"): _by_head("32x32 w8 s2", "16x32 w8 s2"),
-        ("sm_100", "16-bit"): _by_head("128x64 w8 s3", "128x64 w8 s3", "128x64 w8 s3", "128x32 w8 s2"),
-        ("sm_100", "tf32"): _by_head("128x32 w8 s2", "128x32 w8 s2", "32x32 w8 s2"),
-        ("sm_100", "float32"): _by_head("32x32 w8 s2", "16x32 w8 s2"),
-        ("gfx942", "16-bit"): _by_head("64x64 w4 s2", "64x32 w4 s2", "64x32 w4 s2", "32x32 w4 s1"),
-        ("gfx942", "float32"): _by_head("32x32 w4 s1", "16x32 w4 s1"),
-    },
-    "attention_backward_queries_dropout": {
-        ("sm_80", "16-bit"): _by_head("128x64 w8 s3", "128x32 w8 s2", "64x32 w8 s2", "32x32 w4 s2"),
-        ("sm_80", "tf32"): _by_head("64x32 w8 s2", "32x32 w8 s2", "16x32 w8 s2"),
-        ("sm_80", "float32"): _by_head("32x32 w8 s2", "16x32 w8 s2"),
-        ("sm_90", "16-bit"): _by_head("64x32 w4 s2", "128x32 w8 s2", "128x32 w8 s3", "128x32 w8 s3"),
-        ("sm_90", "tf32"): _by_head("128x32 w8 s2", "128x32 w8 s2", "32x32 w8 s2"),
-        ("sm_90", "float32"): _by_head("32x32 w8 s2", "16x32 w8 s2"),
-        ("sm_100", "16-bit"): _by_head("128x64 w8 s3", "128x64 w8 s3", "128x64 w8 s3", "128x32 w8 s2"),
-        ("sm_100", "tf32"): _by_head("128x32 w8 s2", "128x32 w8 s2", "32x32 w8 s2"),
-        ("sm_100", "float32"): _by_head("32x32 w8 s2", "16x32 w8 s2"),
-        ("gfx942", "16-bit"): _by_head("64x64 w4 s2", "64x32 w4 s2", "64x32 w4 s2", "16x32 w4 s2"),
-        ("gfx942", "float32"): _by_head("32x32 w4 s1", "16x32 w4 s1"),
-    },
-    "attention_backward_keys": {
-        ("sm_80", "16-bit"): _by_head("32x64 w4 s2", "32x128 w8 s2", "32x64 w8 s2", "32x32 w8 s2"),
-        ("sm_80", "tf32"): _by_head("32x64 w8 s2", "32x32 w8 s2", "16x32 w8 s2"),
-        ("sm_80", "float32"): _by_head("32x32 w8 s2", "16x32 w8 s2"),
-        ("sm_90", "16-bit"): _by_head("64x64 w4 s2", "64x128 w8 s2", "32x128 w8 s2", "32x32 w8 s2"),
-        ("sm_90", "tf32"): _by_head("32x128 w8 s2", "32x32 w4 s2", "32x32 w8 s2"),
-        ("sm_90", "float32"): _by_head("32x32 w8 s2", "16x32 w8 s2"),
-        ("sm_100", "16-bit"): _by_head("64x128 w8 s2", "64x128 w8 s2", "64x128 w8 s2", "32x64 w4 s2"),
-        ("sm_100", "tf32"): _by_head("32x128 w8 s2", "32x32 w4 s2", "32x32 w8 s2"),
-        ("sm_100", "float32"): _by_head("32x32 w8 s2", "16x32 w8 s2"),
-        ("gfx942", "16-bit"): _by_head("32x64 w4 s2", "32x64 w4 s2", "32x32 w4 s2", "16x32 w4 s1"),
-        ("gfx942", "float32"): _by_head("32x32 w4 s1", "16x32 w4 s1"),
-    },
-    "attention_backward_keys_dropout": {
-        ("sm_80", "16-bit"): _by_head("32x64 w4 s2", "32x128 w8 s2", "32x32 w8 s2", "32x32 w8 s2"),
-        ("sm_80", "tf32"): _by_head("32x64 w8 s2", "32x32 w8 s2", "16x32 w8 s2"),
-        ("sm_80", "float32"): _by_head("32x32 w8 s2", "16x32 w8 s2"),
-        ("sm_90", "16-bit"): _by_head("32x64 w4 s2", "32x128 w8 s2", "16x128 w8 s2", "32x32 w8 s2"),
-        ("sm_90", "tf32"): _by_head("32x128 w8 s2", "32x32 w4 s2", "32x32 w8 s2"),
-        ("sm_90", "float32"): _by_head("32x32 w8 s2", "16x32 w8 s2"),
-        ("sm_100", "16-bit"): _by_head("64x128 w8 s2", "64x128 w8 s2", "32x128 w8 s2", "32x64 w8 s2"),
-        ("sm_100", "tf32"): _by_head("32x128 w8 s2", "32x32 w4 s2", "32x32 w8 s2"),
-        ("sm_100", "float32"): _by_head("32x32 w8 s2", "16x32 w8 s2"),
-        ("gfx942", "16-bit"): _by_head("32x64 w4 s2", "32x64 w4 s2", "32x32 w4 s2", "16x32 w4 s1"),
-        ("gfx942", "float32"): _by_head("32x32 w4 s1", "16x32 w4 s1"),
-    },
-    # Over pages, tiles are small and blocks many: a step is bound by memory, and what counts is bytes on their way.
-    "paged_decode": _everywhere({64: Config(1, 32, 4, 4), 128: Config(1, 32, 8, 3), 256: Config(1, 8, 4, 4)}),
-    "paged_decode_grouped": {
-        ("sm_80", "16-bit"): _by_head("16x64 w4 s3", "16x64 w4 s2", "16x32 w4 s2"),
-        ("sm_80", "tf32"): _by_head("16x32 w4 s2"),
-        ("sm_80", "float32"): _by_head("16x32 w8 s2"),
-        ("sm_90", "16-bit"): _by_head("16x64 w4 s5", "16x32 w4 s5", "16x32 w4 s3"),
-        ("sm_90", "tf32"): _by_head("16x32 w4 s2"),
-        ("sm_90", "float32"): _by_head("16x32 w8 s2"),
-        ("sm_100", "16-bit"): _by_head("16x64 w4 s5", "16x32 w4 s5", "16x32 w4 s3"),
-        ("sm_100", "tf32"): _by_head("16x32 w4 s2"),
-        ("sm_100", "float32"): _by_head("16x32 w8 s2"),
-        ("gfx942", "16-bit"): _by_head("16x64 w4 s2", "16x64 w4 s2", "16x32 w4 s2"),
-        ("gfx942", "float32"): _by_head("16x32 w4 s1"),
-    },
-    "paged_merge": _everywhere({64: Config(32, 64, 4), 256: Config(8, 256, 4)}),
-    "paged_prefill": {
-        ("sm_80", "16-bit"): _by_head("64x64 w4 s3", "64x32 w4 s2", "32x32 w4 s2"),
-        ("sm_80", "tf32"): _by_head("32x32 w4 s2", "16x32 w8 s2"),
-        ("sm_80", "float32"): _by_head("16x32 w8 s2"),
-        ("sm_90", "16-bit"): _by_head("128x64 w8 s3", "128x64 w8 s3", "64x32 w8 s3"),
-        ("sm_90", "tf32"): _by_head("32x32 w4 s2", "16x32 w8 s2"),
-        ("sm_90", "float32"): _by_head("16x32 w8 s2"),
-        ("sm_100", "16-bit"): _by_head("128x32 w8 s3", "128x64 w8 s3", "64x32 w8 s3"),
-        ("sm_100", "tf32"): _by_head("32x32 w4 s2", "16x32 w8 s2"),
-        ("sm_100", "float32"): _by_head("16x32 w8 s2"),
-        ("gfx942", "16-bit"): _by_head("64x32 w4 s2", "64x32 w4 s2", "32x32 w4 s2"),
-        ("gfx942", "float32"): _by_head("16x32 w4 s1"),
-    },
-    "kv_write": _everywhere({64: Config(32, 64, 4), 256: Config(8, 256, 4)}),
-    # Output channels x inputs, whatever a layer has of both.
-    "int8_rows": _everywhere({1 << 31: Config(4, 256, 1, 3)}, gfx942={1 << 31: Config(4, 256, 1, 2)}),
-    # Widths are numbers of rows. From 64 output channels on, Triton takes tf32 for float32 on sm_100, unasked.
-    "int8_product": {
-        ("sm_80", "16-bit"): _by_rows("16x32 w2 s4", "64x32 w4 s4", "64x128 w4 s3"),
-        ("sm_80", "tf32"): _by_rows("64x64 w4 s3"),
-        ("sm_80", "float32"): _by_rows("64x32 w8 s2"),
-        ("sm_90", "16-bit"): _by_rows("16x32 w2 s4", "64x32 w4 s4", "128x128 w8 s3"),
-        ("sm_90", "tf32"): _by_rows("64x64 w4 s3"),
-        ("sm_90", "float32"): _by_rows("64x32 w8 s2"),
-        ("sm_100", "16-bit"): _by_rows("16x32 w2 s4", "64x32 w4 s4", "64x128 w4 s4"),
-        ("sm_100", "tf32"): _by_rows("64x64 w4 s3"),
-        ("sm_100", "float32"): _by_rows("64x32 w8 s2"),
-        ("gfx942", "16-bit"): _by_rows("16x32 w2 s2", "64x32 w4 s2", "64x128 w4 s2"),
-        ("gfx942", "float32"): _by_rows("64x32 w4 s1"),
-    },
-}
+TABLE = read_table(TABLE_FILE.read_text(encoding="utf-8"))
 
 # Programs that share the rows of a backward pass: about two a multiprocessor. A constant, because it fixes the order
 # in which the partial sums of the weight's gradient are added, and so its bits.

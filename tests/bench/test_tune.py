@@ -2,23 +2,23 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-import table_source
 import tune
+import tune_table
 from fastgpt_kernels import launch
-from fastgpt_kernels.launch import TABLE, TARGETS, Config, Tuning
+from fastgpt_kernels.launch import ANY, TABLE, TABLE_FILE, TARGETS, Config, Tuning, read_table
 from tune import Row, Timing, candidates, distance, rejection
 from tune_cases import workloads
 
-SOURCE = Path(launch.__file__).read_text(encoding="utf-8")
+TEXT = TABLE_FILE.read_text(encoding="utf-8")
 HOPPER = Tuning("sm_90", "16-bit")
 GOOD = {"stack": 0, "spills": 0, "shared": 1024, "blocks_per_sm": 2, "tensor_core": 8, "registers": 64}
 GOOD |= {"warnings": None}
@@ -92,7 +92,7 @@ def test_the_filter_rejects_what_must_not_run():
         assert words in (rejection(one, GOOD | change, GOOD) or ""), change
     assert rejection(one, "too many threads", GOOD) == "does not compile"
     assert rejection(one, GOOD | {"warnings": "C7515"}, GOOD | {"warnings": "C7515"}) is None
-    assert rejection(row("scale", 1 << 62), GOOD | {"tensor_core": 0}, GOOD | {"tensor_core": 0}) is None
+    assert rejection(row("scale", ANY), GOOD | {"tensor_core": 0}, GOOD | {"tensor_core": 0}) is None
     smaller = row("attention_forward", 64, Tuning("sm_80", "16-bit"))
     assert rejection(smaller, GOOD | {"shared": 100 * 1024}, GOOD) == "too much shared memory"
 
@@ -101,15 +101,15 @@ COMPILE = """
 import json, sys, tempfile
 import tune
 from fastgpt_kernels import aot
-from fastgpt_kernels.launch import TABLE, Config, Tuning
+from fastgpt_kernels.launch import ANY, TABLE, Config, Tuning
 out = sys.stdout.fileno()
 keep = __import__("os").dup(out)
 aot.start_worker(tempfile.mkdtemp())
 tuning = Tuning("sm_90", "16-bit")
-row = tune.Row("scale", tuning, 1 << 62, TABLE["scale"][tuning][1 << 62])
+row = tune.Row("scale", tuning, ANY, TABLE["scale"][tuning][ANY])
 before = row.config
 found = [tune.compile_candidate(row, c) for c in (Config(1, 2048, 4), Config(1, 1 << 21, 4))]
-assert TABLE["scale"][tuning][1 << 62] == before
+assert TABLE["scale"][tuning][ANY] == before
 __import__("os").write(keep, json.dumps(found).encode())
 """
 
@@ -123,7 +123,7 @@ def test_a_candidate_is_really_compiled():
     good, bad = json.loads(done.stdout)
     assert good["registers"] > 0
     assert good["spills"] == good["stack"] == good["tensor_core"] == 0
-    assert rejection(row("scale", 1 << 62), good, good) is None
+    assert rejection(row("scale", ANY), good, good) is None
     assert isinstance(bad, str)
     assert bad
 
@@ -159,44 +159,74 @@ def test_faster_means_beyond_doubt():
     [
         ("attention_forward", "16-bit", 64),
         ("attention_backward_keys", "tf32", 256),
-        ("int8_product", "16-bit", 64),
+        ("int8_product", "16-bit", ANY),
     ],
 )
-def test_a_row_by_head_is_changed_and_set_back(kernel: str, kind: str, width: int):
+def test_a_target_s_own_row_is_changed_and_set_back(kernel: str, kind: str, width: int):
     now = TABLE[kernel]["sm_90", kind][width]
     new = now._replace(warps=now.warps * 2, stages=now.stages + 1)
-    changed = table_source.replace(SOURCE, kernel, "sm_90", kind, width, new)
-    differing = [(a, b) for a, b in zip(SOURCE.splitlines(), changed.splitlines(), strict=True) if a != b]
+    changed = tune_table.replace(TEXT, kernel, "sm_90", kind, width, new)
+    differing = [(a, b) for a, b in zip(TEXT.splitlines(), changed.splitlines(), strict=True) if a != b]
     ((before, after),) = differing
-    assert str(now) in before
-    assert str(new) in after
-    assert table_source.replace(changed, kernel, "sm_90", kind, width, now) == SOURCE
-    assert table_source.replace(SOURCE, kernel, "sm_90", kind, width, now) == SOURCE
+    assert f'sm_90 = "{now}"' in before
+    assert after == before.replace(f'sm_90 = "{now}"', f'sm_90 = "{new}"')
+    assert tune_table.replace(changed, kernel, "sm_90", kind, width, now) == TEXT
+    assert tune_table.replace(TEXT, kernel, "sm_90", kind, width, now) == TEXT
 
 
-@pytest.mark.parametrize(("kernel", "width"), [("norm_forward", 1024), ("kv_write", 64), ("scale", 1 << 62)])
-def test_a_row_that_is_everywhere_changes_for_one_target_and_dtype(kernel: str, width: int):
+@pytest.mark.parametrize(("kernel", "width"), [("norm_forward", 128), ("kv_write", 64), ("scale", ANY)])
+def test_a_row_that_is_for_all_changes_for_one_target_and_dtype(kernel: str, width: int):
     now = TABLE[kernel][HOPPER][width]
     new, newer = (now._replace(warps=warps) for warps in (16, 32))
-    changed = table_source.replace(SOURCE, kernel, *HOPPER, width, new)
-    table = table_source.evaluate(changed)
+    changed = tune_table.replace(TEXT, kernel, *HOPPER, width, new)
+    table = read_table(changed)
     assert table[kernel][HOPPER][width] == new
     for target in TARGETS:
         for kind in ("16-bit", "float32"):
             if (target, kind) != HOPPER:
                 assert table[kernel][target, kind] == TABLE[kernel][target, kind]
-    again = table_source.replace(changed, kernel, *HOPPER, width, newer)
+    again = tune_table.replace(changed, kernel, *HOPPER, width, newer)
     assert len(again) == len(changed)
-    other = table_source.replace(again, kernel, "sm_100", "float32", width, new)
-    assert table_source.evaluate(other)[kernel][HOPPER][width] == newer
-    assert table_source.replace(again, kernel, *HOPPER, width, now) == SOURCE
+    other = tune_table.replace(again, kernel, "sm_100", "float32", width, new)
+    assert read_table(other)[kernel][HOPPER][width] == newer
+    assert f"\n\n[{kernel}.16-bit]\n" in other
+    assert other.index(f"[{kernel}.all]") < other.index(f"[{kernel}.16-bit]") < other.index(f"[{kernel}.float32]")
+    assert tune_table.replace(again, kernel, *HOPPER, width, now) == TEXT
 
 
-def test_a_row_that_is_not_in_the_source_is_an_error():
-    with pytest.raises(LookupError):
-        table_source.replace(SOURCE, "no_kernel", "sm_90", "16-bit", 64, Config(1, 1, 1))
-    with pytest.raises(LookupError):
-        table_source.replace(SOURCE, "attention_forward", "gfx942", "tf32", 64, Config(1, 1, 1))
+def test_a_comment_is_kept_when_a_row_becomes_what_it_is_for_all():
+    now = TABLE["kv_write"][HOPPER][64]
+    changed = tune_table.replace(TEXT, "kv_write", *HOPPER, 64, now._replace(warps=16))
+    line = '64 = { sm_90 = "32x64 w16 s1" }'
+    for told in (changed.replace(line, f"{line}  # a reason"), changed.replace(line, f"# a reason\n{line}")):
+        back = tune_table.replace(told, "kv_write", *HOPPER, 64, now)
+        assert back == told.replace("32x64 w16 ", "32x64 w4 ")
+
+
+def test_the_table_is_written_as_it_is_read():
+    assert tune_table.render(tune_table.parse(TEXT)) == TEXT
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("64 = {", "64={", "neither a [KERNEL.KIND], a row nor a comment"),
+        ('sm_90 = "128x64 w8 s3"', 'sm_90  =  "128x64 w8 s3"', "would be written"),
+        ('256 = { all = "4x256', '100 = { all = "4x256', "would be written"),  # narrowest first
+        ("\n\n[scale.all]", "\n# a comment of nothing\n\n[scale.all]", "stands above no row"),
+    ],
+)
+def test_a_table_in_another_form_is_not_written_over(old: str, new: str, words: str):
+    text = TEXT.replace(old, new, 1)
+    assert text != TEXT
+    with pytest.raises(ValueError, match=re.escape(words)):
+        tune_table.parse(text)
+
+
+def test_a_row_that_is_not_in_the_table_is_an_error():
+    for key in (("no_kernel", "sm_90", "16-bit", 64), ("attention_forward", "gfx942", "tf32", 64)):
+        with pytest.raises(LookupError, match="holds no row"):
+            tune_table.replace(TEXT, *key, Config(1, 1, 1))
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def attention_arguments(names, Tk):
     return {key: value for name in names.split() for key, value in every[name].items()}
 
 
-# Both sides of the switch in stock._prefers_products, one token, odd lengths, and queries on top of a cache.
+# Both sides of the switch in torch_ops._prefers_products, one token, odd lengths, and queries on top of a cache.
 LENGTHS = [(1, 1, 3, 3), (7, 7, 3, 1), (64, 64, 3, 3), (65, 65, 6, 2)]  # Tq, Tk, H, Hkv
 LENGTHS += [(1, 6, 3, 3), (3, 7, 6, 2), (1, 70, 6, 2), (3, 70, 3, 3)]
 lengths = pytest.mark.parametrize(("Tq", "Tk", "H", "Hkv"), LENGTHS)

@@ -119,11 +119,11 @@ def test_two_processes_at_once_leave_a_whole_file(path):
 
 def test_the_hash_of_the_kernels_changes_with_any_of_their_files(tmp_path):
     found = set()
-    for name, text in [("a.py", "1"), ("a.py", "2"), ("b.py", ""), ("c.txt", "3")]:
+    for name, text in [("a.py", "1"), ("a.py", "2"), ("b.py", ""), ("c.txt", "3"), ("d.toml", "4")]:
         (tmp_path / name).write_text(text)
         found.add(source_hash(tmp_path))
-    assert len(found) == 3  # c.txt is not one of them
-    (tmp_path / "b.py").rename(tmp_path / "d.py")
+    assert len(found) == 4  # c.txt is not one of them
+    (tmp_path / "b.py").rename(tmp_path / "e.py")
     assert source_hash(tmp_path) not in found
 
 
