@@ -29,7 +29,8 @@ Triton's own just-in-time path compiles them, so what is reported is what runs. 
                    sm_90; in 16 bits it is an error.
     seconds        to compile, never from a cache; the first of a worker's includes the compiler's own start.
 
-Exit code 2, with one line on stderr, for a bad flag or in a process where TRITON_INTERPRET is set.
+`fastgpt_kernels.compile_report` keeps the report in a file. Exit code 2, with one line on stderr, for a bad flag or in
+a process where TRITON_INTERPRET is set.
 """
 
 import argparse
@@ -43,7 +44,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NoReturn, cast
 
@@ -245,23 +246,35 @@ def start_worker(cache: str) -> None:
     knobs.nvidia.dump_ptxas_log = True
 
 
-def examples(target: str, kernel: str) -> list[tuple[str, Launch]]:
-    """(config, launch) for every row of a kernel on a target and every variant, in the table's order."""
+def rows(target: str, kernel: str) -> Iterator[tuple[str, str, int, str]]:
+    """(config, kind, width, variant) for every row of a kernel on a target and every variant, in the table's order."""
+    for (of, kind), by_width in TABLE[kernel].items():
+        if of == target:
+            for width, row in by_width.items():
+                for variant in VARIANTS:
+                    yield describe(kind, width, row, variant), kind, width, variant
+
+
+def configs(target: str, kernel: str) -> list[str]:
+    """The column `config` of every line that the report has of a kernel on a target."""
+    return [config for config, *_ in rows(target, kernel)]
+
+
+def examples(target: str, kernel: str, only: Collection[str] | None = None) -> list[tuple[str, Launch]]:
+    """(config, launch) for every row of a kernel on a target and every variant, or for those of the configs given."""
     return [
-        (
-            describe(kind, width, row, variant),
-            example(kernel, Tuning(target, kind), width, variant == "heaviest"),
-        )
-        for (of, kind), rows in TABLE[kernel].items()
-        if of == target
-        for width, row in rows.items()
-        for variant in VARIANTS
+        (config, example(kernel, Tuning(target, kind), width, variant == "heaviest"))
+        for config, kind, width, variant in rows(target, kernel)
+        if only is None or config in only
     ]
 
 
-def compile_rows(target: str, kernel: str) -> list[dict[str, Any]]:
-    """The report's lines for all rows of a kernel on a target, in the table's order."""
-    return compile_launches(target, kernel, examples(target, kernel))
+Task = tuple[str, str, Sequence[str]]  # a target, a kernel, and the configs to compile
+
+
+def compile_rows(target: str, kernel: str, only: Collection[str]) -> list[dict[str, Any]]:
+    """The report's lines for these configs of a kernel on a target, in the table's order."""
+    return compile_launches(target, kernel, examples(target, kernel, only))
 
 
 def compile_launches(target: str, kernel: str, launches: list[tuple[str, Launch]]) -> list[dict[str, Any]]:
@@ -302,11 +315,12 @@ def compile_launches(target: str, kernel: str, launches: list[tuple[str, Launch]
     return lines
 
 
-def report(targets: Sequence[str], kernels: Sequence[str]) -> list[dict[str, Any]]:
-    """Compile every row of these, in as many processes as there are processors; the lines, in order."""
-    tasks = [(target, kernel) for target in targets for kernel in kernels]
+def compile_tasks(tasks: Sequence[Task]) -> Iterator[list[dict[str, Any]]]:
+    """`compile_rows` of each task in turn, in as many processes as there are processors."""
     for task in tasks:
         examples(*task)  # a row without an example shows at once, and not after minutes
+    if not tasks:
+        return
     workers = min(len(os.sched_getaffinity(0)), len(tasks))
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory() as cache:
@@ -314,7 +328,13 @@ def report(targets: Sequence[str], kernels: Sequence[str]) -> list[dict[str, Any
         with ProcessPoolExecutor(workers, **start) as pool:
             parts = [pool.submit(compile_rows, *task) for task in tasks]
             show = track(parts, "compiling", console=console, transient=True, disable=not console.is_terminal)
-            return [line for part in show for line in part.result()]
+            yield from (part.result() for part in show)
+
+
+def report(targets: Sequence[str], kernels: Sequence[str]) -> list[dict[str, Any]]:
+    """Compile every row of these; the lines, in order."""
+    tasks = [(target, kernel, configs(target, kernel)) for target in targets for kernel in kernels]
+    return [line for part in compile_tasks(tasks) for line in part]
 
 
 def show(lines: list[dict[str, Any]], seconds: float) -> None:
@@ -340,13 +360,13 @@ def show(lines: list[dict[str, Any]], seconds: float) -> None:
     console.print(f"{len(lines)} compiled in {seconds:.0f} s; {spilling} with stack or spills, {warned} with warnings")
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} (see --help)\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = _Parser(prog="python -m fastgpt_kernels.aot", description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(prog="python -m fastgpt_kernels.aot", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--target", metavar="|".join(TARGETS), help="only this one; default: all")
     parser.add_argument("--kernel", metavar="NAME", help="only this one of the launch table; default: all")
     parser.add_argument("--json", action="store_true", help="print a list of objects instead of a table")
