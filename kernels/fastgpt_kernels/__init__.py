@@ -5,7 +5,8 @@
 
 gives the Triton ones, usable in any model: those of the first line with forward and backward (but no second
 derivatives), those over a paged cache or a weight of 8 bits, which `quantize` makes, forward alone. They are imported
-when asked for: `fastgpt_kernels.reference` and `fastgpt_kernels.torch_ops` need no triton.
+when asked for, and run on a GPU. `fastgpt_kernels.reference` and `fastgpt_kernels.torch_ops` have the same signatures,
+need no triton, and run anywhere.
 """
 
 import importlib
@@ -41,12 +42,21 @@ MODULES = {
     "paged_attention": "paged",
     "quantize": "quantization",
 }
+# The way out, for messages where the kernels cannot run.
+INSTEAD = "fastgpt_kernels.reference and fastgpt_kernels.torch_ops have the same signatures and run anywhere"
 
 
 def __getattr__(name: str) -> Any:
     if name not in MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{MODULES[name]}"), name)
+    try:
+        module = importlib.import_module(f"{__name__}.{MODULES[name]}")
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        message = f"{__name__}.{name} needs the package triton, which is not installed; {INSTEAD}"
+        raise ModuleNotFoundError(message, name="triton") from None
+    return getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from triton import knobs
 
+from fastgpt_kernels import INSTEAD
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 KINDS = ("16-bit", "tf32", "float32")
@@ -226,7 +228,7 @@ def check_tensors(op: str, dims: dict[str, int | None], **tensors: torch.Tensor 
             raise ValueError(f"{op}: {name} {tuple(t.shape)} is {t.dtype}; expected float32, float16 or bfloat16")
         if t.device != device:
             raise ValueError(f"{op}: {name} {tuple(t.shape)} is on {t.device}; expected {device}, as {first}")
-        if t.dtype == torch.bfloat16 and device.type == "cpu":
+        if t.dtype == torch.bfloat16 and device.type == "cpu" and INTERPRETED:
             raise ValueError(
                 f"{op}: {name} {tuple(t.shape)} is bfloat16, which Triton's interpreter computes wrongly; "
                 "expected float32 or float16"
@@ -234,7 +236,7 @@ def check_tensors(op: str, dims: dict[str, int | None], **tensors: torch.Tensor 
     if device.type != "cuda" and not (device.type == "cpu" and INTERPRETED):
         raise ValueError(
             f"{op}: {first} {tuple(given[first].shape)} is on {device}; expected a CUDA GPU "
-            "(or TRITON_INTERPRET=1 in the environment, set before triton is imported, for a CPU)"
+            f"(or TRITON_INTERPRET=1 in the environment, set before triton is imported, for a CPU); {INSTEAD}"
         )
 
 
@@ -252,6 +254,6 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What autocast computes in here, None where it is off. Raises `ValueError` where that is computed wrongly."""
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-    if device.type == "cpu" and dtype == torch.bfloat16:
+    if device.type == "cpu" and dtype == torch.bfloat16 and INTERPRETED:
         raise ValueError("autocast is in bfloat16, which Triton's interpreter computes wrongly; expected float16")
     return dtype
