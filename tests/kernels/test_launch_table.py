@@ -2,13 +2,13 @@
 
 import re
 import tomllib
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 
 from fastgpt_kernels.launch import ANY, TABLE, TABLE_FILE, TARGETS, Config, read_table
+from tests.helpers.places import ROOT
 
 
 def test_the_file_is_the_table():
@@ -73,5 +73,5 @@ def test_a_file_that_is_no_toml_is_an_error_with_its_line():
 
 
 def test_the_file_is_shipped():
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert TABLE_FILE.name in project["tool"]["setuptools"]["package-data"]["fastgpt_kernels"]
