@@ -1,8 +1,9 @@
-"""Every number in README's section on speed stands in one of the result files that the section links.
+"""Every measured number in README and docs/ comes from a result file that its section links.
 
-A row of a table has to match one single case in all its figures: a column of figures is one whose cells are numbers.
-Everything else, sentences and descriptions, has to match any case, or what a case is called. A number is compared after
-rounding to the digits that README shows; one of a single digit exactly. Times may be shown in seconds, milliseconds or
+A section that links a result file, or that has a speed in it, has no other numbers. A row of a table has to match one
+single case in all its figures: a column of figures is one whose cells are numbers. Everything else, sentences and
+descriptions, has to match any case, or what a case is called. A number is compared after rounding to the digits that
+the document shows; one of a single digit exactly. Times may be shown in seconds, milliseconds or
 microseconds, memory in bytes, MiB or GiB, bandwidth in GB/s, products in TFLOP/s, shares in percent.
 """
 
@@ -18,13 +19,16 @@ import pytest
 from tests.helpers.places import ROOT
 
 README = ROOT / "README.md"
+DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
 # Descriptions whose numbers no result file holds: the words in which they stand, and where they come from.
 ALLOWED = {
     "240 tokens": "NEW_TOKENS of bench_generate.py",
     "64 prompts of 1 to 128 tokens, 128 new each": "REQUESTS and LONGEST of bench_generate.py",
     "1 to 128 new tokens": "LONGEST of bench_generate.py",
     "32 prompts that share 200 tokens": "SHARERS and PREFIX of bench_generate.py",
+    "every 5 to 20 seconds": "SOONEST and LATEST of soak.py",
 }
+MEASURES = re.compile(r"tokens/s|\| ratio \||\d ?(?:ms|µs|[GM]B/s|[GT]FLOP/s|times as (?:fast|long))\b|\d[x×](?!\w)")
 UNITS = "x|×|ms|µs|s|%|GB|MB|MiB|GiB|k"
 NUMBER = re.compile(rf"(?P<digits>\d[\d,]*(?:\.\d+)?)(?: ?(?P<unit>{UNITS})(?![A-Za-z]))?")
 NAME_BEFORE = re.compile(r"[A-Za-z_][\w.]*-?$")  # the 16 of bfloat16, the 2 of GPT-2
@@ -34,7 +38,7 @@ STATISTICS = ("median", "iqr")  # not the extremes: the more numbers, the easier
 
 @dataclass(frozen=True)
 class Shown:
-    """A number as README shows it."""
+    """A number as a document shows it."""
 
     text: str
     unit: str
@@ -76,8 +80,8 @@ def read_numbers(text: str) -> Iterator[Shown]:
 
 
 def plain(text: str) -> str:
-    """Without code, link targets, dates and the descriptions that ALLOWED names."""
-    text = re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.S)
+    """Without code, HTML, link targets, dates and the descriptions that ALLOWED names."""
+    text = re.sub(r"```.*?```|`[^`]*`|<[^<>]*>", "", text, flags=re.S)
     text = re.sub(r"\]\([^)]*\)", "]", text)
     text = re.sub(r"\d{4}-\d{2}-\d{2}", "", text)
     for phrase in ALLOWED:
@@ -125,14 +129,23 @@ def read_file(path: Path) -> list[Figures]:
     return [*map(read_case, content["benchmarks"]), Figures(rates, versions)]
 
 
-def complaints(readme: str) -> list[str]:
-    """The numbers of the section that no linked file holds."""
-    section = re.search(r"^## Speed$(.*?)(?=^## |\Z)", readme, re.M | re.S)
-    assert section, "README has no section '## Speed'"
-    links = re.findall(r"\]\((bench/results/[^)\s]+\.(?:json|txt))\)", section[1])
-    figures = [one for link in dict.fromkeys(links) for one in read_file(ROOT / link)]
+def sections(document: str) -> list[str]:
+    """The parts of a document from one heading to the next, without blocks of code and the headings' hashes."""
+    return re.split(r"^#{1,2} ", re.sub(r"^```.*?^```$", "", document, flags=re.M | re.S), flags=re.M)
+
+
+def complaints(document: str, folder: Path = ROOT) -> list[str]:
+    """The numbers of a document that no linked file holds. Links start from `folder`."""
+    return [complaint for section in sections(document) for complaint in section_complaints(section, folder)]
+
+
+def section_complaints(section: str, folder: Path) -> list[str]:
+    links = re.findall(r"\]\(((?:\.\./)?bench/results/[^)\s]+\.(?:json|txt))\)", section)
+    if not links and not MEASURES.search(plain(section)):
+        return []
+    figures = [one for link in dict.fromkeys(links) for one in read_file((folder / link).resolve())]
     found = []
-    for line in plain(section[1]).splitlines():
+    for line in plain(section).splitlines():
         rest, row = line, []
         if line.startswith("|"):
             cells = [cell.strip().strip("*") for cell in line.strip().strip("|").split("|")]
@@ -149,11 +162,12 @@ def is_figure(cell: str) -> bool:
     return bool(re.fullmatch(rf"[~≥≤]?\s*[\d.,]+(?:\s*±\s*[\d.,]+)?\s*(?:{UNITS})?", cell))
 
 
-def test_every_number_is_measured():
-    assert complaints(README.read_text(encoding="utf-8")) == []
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_number_is_measured(document: Path):
+    assert complaints(document.read_text(encoding="utf-8"), document.parent) == []
 
 
-SPEED = """
+MEASURED = """
 ## Speed
 
 On two threads of an AVX512-BF16 machine (2026-11-21), GPT-2 in bfloat16 with `--n_layer 77`:
@@ -173,7 +187,7 @@ Results: [one](bench/results/amd-epyc-2-threads/2026-11-21-7044ff3-training-and-
 
 
 def test_the_checker_takes_what_is_measured():
-    assert complaints(SPEED) == []
+    assert complaints(MEASURED) == []
 
 
 @pytest.mark.parametrize(
@@ -192,17 +206,31 @@ def test_the_checker_takes_what_is_measured():
     ],
 )
 def test_the_checker_finds_what_is_made_up(before: str, after: str, expected: str):
-    assert before in SPEED
-    assert any(expected in complaint for complaint in complaints(SPEED.replace(before, after)))
+    assert before in MEASURED
+    assert any(expected in complaint for complaint in complaints(MEASURED.replace(before, after)))
 
 
-def test_the_checker_finds_any_changed_digit_in_readme():
-    """Each figure of README's tables, one unit off in its last digit."""
-    text = README.read_text(encoding="utf-8")
-    section = text[text.index("## Speed") :]
-    figures = re.findall(r"(?<=\| )[\d,]+\.?\d*(?= \|)", section)
-    assert figures
-    for figure in figures:
-        last = int(figure[-1])
-        wrong = figure[:-1] + str((last + 4) % 10)
-        assert complaints(text.replace(f"| {figure} |", f"| {wrong} |", 1)), f"{figure} -> {wrong} goes unseen"
+@pytest.mark.parametrize("speed", ["3 ms", "1,200 tokens/s", "2.5 times as fast", "4×", "80 GB/s"])
+def test_the_checker_finds_a_speed_without_a_file(speed: str):
+    (complaint,) = complaints(f"## A section\n\nNow {speed} or so.\n{MEASURED}")
+    assert "Now" in complaint
+    assert complaints(f"## A section\n\nWith `--flag {speed}`, 12 x 40 and 2,000 steps.\n") == []
+
+
+def rows_of(document: Path) -> list[tuple[str, str]]:
+    """The rows of measurements, each with its section."""
+    parts = [part for part in sections(document.read_text(encoding="utf-8")) if "| ratio |" in part]
+    return [(row, part) for part in parts for row in re.findall(r"^\| .*\d.* \|$", part, re.M)]
+
+
+@pytest.mark.parametrize("document", [README, ROOT / "docs" / "performance.md"], ids=lambda path: path.name)
+def test_the_checker_finds_any_changed_digit(document: Path):
+    """Each figure of the tables, another in its last digit."""
+    rows = rows_of(document)
+    assert len(rows) >= 6
+    for row, section in rows:
+        links = " ".join(re.findall(r"\]\([^)]*\)", section))
+        for figure in re.findall(r"(?<=\| )[\d,]+\.?\d*(?= \|)", row):
+            wrong = figure[:-1] + str((int(figure[-1]) + 4) % 10)
+            changed = row.replace(f"| {figure} |", f"| {wrong} |", 1)
+            assert section_complaints(f"{changed}\n\n{links}", document.parent), f"{figure} -> {wrong} goes unseen"
