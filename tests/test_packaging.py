@@ -26,7 +26,9 @@ def test_the_source_distribution_holds_what_tests_import_and_read():
     pytest_paths = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pytest"]
     beside = set(pytest_paths["ini_options"]["pythonpath"]) - {".", "kernels"}  # packages are shipped anyway
     assert {f"graft {folder}" for folder in ("tests", *beside)} <= set(manifest)
-    assert "include data/prepare.py" in manifest
+    named = {name for line in manifest if line.startswith("include ") for name in line.split()[1:]}
+    assert {"data/prepare.py", "noxfile.py", ".ci/run", "CHANGELOG.md", "CONTRIBUTING.md"} <= named
+    assert {"graft docs", "graft .github"} <= set(manifest)
 
 
 def test_the_source_distribution_holds_the_stubs_that_pyright_reads():
