@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.tools.timing import Clock
 from fastgpt.config.training import PRESETS
 from fastgpt.ops.autotune import Chosen, choose, repeats_for
 from fastgpt.ops.gpu_clock import GpuClock
 from fastgpt.ops.table import implementation
 from fastgpt.ops.timed_choices import CANDIDATES
 from fastgpt.ops.workload import Workload, timed_case
-from timing import Clock
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU; elsewhere auto takes torch")
 
@@ -63,7 +63,7 @@ WORKLOADS |= INT8
 # A process of its own has nothing compiled and nothing imported.
 CHOOSING = """
 import json, sys, time, torch
-from bench_auto import WORKLOADS
+from bench.bench_auto import WORKLOADS
 from fastgpt.ops.autotune import choose
 torch.cuda.init()
 began = time.perf_counter()

@@ -11,18 +11,18 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
-import loop_order
-from bench_kernels import time_case
-from bench_train import calls, configured, engine_step, make_loader
+from bench.bench_kernels import time_case
+from bench.bench_train import calls, configured, engine_step, make_loader
+from bench.peers import loop_order
+from bench.peers.kernels import Contender, as_contender, column, sdpa
+from bench.tools.generation import engine_facts, generator_of, random_tokens, untrained, work
+from bench.tools.kernel_cases import Case
 from fastgpt.config.generation import SamplingParams
 from fastgpt.config.training import PRESETS
 from fastgpt.ops import table
 from fastgpt.ops.autotune import checker
 from fastgpt.ops.workload import Workload
 from fastgpt.training.speed import flops_per_token
-from generation import engine_facts, generator_of, random_tokens, untrained, work
-from kernel_cases import Case
-from kernel_peers import Contender, as_contender, column, sdpa
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

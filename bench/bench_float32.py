@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench_train import calls, configured, engine_step, make_loader
+from bench.bench_train import calls, configured, engine_step, make_loader
 from fastgpt.ops import table
 from fastgpt.system.device import cpu_has_bfloat16
 from fastgpt_kernels import reference, torch_ops

@@ -12,14 +12,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from fastgpt.config.generation import SamplingParams
-from fastgpt.config.model import ModelConfig
-from fastgpt.generation.engine import Engine
-from fastgpt.generation.generator import TextGenerator
-from fastgpt.generation.single import Generation
-from fastgpt.model.gpt import GPT
-from fastgpt.system.device import resolve_weights_dtype, synchronize
-from generation import (
+from bench.peers.generation import make_peers, own_facts
+from bench.tools.generation import (
     cache_bytes,
     continuation,
     engine_facts,
@@ -30,7 +24,13 @@ from generation import (
     untrained,
     work,
 )
-from generation_peers import make_peers, own_facts
+from fastgpt.config.generation import SamplingParams
+from fastgpt.config.model import ModelConfig
+from fastgpt.generation.engine import Engine
+from fastgpt.generation.generator import TextGenerator
+from fastgpt.generation.single import Generation
+from fastgpt.model.gpt import GPT
+from fastgpt.system.device import resolve_weights_dtype, synchronize
 
 PROMPT = "ROMEO:\n"
 NEW_TOKENS = 240

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bench.tools.generation import random_tokens
 from fastgpt.config.generation import SamplingParams
 from fastgpt.config.model import ModelConfig
 from fastgpt.generation.engine import Engine
@@ -21,7 +22,6 @@ from fastgpt.generation.sampler import Drawn
 from fastgpt.model.gpt import GPT
 from fastgpt.model.kv_cache import page_bytes
 from fastgpt.tokenizer.byte import ByteTokenizer
-from generation import random_tokens
 
 VOCABULARY = 256
 STEPS, WARM_UP = 1000, 50

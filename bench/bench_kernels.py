@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch._functorch import config as functorch
 
-from counts import count
+from bench.peers.kernels import Contender, column, contenders, distance, prepared
+from bench.tools.counts import count
+from bench.tools.kernel_cases import BATCHES, CONTEXTS, Case, cases, columns, inputs
+from bench.tools.timing import Clock, buffers_needed, rotating
 from fastgpt.ops import table
 from fastgpt.system.device import resolve_device
-from kernel_cases import BATCHES, CONTEXTS, Case, cases, columns, inputs
-from kernel_peers import Contender, column, contenders, distance, prepared
-from timing import Clock, buffers_needed, rotating
 
 CASES = {case.key: case for case in cases(resolve_device("auto"))}
 MOST_ROUNDS, FEWEST_ROUNDS = {"cuda": 30, "cpu": 15}, 5

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 
+from bench.peers.kernels import Contender, chunked, column, prepared
+from bench.tools.kernel_cases import Case, columns, inputs
+from bench.tools.live_bytes import LiveBytes, draw_allocation, thinned
 from fastgpt.config.training import PRESETS
 from fastgpt.model.gpt import GPT
 from fastgpt.ops import table
 from fastgpt.system.device import autocast
 from fastgpt.training.optimizer import make_optimizer
-from kernel_cases import Case, columns, inputs
-from kernel_peers import Contender, chunked, column, prepared
-from live_bytes import LiveBytes, draw_allocation, thinned
 
 # Contexts and vocabularies double from one to the next; each is large enough for its own memory to be most of it.
 CONTEXTS = {"cpu": (256, 512, 1024, 2048), "cuda": (1024, 2048, 4096, 8192, 16384)}

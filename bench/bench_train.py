@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from bench.peers.training import Batch, PlainGPT, has_transformers, plain_optimizer, plain_step, transformers_gpt2
 from fastgpt.config.training import PRESETS, TrainConfig
 from fastgpt.data.loader import Loader
 from fastgpt.model.gpt import GPT
@@ -23,7 +24,6 @@ from fastgpt.ops.workload import Workload
 from fastgpt.system.device import peak_flops, resolve_dtype
 from fastgpt.training.speed import flops_per_token
 from fastgpt.training.step import TrainStep
-from peers import Batch, PlainGPT, has_transformers, plain_optimizer, plain_step, transformers_gpt2
 
 ON_GPU = torch.cuda.is_available()
 PLAIN, AS_NANOGPT, TRANSFORMERS = "plain eager float32", "plain compiled bfloat16", "transformers"

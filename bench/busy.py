@@ -7,10 +7,6 @@ Each policy is a process of its own, as its variables are read once, and all tak
 first half second of a turn is not counted. `auto` is what the commands do: `system.contention` chooses while it runs.
 """
 
-# isort: off
-import tool  # finds the engine
-
-# isort: on
 import argparse
 import dataclasses
 import os
@@ -20,7 +16,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, where modules are named bench.*
+
+from bench.tools import command_line
 
 LEAD = 0.5  # seconds of a turn that are not counted
 AIM = 0.9  # of the best policy's speed
@@ -61,10 +63,12 @@ class Turn(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = tool.Parser(prog="python bench/busy.py", description="Speed beside other programs, by waiting policy.")
+    parser = command_line.Parser(
+        prog="python bench/busy.py", description="Speed beside other programs, by waiting policy."
+    )
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--loads", nargs="+", choices=LOADS, default=list(LOADS))
-    parser.add_argument("--seconds", type=tool.positive, default=0.8, help="of a turn, that are counted")
+    parser.add_argument("--seconds", type=command_line.positive, default=0.8, help="of a turn, that are counted")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -179,7 +183,7 @@ def make_training(preset: str, **settings: int) -> Callable[[], int]:
     """A training step; returns its tokens."""
     import torch
 
-    from bench_train import calls, configured, engine_step, make_loader
+    from bench.bench_train import calls, configured, engine_step, make_loader
     from fastgpt.system.device import resolve_dtype
 
     device = torch.device("cpu")
@@ -231,11 +235,10 @@ def machine() -> str:
 
     import cpuinfo
     import torch
-
     from conftest import cpu_instructions
 
     ask = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(ask, cwd=tool.ROOT, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(ask, cwd=command_line.ROOT, capture_output=True, text=True).stdout.strip()
     return (
         f"{time.strftime('%Y-%m-%d')}, commit {commit}: {cpuinfo.get_cpu_info()['brand_raw']}, {cpu_instructions()}, "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"

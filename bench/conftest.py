@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import torch
 
-import ceilings as machine
+from bench.tools import ceilings as machine
+from bench.tools.progress import commit_of
+from bench.tools.timing import Clock, call_memory, spread
 from fastgpt.system.device import cpu_has_bfloat16, describe, peak_memory, resolve_device
 from fastgpt.system.files import write_atomic
-from progress import commit_of
-from timing import Clock, call_memory, spread
 
 CEILINGS = pytest.StashKey[machine.Ceilings]()
 

@@ -13,23 +13,23 @@ to the peer, which shares the machine's moods, has changed where ratio +- half i
 and is only counted. Exit code 0, also where something changed; 2 with one line for a file that is missing or broken.
 """
 
-# isort: off
-import tool  # finds the engine
-
-# isort: on
 import os
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, where modules are named bench.*
+
 from rich.console import Console
 from rich.table import Table
 
+from bench.tools import command_line
+from bench.tools.measured import Case, Peer, Run, by_device, format_rate, format_ratio, format_time, latest, read
 from fastgpt import cli
 from fastgpt.errors import UsageError
 from fastgpt.system.files import write_atomic
-from measured import Case, Peer, Run, by_device, format_rate, format_ratio, format_time, latest, read
 
 HEADER = """# Measured
 
@@ -42,7 +42,7 @@ against the time that it took.
 
 def write(runs: Sequence[Run], out: Path) -> list[Path]:
     """Write README.md and the pictures under `out`. Returns the files."""
-    from pictures import draw
+    from bench.tools.pictures import draw
 
     sections, paths = [HEADER], []
     for device, its_runs in by_device(runs).items():
@@ -167,9 +167,9 @@ def _print_changes(changed: Iterable[tuple[Case, Case]], console: Console) -> No
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = tool.Parser(prog="python bench/report.py", description=(__doc__ or "").partition("\n")[0])
+    parser = command_line.Parser(prog="python bench/report.py", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("results", nargs="*", type=Path, metavar="RESULT.json")
-    parser.add_argument("--out", type=Path, default=tool.RESULTS, metavar="DIR")
+    parser.add_argument("--out", type=Path, default=command_line.RESULTS, metavar="DIR")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"))
     flags = parser.parse_args(argv)
     console = Console()
@@ -180,9 +180,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"--compare takes two files, and {flags.results[0]} is one more")
         compare(read(flags.compare[0]), read(flags.compare[1]), console)
         return 0
-    files = flags.results or sorted(tool.RESULTS.rglob("*.json"))
+    files = flags.results or sorted(command_line.RESULTS.rglob("*.json"))
     if not files:
-        raise UsageError(f"{tool.RESULTS} holds no result; run pytest bench/ --benchmark-only --benchmark-json FILE")
+        raise UsageError(
+            f"{command_line.RESULTS} holds no result; run pytest bench/ --benchmark-only --benchmark-json FILE"
+        )
     written = write([read(path) for path in files], flags.out)
     for path in written:
         console.print(str(path), highlight=False, soft_wrap=True)

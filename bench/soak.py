@@ -7,10 +7,6 @@ What it says is a record to keep: the machine, each kill with the step that it h
 from, and the hashes of both ends.
 """
 
-# isort: off
-import tool  # finds the engine
-
-# isort: on
 import json
 import platform
 import random
@@ -31,6 +27,11 @@ from fastgpt.checkpoint import store
 from fastgpt.loggers.jsonl import read_metrics
 from fastgpt.system.files import sha256
 from fastgpt.system.units import counted
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, where modules are named bench.*
+
+from bench.tools import command_line
 
 TRAINING = (
     "--preset cpu --dropout 0.1 --gradient_accumulation_steps 2 --log_interval 1 --eval_interval 50 --eval_iters 2 "
@@ -93,12 +94,12 @@ def result(out_dir: Path) -> dict[str, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = tool.Parser(prog="python bench/soak.py", description="Kill a run again and again, and compare.")
+    parser = command_line.Parser(prog="python bench/soak.py", description="Kill a run again and again, and compare.")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
     options, flags = parser.parse_known_args(argv)
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=tool.ROOT, capture_output=True, text=True
+        ["git", "rev-parse", "--short", "HEAD"], cwd=command_line.ROOT, capture_output=True, text=True
     ).stdout
     print(f"{time.strftime('%Y-%m-%d')}, commit {commit.strip()}: {cpuinfo.get_cpu_info()['brand_raw']}, ", end="")
     print(

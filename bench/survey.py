@@ -26,10 +26,6 @@ For fastgpt's own commands: python -m pip install --no-deps --no-build-isolation
 --no-index --find-links FOLDER). Where few files come back from there, the one in DIR holds everything.
 """
 
-# isort: off
-import tool  # finds the engine
-
-# isort: on
 import contextlib
 import itertools
 import json
@@ -45,14 +41,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, where modules are named bench.*
+
 from rich.console import Console
 from rich.table import Table
 
+from bench.report import COLUMNS, table_lines
+from bench.tools import command_line
+from bench.tools.measured import normalise
+from bench.tools.progress import RUNNING, commit_of, file_name, write
 from fastgpt import cli
 from fastgpt.errors import UsageError
-from measured import normalise
-from progress import RUNNING, commit_of, file_name, write
-from report import COLUMNS, table_lines
 
 # What comes first: regular expressions that are searched for in a case's name, from the most important on. Every word
 # of a pattern stands in the name; the order of words does not matter. What nothing matches comes last.
@@ -136,7 +136,7 @@ class Survey:
 
         It loads no other plugin of pytest's that is: they take seconds to import.
         """
-        paths = [tool.ROOT, tool.ROOT / "kernels", tool.BENCH]
+        paths = [command_line.ROOT, command_line.ROOT / "kernels"]
         others = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
         return os.environ | {
             "PYTHONPATH": os.pathsep.join([*map(str, paths), *others]),
@@ -147,7 +147,17 @@ class Survey:
     def pytest(self, *flags: str) -> list[str]:
         """A command that runs in the folder above the suite, so that names are as everywhere: bench/bench_x.py::..."""
         ceilings = ["--ceilings", str(self.ceilings_file)] if (self.suite / "ceilings.py").exists() else []
-        return [sys.executable, "-m", "pytest", "-p", "pytest_benchmark.plugin", "-p", "progress", *flags, *ceilings]
+        return [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "pytest_benchmark.plugin",
+            "-p",
+            "bench.tools.progress",
+            *flags,
+            *ceilings,
+        ]
 
     def collect(self) -> list[str]:
         """The names of all cases. Raises `UsageError` with what pytest says where it cannot tell."""
@@ -339,12 +349,14 @@ def run_all(survey: Survey) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = tool.Parser(prog="python bench/survey.py", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--minutes", type=tool.positive, required=True, help="the time it may take in all")
+    parser = command_line.Parser(prog="python bench/survey.py", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--minutes", type=command_line.positive, required=True, help="the time it may take in all")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--again", action="store_true", help="measure what is in DIR again")
-    parser.add_argument("--case_seconds", type=tool.positive, default=90.0, help="the most for one case; default 90")
-    parser.add_argument("--suite", type=Path, default=tool.BENCH, metavar="FOLDER", help="default: bench/")
+    parser.add_argument(
+        "--case_seconds", type=command_line.positive, default=90.0, help="the most for one case; default 90"
+    )
+    parser.add_argument("--suite", type=Path, default=command_line.BENCH, metavar="FOLDER", help="default: bench/")
     flags = parser.parse_args(argv)
     if not flags.suite.is_dir():
         parser.error(f"--suite {flags.suite} is no folder")

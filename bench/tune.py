@@ -16,10 +16,6 @@ Then: python -m fastgpt_kernels.compile_report tests/golden/compile, tests/test_
 Exit code 2 with one line for a kernel, target, dtype or width that is not in the table.
 """
 
-# isort: off
-import tool  # finds the engine
-
-# isort: on
 import difflib
 import functools
 import itertools
@@ -34,7 +30,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, where modules are named bench.*
 
 import torch
 from rich.console import Console
@@ -42,7 +42,8 @@ from rich.progress import track
 from triton import knobs
 from triton.runtime.errors import OutOfResources
 
-import tune_table
+from bench.tools import command_line, tune_table
+from bench.tools.tune_cases import Workload, workloads
 from fastgpt import cli
 from fastgpt.errors import UsageError
 from fastgpt.ops.gpu_clock import GpuClock
@@ -50,7 +51,6 @@ from fastgpt.system.files import write_atomic
 from fastgpt_kernels import aot, launch
 from fastgpt_kernels.launch import ANY, INTERPRETED, KINDS, TABLE, TABLE_FILE, TARGETS, Config, Launch, Tuning, trial
 from fastgpt_kernels.machine_code import CHIPS
-from tune_cases import Workload, workloads
 
 SMALLER_CHIPS = 99 * 1024  # bytes of shared memory of sm_86, sm_89 and sm_120, which run sm_80's rows of 16 bits
 ROUNDS, FINAL_ROUNDS, FINALISTS = 3, 12, 3
@@ -340,14 +340,14 @@ def sweep(rows: Sequence[Row], seconds: float, timing: bool, console: Console) -
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = tool.Parser(prog="python bench/tune.py", description=(__doc__ or "").partition("\n")[0])
+    parser = command_line.Parser(prog="python bench/tune.py", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("kernel", metavar="KERNEL", help=", ".join(TABLE))
     parser.add_argument("--target", help=f"{', '.join(TARGETS)}; default: the GPU's, or sm_90")
     parser.add_argument("--dtype", choices=KINDS, help="default: every one that the kernel has rows for")
     parser.add_argument(
         "--width", type=int, metavar="N", help="only the row that serves this width; default: every row"
     )
-    parser.add_argument("--seconds", type=tool.positive, default=300.0, help="for timing, in all; default 300")
+    parser.add_argument("--seconds", type=command_line.positive, default=300.0, help="for timing, in all; default 300")
     parser.add_argument("--filter-only", action="store_true", help="time nothing, also where there is a GPU")
     parser.add_argument("--write", action="store_true", help="put the faster rows into launch_table.toml")
     flags = parser.parse_args(argv)

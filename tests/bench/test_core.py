@@ -10,20 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import DeviceType
 
-import ceilings
-import generation
-import loop_order
-import tune
-from bench_kernels import agreeing
-from ceilings import Ceilings, Limit, best_seconds, buffer_bytes, dtype_name, float32_products, matmul_rate
-from counts import COUNTS, Count, count
+from bench import tune
+from bench.bench_kernels import agreeing
+from bench.peers import loop_order
+from bench.peers.kernels import CHUNKED, column, contenders, distance, prepared
+from bench.tools import ceilings, generation
+from bench.tools.ceilings import Ceilings, Limit, best_seconds, buffer_bytes, dtype_name, float32_products, matmul_rate
+from bench.tools.counts import COUNTS, Count, count
+from bench.tools.kernel_cases import DIRECTIONS, SHAPES, Case, cases, inputs
+from bench.tools.live_bytes import LiveBytes, draw_allocation, thinned
+from bench.tools.timing import Clock, buffers_needed, rotating, spread
 from fastgpt.ops import table
 from fastgpt.ops.workload import Workload
-from kernel_cases import DIRECTIONS, SHAPES, Case, cases, inputs
-from kernel_peers import CHUNKED, column, contenders, distance, prepared
-from live_bytes import LiveBytes, draw_allocation, thinned
 from tests.helpers.fake_gpu import FakeGpu
-from timing import Clock, buffers_needed, rotating, spread
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 MACHINE = Ceilings(copy_bandwidth=80e9, read_bandwidth=100e9, matmul={"float32": 1e12, "bfloat16": 4e12})
@@ -80,7 +79,7 @@ def test_a_generator_says_what_it_will_do_so_that_every_column_can_be_timed(monk
     asked, resolve, model = [], table.resolve, generation.untrained("baby", CPU)
 
     def noted(kernels, device, **rest):
-        asked.append((kernels, rest["workload"]))
+        asked.append((kernels, rest["choose"].args[0]))
         return resolve(kernels, device, **rest)
 
     monkeypatch.setattr(table, "resolve", noted)

@@ -6,12 +6,12 @@ import os
 import pytest
 import torch
 
-from apart import Apart
+from bench.peers.apart import Apart
+from bench.peers.generation import PACKAGES, Peer, installed, make_peers, own_facts
 from fastgpt.config.model import ModelConfig
 from fastgpt.generation.generator import TextGenerator
 from fastgpt.model.gpt import GPT
 from fastgpt.tokenizer.byte import ByteTokenizer
-from generation_peers import PACKAGES, Peer, installed, make_peers, own_facts
 
 PROMPTS, NEW = [[3, 141, 59, 26, 5, 35], [97], [89, 79, 32]], 12
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-import report
-from measured import latest, read
-from pictures import draw
+from bench import report
+from bench.tools.measured import latest, read
+from bench.tools.pictures import draw
 
 LIMIT = {"by": "memory", "seconds": 0.5e-3, "copy_gbps": 4.0, "read_gbps": 5.0, "matmul_tflops": 0.1}
 NEW_INFO = {

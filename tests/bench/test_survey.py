@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-import bench_first
-import survey
-from progress import file_name
-from survey import groups, importance
+from bench import bench_first, survey
+from bench.survey import groups, importance
+from bench.tools.progress import file_name
 
 SUITE = """
 import os

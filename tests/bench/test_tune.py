@@ -11,12 +11,12 @@ import torch
 
 pytest.importorskip("triton")
 
-import tune
-import tune_table
+from bench import tune
+from bench.tools import tune_table
+from bench.tools.tune_cases import workloads
+from bench.tune import Row, Timing, candidates, distance, rejection
 from fastgpt_kernels import launch
 from fastgpt_kernels.launch import ANY, TABLE, TABLE_FILE, TARGETS, Config, Tuning, read_table
-from tune import Row, Timing, candidates, distance, rejection
-from tune_cases import workloads
 
 TEXT = TABLE_FILE.read_text(encoding="utf-8")
 HOPPER = Tuning("sm_90", "16-bit")
@@ -99,7 +99,7 @@ def test_the_filter_rejects_what_must_not_run():
 
 COMPILE = """
 import json, sys, tempfile
-import tune
+from bench import tune
 from fastgpt_kernels import aot
 from fastgpt_kernels.launch import ANY, TABLE, Config, Tuning
 out = sys.stdout.fileno()

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from bench.peers.training import PlainGPT, plain_optimizer, plain_step
 from fastgpt.config.training import TrainConfig
 from fastgpt.data.loader import Loader
 from fastgpt.model.gpt import GPT
 from fastgpt.training.step import TrainStep
-from peers import PlainGPT, plain_optimizer, plain_step
 
 CPU = torch.device("cpu")
 STEPS = 30

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from apart import Apart, Maker, Peer, Tokens
+from bench.peers.apart import Apart, Maker, Peer, Tokens
 from fastgpt.model.gpt import GPT
 
 PACKAGES = {
@@ -53,7 +53,7 @@ def installed(package: str) -> bool:
 
 
 def make_llama_cpp(model: GPT, threads: int, kind: str) -> Peer:
-    import llama_cpp
+    from bench.peers import llama_cpp
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{kind}.gguf"

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bench.tools.kernel_cases import Case
 from fastgpt.ops import table
-from kernel_cases import Case
 
 Contender = Callable[..., Callable[[], Any]]
 HOST = "reads lengths and slots on the host, so that it cannot be compiled as one graph"

@@ -1,7 +1,7 @@
 """What the command lines of the tools beside the benchmarks share.
 
-Importing it makes the engine importable where it is not installed, as on a machine that is at hand for minutes. It
-stands before every other import of a tool.
+Importing it makes the engine importable where it is not installed, as on a machine that is at hand for minutes. Tools
+import it before the engine.
 """
 
 import argparse
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "bench"
 RESULTS = BENCH / "results"
 

@@ -1,6 +1,8 @@
 """pytest plugin of survey.py: what each case gave goes to a file of its own as soon as it is done.
 
-    pytest -p progress --progress-out DIR    DIR/<name>.json, and DIR/running with the case that is being measured
+    pytest -p bench.tools.progress --progress-out DIR
+
+DIR gets <name>.json for each case, and running, which names the case that is being measured.
 
 A measured case is a file in pytest-benchmark's format with one benchmark. Another has `outcome` ("failed", "skipped")
 and `line`, which says why.

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from measured import Case, format_ratio, is_number, spell
+from bench.tools.measured import Case, format_ratio, is_number, spell
 
 WIDTH, DOTS = 8.0, 120  # inches, and dots an inch: 960 pixels, what a README shows unscaled
 OURS, PEERS = "#1f5fa8", ("#d1662b", "#5b8c3a", "#8a5aa8", "#a88c2b", "#777777")

@@ -59,7 +59,7 @@ def workloads(kernel: str, tuning: Tuning, width: int, device: torch.device) -> 
             served = _served(kernel, tuning, width, sizes)
             made = [case for size in served for case in make(kernel, tuning, size, device)]
             return [case for case in made if any(launch.name == kernel for launch in case.launches(tuning))]
-    raise LookupError(f"bench/tune_cases.py holds no workload for {kernel}; add one to MAKERS")
+    raise LookupError(f"bench/tools/tune_cases.py holds no workload for {kernel}; add one to MAKERS")
 
 
 def _served(kernel: str, tuning: Tuning, width: int, sizes: Sequence[int]) -> list[int]:
