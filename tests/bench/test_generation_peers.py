@@ -59,7 +59,7 @@ def test_a_rounded_peer_begins_as_we_do(name: str):
 
 
 def test_what_is_not_installed_is_left_out(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("generation_peers.installed", lambda package: False)
+    monkeypatch.setattr("bench.peers.generation.installed", lambda package: False)
     names = ["llama.cpp q8_0", "ctranslate2 int8", "transformers bfloat16 static"]
     assert make_peers(names, untrained()) == ({}, names)
 

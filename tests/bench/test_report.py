@@ -103,7 +103,7 @@ def test_old_keys(results):
 
 
 def test_every_committed_result_can_be_read():
-    for path in report.tool.RESULTS.rglob("*.json"):
+    for path in report.command_line.RESULTS.rglob("*.json"):
         run = read(path)
         assert run.cases
         assert run.device == path.parent.name

@@ -117,7 +117,7 @@ __import__("os").write(keep, json.dumps(found).encode())
 def test_a_candidate_is_really_compiled():
     """In a process of its own, because here Triton interprets; a tile too large for Triton does not compile."""
     outside = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    outside["PYTHONPATH"] = os.pathsep.join([str(tune.tool.BENCH), outside.get("PYTHONPATH", "")])
+    outside["PYTHONPATH"] = os.pathsep.join([str(tune.command_line.BENCH), outside.get("PYTHONPATH", "")])
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=outside, check=False)
     assert done.returncode == 0, done.stderr
     good, bad = json.loads(done.stdout)
