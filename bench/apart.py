@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastgpt import dispatch
-from fastgpt.config import ModelConfig
-from fastgpt.model import GPT
+from fastgpt.config.model import ModelConfig
+from fastgpt.model.gpt import GPT
+from fastgpt.ops import table
 
 Tokens = Sequence[int]
 Peer = Callable[[Sequence[Tokens], int], list[list[int]]]
@@ -102,4 +102,4 @@ def _model(config: ModelConfig, weights: dict[str, np.ndarray]) -> GPT:
     device = torch.device("cpu")
     tensors = {name: torch.from_numpy(array) for name, array in weights.items()}
     weights.clear()
-    return GPT.from_weights(config, dispatch.resolve("auto", device), tensors, device, torch.float32)
+    return GPT.from_weights(config, table.resolve("auto", device), tensors, device, torch.float32)

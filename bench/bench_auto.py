@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgpt.autotune import Chosen, choose, repeats_for
-from fastgpt.choices import CANDIDATES
-from fastgpt.config import PRESETS
-from fastgpt.dispatch import implementation
-from fastgpt.gpu_clock import GpuClock
-from fastgpt.workload import Workload, timed_case
+from fastgpt.config.training import PRESETS
+from fastgpt.ops.autotune import Chosen, choose, repeats_for
+from fastgpt.ops.gpu_clock import GpuClock
+from fastgpt.ops.table import implementation
+from fastgpt.ops.timed_choices import CANDIDATES
+from fastgpt.ops.workload import Workload, timed_case
 from timing import Clock
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU; elsewhere auto takes torch")
@@ -64,11 +64,11 @@ WORKLOADS |= INT8
 CHOOSING = """
 import json, sys, time, torch
 from bench_auto import WORKLOADS
-from fastgpt.autotune import choose
+from fastgpt.ops.autotune import choose
 torch.cuda.init()
 began = time.perf_counter()
 chosen = choose(WORKLOADS[sys.argv[1]], torch.device("cuda"))
-print(json.dumps({"seconds": time.perf_counter() - began, "reason": chosen.reason, "columns": chosen.columns}))
+print(json.dumps({"seconds": time.perf_counter() - began, "reason": chosen.reason, "columns": chosen.backends}))
 """
 
 
@@ -114,9 +114,9 @@ def test_choice(against, benchmark, chosen: Callable[[str], Chosen], name: str, 
         function = implementation(op, column)
         return functools.partial(case.call, case.compiled(function) if workload.compile else function)
 
-    chosen_call = call(choice.column)
+    chosen_call = call(choice.backend)
     chosen_call()  # compiles
-    others = [column for column in CANDIDATES if column in choice.seconds and column != choice.column]
+    others = [column for column in CANDIDATES if column in choice.seconds and column != choice.backend]
     benchmark.group = f"auto {op}"
     against(
         chosen_call,
@@ -127,7 +127,7 @@ def test_choice(against, benchmark, chosen: Callable[[str], Chosen], name: str, 
         unit="calls",
         launching=False,
         aim=AIM if others else None,
-        column=choice.column,
+        column=choice.backend,
         auto_seconds=dict(choice.seconds),
         left_out=dict(choice.left_out),
     )

@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgpt import checkpoint, tensor_file
-from fastgpt.checkpoint import Snapshot
-from fastgpt.config import PRESETS
-from fastgpt.model import GPT
-from fastgpt.optim import make_optimizer
-from fastgpt.saver import Saver
+from fastgpt.checkpoint import safetensors_file, store
+from fastgpt.checkpoint.store import Snapshot
+from fastgpt.checkpoint.writer import Saver
+from fastgpt.config.training import PRESETS
+from fastgpt.model.gpt import GPT
+from fastgpt.training.optimizer import make_optimizer
 
 ROUNDS = 5
 WARMUP = 3
@@ -33,7 +33,7 @@ def snapshot(device: torch.device) -> Snapshot:
     config = PRESETS["gpt2"]
     with device:
         model = GPT(config)
-    return checkpoint.capture(1, model, make_optimizer(model, config), {})
+    return store.capture(1, model, make_optimizer(model, config), {})
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def finish(saver: Saver) -> None:
 
 def blocks(snapshot: Snapshot) -> Iterator[bytes | memoryview]:
     for tensors in snapshot.tensors.values():
-        yield from tensor_file.parts(tensors)
+        yield from safetensors_file.parts(tensors)
 
 
 def plain(path: Path, snapshot: Snapshot, sync: bool) -> None:

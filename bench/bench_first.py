@@ -14,11 +14,12 @@ from torch.nn.attention import SDPBackend
 import loop_order
 from bench_kernels import time_case
 from bench_train import calls, configured, engine_step, make_loader
-from fastgpt import dispatch
-from fastgpt.autotune import checker
-from fastgpt.config import PRESETS, SamplingParams
-from fastgpt.metrics import flops_per_token
-from fastgpt.workload import Workload
+from fastgpt.config.generation import SamplingParams
+from fastgpt.config.training import PRESETS
+from fastgpt.ops import table
+from fastgpt.ops.autotune import checker
+from fastgpt.ops.workload import Workload
+from fastgpt.training.speed import flops_per_token
 from generation import engine_facts, generator_of, random_tokens, untrained, work
 from kernel_cases import Case
 from kernel_peers import Contender, as_contender, column, sdpa
@@ -33,12 +34,12 @@ PROMPT, NEW_TOKENS = 128, 128
 KV_MEMORY = 4 << 30  # of each engine, or the first would take most of the GPU
 
 
-@pytest.mark.parametrize("op", dispatch.TABLE)
+@pytest.mark.parametrize("op", table.TABLE)
 def test_runs(benchmark, device: torch.device, op: str):
     """Forward, and backward where there is one, against the reference; the time is of compiling and checking."""
     problem = checker(op, TRAINING if op in TRAINING.ops else GENERATING, device)
     found: list[str] = []
-    benchmark.pedantic(lambda: found.append(problem(dispatch.implementation(op, "triton"))), rounds=1)
+    benchmark.pedantic(lambda: found.append(problem(table.implementation(op, "triton"))), rounds=1)
     assert found == [""], found[0]
 
 

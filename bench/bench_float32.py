@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from bench_train import calls, configured, engine_step, make_loader
-from fastgpt import dispatch
-from fastgpt.device import cpu_has_bfloat16
+from fastgpt.ops import table
+from fastgpt.system.device import cpu_has_bfloat16
 from fastgpt_kernels import reference, stock
 
 IN_16_BITS = "in 16 bits"
@@ -47,9 +47,9 @@ def test_step(against, device: torch.device, preset: str, sequences: int, rounds
     if device.type != "cpu":
         pytest.skip("on a GPU products into float32 are cuBLAS's own")
     config = configured(preset, batch_size=sequences, dtype="bfloat16", dropout=0.0)
-    ops = dispatch.resolve("torch")
+    ops = table.resolve("torch")
 
-    def step(ops: dispatch.Ops) -> Callable[[], torch.Tensor]:
+    def step(ops: table.Ops) -> Callable[[], torch.Tensor]:
         made = engine_step(config, device, torch.bfloat16, ops)
         return calls(made, make_loader(config, device), config.batch_size)
 

@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from fastgpt.config import ModelConfig, SamplingParams
-from fastgpt.device import resolve_weights_dtype, synchronize
-from fastgpt.engine import Engine
-from fastgpt.generate import TextGenerator
-from fastgpt.model import GPT
-from fastgpt.single import Generation
+from fastgpt.config.generation import SamplingParams
+from fastgpt.config.model import ModelConfig
+from fastgpt.generation.engine import Engine
+from fastgpt.generation.generator import TextGenerator
+from fastgpt.generation.single import Generation
+from fastgpt.model.gpt import GPT
+from fastgpt.system.device import resolve_weights_dtype, synchronize
 from generation import (
     cache_bytes,
     continuation,
@@ -138,7 +139,7 @@ def our_side(
     Compiled is the decode step of one sequence on a CPU, and the engine's forward pass on a GPU.
     """
     generator = generator_of(model, dtype, compiled=compiled, batch=len(prompts))
-    made = {"compile_seconds": generator.step.seconds} if generator.step else {}
+    made = {"compile_seconds": generator.decoder.seconds} if generator.decoder else {}
     if cache == "paged":
         engine = generator.engine(max_batch=len(prompts), prefix_cache=False, compile=compiled and ON_GPU)
         params = SamplingParams(max_new_tokens=new_tokens, temperature=0.0)
@@ -168,7 +169,7 @@ def test_decode_beside_other_engines(against, benchmark, model, weights: str):
         aim_peer=mark if mark in peers else None,
         left_out=left_out,
     )
-    benchmark.extra_info |= own_facts(peers) | {"compile_seconds": generator.step and generator.step.seconds}
+    benchmark.extra_info |= own_facts(peers) | {"compile_seconds": generator.decoder and generator.decoder.seconds}
 
 
 def short_first(call: Callable[[int], object]) -> Callable[[], object]:

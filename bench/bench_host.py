@@ -13,13 +13,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastgpt.config import ModelConfig, SamplingParams
-from fastgpt.engine import Engine
-from fastgpt.kv_cache import page_bytes
-from fastgpt.model import GPT
-from fastgpt.runner import DecodeGraph, Runner, graph_sizes
-from fastgpt.sampler import Drawn
-from fastgpt.tokenizer import ByteTokenizer
+from fastgpt.config.generation import SamplingParams
+from fastgpt.config.model import ModelConfig
+from fastgpt.generation.engine import Engine
+from fastgpt.generation.runner import DecodeGraph, Runner, graph_sizes
+from fastgpt.generation.sampler import Drawn
+from fastgpt.model.gpt import GPT
+from fastgpt.model.kv_cache import page_bytes
+from fastgpt.tokenizer.byte import ByteTokenizer
 from generation import random_tokens
 
 VOCABULARY = 256

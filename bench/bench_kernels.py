@@ -12,8 +12,8 @@ import torch
 from torch._functorch import config as functorch
 
 from counts import count
-from fastgpt import dispatch
-from fastgpt.device import resolve_device
+from fastgpt.ops import table
+from fastgpt.system.device import resolve_device
 from kernel_cases import BATCHES, CONTEXTS, Case, cases, columns, inputs
 from kernel_peers import Contender, column, contenders, distance, prepared
 from timing import Clock, buffers_needed, rotating
@@ -130,7 +130,7 @@ def test_decode_split(against, benchmark, device: torch.device, B: int, context:
     case = Case("paged_attention", "forward", "triton", shape, "bfloat16", 2)
     counted = count(case.op, case.direction, shape, 2)
     buffers = [inputs(case, device) for _ in range(buffers_needed(int(counted.bytes), device))]
-    dispatch.implementation("paged_attention", "triton")  # registers the op
+    table.implementation("paged_attention", "triton")  # registers the op
 
     def split(chunk: int) -> Callable[[], Any]:
         """By the keys of a piece; 0 lets the kernel choose."""

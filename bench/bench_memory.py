@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from fastgpt import dispatch
-from fastgpt.config import PRESETS
-from fastgpt.device import autocast
-from fastgpt.model import GPT
-from fastgpt.optim import make_optimizer
+from fastgpt.config.training import PRESETS
+from fastgpt.model.gpt import GPT
+from fastgpt.ops import table
+from fastgpt.system.device import autocast
+from fastgpt.training.optimizer import make_optimizer
 from kernel_cases import Case, columns, inputs
 from kernel_peers import Contender, chunked, column, prepared
 from live_bytes import LiveBytes, draw_allocation, thinned
@@ -129,7 +129,7 @@ def training_step(
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer, Step]:
     """A model on one column, its optimizer, and a step that says which phase begins; made once, so that it is warm."""
     torch.manual_seed(0)
-    model = GPT(config, dispatch.resolve(kernels, device)).to(device)
+    model = GPT(config, table.resolve(kernels, device)).to(device)
     optimizer = make_optimizer(model, config)
     x, y = torch.randint(config.vocab_size, (2, config.batch_size, config.block_size), device=device)
     dtype = getattr(torch, DTYPES[device.type])

@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 import torch
 
-from fastgpt import dispatch
-from fastgpt.config import PRESETS, TrainConfig
-from fastgpt.device import peak_flops, resolve_dtype
-from fastgpt.loader import Loader
-from fastgpt.metrics import flops_per_token
-from fastgpt.model import GPT
-from fastgpt.step import TrainStep
-from fastgpt.workload import Workload
+from fastgpt.config.training import PRESETS, TrainConfig
+from fastgpt.data.loader import Loader
+from fastgpt.model.gpt import GPT
+from fastgpt.ops import autotune, table
+from fastgpt.ops.workload import Workload
+from fastgpt.system.device import peak_flops, resolve_dtype
+from fastgpt.training.speed import flops_per_token
+from fastgpt.training.step import TrainStep
 from peers import Batch, PlainGPT, has_transformers, plain_optimizer, plain_step, transformers_gpt2
 
 ON_GPU = torch.cuda.is_available()
@@ -93,7 +93,7 @@ def test_training_step(
         aim_peer=PLAIN,
         batch=config.batch_size,
         arithmetic_used=str(arithmetic).removeprefix("torch."),
-        columns=dict(step.model.ops.columns),
+        columns=dict(step.model.ops.backends),
         parameters=step.model.num_parameters(),
         first_step_seconds=first,  # compiles
     )
@@ -132,10 +132,12 @@ def configured(preset: str, **settings: Any) -> TrainConfig:
 
 
 def engine_step(
-    config: TrainConfig, device: torch.device, arithmetic: torch.dtype, ops: dispatch.Ops | None = None
+    config: TrainConfig, device: torch.device, arithmetic: torch.dtype, ops: table.Ops | None = None
 ) -> TrainStep:
     """The model and its step, as `fastgpt.train` puts them together, with its own choice of `ops`."""
-    ops = ops or dispatch.resolve(config.kernels, device, workload=Workload.of_training(config, arithmetic))
+    ops = ops or table.resolve(
+        config.kernels, device, choose=autotune.chooser(Workload.of_training(config, arithmetic))
+    )
     torch.manual_seed(config.seed)
     with device:
         model = GPT(config, ops)

@@ -4,7 +4,7 @@
     python bench/busy.py --workloads train-cpu --loads idle one
 
 Each policy is a process of its own, as its variables are read once, and all take short turns in the same minutes. The
-first half second of a turn is not counted. `auto` is what the commands do: `fastgpt.contention` chooses while it runs.
+first half second of a turn is not counted. `auto` is what the commands do: `system.contention` chooses while it runs.
 """
 
 # isort: off
@@ -150,7 +150,7 @@ class Runner:
 
 def serve(workload: str, policy: str) -> None:
     """The process of a `Runner`: a line with seconds comes in, one with the speed and the share of sleep goes out."""
-    from fastgpt import contention, threads
+    from fastgpt.system import contention, threads
 
     count = threads.use(POLICIES[policy][1])
     unit = WORKLOADS[workload]()
@@ -180,7 +180,7 @@ def make_training(preset: str, **settings: int) -> Callable[[], int]:
     import torch
 
     from bench_train import calls, configured, engine_step, make_loader
-    from fastgpt.device import resolve_dtype
+    from fastgpt.system.device import resolve_dtype
 
     device = torch.device("cpu")
     config = dataclasses.replace(configured(preset, dropout=0.0), **settings)
@@ -199,18 +199,16 @@ def make_generation() -> Callable[[], int]:
     """A greedy continuation of the baby shape with random weights, on the dense cache; returns its tokens."""
     import torch
 
-    from fastgpt import dispatch
-    from fastgpt.config import PRESETS
-    from fastgpt.generate import TextGenerator
-    from fastgpt.model import GPT
-    from fastgpt.tokenizer import ByteTokenizer
-    from fastgpt.workload import Workload
+    from fastgpt.config.training import PRESETS
+    from fastgpt.generation.generator import TextGenerator
+    from fastgpt.model.gpt import GPT
+    from fastgpt.ops.table import resolve
+    from fastgpt.tokenizer.byte import ByteTokenizer
 
     tokenizer = ByteTokenizer()
     config = dataclasses.replace(PRESETS["baby"], vocab_size=tokenizer.vocab_size).architecture()
-    workload = Workload.of_generation(config, torch.float32, 1)
     torch.manual_seed(0)
-    model = GPT(config, dispatch.resolve("auto", torch.device("cpu"), workload=workload)).eval()
+    model = GPT(config, resolve("auto", torch.device("cpu"))).eval()
     generator = TextGenerator(model, tokenizer)
 
     def write() -> int:

@@ -14,8 +14,8 @@ from typing import Literal
 
 import torch
 
-from fastgpt.device import free_memory, synchronize
-from fastgpt.gpu_clock import GpuClock
+from fastgpt.ops.gpu_clock import GpuClock
+from fastgpt.system.device import free_memory, synchronize
 
 ROUNDS = 3
 SHORTEST_SECONDS = 0.05  # of all calls together: a machine that is shared may halt for milliseconds

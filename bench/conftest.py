@@ -17,8 +17,8 @@ import pytest
 import torch
 
 import ceilings as machine
-from fastgpt.device import cpu_has_bfloat16, describe, peak_memory, resolve_device
-from fastgpt.files import write_atomic
+from fastgpt.system.device import cpu_has_bfloat16, describe, peak_memory, resolve_device
+from fastgpt.system.files import write_atomic
 from progress import commit_of
 from timing import Clock, call_memory, spread
 

@@ -14,18 +14,19 @@ import torch
 from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsage]
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from fastgpt import dispatch
-from fastgpt.config import PRESETS, ModelConfig
-from fastgpt.device import synchronize
-from fastgpt.engine import Engine
-from fastgpt.generate import TextGenerator
-from fastgpt.kv_cache import page_bytes
-from fastgpt.model import GPT
-from fastgpt.prompt import Prompt
-from fastgpt.quantized import quantize_model
-from fastgpt.single import Generation
-from fastgpt.tokenizer import ByteTokenizer
-from fastgpt.workload import Workload
+from fastgpt.config.model import ModelConfig
+from fastgpt.config.training import PRESETS
+from fastgpt.generation.engine import Engine
+from fastgpt.generation.generator import TextGenerator
+from fastgpt.generation.request import Prompt
+from fastgpt.generation.single import Generation
+from fastgpt.model.gpt import GPT
+from fastgpt.model.int8 import quantize_model
+from fastgpt.model.kv_cache import page_bytes
+from fastgpt.ops import autotune, table
+from fastgpt.ops.workload import Workload
+from fastgpt.system.device import synchronize
+from fastgpt.tokenizer.byte import ByteTokenizer
 
 VOCABULARY = {"baby": 256}  # of a corpus of bytes; the others have GPT-2's
 
@@ -64,7 +65,7 @@ def generator_of(
     fastest then, for so many sequences side by side.
     """
     planned = Workload.of_generation(model.config, dtype, batch, int8=quantize == "int8", compile=compiled)
-    ops = dispatch.resolve(kernels, model.device, workload=planned)
+    ops = table.resolve(kernels, model.device, choose=autotune.chooser(planned))
     ours = GPT.from_weights(model.config, ops, model.weights(), model.device, dtype)
     if quantize == "int8":
         quantize_model(ours)
@@ -170,7 +171,7 @@ def cache_bytes(
 @contextlib.contextmanager
 def _named_functions(generator: TextGenerator) -> Iterator[None]:
     """The compiled functions of a generator's decode step, where it has one, under names that the profiler shows."""
-    step = generator.step
+    step = generator.decoder
     if step is None:
         yield
         return

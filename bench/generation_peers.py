@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from apart import Apart, Maker, Peer, Tokens
-from fastgpt.model import GPT
+from fastgpt.model.gpt import GPT
 
 PACKAGES = {
     "llama.cpp": ("xllamacpp", "gguf"),

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fastgpt import dispatch
 from fastgpt.errors import UsageError
+from fastgpt.ops import table
 
 P = 16  # slots a page
 WIDTHS = (768, 1024, 1280, 1600)  # GPT-2 small, medium, large, xl
@@ -137,7 +137,7 @@ def cases(device: torch.device) -> list[Case]:
     found: dict[str, Case] = {}
     for tier in range(3):
         for op, directions in DIRECTIONS.items():
-            if op not in dispatch.TABLE:
+            if op not in table.TABLE:
                 continue
             for shape, dtype in _shapes(op, device.type, tier):
                 for direction in directions:
@@ -157,9 +157,9 @@ def _shapes(op: str, kind: str, tier: int) -> list[tuple[Shape, str]]:
 def columns(op: str, device: torch.device) -> list[str]:
     """The columns of an operation that can be measured here; the first is the one that the claims are about."""
     names = ["torch", "reference"]
-    if device.type == "cuda" and dispatch.TABLE[op].triton:
+    if device.type == "cuda" and table.TABLE[op].triton:
         try:
-            dispatch.resolve("triton", device)
+            table.resolve("triton", device)
         except UsageError:  # the GPU is too old; in the interpreter, on a CPU, speed means nothing
             return names
         names.insert(0, "triton")

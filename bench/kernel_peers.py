@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastgpt import dispatch
+from fastgpt.ops import table
 from kernel_cases import Case
 
 Contender = Callable[..., Callable[[], Any]]
@@ -61,12 +61,12 @@ def as_contender(function: Callable[..., Any]) -> Contender:
 
 def column(op: str, name: str) -> Contender:
     """An operation of our table."""
-    return as_contender(dispatch.implementation(op, name))
+    return as_contender(table.implementation(op, name))
 
 
 def compiled(op: str) -> Contender:
     """The readable math, compiled for the shapes at hand."""
-    return as_contender(torch.compile(dispatch.implementation(op, "reference"), dynamic=False, fullgraph=True))
+    return as_contender(torch.compile(table.implementation(op, "reference"), dynamic=False, fullgraph=True))
 
 
 def prepared(contender: Contender, args: Sequence[torch.Tensor], direction: str) -> Callable[[], Any]:

@@ -17,7 +17,7 @@ import gguf
 import numpy as np
 import xllamacpp
 
-from fastgpt.model import GPT
+from fastgpt.model.gpt import GPT
 
 TYPES = {
     "f32": gguf.GGMLQuantizationType.F32,

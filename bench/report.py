@@ -28,7 +28,7 @@ from rich.table import Table
 
 from fastgpt import cli
 from fastgpt.errors import UsageError
-from fastgpt.files import write_atomic
+from fastgpt.system.files import write_atomic
 from measured import Case, Peer, Run, by_device, format_rate, format_ratio, format_time, latest, read
 
 HEADER = """# Measured

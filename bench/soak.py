@@ -26,10 +26,11 @@ from pathlib import Path
 import cpuinfo
 import torch
 
-from fastgpt import checkpoint, cli
-from fastgpt.files import sha256
-from fastgpt.metrics import read_metrics
-from fastgpt.units import counted
+from fastgpt import cli
+from fastgpt.checkpoint import store
+from fastgpt.loggers.jsonl import read_metrics
+from fastgpt.system.files import sha256
+from fastgpt.system.units import counted
 
 TRAINING = (
     "--preset cpu --dropout 0.1 --gradient_accumulation_steps 2 --log_interval 1 --eval_interval 50 --eval_iters 2 "
@@ -54,7 +55,7 @@ def last_step(out_dir: Path) -> int:
 
 def saved_step(out_dir: Path) -> int:
     """The step that a resume goes on from; 0 for none."""
-    return int(checkpoint.newest_intact(out_dir, print).name[5:]) if checkpoint.steps(out_dir) else 0
+    return int(store.newest_intact(out_dir, print).name[5:]) if store.folders(out_dir) else 0
 
 
 def train_with_kills(out_dir: Path, steps: int, flags: Sequence[str], draw: random.Random) -> int:
@@ -82,8 +83,8 @@ def train_with_kills(out_dir: Path, steps: int, flags: Sequence[str], draw: rand
 
 def result(out_dir: Path) -> dict[str, str]:
     """The hashes of the last checkpoint's files, and of all losses with their steps."""
-    folder = checkpoint.find(out_dir, "latest")
-    found = {name: sha256(folder / name) for name in checkpoint.FILES}
+    folder = store.find(out_dir, "latest")
+    found = {name: sha256(folder / name) for name in store.FILES}
     records = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
     losses = [(r["step"], key, r[key].hex()) for r in records for key in ("loss", "val_loss") if key in r]
     assert len({(step, key) for step, key, _ in losses}) == len(losses), "a step stands in metrics.jsonl twice"

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from ceilings import cache_bytes
-from fastgpt.device import synchronize
-from fastgpt.gpu_clock import GpuClock
+from fastgpt.ops.gpu_clock import GpuClock
+from fastgpt.system.device import synchronize
 
 REST = 0.003  # seconds after which the threads of the call before no longer wait actively
 CPU_CACHE = 64 << 20  # a CPU's last level may be shared and huge; the part of it that is fast is smaller

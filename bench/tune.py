@@ -46,8 +46,8 @@ from triton.runtime.errors import OutOfResources
 import table_source
 from fastgpt import cli
 from fastgpt.errors import UsageError
-from fastgpt.files import write_atomic
-from fastgpt.gpu_clock import GpuClock
+from fastgpt.ops.gpu_clock import GpuClock
+from fastgpt.system.files import write_atomic
 from fastgpt_kernels import aot, launch
 from fastgpt_kernels.launch import INTERPRETED, TABLE, TARGETS, Config, Launch, Tuning, trial
 from fastgpt_kernels.machine_code import CHIPS

@@ -6,10 +6,11 @@ Training prepares what it needs by itself; this does the same ahead of time and 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastgpt import cli, corpus
-from fastgpt.config import option
-from fastgpt.corpus import Corpus
-from fastgpt.tokenizer import KINDS
+from fastgpt import cli
+from fastgpt.config.fields import option
+from fastgpt.data import corpus
+from fastgpt.data.corpus import Corpus
+from fastgpt.tokenizer.saved import KINDS
 
 
 @dataclass(frozen=True)

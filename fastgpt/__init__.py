@@ -10,12 +10,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastgpt.completion import Completion, Piece
-    from fastgpt.config import PRESETS, ModelConfig, SamplingParams, TrainConfig
-    from fastgpt.engine import Engine
+    from fastgpt.config.generation import SamplingParams
+    from fastgpt.config.model import ModelConfig
+    from fastgpt.config.training import PRESETS, TrainConfig
     from fastgpt.errors import CorruptCheckpoint, UsageError
-    from fastgpt.generate import TextGenerator, load
-    from fastgpt.model import GPT
+    from fastgpt.generation.engine import Engine
+    from fastgpt.generation.generator import TextGenerator
+    from fastgpt.generation.load import load
+    from fastgpt.generation.request import Completion, Piece
+    from fastgpt.model.gpt import GPT
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,12 +37,15 @@ __all__ = [
 ]
 
 _MODULES = {
-    "fastgpt.config": ("PRESETS", "ModelConfig", "SamplingParams", "TrainConfig"),
-    "fastgpt.completion": ("Completion", "Piece"),
-    "fastgpt.engine": ("Engine",),
+    "fastgpt.config.generation": ("SamplingParams",),
+    "fastgpt.config.model": ("ModelConfig",),
+    "fastgpt.config.training": ("PRESETS", "TrainConfig"),
     "fastgpt.errors": ("CorruptCheckpoint", "UsageError"),
-    "fastgpt.generate": ("TextGenerator", "load"),
-    "fastgpt.model": ("GPT",),
+    "fastgpt.generation.engine": ("Engine",),
+    "fastgpt.generation.generator": ("TextGenerator",),
+    "fastgpt.generation.load": ("load",),
+    "fastgpt.generation.request": ("Completion", "Piece"),
+    "fastgpt.model.gpt": ("GPT",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

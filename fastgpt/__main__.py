@@ -9,8 +9,9 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from fastgpt import __version__, barriers, cli
+from fastgpt import __version__, cli
 from fastgpt.errors import UsageError, nearest, shown
+from fastgpt.system import barriers
 
 COMMANDS = {  # each is the module of that name in this folder, with a function `main`
     "train": "train a GPT on text, or continue a run",

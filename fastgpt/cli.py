@@ -23,16 +23,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fastgpt import config as configuration
-from fastgpt import streams
-from fastgpt.config import GenerateConfig, TrainConfig
+from fastgpt.config import fields as configuration
 from fastgpt.errors import LONGEST_SHOWN, RunFailed, UsageError, UsageErrors, nearest, shown
-from fastgpt.files import decode_utf8
+from fastgpt.system import streams
+from fastgpt.system.files import decode_utf8
 
 Config = TypeVar("Config")
 TRUE, FALSE, AUTO = ("true", "yes", "on", "1"), ("false", "no", "off", "0"), "auto"
 MARK = "="  # before every value: argparse would take one that begins with a dash for a flag, and drop one that is --
-ARGUMENTS = {"preset"} | {field.name for kind in (TrainConfig, GenerateConfig) for field in dataclasses.fields(kind)}
 _NAMED = re.compile(r"`(\w+)(?:=(True|False))?`")
 
 
@@ -117,7 +115,7 @@ def _with_flags(text: str) -> str:
 
     def flag(match: re.Match[str]) -> str:
         name, value = match.groups()
-        if name not in ARGUMENTS:
+        if name not in configuration.argument_names():
             return match[0]
         return f"--no-{name}" if value == "False" else f"--{name}"
 

@@ -6,172 +6,35 @@
 Python: `fastgpt.load("out").generate("The with statement")`, or `.engine()` for many prompts.
 """
 
-import dataclasses
-import functools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING
 
 if __name__ == "__main__":
-    from fastgpt import barriers
+    from fastgpt.system import barriers
 
     barriers.choose(sys.argv)  # before PyTorch is imported
 
-import torch
-
-from fastgpt import checkpoint, cli, contention, dispatch, memory_need, run_folder, threads, tokenizer
-from fastgpt.config import CACHES, QUANTIZATION, GenerateConfig, ModelConfig, SamplingParams, validate_fields
-from fastgpt.decode_step import CannotCompile, DecodeStep
-from fastgpt.device import parse_memory, resolve_device, resolve_weights_dtype, synchronize
-from fastgpt.errors import CorruptCheckpoint, RunFailed, UsageError, shown
-from fastgpt.escapes import holds_escape
-from fastgpt.files import decode_utf8
-from fastgpt.model import GPT
-from fastgpt.paged_text import PagedText
-from fastgpt.prompt import Prompt, prompt_tokens
-from fastgpt.quantized import quantize_model
-from fastgpt.settings import EngineOptions, SamplingSettings, check_names, sampling
-from fastgpt.single import Generation
-from fastgpt.tokenizer import Tokenizer, check_unicode
-from fastgpt.units import counted
-from fastgpt.workload import Workload
+from fastgpt import cli
+from fastgpt.config.escapes import holds_escape
+from fastgpt.config.generation import GenerateConfig
+from fastgpt.errors import RunFailed, UsageError, shown
+from fastgpt.generation.compiled_decoder import CannotCompile
+from fastgpt.generation.generator import SINGLE_CACHES, TextGenerator, single_cache
+from fastgpt.generation.load import load
+from fastgpt.generation.single import Generation
+from fastgpt.generation.terminal import print_heading, print_sample, print_samples
+from fastgpt.system import contention, threads
+from fastgpt.system.device import parse_memory, resolve_device
+from fastgpt.system.files import decode_utf8
+from fastgpt.system.units import counted
+from fastgpt.tokenizer.base import check_unicode
 
 if TYPE_CHECKING:
-    from fastgpt.engine import Engine
+    from fastgpt.generation.engine import Engine
 
-SINGLE_CACHES = ("none", "dense")
 WORTH_COMPILING = 300  # tokens of one text at a time
-TIMED_TOKENS = 1 << 16  # in all contexts together: kernels are timed for no more, which would take too much memory
-
-
-class TextGenerator:
-    """A model and its tokenizer: text in, text out."""
-
-    def __init__(self, model: GPT, tokenizer: Tokenizer):
-        self.model, self.tokenizer = model, tokenizer
-        self.step: DecodeStep | None = None
-        self._idle: list[PagedText] = []  # of streams that have ended
-
-    def compile(self, announce: Callable[[str], None] | None = None) -> None:
-        """Decode with a compiled step from now on, `step`; where a run before compiled it, that is loaded.
-
-        For single continuations on a CPU: by the dense cache, and by engines while they have only one.
-
-        Args:
-            announce: called with a sentence before compiling begins.
-
-        Raises:
-            CannotCompile: the model is not on a CPU, or there is no compiler.
-        """
-        self.step = self.step or DecodeStep(self.model, announce)
-
-    def generate(self, prompt: Prompt = "", *, cache: str = "auto", **settings: Unpack[SamplingSettings]) -> str:
-        """The continuation of the prompt, without the prompt itself. See `stream`.
-
-        Raises:
-            RunFailed: the model's logits are not numbers.
-        """
-        made = self.stream(prompt, cache=cache, **settings)
-        text = "".join(made)
-        if made.error is not None:
-            raise RunFailed(made.error)
-        return text
-
-    def stream(self, prompt: Prompt = "", *, cache: str = "auto", **settings: Unpack[SamplingSettings]) -> Generation:
-        """The continuation piece by piece, as it comes: an iterator of texts.
-
-        Args:
-            prompt: any text, or token ids; an empty one starts at the tokenizer's start token.
-            cache: "dense" keeps keys and values in a buffer, "paged" in pages, "none" computes them anew for every
-                token; "auto" is paged on CUDA, where a token is then a replayed graph, and dense elsewhere.
-            settings: fields of `SamplingParams`.
-
-        Raises:
-            UsageError: an unknown setting or one outside its limits, more than one sample, or a character that the
-                tokenizer does not know.
-        """
-        params = sampling(settings)
-        if cache not in CACHES:
-            raise UsageError(f"cache {cache!r} is not one of {', '.join(CACHES)}")
-        if cache == "auto":
-            cache = single_cache(self.model.device)
-        if params.num_samples > 1:
-            raise UsageError(f"num_samples {params.num_samples}: a stream is one continuation; use engine()")
-        return Generation(self.model, self.tokenizer, prompt, params, cache, self.step, idle=self._idle)
-
-    def engine(self, **options: Unpack[EngineOptions]) -> "Engine":
-        """An engine for many prompts at once; see `fastgpt.engine.Engine` for its options.
-
-        Raises:
-            UsageError: an unknown option, or one outside its limits.
-        """
-        from fastgpt.engine import Engine
-
-        check_names(options, EngineOptions.__annotations__)
-        return Engine(self.model, self.tokenizer, **{"step": self.step, **options})
-
-
-def load(
-    out_dir: str | Path = "out",
-    *,
-    checkpoint_name: str = "best",
-    device: str = "auto",
-    dtype: str = "auto",
-    kernels: str = "auto",
-    quantize: str = "none",
-    batch: int = 1,
-    compile: bool = False,
-    threads: int | None = None,
-) -> TextGenerator:
-    """The generator of a trained run, from its best checkpoint unless told otherwise.
-
-    Args:
-        quantize: "int8" keeps matrices in 8 bits; see `fastgpt.quantized`.
-        batch, compile: continuations that will run side by side, and whether the engine will compile; `kernels` "auto"
-            takes what is fastest on a GPU then.
-        threads: on a CPU, with which PyTorch computes from now on in the whole process; None leaves that as it is.
-
-    Raises:
-        UsageError: no run there, a corrupt checkpoint, an unknown device, or no such number of threads.
-    """
-    if threads is not None:
-        validate_fields(GenerateConfig, {"threads": threads})
-        torch.set_num_threads(threads)
-    if quantize not in QUANTIZATION:
-        raise UsageError(f"--quantize {quantize!r} is not one of {', '.join(QUANTIZATION)}")
-    out_dir, where = Path(out_dir), resolve_device(device)
-    step_dir = checkpoint.find(out_dir, checkpoint_name)
-    config, about = run_folder.load(out_dir)
-    # What auto found fastest for training need not be so for generation, so only columns that were asked for are kept.
-    kept = about.get("columns") if config.kernels != "auto" and about.get("device") == where.type else None
-    resolve = functools.partial(dispatch.resolve, kernels, where, recorded=kept)
-    weights_dtype = resolve_weights_dtype(dtype, where, interpreted=resolve().interpreted)
-    vocabulary = tokenizer.load(out_dir / "tokenizer.json")
-    checkpoint.verify(step_dir, (checkpoint.MODEL, checkpoint.STATE))
-    checkpoint.check_vocabulary(step_dir, vocabulary)
-    config = dataclasses.replace(config, vocab_size=vocabulary.vocab_size)
-    weights = checkpoint.load_weights(step_dir)
-    _check_size(out_dir, step_dir, config, weights)
-    memory_need.check_position_table(config, where)
-    B = max(1, min(batch, TIMED_TOKENS // config.block_size))
-    planned = Workload.of_generation(config, weights_dtype, B, int8=quantize == "int8", compile=compile)
-    ops = resolve(workload=planned)
-    with checkpoint.naming(step_dir / checkpoint.MODEL):
-        model = GPT.from_weights(config, ops, weights, where, weights_dtype)
-    if quantize == "int8":
-        quantize_model(model)
-    return TextGenerator(model, vocabulary)
-
-
-def _check_size(out_dir: Path, step_dir: Path, config: ModelConfig, weights: Mapping[str, torch.Tensor]) -> None:
-    """Raise `CorruptCheckpoint` for a configuration of another size than the weights, before a model is built of it."""
-    described, held = config.num_parameters, sum(tensor.numel() for tensor in weights.values())
-    if described != held:
-        raise CorruptCheckpoint(
-            f"{out_dir / 'config.json'} describes {counted(described, 'parameter')}, and "
-            f"{step_dir / checkpoint.MODEL} holds {held:,}; put the run's own config.json back"
-        )
 
 
 def read_prompt(text: str) -> str:
@@ -186,11 +49,6 @@ def read_prompt(text: str) -> str:
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise UsageError(f"--prompt {shown(text)} cannot be read: {getattr(error, 'strerror', error)}") from None
     return decode_utf8(content, f"--prompt: {path}").replace("\r\n", "\n")
-
-
-def single_cache(device: torch.device) -> str:
-    """The fastest cache for one continuation: paged with CUDA graphs, where there are any."""
-    return "paged" if device.type == "cuda" else "dense"
 
 
 def choose_cache(config: GenerateConfig) -> str:
@@ -259,19 +117,19 @@ def _generate(config: GenerateConfig) -> int:
     generator = _load(config)
     _compile(generator, config, alone=config.interactive)
     if config.interactive:
-        from fastgpt import interactive
+        from fastgpt.generation import interactive
 
         return interactive.run(_engine(generator, config), generator.tokenizer, params, prompt)
     prompt = prompt or generator.tokenizer.opening
     if cache == "paged":
-        _print_samples(_engine(generator, config), prompt, params)
+        print_samples(_engine(generator, config), prompt, params)
         return 0
     errors = []
     for sample in range(config.num_samples):
-        _print_heading(sample, config.num_samples)
+        print_heading(sample, config.num_samples)
         parts = generator.model, generator.tokenizer
-        made = Generation(*parts, prompt, params, cache, generator.step, sample=sample)
-        _print_sample(made, prompt)
+        made = Generation(*parts, prompt, params, cache, generator.decoder, sample=sample)
+        print_sample(made, prompt)
         errors += [made.error] if made.error is not None else []
     if errors:
         raise RunFailed(errors[0])
@@ -308,9 +166,9 @@ def _compile(generator: TextGenerator, config: GenerateConfig, alone: bool) -> N
             raise
         print(f"[not compiled: {error}]", file=sys.stderr)
         return
-    assert generator.step is not None
-    if generator.step.seconds:
-        print(f"[compiled in {generator.step.seconds:.0f} s, and kept for the next time]", file=sys.stderr)
+    assert generator.decoder is not None
+    if generator.decoder.seconds:
+        print(f"[compiled in {generator.decoder.seconds:.0f} s, and kept for the next time]", file=sys.stderr)
 
 
 def _engine(generator: TextGenerator, config: GenerateConfig) -> "Engine":
@@ -330,10 +188,10 @@ def _engine(generator: TextGenerator, config: GenerateConfig) -> "Engine":
 
 def _answer_file(config: GenerateConfig, cache: str) -> int:
     """Continue the prompts of --prompts; 1 where one of them could not be, 128 + its number after a signal."""
-    from fastgpt import answers, batch
+    from fastgpt.generation import answers, prompts_file, terminal
 
     answers.check_output(config.output, config.resume)
-    jobs = batch.read_prompts(config.prompts or "", config.sampling())
+    jobs = prompts_file.read_prompts(config.prompts or "", config.sampling())
     with answers.Answers(config.output, jobs, resume=config.resume, order=config.order) as written:
         if written.done == written.total:
             print(f"[all {written.total:,} answers are there already]", file=sys.stderr)
@@ -345,13 +203,13 @@ def _answer_file(config: GenerateConfig, cache: str) -> int:
         engine = _engine(generator, config) if cache == "paged" else None
         parts = generator.model, generator.tokenizer
         completions = (
-            batch.all_at_once(engine, jobs, wanted=written.wanted)
+            prompts_file.all_at_once(engine, jobs, wanted=written.wanted)
             if engine
-            else batch.one_by_one(*parts, jobs, cache, generator.step, wanted=written.wanted)
+            else prompts_file.one_by_one(*parts, jobs, cache, generator.decoder, wanted=written.wanted)
         )
-        stopped_by = batch.run(completions, written, engine)
+        stopped_by = prompts_file.run(completions, written, engine)
     if engine:
-        print(batch.summary(engine), file=sys.stderr)
+        print(terminal.summary(engine), file=sys.stderr)
     if failed := len(written.failed):
         print(
             f"{failed:,} of {counted(len(jobs), 'prompt')} could not be continued; see their error",
@@ -362,82 +220,6 @@ def _answer_file(config: GenerateConfig, cache: str) -> int:
         print(f"stopped with {written.done:,} of {counted(written.total, 'answer')} written{more}", file=sys.stderr)
         return 128 + stopped_by
     return 1 if failed else 0
-
-
-def _print_heading(sample: int, samples: int) -> None:
-    if samples > 1:
-        print(f"--- sample {sample + 1} of {samples}")
-
-
-def _warn_of_sliding(prompt_tokens: int, params: SamplingParams, block: int) -> None:
-    if prompt_tokens + params.max_new_tokens - 1 > block:
-        print(
-            f"[past {counted(block, 'token')} the window slides, and each token costs a prefill of {block}]",
-            file=sys.stderr,
-        )
-
-
-def _print_samples(engine: "Engine", prompt: str, params: SamplingParams) -> None:
-    """The continuations to stdout, one after the other, the first as it comes; how it went to stderr."""
-    from fastgpt import batch
-
-    tokens = prompt_tokens(prompt, engine.tokenizer, engine.vocab_size)
-    _warn_of_sliding(len(tokens), params, engine.block_size)
-    texts, shown = ["" for _ in range(params.num_samples)], 0
-    ended, errors = [False for _ in range(params.num_samples)], {}
-
-    def begin(sample: int) -> None:
-        _print_heading(sample, params.num_samples)
-        print(prompt, end="", flush=True)
-
-    begin(0)
-    for piece in engine.stream([tokens], params):
-        if piece.completion and piece.completion.refused:
-            print(flush=True)
-            raise UsageError(piece.completion.error)
-        if piece.completion and piece.completion.error:
-            errors[piece.sample] = piece.completion.error
-        texts[piece.sample] += piece.text
-        ended[piece.sample] = piece.completion is not None
-        while shown < params.num_samples:
-            print(texts[shown], end="", flush=True)
-            texts[shown] = ""
-            if not ended[shown]:
-                break
-            print(flush=True)
-            shown += 1
-            if shown < params.num_samples:
-                begin(shown)
-    stats = engine.stats
-    line = speed_line(stats.prefill_tokens, stats.prefill_seconds, stats.decode_tokens, stats.decode_seconds)
-    guesses = f", {batch.acceptance(stats)}" if engine.speculate != "none" else ""
-    print(f"[{line}{guesses}]", file=sys.stderr)
-    if errors:
-        raise RunFailed(errors[min(errors)])
-
-
-def _print_sample(generation: Generation, prompt: str) -> None:
-    """Stream one continuation to stdout, and its speed to stderr."""
-    _warn_of_sliding(len(generation.prompt), generation.params, generation.model.config.block_size)
-    print(prompt, end="", flush=True)
-    for piece in generation:
-        print(piece, end="", flush=True)
-    print(flush=True)
-    synchronize(generation.model.device)
-    line = speed_line(
-        generation.prefill_tokens, generation.prefill_seconds, generation.decode_tokens, generation.decode_seconds
-    )
-    print(f"[{line}]", file=sys.stderr)
-
-
-def speed_line(prefill: int, prefill_seconds: float, decode: int, decode_seconds: float) -> str:
-    """Tokens and tokens/s of prefill and decode, apart."""
-    parts = [f"prefill {counted(prefill, 'token')}"]
-    if prefill_seconds:
-        parts[0] += f" at {prefill / prefill_seconds:,.0f} tokens/s"
-    if decode:
-        parts.append(f"decode {counted(decode, 'token')} at {decode / decode_seconds:,.0f} tokens/s")
-    return ", ".join(parts)
 
 
 if __name__ == "__main__":

@@ -15,16 +15,17 @@ from typing import IO, cast
 from rich.console import Console
 from rich.table import Table
 
-from fastgpt import checkpoint, cli, progress, run_folder, tensor_file
-from fastgpt.config import option
+from fastgpt import cli
+from fastgpt.checkpoint import progress, run_folder, safetensors_file, store
+from fastgpt.config.fields import Settings, option
 from fastgpt.errors import UsageError
-from fastgpt.streams import Lasting
-from fastgpt.tokenizer import Tokenizer
-from fastgpt.units import format_bytes
+from fastgpt.system.streams import Lasting
+from fastgpt.system.units import format_bytes
+from fastgpt.tokenizer.base import Tokenizer
 
 
 @dataclass(frozen=True)
-class VerifyConfig:
+class VerifyConfig(Settings):
     """The run to check."""
 
     out_dir: str = option("out", "folder of the run; the flag's name may be left out", path=True)
@@ -50,13 +51,13 @@ class Report:
 
 def check(folder: Path, vocabulary: Tokenizer) -> Report | None:
     """Read a checkpoint's files, all of them, and compare them with its manifest; None if it is deleted meanwhile."""
-    size = checkpoint.size(folder)
+    size = store.size(folder)
     try:
-        checkpoint.verify(folder)
-        checkpoint.check_vocabulary(folder, vocabulary)
-        for name in (checkpoint.MODEL, checkpoint.OPTIMIZER):
-            tensor_file.read(folder / name)  # which looks at the header alone
-        done = progress.read(checkpoint.load_state(folder), folder / checkpoint.STATE)
+        store.verify(folder)
+        store.check_vocabulary(folder, vocabulary)
+        for name in (store.MODEL, store.OPTIMIZER):
+            safetensors_file.read(folder / name)  # which looks at the header alone
+        done = progress.read(store.load_state(folder), folder / store.STATE)
     except (OSError, UsageError) as error:
         return Report(folder, size, str(error)) if folder.is_dir() else None
     return Report(folder, size, None, done.val_loss if done.evaluated_step == done.step else None, done.val_set)
@@ -88,11 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         VerifyConfig, words, prog="python -m fastgpt.verify", description="Check every checkpoint of a run."
     )
     out_dir = Path(config.out_dir)
-    checkpoint.require(out_dir)
+    store.require(out_dir)
     faults, pointers = [], {}
     for name in ("latest", "best"):
         try:
-            pointers[name] = checkpoint.find(out_dir, name).name
+            pointers[name] = store.find(out_dir, name).name
         except UsageError as error:
             faults.append(str(error))
     try:
@@ -100,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         faults.append(str(error))
     vocabulary = run_folder.vocabulary(out_dir)
-    reports = [report for folder in checkpoint.steps(out_dir) if (report := check(folder, vocabulary))]
+    reports = [report for folder in store.folders(out_dir) if (report := check(folder, vocabulary))]
     Console(file=cast(IO[str], Lasting(sys.stdout))).print(table(reports, pointers), highlight=False)
     faults += [report.damage for report in reports if report.damage]
     for fault in faults:

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgpt import plots
-from fastgpt import run as training
-from tests import runs
-from tests.offline import sitecustomize as offline
+from fastgpt.generation import sample
+from fastgpt.loggers import curves
+from tests.helpers import runs
+from tests.helpers.offline import sitecustomize as offline
 
 # Triton reads this when it is imported, which nothing above does.
 if not torch.cuda.is_available():
@@ -81,7 +81,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A working folder of the test's own, with text.txt in it; samples are short, and what was spawned ends with it."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(training, "SAMPLE_TOKENS", 20)
+    monkeypatch.setattr(sample, "SAMPLE_TOKENS", 20)
     (tmp_path / "text.txt").write_text(runs.TEXT, encoding="utf-8")
     yield tmp_path
     while runs.SPAWNED:
@@ -91,4 +91,4 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 @pytest.fixture
 def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the picture of the curves, which takes longer than the steps of a small run."""
-    monkeypatch.setattr(plots, "plot_loss", lambda out_dir: out_dir / "plots" / "loss.png")
+    monkeypatch.setattr(curves, "plot_loss", lambda out_dir: out_dir / "plots" / "loss.png")

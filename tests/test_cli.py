@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from fastgpt import cli
-from fastgpt.config import PRESETS, GenerateConfig, TrainConfig
+from fastgpt.config.generation import GenerateConfig
+from fastgpt.config.training import PRESETS, TrainConfig
 from fastgpt.errors import UsageError
 
 

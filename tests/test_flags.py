@@ -22,9 +22,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastgpt import cli, generate, train
-from fastgpt.config import PRESETS, GenerateConfig, TrainConfig
-from fastgpt.model import GPT
-from tests import runs
+from fastgpt.config.generation import GenerateConfig
+from fastgpt.config.training import PRESETS, TrainConfig
+from fastgpt.model.gpt import GPT
+from tests.helpers import runs
 
 BASE = shlex.split(
     "--dataset text.txt --device cpu --dtype float32 --n_layer 1 --n_head 2 --n_embd 16 --block_size 8 --batch_size 2 "

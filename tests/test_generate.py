@@ -12,29 +12,18 @@ import torch
 from safetensors.torch import load_file
 
 import fastgpt
-from fastgpt import checkpoint, cli, generate, train
-from fastgpt.config import ModelConfig, SamplingParams
+from fastgpt import cli, generate, train
+from fastgpt.checkpoint import store
+from fastgpt.config.generation import SamplingParams
 from fastgpt.errors import UsageError
-from fastgpt.generate import TextGenerator
-from fastgpt.model import GPT
-from fastgpt.single import Generation
-from fastgpt.tokenizer import ByteTokenizer, CharTokenizer
+from fastgpt.generation.generator import TextGenerator
+from fastgpt.generation.single import Generation
+from fastgpt.model.gpt import GPT
+from tests.helpers.places import ROOT
+from tests.helpers.untrained import BLOCK, fresh
 
 WORDS = "The quick brown fox jumps over a lazy dog while nine wise cats watch from trees"
 TEXT = " ".join(random.Random(0).choices(WORDS.split(" "), k=600))
-BLOCK = 8
-
-
-def fresh(position: str = "learned", *, chars: str | None = "\nabcdefghij", **shape) -> TextGenerator:
-    """An untrained model with large weights, so that it does not only repeat itself; of bytes without `chars`."""
-    tokenizer = ByteTokenizer() if chars is None else CharTokenizer(chars)
-    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": BLOCK} | shape
-    torch.manual_seed(3)
-    model = GPT(ModelConfig(vocab_size=tokenizer.vocab_size, position=position, **sizes)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.mul_(30.0 if ".c_" in name else 4.0)
-    return TextGenerator(model, tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +142,7 @@ def test_a_byte_models_pieces_are_the_decoding_of_its_tokens():
 
 
 def test_the_readmes_example_of_the_engine_runs(capsys):
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"```python\n(from fastgpt import SamplingParams.*?)```", readme, re.DOTALL)
     exec(example, {"generator": fresh(chars=None, block_size=64)})
     printed = re.findall(r"^(\d) (\d) (length|stop|error) ", capsys.readouterr().out, re.MULTILINE)
@@ -161,8 +150,8 @@ def test_the_readmes_example_of_the_engine_runs(capsys):
 
 
 def test_the_best_checkpoint_is_used_unless_told_otherwise(out: Path, capsys):
-    assert checkpoint.find(out, "best").name == "step-000040" != checkpoint.find(out, "latest").name
-    weight = load_file(checkpoint.find(out, "best") / checkpoint.MODEL)["wte.weight"]
+    assert store.find(out, "best").name == "step-000040" != store.find(out, "latest").name
+    weight = load_file(store.find(out, "best") / store.MODEL)["wte.weight"]
     assert torch.equal(fastgpt.load(out, device="cpu").model.weights()["wte.weight"], weight)
     printed = []
     for name in ("best", "latest", "step-000042"):

@@ -27,7 +27,7 @@ def test_importing_fastgpt_imports_nothing_heavy():
 def test_the_engine_runs_without_triton_and_optional_packages():
     # A package that is None in sys.modules cannot be imported.
     hide = "import sys; sys.modules |= dict.fromkeys(['triton', 'tiktoken', 'tokenizers']); "
-    code = "import fastgpt.model, fastgpt.train, fastgpt.generate, fastgpt.corpus"
+    code = "import fastgpt.model, fastgpt.train, fastgpt.generate, fastgpt.data.corpus"
     assert loaded_after(code, OPTIONAL) <= loaded_after("import torch", OPTIONAL)
     loaded_after(hide + code, ())
 

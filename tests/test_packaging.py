@@ -2,17 +2,23 @@
 
 import re
 import tomllib
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from tests.helpers.places import ROOT
 
 
 def test_both_packages_say_that_they_are_typed_and_ship_that():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
-    for package in project["packages"]:
-        folder = ROOT / project["package-dir"].get(package, package)
+    for package, folder in (("fastgpt", ROOT / "fastgpt"), ("fastgpt_kernels", ROOT / "kernels" / "fastgpt_kernels")):
         assert (folder / "py.typed").is_file()
         assert "py.typed" in project["package-data"][package]
+
+
+def test_setuptools_finds_every_room():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    assert project["packages"]["find"]["where"] == [".", "kernels"]
+    assert {"fastgpt", "fastgpt.*", "fastgpt_kernels"} == set(project["packages"]["find"]["include"])
+    folders = {path.parent for path in (ROOT / "fastgpt").rglob("*.py")}
+    assert [folder for folder in folders if not (folder / "__init__.py").is_file()] == []
 
 
 def test_the_source_distribution_holds_what_tests_import_and_read():

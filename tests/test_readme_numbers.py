@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.helpers.places import ROOT
+
 README = ROOT / "README.md"
 # Descriptions whose numbers no result file holds: the words in which they stand, and where they come from.
 ALLOWED = {

@@ -7,18 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgpt import checkpoint, run_folder, train
-from fastgpt.config import PRESETS, TrainConfig
+from fastgpt.checkpoint import run_folder, store
+from fastgpt.config.training import PRESETS, TrainConfig
 from fastgpt.errors import UsageError
-from fastgpt.optim import learning_rate
-from tests.runs import parts, records, run, tensors
+from fastgpt.training import start
+from fastgpt.training.schedule import learning_rate
+from tests.helpers import runs
+from tests.helpers.runs import parts, records, run, tensors
 
 pytestmark = pytest.mark.usefixtures("workplace", "no_picture")
 
 
 def gradients(out_dir: Path) -> torch.Tensor:
     """All gradients of a run of one step, after clipping, from AdamW's first moment."""
-    return torch.cat([v.flatten() / 0.1 for k, v in tensors(out_dir, checkpoint.OPTIMIZER).items() if "avg." in k])
+    return torch.cat([v.flatten() / 0.1 for k, v in tensors(out_dir, store.OPTIMIZER).items() if "avg." in k])
 
 
 def test_two_micro_batches_of_four_are_one_batch_of_eight():
@@ -61,7 +63,7 @@ def test_it_learns_in_every_arithmetic_and_keeps_float32_weights(dtype: str):
     losses = records(out)
     assert losses[60] < losses[1] - 0.3
     assert {tensor.dtype for tensor in tensors(out).values()} == {torch.float32}
-    scaler = checkpoint.load_state(checkpoint.find(out, "latest"))["scaler"]
+    scaler = store.load_state(store.find(out, "latest"))["scaler"]
     assert bool(scaler) == (dtype == "float16")
 
 
@@ -106,9 +108,9 @@ def test_the_best_and_the_last_three_checkpoints_are_kept_and_no_other():
     losses = records(out, "val_loss")
     best = min(losses, key=losses.__getitem__)
     assert best != 60
-    assert checkpoint.find(out, "best").name == f"step-{best:06d}"
-    assert [path.name for path in checkpoint.steps(out)] == [f"step-{s:06d}" for s in (best, 50, 55, 60)]
-    state = checkpoint.load_state(checkpoint.find(out, "latest"))
+    assert store.find(out, "best").name == f"step-{best:06d}"
+    assert [path.name for path in store.folders(out)] == [f"step-{s:06d}" for s in (best, 50, 55, 60)]
+    state = store.load_state(store.find(out, "latest"))
     assert state["progress"].pop("val_set").startswith("8 windows of 8 in ")
     assert state["progress"] == {
         "step": 60,
@@ -148,18 +150,18 @@ def test_the_first_step_is_not_timed_and_a_run_of_one_step_has_no_speed():
     assert records(out, "ms")[1] is None is records(out, "tokens_per_second")[1]
     assert all(records(out, "ms")[step] > 0 for step in (2, 3))
     config = TrainConfig(**vars(run_folder.load(out)[0]) | {"max_iters": 1, "out_dir": "one"})
-    assert train.train(config).tokens_per_second is None
+    assert runs.train(config).tokens_per_second is None
 
 
 def test_a_configuration_made_in_python_is_validated():
     with pytest.raises(UsageError, match="--n_head 5 does not divide --n_embd 32"):
-        train.train(TrainConfig(n_head=5, n_embd=32))
+        runs.train(TrainConfig(n_head=5, n_embd=32))
     assert not Path("out").exists()
 
 
 def test_a_summary_says_how_the_run_ended():
     config, _ = run_folder.load(run())
-    summary = train.train(TrainConfig(**vars(config) | {"out_dir": "again"}))
+    summary = runs.train(TrainConfig(**vars(config) | {"out_dir": "again"}))
     losses = records(Path("again"), "val_loss")
     assert (summary.steps, summary.finished, summary.stopped_by) == (6, True, None)
     assert (summary.val_loss, summary.best_val_loss) == (losses[6], min(losses.values()))
@@ -169,19 +171,19 @@ def test_a_summary_says_how_the_run_ended():
 class TestStartingPoint:
     @pytest.mark.parametrize(("kind", "fitting"), [("cpu", "cpu"), ("cuda", "baby")])
     def test_without_a_preset_the_device_decides(self, monkeypatch, kind: str, fitting: str):
-        monkeypatch.setattr(train, "resolve_device", lambda name: torch.device(kind))
-        start, why = train.starting_point(None, {})
-        assert start == PRESETS[fitting]
+        monkeypatch.setattr(start, "resolve_device", lambda name: torch.device(kind))
+        found, why = start.starting_point(None, {})
+        assert found == PRESETS[fitting]
         assert fitting in why
 
     def test_another_tokenizer_brings_its_own_vocabulary(self):
-        assert train.starting_point("gpt2", {})[0].vocab_size == 50257
-        assert train.starting_point("gpt2", {"tokenizer": "byte"})[0].vocab_size is None
+        assert start.starting_point("gpt2", {})[0].vocab_size == 50257
+        assert start.starting_point("gpt2", {"tokenizer": "byte"})[0].vocab_size is None
 
     def test_a_resume_starts_at_the_runs_own_settings(self):
         run("--beta1 0.8", "mine")
-        start, why = train.starting_point(None, {"init_from": "resume", "out_dir": "mine"})
-        assert (start.beta1, start.out_dir, start.init_from) == (0.8, "mine", "scratch")
+        found, why = start.starting_point(None, {"init_from": "resume", "out_dir": "mine"})
+        assert (found.beta1, found.out_dir, found.init_from) == (0.8, "mine", "scratch")
         assert "mine" in why
         with pytest.raises(UsageError, match="--preset mini: --init_from resume keeps the run's own settings"):
-            train.starting_point("mini", {"init_from": "resume", "out_dir": "mine"})
+            start.starting_point("mini", {"init_from": "resume", "out_dir": "mine"})

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from fastgpt import checkpoint, cli, lock, run_folder, verify
-from fastgpt.checkpoint import MANIFEST, MODEL, OPTIMIZER, STATE
-from fastgpt.tokenizer import Tokenizer
-from tests import runs
+from fastgpt import cli, verify
+from fastgpt.checkpoint import run_folder, store
+from fastgpt.checkpoint.store import MANIFEST, MODEL, OPTIMIZER, STATE
+from fastgpt.system import lock
+from fastgpt.tokenizer.base import Tokenizer
+from tests.helpers import runs
+from tests.helpers.verified import Verified
 
 FLAGS = "--max_iters 8 --eval_interval 3 --keep_last 9"
-STEPS = (3, 6, 8)
 
 
 @pytest.fixture(scope="module")
@@ -31,21 +33,7 @@ def out(made: Path, tmp_path: Path, monkeypatch) -> Path:
     return Path(shutil.copytree(made, "out"))
 
 
-class Verified:
-    """What the command says of a folder: its exit code, the table's rows by step, and the lines on stderr."""
-
-    def __init__(self, capsys, *arguments: str):
-        capsys.readouterr()
-        self.code = cli.run(verify.main, list(arguments))
-        out, err = capsys.readouterr()
-        self.faults = err.splitlines()
-        lines = out.splitlines()
-        self.header = lines[0].split() if lines else []
-        self.rows = {int(re.match(r" *([\d,]+) ", line)[1].replace(",", "")): line for line in lines[1:]}
-
-    def cells(self, step: int) -> list[str]:
-        """The row of a step, without the size's unit."""
-        return re.sub(r"(?<=\d) [MG]iB", "", self.rows[step]).replace(", ", ",").split()
+STEPS = (3, 6, 8)
 
 
 @pytest.fixture
@@ -76,12 +64,12 @@ class TestWhole:
             assert found.cells(step) == [str(step), "0", "yes", f"{loss:.4f}", *([marks] if marks else [])]
 
     def test_latest_and_best_are_marked_where_their_files_point(self, out: Path, verified):
-        checkpoint.point(out, "latest", out / "step-000006")
-        checkpoint.point(out, "best", out / "step-000003")
+        store.point(out, "latest", out / "step-000006")
+        store.point(out, "best", out / "step-000003")
         found = verified("out")
         assert found.code == 0
         assert [found.cells(step)[4:] for step in STEPS] == [["best"], ["latest"], []]
-        checkpoint.point(out, "best", out / "step-000006")
+        store.point(out, "best", out / "step-000006")
         assert verified("out").cells(6)[4:] == ["latest,best"]
 
     def test_a_run_that_was_not_evaluated_has_no_best(self, out: Path, verified):
@@ -97,9 +85,9 @@ class TestWhole:
 
     def test_a_checkpoint_that_was_saved_without_an_evaluation_has_no_loss(self, out: Path, verified):
         folder = out / "step-000006"
-        state = checkpoint.load_state(folder)
+        state = store.load_state(folder)
         state["progress"]["evaluated_step"] = 3
-        (folder / STATE).write_bytes(checkpoint._json(state))
+        (folder / STATE).write_bytes(store._json(state))
         runs.forge_manifest(folder)
         found = verified("out")
         assert (found.code, found.cells(6)) == (0, ["6", "0", "yes", "-"])
@@ -208,25 +196,25 @@ class TestGone:
 
             def late(folder: Path, vocabulary: Tokenizer) -> verify.Report | None:
                 if folder == doomed:
-                    checkpoint.delete_folder(folder)
+                    store.delete_folder(folder)
                 return check(folder, vocabulary)
 
             monkeypatch.setattr(verify, "check", late)
         else:
-            sha256 = checkpoint.sha256
+            sha256 = store.sha256
 
             def later(path: Path) -> str:
                 if path.parent == doomed and path.name == OPTIMIZER:
-                    checkpoint.delete_folder(doomed)
+                    store.delete_folder(doomed)
                 return sha256(path)
 
-            monkeypatch.setattr(checkpoint, "sha256", later)
+            monkeypatch.setattr(store, "sha256", later)
         found = verified("out")
         assert (found.code, found.faults) == (0, [])
         assert list(found.rows) == [6, 8]
 
     def test_one_that_is_deleted_after_it_was_read_is_left_out(self, out: Path, verified, monkeypatch):
-        doomed, load = out / "step-000003", checkpoint.load_state
+        doomed, load = out / "step-000003", store.load_state
         reads = []
 
         def last(folder: Path) -> dict:
@@ -235,7 +223,7 @@ class TestGone:
                 shutil.rmtree(doomed)
             return load(folder)
 
-        monkeypatch.setattr(checkpoint, "load_state", last)
+        monkeypatch.setattr(store, "load_state", last)
         found = verified("out")
         assert not doomed.exists()
         assert (found.code, found.faults) == (0, [])
@@ -259,7 +247,7 @@ class TestRefused:
         assert Path("out").exists() == there
 
     def test_a_run_without_a_checkpoint(self, out: Path, verified):
-        checkpoint.delete(out)
+        store.delete(out)
         line = self.refused(verified, "out")
         assert "--out_dir out holds a run without a checkpoint yet" in line
 

@@ -1,0 +1,45 @@
+"""safetensors files, written in one pass: eight bytes of length, a JSON header, and the tensors' bytes as they lie.
+
+The safetensors library reads them. It does not write them here, because it neither hashes what it writes nor stops
+between two blocks, and would hold a second copy of all tensors in memory.
+(https://github.com/huggingface/safetensors, "Format".)
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from fastgpt.errors import CorruptCheckpoint
+from fastgpt.system.files import Block
+
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+ALIGNMENT = 8  # of the first tensor's byte in the file
+
+
+def parts(tensors: Mapping[str, torch.Tensor]) -> Iterator[Block]:
+    """The bytes of a file that holds the tensors, in their order, for `fastgpt.system.files.write`.
+
+    A tensor on another device, or not contiguous, is copied when its turn comes.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    yield len(text).to_bytes(8, "little") + text
+    for tensor in tensors.values():
+        yield tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def read(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file, mapped into memory. Raises `CorruptCheckpoint`, before anything is allocated."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CorruptCheckpoint(f"{path} cannot be read: {error}") from None

@@ -1,0 +1,422 @@
+"""Corpora: text becomes train.bin, val.bin and meta.json, once.
+
+`prepare` finds the text, tokenizes it in two streaming passes and returns a `Corpus`; a folder that is
+already there and whose source has not changed is reused. `load` opens a prepared folder, ours or nanoGPT's, and
+checks every token in it. In a corpus of several documents, the files of a folder, the vocabulary's end-of-text follows
+each; char has none, and its vocabulary stays that of the characters.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fastgpt.data import sources, token_file
+from fastgpt.data.sources import Source, TextFiles
+from fastgpt.errors import UsageError, nearest, shown
+from fastgpt.interchange import nanogpt_vocabulary
+from fastgpt.system import files
+from fastgpt.system.scratch_folder import scratch_folder
+from fastgpt.system.units import counted, format_seconds
+from fastgpt.tokenizer import base, bpe, saved
+from fastgpt.tokenizer.base import Tokenizer
+from fastgpt.tokenizer.bpe import BpeTokenizer
+from fastgpt.tokenizer.byte import ByteTokenizer
+from fastgpt.tokenizer.char import CharTokenizer
+from fastgpt.tokenizer.gpt2 import Gpt2Tokenizer
+
+NAMES = ("pydocs", "shakespeare")
+DEFAULT_BPE = 1024
+TRAIN_SHARE = 0.9
+OPENING_TOKENS, OPENING_WITHIN = 16, 4096  # tokens of `Corpus.opening`, and of the text in which it is looked for
+FORMAT = 1  # of meta.json
+# How text is read, which a run keeps: 1, up to version 0.1.0: byte order marks are text, linked folders are left out,
+# documents end in no more than a newline, and generation starts from a token that may be in no text. 2: as it is now.
+READING = 2
+TOKEN_FILES = ("train.bin", "val.bin")
+STALE_SECONDS = 60  # by which val.bin may be older than train.bin
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A prepared folder.
+
+    Attributes:
+        dtype: of the token files, "uint16" or "uint32".
+        source_sha256: of the UTF-8 text, with the ends of its documents; for a folder that nanoGPT prepared, of its two
+            token files.
+        val_bytes: UTF-8 bytes of the val text, for bits per byte; like `characters` and `bytes`, which are
+            those of the whole text, None for a folder that nanoGPT prepared.
+    """
+
+    path: Path
+    name: str
+    tokenizer: Tokenizer
+    dtype: str
+    source_sha256: str
+    train_tokens: int
+    val_tokens: int
+    val_bytes: int | None
+    characters: int | None
+    bytes: int | None
+
+    def train(self) -> np.memmap:
+        """The training tokens, (train_tokens,) of `dtype`, as a read-only memory map."""
+        return np.memmap(self.path / "train.bin", dtype=self.dtype, mode="r")
+
+    def val(self) -> np.memmap:
+        """The validation tokens, (val_tokens,) of `dtype`, as a read-only memory map."""
+        return np.memmap(self.path / "val.bin", dtype=self.dtype, mode="r")
+
+    def opening(self) -> str:
+        """A few words of the val split for a model to continue: how its first whole line that is not blank begins.
+
+        A line begins after a line break or the end of a document; where no line does, the split's beginning is taken.
+        """
+        ids, end = self.val()[:OPENING_WITHIN].tolist(), self.tokenizer.end_token
+        pieces = [self.tokenizer.token_bytes(id) for id in ids]
+        for start in [*(i + 1 for i, id in enumerate(ids) if id == end or pieces[i].endswith(b"\n")), 0]:
+            part = pieces[start : start + OPENING_TOKENS]
+            if end in ids[start : start + OPENING_TOKENS]:
+                part = part[: ids[start:].index(end)]
+            text = b"".join(part).decode("utf-8", errors="ignore")  # without a character that is cut
+            if text.partition("\n")[0].strip():
+                return text
+        return ""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What the first pass over a text finds: `chars` are its distinct characters in code point order."""
+
+    sha256: str
+    characters: int
+    bytes: int
+    chars: str
+
+
+def prepare(
+    dataset: str = "pydocs",
+    *,
+    tokenizer: str = "char",
+    vocab_size: int | None = None,
+    corpus_file: str | None = None,
+    gpt2_vocab: str | None = None,
+    vocabulary: Tokenizer | None = None,
+    data_dir: str = "data",
+    reading: int = READING,
+    quiet: bool = False,
+) -> Corpus:
+    """Tokenize a corpus into `data_dir`, or find it there, and open it.
+
+    The first 90 % of the characters are for training, the rest for validation, tokenized apart.
+
+    Args:
+        dataset: pydocs, shakespeare, a text file, a folder of text files, a prepared folder, or the name of a
+            prepared folder in `data_dir`; tried in that order.
+        tokenizer: char, byte, gpt2 or bpe. A prepared folder keeps its own; only char, the default, and the
+            folder's own kind are accepted for it.
+        vocab_size: largest vocabulary of a bpe, default 1024; otherwise None or the tokenizer's own size.
+        corpus_file: a local copy of tiny Shakespeare; for shakespeare only.
+        gpt2_vocab: folder with GPT-2's vocab.bpe and encoder.json.
+        vocabulary: tokenize a text with this one instead of its own; not for a prepared folder.
+        reading: 1 reads a text as version 0.1.0 did; see `READING`.
+        quiet: do not say on stderr what was prepared.
+
+    Raises:
+        UsageError: anything about the arguments, the text or the folder that a user can mend.
+    """
+    _check_arguments(dataset, tokenizer, vocab_size, corpus_file)
+    if dataset == "pydocs":
+        source = sources.pydocs()
+    elif dataset == "shakespeare":
+        source = sources.shakespeare(corpus_file, quiet=quiet)
+    else:
+        path = _find(dataset, Path(data_dir))
+        if any((path / file).exists() for file in TOKEN_FILES):
+            corpus = load(path, gpt2_vocab)
+            _check_prepared(corpus, tokenizer, vocab_size)
+            own = vocabulary if vocabulary == corpus.tokenizer else None
+            return _announced("opened", _started(corpus, own, reading), quiet)
+        source = sources.text_files(path, skip=Path(data_dir), as_before=reading == 1)
+    can_end = vocabulary.end_token is not None if vocabulary else tokenizer != "char"
+    ends = can_end and reading > 1 and isinstance(source, TextFiles) and len(source.paths) > 1
+    if ends:
+        source = dataclasses.replace(source, ended=True)
+    if tokenizer == "byte" and vocab_size not in (None, 256 + ends):
+        raise _own_size(tokenizer, vocab_size)
+
+    own, statistics = vocabulary, _measure(source)
+    size = (vocab_size or DEFAULT_BPE) if tokenizer == "bpe" else None
+    label = [_file_name(source.name), tokenizer, *([str(size)] if size else []), statistics.sha256[:8]]
+    if vocabulary is not None:
+        label = [_file_name(source.name), vocabulary.kind, f"of-{vocabulary.sha256()[:8]}", statistics.sha256[:8]]
+    elif tokenizer == "gpt2" and gpt2_vocab is not None:
+        vocabulary = Gpt2Tokenizer.from_files(gpt2_vocab)
+    target = Path(data_dir) / "-".join(label)
+    if corpus := _reusable(target, statistics.sha256, vocabulary):
+        verb = "reused"
+    else:
+        vocabulary = vocabulary or _vocabulary(tokenizer, size, source, statistics, ends)
+        verb, corpus = "prepared", _write(target, source, statistics, vocabulary)
+    return _announced(verb, _started(corpus, own, reading), quiet)
+
+
+def _started(corpus: Corpus, vocabulary: Tokenizer | None, reading: int) -> Corpus:
+    """The corpus with a vocabulary that knows a token to start from which is trained: a document's end, if the train
+    split holds one, else its first token. A given vocabulary, and one of a run that reads as before, stay as they are.
+    """
+    if vocabulary is not None:
+        return dataclasses.replace(corpus, tokenizer=vocabulary)
+    if reading == 1:
+        return corpus
+    train, end = corpus.train(), corpus.tokenizer.end_token
+    start = end if end is not None and token_file.holds(train, end) else int(train[0])
+    return dataclasses.replace(corpus, tokenizer=corpus.tokenizer.starting_from(start))
+
+
+def load(path: str | Path, gpt2_vocab: str | None = None) -> Corpus:
+    """Open a prepared folder: train.bin, val.bin and meta.json, or nanoGPT's own with or without meta.pkl.
+
+    Raises:
+        UsageError: a file is missing, empty, of the wrong size or malformed.
+    """
+    path = Path(path)
+    if (path / "meta.json").exists():
+        return _load_ours(path)
+    for file in TOKEN_FILES:
+        if not (path / file).is_file():
+            raise UsageError(f"{path} has no {file}; prepare the text itself with --dataset PATH")
+    meta = path / "meta.pkl"
+    vocabulary = nanogpt_vocabulary.vocabulary(meta) if meta.exists() else Gpt2Tokenizer.from_files(gpt2_vocab)
+    _warn_of_stale_val(path)
+    digest = hashlib.sha256()
+    train, val = (
+        token_file.scan(path / file, nanogpt_vocabulary.DTYPE, vocabulary.vocab_size, digest) for file in TOKEN_FILES
+    )
+    return Corpus(
+        path=path,
+        name=path.resolve().name,
+        tokenizer=vocabulary,
+        dtype=nanogpt_vocabulary.DTYPE,
+        source_sha256=digest.hexdigest(),
+        train_tokens=train,
+        val_tokens=val,
+        val_bytes=None,
+        characters=None,
+        bytes=None,
+    )
+
+
+def _warn_of_stale_val(path: Path) -> None:
+    """Say so where val.bin is older than train.bin, which nanoGPT writes before it: it may be of another text.
+
+    Times of change are all that its folder tells of that, and copying may change them, so this is no error. A folder of
+    ours has the hash of both.
+    """
+    train, val = ((path / file).stat().st_mtime for file in TOKEN_FILES)
+    if train - val > STALE_SECONDS:
+        print(
+            f"warning: {path / 'val.bin'} is {format_seconds(train - val)} older than train.bin; if it is of another "
+            "text, the val loss tells nothing: prepare both again (if not, touch val.bin)",
+            file=sys.stderr,
+        )
+
+
+def _load_ours(path: Path) -> Corpus:
+    try:
+        meta = base.read_json(path / "meta.json")
+        if meta["format"] != FORMAT:
+            raise ValueError(f"its format is {meta['format']!r}, this fastgpt reads {FORMAT}")
+        corpus = Corpus(
+            path=path,
+            name=str(meta["dataset"]),
+            tokenizer=saved.from_json(meta["tokenizer"]),
+            dtype=token_file.dtype_of(meta["vocab_size"]),
+            source_sha256=str(meta["source_sha256"]),
+            train_tokens=int(meta["train"]["tokens"]),
+            val_tokens=int(meta["val"]["tokens"]),
+            val_bytes=int(meta["val"]["bytes"]),
+            characters=int(meta["characters"]),
+            bytes=int(meta["bytes"]),
+        )
+        if (corpus.tokenizer.vocab_size, corpus.dtype) != (meta["vocab_size"], meta["dtype"]):
+            raise ValueError("vocab_size and dtype are not the tokenizer's")
+        hashes = str(meta["train"]["sha256"]), str(meta["val"]["sha256"])
+    except OSError as error:
+        raise UsageError(f"{path / 'meta.json'} cannot be read: {error.strerror}") from None
+    except UsageError as error:
+        raise UsageError(f"{path / 'meta.json'}: {error}") from None
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise UsageError(f"{path / 'meta.json'} is damaged: {reason}; delete {path} and prepare it again") from None
+    for file, tokens, sha256 in zip(TOKEN_FILES, (corpus.train_tokens, corpus.val_tokens), hashes, strict=True):
+        token_file.check(path / file, corpus.tokenizer.vocab_size, tokens, sha256)
+    return corpus
+
+
+def _check_arguments(dataset: str, kind: str, vocab_size: int | None, corpus_file: str | None) -> None:
+    if kind not in saved.KINDS:
+        raise UsageError(f"--tokenizer {kind!r} is not one of {', '.join(saved.KINDS)}")
+    if vocab_size is not None and kind != "bpe" and vocab_size not in saved.FIXED_SIZES.get(kind, ()):
+        raise _own_size(kind, vocab_size)
+    if vocab_size is not None and kind == "bpe":
+        bpe.check_bpe_size(vocab_size)
+    if corpus_file is not None and dataset != "shakespeare":
+        raise UsageError(
+            f"--corpus_file {corpus_file} is a copy of tiny Shakespeare, and --dataset is {dataset}; "
+            f"for your own text use --dataset {corpus_file}"
+        )
+
+
+def _own_size(kind: str, vocab_size: int | None) -> UsageError:
+    return UsageError(f"--vocab_size {vocab_size} is for --tokenizer bpe; --tokenizer {kind} has its own, leave it out")
+
+
+def _check_prepared(corpus: Corpus, kind: str, vocab_size: int | None) -> None:
+    own = corpus.tokenizer
+    if kind not in ("char", own.kind) or vocab_size not in (None, own.vocab_size):
+        asked = f"--tokenizer {kind}" + (f" --vocab_size {vocab_size}" if vocab_size else "")
+        raise UsageError(
+            f"{asked}: {corpus.path} is already prepared with {own.kind}, {counted(own.vocab_size, 'token')}; "
+            "leave it out, or give --dataset the text itself"
+        )
+
+
+def _find(dataset: str, data_dir: Path) -> Path:
+    """The file or folder that `dataset` means, when it is none of `NAMES`."""
+    prepared = data_dir / dataset
+    try:
+        if dataset and Path(dataset).exists():
+            return Path(dataset)
+        if dataset and any((prepared / file).exists() for file in TOKEN_FILES):
+            return prepared
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise UsageError(f"--dataset {shown(dataset)} cannot be read: {error.strerror}") from None
+    known = [*NAMES, *sorted(p.parent.name for p in data_dir.glob("[!.]*/train.bin"))]
+    more = f" and {len(known) - 8} more in {data_dir}" if len(known) > 8 else ""
+    raise UsageError(
+        f"--dataset {shown(dataset)} is no file or folder and no known name ({', '.join(known[:8])}{more})"
+        f"{nearest(dataset, known)}"
+    )
+
+
+def located(dataset: str, data_dir: str) -> str:
+    """The dataset as it is found from any working folder: a known name as it is, else an absolute path.
+
+    Raises:
+        UsageError: there is none.
+    """
+    return dataset if dataset in NAMES else files.absolute(_find(dataset, Path(data_dir)))
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", name)[:40].strip(".") or "corpus"
+
+
+def _announced(verb: str, corpus: Corpus, quiet: bool) -> Corpus:
+    if not quiet:
+        tokens = corpus.train_tokens + corpus.val_tokens
+        amount = counted(tokens, "token") if corpus.characters is None else counted(corpus.characters, "character")
+        print(
+            f"{verb} {corpus.name}: {amount}, {counted(corpus.tokenizer.vocab_size, 'token')} in the vocabulary "
+            f"-> {corpus.path}",
+            file=sys.stderr,
+        )
+    return corpus
+
+
+def _measure(source: Source) -> Statistics:
+    """The first pass. Raises `UsageError` when the text is too short to have a training and a val part.
+
+    The hash is that of the text; the end of a document counts as a byte that UTF-8 has not.
+    """
+    digest, characters, length = hashlib.sha256(), 0, 0
+    seen = np.zeros(sys.maxunicode + 1, dtype=bool)
+    for text in source.texts():
+        if text is None:
+            digest.update(b"\xff")
+            continue
+        data = text.encode()
+        digest.update(data)
+        characters += len(text)
+        length += len(data)
+        seen[np.frombuffer(text.encode("utf-32-le"), dtype="<u4")] = True
+    if characters < 2:
+        what = "is empty" if characters == 0 else "has 1 character"
+        raise UsageError(
+            f"--dataset {source.name} {what}; a corpus needs at least 2 characters, "
+            "one to train on and one to validate with"
+        )
+    chars = "".join(map(chr, np.flatnonzero(seen)))
+    return Statistics(digest.hexdigest(), characters, length, chars)
+
+
+def _vocabulary(kind: str, size: int | None, source: Source, statistics: Statistics, ends: bool) -> Tokenizer:
+    if kind == "char":
+        return CharTokenizer(statistics.chars)
+    if kind == "byte":
+        return ByteTokenizer(ends)
+    if kind == "gpt2":
+        return Gpt2Tokenizer.from_files()
+    train_end = int(TRAIN_SHARE * statistics.characters)
+    pieces = sources.chunks(sources.span(source.texts(), 0, train_end))
+    return BpeTokenizer.train((text for text in pieces if text is not None), size or DEFAULT_BPE, ends)
+
+
+def _reusable(target: Path, sha256: str, vocabulary: Tokenizer | None) -> Corpus | None:
+    """The corpus at `target`; None when it is missing, damaged, or of another text or given vocabulary."""
+    if not target.exists():
+        return None
+    try:
+        corpus = load(target)
+    except UsageError:
+        return None
+    same = corpus.source_sha256 == sha256 and vocabulary in (None, corpus.tokenizer)
+    return corpus if same else None
+
+
+def _write(target: Path, source: Source, statistics: Statistics, vocabulary: Tokenizer) -> Corpus:
+    """The second pass, into a hidden sibling of `target` that takes its place when it is whole."""
+    train_end = int(TRAIN_SHARE * statistics.characters)
+    try:
+        with scratch_folder(target) as temporary:
+            train = token_file.write(temporary / "train.bin", sources.span(source.texts(), 0, train_end), vocabulary)
+            val = token_file.write(temporary / "val.bin", sources.span(source.texts(), train_end), vocabulary)
+            if train["bytes"] + val["bytes"] != statistics.bytes:
+                raise UsageError(f"--dataset {source.name} changed while it was read; run again when it is complete")
+            meta = {
+                "format": FORMAT,
+                "dataset": source.name,
+                "source_sha256": statistics.sha256,
+                "characters": statistics.characters,
+                "bytes": statistics.bytes,
+                "vocab_size": vocabulary.vocab_size,
+                "dtype": token_file.dtype_of(vocabulary.vocab_size),
+                "train": train,
+                "val": val,
+                "tokenizer": vocabulary.to_json(),
+            }
+            files.write(temporary / "meta.json", [json.dumps(meta, indent=1).encode()])
+            _publish(temporary, target, statistics.sha256, vocabulary)
+    except OSError as error:
+        raise UsageError(
+            f"--data_dir {target.parent}: cannot write {target.name}: {error.strerror}; name another"
+        ) from None
+    return load(target)
+
+
+def _publish(temporary: Path, target: Path, sha256: str, vocabulary: Tokenizer) -> None:
+    """Rename `temporary` to `target`; what another process has finished there meanwhile is kept."""
+    try:
+        temporary.rename(target)
+    except OSError:
+        if _reusable(target, sha256, vocabulary) is not None:
+            return
+        target.rename(temporary.with_name(temporary.name + ".damaged"))
+        temporary.rename(target)

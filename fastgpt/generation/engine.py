@@ -1,0 +1,484 @@
+"""Many prompts at once: requests in, continuations out, over one paged cache.
+
+    engine = Engine(generator.model, generator.tokenizer)
+    for completion in engine.generate(["The ", "A "], SamplingParams(max_new_tokens=50)):
+        print(completion.text)
+
+Each step, the `Scheduler` says which tokens to compute, the `Runner` computes them, the `Sampler` draws the next ones,
+and the `Engine` gives them to their requests. What a request draws depends on its own prompt, settings and seed, and
+not on what runs beside it; only equal prompts with equal seeds, given together, are numbered and draw apart.
+"""
+
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from fastgpt.config.fields import validate
+from fastgpt.config.generation import SPECULATION, SamplingParams
+from fastgpt.errors import UsageError
+from fastgpt.generation.compiled_decoder import CompiledDecoder
+from fastgpt.generation.ngram import NgramProposer
+from fastgpt.generation.random_stream import Occurrences, prompt_digest, stream_key
+from fastgpt.generation.request import Completion, Piece, Prompt, Stats, Timings, prompt_tokens
+from fastgpt.generation.runner import Runner
+from fastgpt.generation.sampler import NOT_DRAWN, Drawn, Sampler, not_numbers
+from fastgpt.generation.scheduler import Chunk, LastToken, Plan, Sample, Scheduler
+from fastgpt.model.gpt import GPT
+from fastgpt.model.kv_cache import PagedCache, pages_that_fit
+from fastgpt.system.device import send, synchronize
+from fastgpt.system.units import counted
+from fastgpt.tokenizer.base import Tokenizer
+from fastgpt.tokenizer.detokenizer import Detokenizer
+
+DRAFTS = 5  # tokens that a guess has at most
+
+
+@dataclass(eq=False, slots=True)
+class _Sink:
+    """Where the pieces of requests go that were given together; `open`: their continuations that are not finished."""
+
+    pieces: list[Piece] = field(default_factory=list)
+    open: int = 0
+
+    def take(self) -> list[Piece]:
+        """What has come since the last time."""
+        pieces, self.pieces = self.pieces, []
+        return pieces
+
+
+@dataclass(eq=False)
+class _Request:
+    """A prompt with its continuations that are under way."""
+
+    number: int  # in the order of submission
+    index: int  # what its pieces and completions are called
+    sink: _Sink
+    prompt: Prompt
+    params: SamplingParams
+    submitted: float
+    samples: dict[Sample, None] = field(default_factory=dict)  # those that are not finished
+    started: float | None = None
+    first_token: float | None = None
+
+    def timings(self, now: float) -> Timings:
+        since = [None if moment is None else moment - self.submitted for moment in (self.started, self.first_token)]
+        return Timings(*since, finished=now - self.submitted)
+
+
+@dataclass(eq=False, slots=True)
+class _Output:
+    """What one sample has given out, and what it has not yet.
+
+    `length`: of prompt and continuation, at which it ends.
+    """
+
+    request: _Request
+    number: int  # of the continuation
+    length: int
+    stop_tokens: Sequence[int]
+    detokenizer: Detokenizer | None
+    logprobs: list[tuple[float, list[tuple[int, float]]]] | None
+    first_token: float | None = None
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+
+
+class Engine:
+    """Continues many prompts at once.
+
+    Attributes:
+        stats: counts and times so far.
+        scheduler: who waits and who runs; `scheduler.allocator` knows the pages.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer | None = None,
+        *,
+        max_batch: int = 64,
+        max_batch_tokens: int = 2048,
+        page_size: int = 16,
+        kv_memory: int | None = None,
+        prefix_cache: bool = True,
+        speculate: str = "none",
+        slide: bool = False,
+        compile: bool = False,
+        decoder: CompiledDecoder | None = None,
+        cuda_graphs: bool = True,
+    ):
+        """
+        Args:
+            model: in evaluation mode, on any device.
+            tokenizer: for prompts that are text; without one prompts are token ids, and completions have no text.
+            max_batch: sequences that run at once.
+            max_batch_tokens: tokens of one forward pass; longer prompts are read in chunks.
+            page_size: positions in a page.
+            kv_memory: bytes for pages, of which there are at most 262,144; default: 80% of the free memory of a GPU,
+                25% elsewhere.
+            prefix_cache: compute prompts that begin alike once, and keep them as long as there is room.
+            speculate: "ngram" guesses tokens from the text itself and checks them all in one pass; outputs stay.
+            slide: go on past block_size with the last block_size tokens, each token at the cost of a prefill;
+                otherwise a request ends there, and a longer prompt is an error.
+            compile: torch.compile the forward pass.
+            decoder: the compiled model (CPU only), for a single sequence.
+            cuda_graphs: capture decode steps on CUDA.
+
+        Raises:
+            UsageError: a setting outside its limits, memory for less than one page, or more than is free.
+        """
+        for name, value in (("max_batch", max_batch), ("max_batch_tokens", max_batch_tokens), ("page_size", page_size)):
+            if value < 1:
+                raise UsageError(f"--{name} {value} must be at least 1")
+        if speculate not in SPECULATION:
+            raise UsageError(f"--speculate {speculate!r} is not one of {', '.join(SPECULATION)}")
+        self.model, self.tokenizer, self.slide, self.speculate = model, tokenizer, slide, speculate
+        config, device, dtype = model.config, model.device, model.dtype
+        self.block_size, self.vocab_size = config.block_size, config.vocab_size or 0
+        pages = pages_that_fit(config, page_size, dtype, device, kv_memory)
+        self.cache = PagedCache(config, pages, page_size, device=device, dtype=dtype, prefix_cache=prefix_cache)
+        self.scheduler = Scheduler(
+            self.cache,
+            self.block_size,
+            max_batch=max_batch,
+            max_batch_tokens=max_batch_tokens,
+            drafts=DRAFTS,
+        )
+        self.runner = Runner(
+            model, self.cache, max_batch=max_batch, compile=compile, decoder=decoder, graphs=cuda_graphs
+        )
+        self.sampler = Sampler(max_batch, self.vocab_size, device)
+        self.stats = Stats()
+        self._submitted = 0
+        self._requests: dict[int, _Request] = {}  # those that are not finished
+        self._outputs: dict[Sample, _Output] = {}  # of those that are not finished
+        self._slots: list[Sample | None] = [None] * max_batch  # whose settings the sampler holds
+        self._ready = _Sink()  # of what was submitted
+
+    @property
+    def busy(self) -> bool:
+        """Whether `step` has anything to do or to tell."""
+        return bool(self._requests or self._ready.pieces)
+
+    @property
+    def queued(self) -> int:
+        """How many continuations have no place in the batch yet."""
+        return len(self._outputs) - len(self.scheduler.running)
+
+    def generate(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Completion]:
+        """The continuations of all prompts, in their order, `num_samples` of each; `index` is the prompt's place.
+
+        See `stream` and `submit`.
+        """
+        done = [piece.completion for piece in self.stream(prompts, params) if piece.completion]
+        return sorted(done, key=lambda completion: (completion.index, completion.sample))
+
+    def stream(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        wanted: Sequence[Sequence[int]] | None = None,
+    ) -> Iterator[Piece]:
+        """The pieces of all continuations, as they come; `index` is the prompt's place among these.
+
+        Closing the iterator cancels what is not finished. Several streams may be read in turns.
+
+        Args:
+            prompts: text or token ids.
+            params: for all prompts, or for each.
+            wanted: the numbers of the continuations to make of each prompt; default all. A prompt of which none is
+                wanted still counts among equal ones, so that the others draw what they would beside it.
+
+        Raises:
+            UsageError: settings outside their limits, or not as many of them as prompts, at once; the prompts are
+                submitted when the iterator is asked for its first piece.
+        """
+        if isinstance(prompts, str):
+            raise UsageError("prompts must be a list; pass [prompt] for a single one")
+        each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
+        if len(each) != len(prompts):
+            raise UsageError(
+                f"{counted(len(each), 'setting')} for {counted(len(prompts), 'prompt')}; give one, or one for each"
+            )
+        for one in {id(one): one for one in each}.values():
+            validate(one)
+        numbers = [range(one.num_samples) for one in each] if wanted is None else wanted
+        return self._pieces(prompts, each, numbers)
+
+    def _pieces(
+        self, prompts: Sequence[Prompt], each: Sequence[SamplingParams], wanted: Sequence[Sequence[int]]
+    ) -> Iterator[Piece]:
+        sink = _Sink()
+        equal = Occurrences()
+        own = [
+            self._submit(prompt, one, index, sink, numbers, equal)
+            for index, (prompt, one, numbers) in enumerate(zip(prompts, each, wanted, strict=True))
+        ]
+        try:
+            while True:
+                yield from sink.take()
+                if not sink.pieces:  # the engine may have been called in between
+                    if not sink.open:
+                        return
+                    self._advance()
+        finally:
+            for request in own:
+                self._cancel(request)
+
+    def submit(self, prompt: Prompt, params: SamplingParams | None = None) -> int:
+        """Put a request at the end of the queue; its number, which `step` gives its pieces.
+
+        A prompt that cannot be continued ends at once with "error" (unknown characters or token ids, longer than
+        block_size, more pages than there are), and no other request is touched by that.
+
+        Raises:
+            UsageError: settings outside their limits.
+        """
+        params = params or SamplingParams()
+        validate(params)
+        numbers = range(params.num_samples)
+        return self._submit(prompt, params, self._submitted, self._ready, numbers, Occurrences()).number
+
+    def _submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        index: int,
+        sink: _Sink,
+        wanted: Sequence[int],
+        equal: Occurrences,
+    ) -> _Request:
+        """`index`: what its pieces are called, which go to `sink`; `equal`: numbers it among those given together."""
+        request = _Request(self._submitted, index, sink, prompt, params, time.perf_counter())
+        self._submitted += 1
+        try:
+            tokens = prompt_tokens(prompt, self.tokenizer, self.vocab_size)
+            digest = prompt_digest(tokens)
+            occurrence = equal.number(digest, params.seed)
+            self._check(tokens, params)
+        except UsageError as error:
+            if wanted:
+                sink.pieces.append(self._refusal(request, wanted[0], str(error)))
+            return request
+        if not wanted:
+            return request
+        if self.slide and not params.penalizes:
+            # Nothing reads what is before the window, and each continuation would copy it.
+            tokens = tokens[-self.block_size :]
+        length = len(tokens) + params.max_new_tokens
+        if not self.slide:
+            length = min(length, self.block_size + 1)
+        for number in wanted:
+            key = stream_key(digest, params.seed, occurrence, number)
+            sample = Sample((request.number, number), tokens, len(tokens), params, key=key)
+            if self.speculate == "ngram" and not params.penalizes:  # a guess is made without regard to them
+                sample.proposer = NgramProposer()
+            request.samples[sample] = None
+            sink.open += 1
+            detokenizer = Detokenizer(self.tokenizer, params.stop, tokens) if self.tokenizer else None
+            logprobs = None if params.logprobs is None else []
+            self._outputs[sample] = _Output(request, number, length, params.stop_tokens, detokenizer, logprobs)
+        self._requests[request.number] = request
+        if params.max_new_tokens == 0:
+            for sample in list(request.samples):
+                self._finish(request, sample, "length")
+            return request
+        leader, *leader.siblings = request.samples
+        self.scheduler.add(leader)
+        return request
+
+    def cancel(self, number: int) -> None:
+        """End the continuations of a request that was submitted; nothing happens to one that is finished or unknown.
+
+        Those of a stream end when it is closed.
+        """
+        if request := self._requests.get(number):
+            self._cancel(request)
+
+    def _cancel(self, request: _Request) -> None:
+        for sample in list(request.samples):
+            self._finish(request, sample, "cancelled")
+
+    def step(self) -> list[Piece]:
+        """One forward pass, and what it and everything before it has to tell.
+
+        After an exception (out of memory, Ctrl-C) every request is still there, and computed anew.
+        """
+        self._advance()
+        return self._ready.take()
+
+    def _advance(self) -> None:
+        try:
+            plan = self.scheduler.plan()
+            if plan.chunks:
+                began = time.perf_counter()
+                turns, drawn = self._compute(plan, began)
+                self._count(plan, time.perf_counter() - began)
+                self._accept(turns, drawn)
+        except BaseException:
+            self.scheduler.start_over()
+            self._slots = [None] * len(self._slots)  # the sampler may have counted what nobody was given
+            raise
+
+    def _compute(self, plan: Plan, now: float) -> tuple[Sequence[Chunk | LastToken], Sequence[Drawn]]:
+        """Run a step: the chunks that predict, and what was drawn after the last token and each guess of each."""
+        logits = self.runner(plan)
+        if plan.batch:
+            return plan.chunks, self.sampler(logits, plan.batch.slots, plan.batch.generated).to_host()
+        turns, logits = self._begin_turns(plan, logits, now)
+        if not turns:
+            synchronize(self.runner.device)  # so that the step's time is its own
+            return [], []
+        for turn in turns:
+            if self._slots[turn.sample.slot] is not turn.sample:
+                self._give_slot(turn.sample)
+        slots = [turn.sample.slot for turn in turns for _ in range(turn.rows)]
+        indices = [turn.sample.generated + i for turn in turns for i in range(turn.rows)]
+        return turns, self.sampler(logits, slots, indices).to_host()
+
+    def _begin_turns(
+        self, plan: Plan, logits: torch.Tensor, now: float
+    ) -> tuple[list[Chunk | LastToken], torch.Tensor]:
+        """The chunks that predict, with one for each continuation that forks from one of them, and their logits."""
+        turns: list[Chunk | LastToken] = []
+        begins, end = [], 0
+        for chunk in plan.chunks:
+            if chunk.reading:
+                request = self._requests[chunk.sample.order[0]]
+                request.started = request.started or now
+            if chunk.rows:
+                turns.append(chunk)
+                begins.append(end)
+                if chunk.sample.siblings:
+                    forked = self._start_siblings(chunk.sample)
+                    turns += [Chunk(sibling, 0, [], [], True, 1) for sibling in forked]
+                    begins += [end] * len(forked)
+                end += chunk.rows
+        rows = [begin + i for turn, begin in zip(turns, begins, strict=True) for i in range(turn.rows)]
+        if len(rows) > end:  # continuations of one prompt share a row
+            logits = logits[send(torch.tensor(rows), self.runner.device)]
+        return turns, logits
+
+    def _start_siblings(self, leader: Sample) -> list[Sample]:
+        """Fork the continuations that waited for this one; those without a place go to the front of the queue."""
+        forked = []
+        while leader.siblings and self.scheduler.fork(leader, leader.siblings[0]):
+            forked.append(leader.siblings.pop(0))
+        self.scheduler.put_back(leader.siblings)
+        leader.siblings.clear()
+        return forked
+
+    def _give_slot(self, sample: Sample) -> None:
+        """Tell the sampler whose slot it is, which was another's."""
+        self._slots[sample.slot] = sample
+        end = sample.prompt_length
+        self.sampler.begin(sample.slot, sample.params, sample.tokens[:end], sample.tokens[end:], key=sample.key)
+
+    def _accept(self, turns: Sequence[Chunk | LastToken], drawn: Sequence[Drawn]) -> None:
+        """Give each sequence its new tokens: up to the first that was guessed wrong, or that ends it."""
+        decoded, each = 0, iter(drawn)
+        new = tuple.__new__  # as Piece(...), in a fraction of its time
+        for turn, latest in zip(turns, each, strict=False):
+            sample, draft = turn.sample, turn.draft
+            output = self._outputs[sample]
+            request, reason = output.request, self._append(sample, output, latest)
+            if draft:
+                for guess, after in zip(draft, list(itertools.islice(each, len(draft))), strict=True):
+                    if reason or guess != latest.token:
+                        break
+                    self.stats.accepted += 1
+                    reason, latest = self._append(sample, output, after), after
+                self.stats.proposed += len(draft)
+            if not turn.reading:
+                decoded += len(output.tokens)
+            if reason:
+                self._finish(request, sample, reason)
+                continue
+            if draft and sample.table is not None:
+                self.scheduler.allocator.truncate(sample.table, len(sample.tokens) - 1)
+            request.sink.pieces.append(new(Piece, (request.index, output.number, output.text, output.tokens, None)))
+            output.text, output.tokens = "", []
+        self.stats.decode_tokens += decoded
+
+    def _append(self, sample: Sample, output: _Output, drawn: Drawn) -> str | None:
+        """Add a token; why the continuation ends with it, or None."""
+        token, logprob, top = drawn
+        if token == NOT_DRAWN:
+            return "error"
+        if output.first_token is None:
+            output.first_token, request = time.perf_counter(), output.request
+            if request.first_token is None:
+                request.first_token = output.first_token
+                self.stats.first_token_seconds.append(request.first_token - request.submitted)
+        if token in output.stop_tokens:
+            return "stop"
+        sample.tokens.append(token)
+        output.tokens.append(token)
+        if logprob is not None and output.logprobs is not None:
+            output.logprobs.append((logprob, top or []))
+        if detokenizer := output.detokenizer:
+            output.text += detokenizer.push(token)
+            if detokenizer.stopped:
+                return "stop"
+        return "length" if len(sample.tokens) >= output.length else None
+
+    def _finish(self, request: _Request, sample: Sample, reason: str) -> None:
+        self.scheduler.drop(sample)
+        output, now = self._outputs[sample], time.perf_counter()
+        if output.detokenizer:
+            output.text += output.detokenizer.finish()
+        if output.first_token is not None and sample.generated > 1:
+            self.stats.token_seconds.append((now - output.first_token) / (sample.generated - 1))
+        completion = Completion(
+            request.index,
+            sample.order[1],
+            request.prompt,
+            output.detokenizer.text if output.detokenizer else "",
+            sample.tokens[sample.prompt_length :],
+            reason,
+            request.timings(now),
+            not_numbers(len(sample.tokens)) if reason == "error" else None,
+            logprobs=output.logprobs,
+        )
+        request.sink.pieces.append(Piece(request.index, sample.order[1], output.text, output.tokens, completion))
+        request.sink.open -= 1
+        del self._outputs[sample]
+        del request.samples[sample]
+        if not request.samples:
+            del self._requests[request.number]
+
+    def _refusal(self, request: _Request, sample: int, error: str) -> Piece:
+        waited = Timings(None, None, time.perf_counter() - request.submitted)
+        completion = Completion(request.index, sample, request.prompt, "", [], "error", waited, error)
+        return Piece(request.index, sample, "", [], completion)
+
+    def _check(self, tokens: Sequence[int], params: SamplingParams) -> None:
+        """Raises `UsageError` for a request that can never run, even alone."""
+        if params.stop and self.tokenizer is None:
+            raise UsageError("a stop text needs a tokenizer; pass stop_tokens instead")
+        if not self.slide and len(tokens) > self.block_size:
+            raise UsageError(
+                f"the prompt has {counted(len(tokens), 'token')}, and the model's context (block_size) "
+                f"{self.block_size:,}; shorten it, or let the window slide"
+            )
+        allocator = self.scheduler.allocator
+        needed = allocator.pages_for(self.scheduler.most_positions(len(tokens), params.max_new_tokens))
+        if needed > allocator.pages:
+            raise UsageError(
+                f"prompt and continuation may need {counted(needed, 'page')} of "
+                f"{counted(allocator.page_size, 'token')}, and the cache has {allocator.pages:,}; "
+                "raise --kv_memory, or lower --max_new_tokens"
+            )
+
+    def _count(self, plan: Plan, seconds: float) -> None:
+        """Count a step whose forward pass is done and whose tokens are on the host."""
+        self.stats.steps += 1
+        self.stats.prefill_tokens += plan.read
+        self.stats.prefill_seconds += seconds * plan.read / plan.tokens
+        self.stats.decode_seconds += seconds * (plan.tokens - plan.read) / plan.tokens

@@ -1,0 +1,108 @@
+"""What an engine takes and gives: prompts, checked, and their continuations with the times they took."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from fastgpt.errors import UsageError
+from fastgpt.system.units import counted
+from fastgpt.tokenizer.base import Tokenizer
+
+Prompt = str | Sequence[int]  # text, or token ids
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds from the submission of a request; None for what did not happen."""
+
+    started: float | None  # its first tokens were computed
+    first_token: float | None
+    finished: float
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished continuation.
+
+    Attributes:
+        index: the prompt's place among those given together; of `Engine.submit`, the number of the request.
+        sample: number of the continuation, below `SamplingParams.num_samples`.
+        text: the continuation, without the prompt, the stop text and all behind it; empty without a tokenizer.
+        tokens: the generated tokens, with the one that completed a stop text, without a stop token.
+        finish_reason: "stop" (a stop text or token), "length" (max_new_tokens, or the end of block_size),
+            "cancelled" or "error".
+        error: with "error", what is wrong and what to do. A prompt that cannot be continued has one completion; logits
+            that are not numbers end only the continuation that met them.
+        logprobs: with `SamplingParams.logprobs`, for each token its log-probability and those of the likeliest
+            tokens by id, in nats, under the model itself: before penalties, temperature and filters.
+    """
+
+    index: int
+    sample: int
+    prompt: Prompt
+    text: str
+    tokens: list[int]
+    finish_reason: str
+    timings: Timings
+    error: str | None = None
+    logprobs: list[tuple[float, list[tuple[int, float]]]] | None = None
+
+    @property
+    def refused(self) -> bool:
+        """Whether the prompt cannot be continued at all: there is no other completion of it."""
+        return self.error is not None and self.timings.started is None
+
+
+class Piece(NamedTuple):
+    """What was added to a continuation; the last one of each carries its `completion`."""
+
+    index: int
+    sample: int
+    text: str
+    tokens: list[int]
+    completion: Completion | None = None
+
+
+@dataclass
+class Stats:
+    """Counts and times so far. A step's seconds are shared between prefill and decode by the tokens it computed."""
+
+    steps: int = 0
+    prefill_tokens: int = 0  # computed to read prompts, or to read again after a preemption
+    prefill_seconds: float = 0.0
+    decode_tokens: int = 0  # generated, but for those that a prefill yields: the first, and one after a preemption
+    decode_seconds: float = 0.0
+    proposed: int = 0  # guesses
+    accepted: int = 0  # right ones
+    first_token_seconds: list[float] = field(default_factory=list)  # of each request, from its submission
+    token_seconds: list[float] = field(default_factory=list)  # of each continuation, a token's average after the first
+
+
+def prompt_tokens(prompt: Prompt, tokenizer: Tokenizer | None, vocab_size: int) -> list[int]:
+    """The ids of a prompt, at least one: an empty one begins with the tokenizer's start token.
+
+    Raises:
+        UsageError: neither text nor ids, an id outside the vocabulary, a character that the tokenizer does not know,
+            or text, or nothing, without a tokenizer.
+    """
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise UsageError("a prompt of text needs a tokenizer; pass token ids instead")
+        tokens = tokenizer.encode(prompt).tolist()
+    else:
+        tokens = _whole_numbers(prompt)
+        unknown = next((token for token in tokens if not 0 <= token < vocab_size), None)
+        if unknown is not None:
+            raise UsageError(f"token {unknown} is outside the vocabulary of {counted(vocab_size, 'token')}")
+    if tokens:
+        return tokens
+    if tokenizer is None:
+        raise UsageError("an empty prompt needs a tokenizer, which knows what to start from; pass a token id")
+    return [tokenizer.start_token]
+
+
+def _whole_numbers(prompt: Sequence[int]) -> list[int]:
+    try:
+        return [token.__index__() for token in prompt]
+    except (AttributeError, TypeError):
+        raise UsageError(f"a prompt is text or a list of token ids, not {prompt!r:.60}") from None

@@ -1,0 +1,400 @@
+"""Which tokens of which requests the next forward pass computes: continuous batching over a paged cache.
+
+Every step gives each running sequence what it lacks, oldest first: one token while it is decoded, a chunk while its
+prompt is read, both in the same step, up to `max_batch_tokens`. A finished sequence's place is taken in the next step
+(Yu et al., 2022, "Orca", section 4.1). Where pages run out, the youngest sequence gives up its own and is computed anew
+later (recomputation: Kwon et al., 2023, section 4.5), so the oldest always goes on.
+"""
+
+import bisect
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from operator import itemgetter
+
+import numpy as np
+
+from fastgpt.config.generation import SamplingParams
+from fastgpt.generation.ngram import NgramProposer
+from fastgpt.model.kv_cache import PagedCache
+from fastgpt.model.pages import BlockAllocator, BlockTable, OutOfPages
+
+
+@dataclass(eq=False, slots=True)
+class Sample:
+    """One continuation under way: its tokens, and while it runs its pages and its slot.
+
+    Attributes:
+        order: place in the queue: (number of the request, number of the continuation).
+        tokens: prompt and continuation.
+        start: the first token of the window; 0 until the window slides.
+        slot: its place in the batch, -1 while it waits.
+        decoding: its chunk in every step that decodes it.
+        granted: positions below it have a place of its own, and only decoding goes on there: nothing is to be asked.
+        siblings: continuations of the same prompt that wait for this one to have read it.
+        key: of its random stream.
+    """
+
+    order: tuple[int, int]
+    tokens: list[int]
+    prompt_length: int
+    params: SamplingParams
+    start: int = 0
+    slot: int = -1
+    table: BlockTable | None = None
+    decoding: "LastToken | None" = None
+    granted: int = 0
+    proposer: NgramProposer | None = None
+    siblings: list["Sample"] = field(default_factory=list)
+    key: bytes = b""
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - self.prompt_length
+
+
+@dataclass(slots=True)
+class Chunk:
+    """Tokens that a step computes for one sequence; `draft` ends them with tokens that are only guessed."""
+
+    sample: Sample
+    first: int  # position of the first one in the window
+    tokens: list[int]
+    draft: list[int]
+    reading: bool  # of a prompt, or again after a preemption
+    rows: int  # how many of its last tokens predict: none before the end of a prompt, else one and one a guess
+
+
+@dataclass(eq=False, slots=True)
+class LastToken:
+    """The chunk of a sequence that decodes, good for all its steps: it reads where the sequence stands."""
+
+    sample: Sample
+    draft: list[int] = field(default_factory=list)
+    reading: bool = False
+    rows: int = 1
+
+    @property
+    def first(self) -> int:
+        assert self.sample.table is not None
+        return self.sample.table.length - 1
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.sample.tokens[-1:]
+
+
+class DecodeBatch:
+    """Running sequences that all decode, kept from step to step until one comes or goes.
+
+    Each step is the one before, one position on, so only a sequence at the end of its pages is visited by itself.
+
+    Attributes:
+        chunks, samples, tables, slots: one of each for each sequence, oldest first.
+        longs: int64 (3, B): the tokens that the step computes, their positions and their places in the pages.
+        ints: int32 (2, B): slots, and lengths with the step's token.
+        step: how many steps lie behind it.
+        full: by step, the numbers of the sequences whose pages are full when it begins.
+    """
+
+    def __init__(self, chunks: list[LastToken], page_size: int):
+        """The first step, which the block tables already count."""
+        self.chunks = chunks
+        self.samples = [chunk.sample for chunk in chunks]
+        self.tables = [sample.table for sample in self.samples if sample.table is not None]
+        self.slots = [sample.slot for sample in self.samples]
+        lengths = [table.length for table in self.tables]
+        pages = [table.pages[(table.length - 1) // page_size] for table in self.tables]
+        self._texts = [sample.tokens for sample in self.samples]
+        self._prompts = np.array([sample.prompt_length for sample in self.samples], np.int32)
+        self.longs, self.ints = np.array([pages, lengths, pages], np.int64), np.array([self.slots, lengths], np.int32)
+        self.longs[1] -= 1
+        self.longs[2] = self.longs[2] * page_size + self.longs[1] % page_size
+        self.step = 0
+        self.full: defaultdict[int, list[int]] = defaultdict(list)
+        for i, (sample, length) in enumerate(zip(self.samples, lengths, strict=True)):
+            self.full[sample.granted - length + 1].append(i)
+        self._read()
+
+    def advance(self) -> None:
+        """Move to the next step, but for the places in pages that are new."""
+        self.step += 1
+        self.longs[1:] += 1
+        self.ints[1] += 1
+        self._read()
+
+    @property
+    def generated(self) -> list[int]:
+        """`Sample.generated` of each, before the step."""
+        return (self.ints[1] - self._prompts).tolist()
+
+    def _read(self) -> None:
+        self.longs[0] = np.fromiter(map(itemgetter(-1), self._texts), np.int64, len(self._texts))
+
+
+@dataclass(slots=True)
+class Plan:
+    """One step. It is good until the next is planned, which may use its chunks again.
+
+    Attributes:
+        chunks: those of one token first, then the longer ones; each kind oldest first.
+        decoding: how many of them are of one token.
+        rows: how many tokens predict.
+        tokens, read: how many tokens are computed, and how many of them are of prompts, or of a preempted sequence.
+        changed: the sequences whose pages may have changed since the step before, and all that have just got a slot.
+        batch: all chunks, where every running sequence decodes.
+    """
+
+    chunks: Sequence[Chunk | LastToken] = ()
+    decoding: int = 0
+    rows: int = 0
+    tokens: int = 0
+    read: int = 0
+    changed: list[Sample] = field(default_factory=list)
+    batch: DecodeBatch | None = None
+
+
+class Scheduler:
+    """The queue, and the sequences that run; see the module.
+
+    Attributes:
+        hits: tokens of prompts that were found in cached pages instead of being computed.
+        preemptions: how many times a sequence lost its pages.
+    """
+
+    def __init__(
+        self,
+        cache: PagedCache,
+        block_size: int,
+        *,
+        max_batch: int,
+        max_batch_tokens: int,
+        drafts: int = 0,
+    ):
+        """`drafts`: tokens that a guess has at most."""
+        self.cache, self.block_size, self.drafts = cache, block_size, drafts
+        self.max_batch, self.max_batch_tokens = max_batch, max_batch_tokens
+        self.waiting: OrderedDict[Sample, None] = OrderedDict()  # by their order; out of it at once, wherever it is
+        self.running: list[Sample] = []  # oldest first
+        self.hits, self.preemptions = 0, 0
+        self._slots = list(reversed(range(max_batch)))
+        self._batch: DecodeBatch | None = None  # what the last step computed, if no sequence has come or gone since
+        self._refused: tuple[Sample, int] | None = None  # who was not let in, and with how many free pages
+
+    @property
+    def allocator(self) -> BlockAllocator:
+        return self.cache.allocator
+
+    def most_positions(self, prompt: int, new: int) -> int:
+        """The cached positions that a continuation comes to need: its last token is never an input."""
+        return min(prompt + new - 1, self.block_size)
+
+    def add(self, sample: Sample) -> None:
+        """Put a sequence at the end of the queue."""
+        self.waiting[sample] = None
+
+    def plan(self) -> Plan:
+        """The next step; without chunks when nothing waits or runs. Pages are reserved, and tables count new tokens.
+
+        All that predicted in the step before have got a token since, or were dropped.
+        """
+        budget, one, many, asked, changed = self.max_batch_tokens, [], [], [], []
+        batch, self._batch = self._batch, None
+        if batch and self._advance(batch, changed):
+            one += batch.chunks
+            budget -= len(one)
+        else:
+            batch = None
+            for sample in self.running.copy():
+                if budget == 0:
+                    break
+                table, chunk = sample.table, sample.decoding
+                if table is None:  # it has just lost its pages to an older one
+                    continue
+                if (
+                    chunk is not None
+                    and len(sample.tokens) == table.length + 1
+                    and (table.length < sample.granted or self._grant(sample, table, changed))
+                ):
+                    table.length += 1
+                    if table.length == sample.granted:
+                        self._publish(sample)
+                    one.append(chunk)
+                    budget -= 1
+                elif (chunk := self._next_chunk(sample, budget)) is not None:
+                    asked.append(chunk)
+                    (one if len(chunk.tokens) == 1 else many).append(chunk)
+                    budget -= len(chunk.tokens)
+        while budget and self.waiting and self._slots and self._admit(sample := next(iter(self.waiting))):
+            del self.waiting[sample]
+            chunk = self._chunk(sample, budget, [])
+            asked.append(chunk)
+            (one if len(chunk.tokens) == 1 else many).append(chunk)
+            budget -= len(chunk.tokens)
+        if not asked and one and len(one) == len(self.running):
+            self._batch = batch or DecodeBatch(one, self.allocator.page_size)
+        chunks, spent = one + many, self.max_batch_tokens - budget
+        rows = len(chunks) + sum(chunk.rows - 1 for chunk in asked)
+        read = sum(len(chunk.tokens) for chunk in asked if chunk.reading)
+        # One that was given a page in this step may have lost all of them since, to an older one.
+        changed = [sample for sample in changed if sample.table] + [chunk.sample for chunk in asked]
+        return Plan(chunks, len(one), rows, spent, read, changed, self._batch)
+
+    def _advance(self, batch: DecodeBatch, changed: list[Sample]) -> bool:
+        """Move to the batch's next step; False, with no token counted, where a sequence can get no page."""
+        batch.advance()
+        for i in batch.full.pop(batch.step, ()):
+            sample, table = batch.samples[i], batch.tables[i]
+            if not self._grant(sample, table, changed):
+                return False
+            batch.longs[2, i] = table.pages[-1] * self.allocator.page_size
+            batch.full[batch.step + sample.granted - table.length].append(i)
+        for table in batch.tables:
+            table.length += 1
+        for i in batch.full.get(batch.step + 1, ()):
+            self.allocator.publish(batch.tables[i], batch.samples[i].tokens)
+        return True
+
+    def _grant(self, sample: Sample, table: BlockTable, changed: list[Sample]) -> bool:
+        """Give a sequence that decodes its next page, if its pages are full and one is free."""
+        allocator, length = self.allocator, table.length
+        if sample.granted != length or length % allocator.page_size or length == self.block_size:
+            return False
+        if not allocator.extend(table):
+            return False
+        sample.granted = min(length + allocator.page_size, self.block_size)
+        changed.append(sample)
+        return True
+
+    def fork(self, sample: Sample, sibling: Sample) -> bool:
+        """Start a continuation of the same prompt on the same pages; False without a free place for it."""
+        assert sample.table is not None
+        if not self._slots:
+            return False
+        sibling.table = self.allocator.fork(sample.table)
+        sample.granted = 0  # its last page is no longer its own
+        self._run(sibling)
+        return True
+
+    def put_back(self, samples: Iterable[Sample]) -> None:
+        """Put sequences into the queue where they belong by their order, which is before all that never ran."""
+        front = sorted(samples, key=lambda sample: sample.order)
+        while front and self.waiting and (first := next(iter(self.waiting))).order < front[-1].order:
+            del self.waiting[first]
+            bisect.insort(front, first, key=lambda sample: sample.order)
+        for sample in reversed(front):
+            self.waiting[sample] = None
+            self.waiting.move_to_end(sample, last=False)
+
+    def drop(self, sample: Sample) -> None:
+        """Take a sequence out, wherever it is: it is finished, or cancelled."""
+        if sample.slot >= 0:
+            self._stop(sample)
+        else:
+            self.waiting.pop(sample, None)
+
+    def start_over(self) -> None:
+        """Preempt all, and forget all pages: after a step that failed, nobody knows what they hold."""
+        for sample in self.running.copy():
+            sample.siblings = [sibling for sibling in sample.siblings if sibling.slot < 0]  # one may just have started
+        for sample in self.running.copy():
+            self._preempt(sample)
+        self.waiting = OrderedDict.fromkeys(sorted(self.waiting, key=lambda sample: sample.order))
+        self.allocator.forget()
+
+    def _next_chunk(self, sample: Sample, budget: int) -> Chunk | None:
+        """What a running sequence lacks, its pages reserved at the cost of younger ones; None where it lost its own."""
+        assert sample.table is not None
+        if self._slid(sample):
+            self.allocator.release(sample.table)
+            sample.table = BlockTable()
+        lacking = len(sample.tokens) - sample.start - sample.table.length
+        draft = self._draft(sample, budget) if lacking == 1 else []
+        target = sample.table.length + min(budget, lacking + len(draft))
+        while True:
+            try:
+                self.cache.reserve(sample.table, target)
+                return self._chunk(sample, budget, draft)
+            except OutOfPages:
+                if draft:  # nobody is preempted for a guess
+                    target, draft = sample.table.length + 1, []
+                    continue
+                victim = self.running[-1]
+                self._preempt(victim)
+                if victim is sample:
+                    return None
+
+    def _admit(self, sample: Sample) -> bool:
+        """Start a waiting sequence if there are pages for all its tokens, and one more for each that runs already."""
+        self._slid(sample)
+        if self.running and self._refused == (sample, self.allocator.free):
+            return False  # as a moment ago, without hashing the prompt again
+        length = len(sample.tokens) - sample.start
+        table = self.allocator.open([] if sample.start else sample.tokens)
+        try:
+            missing = self.allocator.pages_for(length) - len(table.pages)
+            if self.running and missing + len(self.running) > self.allocator.free:
+                raise OutOfPages
+            self.cache.reserve(table, length)
+        except OutOfPages:
+            self.allocator.release(table)
+            self._refused = (sample, self.allocator.free)
+            return False
+        if not sample.generated:
+            self.hits += table.length
+        sample.table = table
+        self._run(sample)
+        return True
+
+    def _chunk(self, sample: Sample, budget: int, draft: list[int]) -> Chunk:
+        """The next tokens of a sequence whose pages are reserved, counted in its table."""
+        table = sample.table
+        assert table is not None
+        first, known = table.length, len(sample.tokens) - sample.start
+        tokens = [*sample.tokens[sample.start + first : sample.start + min(known, first + budget)], *draft]
+        table.length += len(tokens)
+        self._publish(sample)
+        rows = 1 + len(draft) if table.length >= known else 0
+        reading = sample.generated == 0 or (known - first > 1 and not sample.start)  # not each time the window slides
+        if rows and sample.proposer is None and not sample.start:
+            sample.decoding = sample.decoding or LastToken(sample)
+            sample.granted = min(self.allocator.pages_for(table.length) * self.allocator.page_size, self.block_size)
+        return Chunk(sample, first, tokens, draft, reading, rows)
+
+    def _publish(self, sample: Sample) -> None:
+        """Let others find its full pages, also who comes later in this step: keys are written before any is read."""
+        table = sample.table
+        assert table is not None
+        if not sample.start and table.length // self.allocator.page_size > len(table.digests):
+            self.allocator.publish(table, sample.tokens)
+
+    def _slid(self, sample: Sample) -> bool:
+        """Move the window of a sequence that has outgrown it: then all positions, and all that is cached, change."""
+        start = max(0, len(sample.tokens) - self.block_size)
+        moved, sample.start = start > sample.start, start
+        return moved
+
+    def _draft(self, sample: Sample, budget: int) -> list[int]:
+        if sample.proposer is None or sample.start or sample.siblings:  # siblings take over its pages as they are
+            return []
+        left = sample.params.max_new_tokens - sample.generated - 1  # a guess is of use if a token follows it
+        most = min(self.drafts, left, budget - 1, self.block_size - len(sample.tokens))
+        return sample.proposer.propose(sample.tokens, most)
+
+    def _run(self, sample: Sample) -> None:
+        if not sample.generated:
+            sample.tokens = list(sample.tokens)  # from here on it grows apart from its siblings'
+        sample.slot, self._batch = self._slots.pop(), None
+        bisect.insort(self.running, sample, key=lambda other: other.order)
+
+    def _stop(self, sample: Sample) -> None:
+        assert sample.table is not None
+        self.allocator.release(sample.table)
+        self._slots.append(sample.slot)
+        sample.table, sample.slot, sample.decoding, sample.granted, self._batch = None, -1, None, 0, None
+        self.running.remove(sample)
+
+    def _preempt(self, sample: Sample) -> None:
+        self._stop(sample)
+        self.put_back([sample])
+        self.preemptions += 1

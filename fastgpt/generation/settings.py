@@ -1,0 +1,58 @@
+"""Settings as they are given by name: typed for checkers such as pyright, and checked when the program runs."""
+
+import dataclasses
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, TypedDict
+
+from fastgpt.config.fields import validate
+from fastgpt.config.generation import SamplingParams
+from fastgpt.errors import UsageError, nearest
+from fastgpt.generation.compiled_decoder import CompiledDecoder
+
+
+class SamplingSettings(TypedDict, total=False):
+    """The fields of `SamplingParams`, in the forms that it accepts."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    stop: str | Sequence[str]
+    stop_tokens: int | Sequence[int]
+    logprobs: int | None
+    num_samples: int
+    seed: int
+
+
+class EngineOptions(TypedDict, total=False):
+    """What an `Engine` takes beside a model and its tokenizer."""
+
+    max_batch: int
+    max_batch_tokens: int
+    page_size: int
+    kv_memory: int | None
+    prefix_cache: bool
+    speculate: str
+    slide: bool
+    compile: bool
+    decoder: CompiledDecoder | None
+    cuda_graphs: bool
+
+
+def sampling(given: Mapping[str, Any], defaults: SamplingParams | None = None) -> SamplingParams:
+    """The settings that change the defaults. Raises `UsageError` for an unknown name or a value outside its limits."""
+    check_names(given, [field.name for field in dataclasses.fields(SamplingParams)])
+    params = dataclasses.replace(defaults or SamplingParams(), **given)
+    validate(params)
+    return params
+
+
+def check_names(given: Iterable[str], known: Collection[str]) -> None:
+    """Raise `UsageError` for a name that is not known, with the one that is most like it."""
+    for name in given:
+        if name not in known:
+            raise UsageError(f"unknown setting {name!r}{nearest(name, known)}")

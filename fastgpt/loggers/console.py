@@ -1,0 +1,171 @@
+"""Progress of a run on stderr: one live line on a terminal, plain lines elsewhere.
+
+The live line is there from the first micro-batch on, and drops whole fields, the least important first, until it fits.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from fastgpt.loggers.jsonl import Record
+from fastgpt.system.streams import Lasting
+from fastgpt.system.units import format_bytes, format_seconds
+
+BAR_WIDTH, BAR_RANK = 10, 6
+GAP = 2  # columns between two fields
+LOSS_RANK = 1
+LONG = 10.0  # seconds of a step, from which on its micro-batches are told of
+SLOW = 1.0  # seconds of a step or an evaluation, after which the live line counts its batches
+SILENCE = 60.0  # seconds after which a plain line tells of micro-batches too
+
+
+@dataclass(frozen=True)
+class Field:
+    """A part of the progress line. Those of the highest rank are dropped first; rank 0 stays."""
+
+    text: str
+    rank: int
+
+
+def fitting(fields: Sequence[Field], width: int) -> list[Field]:
+    """The fields that one line of so many columns has room for."""
+    kept = list(fields)
+    while sum(len(field.text) + GAP for field in kept) - GAP > width and (last := max(f.rank for f in kept)):
+        kept = [field for field in kept if field.rank != last]
+    return kept
+
+
+class Display:
+    """Shows how far a run is. Samples go to stdout.
+
+    Args:
+        total: steps of the run.
+        uniform: loss of a guess in which all tokens are alike, shown beside the first loss; None: not shown.
+        settled: micro-batches after which the time of the next ones can be told; 2 where the first one compiles.
+    """
+
+    def __init__(self, console: Console, total: int, uniform: float | None = None, settled: int = 1):
+        self.console, self.total, self.uniform, self.settled = console, total, uniform, settled
+        self.record: Record | None = None  # the latest
+        self.val_loss: float | None = None
+        self.name, self.step, self.done, self.count = "", 0, 0, 1  # micro-batches of a step, batches of an evaluation
+        self.began = self.spoke = time.monotonic()  # when that began, and when the last line was written
+        self.start: int | None = None  # steps done before the first one here
+        self.first = 0.0  # seconds of the first micro-batch
+        self.estimate: float | None = None  # seconds of a step, told by the micro-batches of the first one
+        self.live: Live | None = None
+        if console.is_terminal:
+            self.live = Live(console=console, get_renderable=self._line, redirect_stdout=False, redirect_stderr=False)
+
+    def __enter__(self) -> "Display":
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:
+            self.live.stop()
+
+    def begin(self, name: str, step: int, count: int) -> None:
+        """Begin the `count` micro-batches ("micro") of the step after `step`, or batches of the evaluation after it."""
+        self.name, self.step, self.done, self.count = name, step, 0, count
+        self.began = time.monotonic()
+        if name == "micro" and self.start is None:
+            self.start = step
+
+    def reach(self, done: int) -> None:
+        """So many of what was begun are done."""
+        self.done, now = done, time.monotonic()
+        if self.name == "micro" and self.step == self.start:
+            self._estimate(now - self.began)
+        if self.live is None and now - self.spoke >= SILENCE and 0 < done < self.count:
+            left = format_seconds((now - self.began) / done * (self.count - done))
+            what = "step" if self.name == "micro" else self.name
+            self.say(f"step {self.step}/{self.total}  {self.name} {done}/{self.count}  {left} left in this {what}")
+
+    def show(self, record: Record, val_loss: float | None) -> None:
+        """Show a training record beside the latest val loss."""
+        self.record, self.val_loss, self.step, self.done = record, val_loss, record["step"], 0
+        if self.live is None:
+            self.say("  ".join(field.text for field in self._fields()))
+        elif self.uniform is not None:
+            self.say("  ".join(field.text for field in self._fields() if field.rank <= LOSS_RANK))
+        self.uniform = None
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self.spoke = time.monotonic()
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def product(self, text: str) -> None:
+        """Text for stdout, with the live line out of the way."""
+        if self.live:
+            self.live.stop()
+        print_product(text)
+        if self.live:
+            self.live.start()
+
+    def _estimate(self, seconds: float) -> None:
+        """Tell the time of a step by its micro-batches so far; the first one is slower, and counts only alone."""
+        if self.done == 1:
+            self.first = seconds
+        others = self.done - 1
+        self.estimate = (seconds - self.first) / others * self.count if others else seconds * self.count
+        if self.live is None and self.done == self.settled and self.estimate >= LONG:
+            rest = format_seconds((self.total - self.step) * self.estimate)
+            self.say(
+                f"step {self.step + 1}: micro-batch {self.done} of {self.count} done after {format_seconds(seconds)}; "
+                f"about {format_seconds(self.estimate)} a step, {rest} in all"
+            )
+
+    def _fields(self) -> list[Field]:
+        """The parts of the progress line, in their order."""
+        record = self.record
+        fields = [Field(f"step {self.step}/{self.total}", 0)]
+        if record:
+            guess = "" if self.uniform is None else f" (a uniform guess scores {self.uniform:.2f})"
+            fields.append(Field(f"loss {record['loss']:.4f}{guess}", LOSS_RANK))
+        slow = (self.estimate or 0) >= LONG or time.monotonic() - self.began >= SLOW
+        if self.console.is_terminal and self.done < self.count and slow:
+            fields.append(Field(f"{self.name} {self.done}/{self.count}", 2))
+        if record:
+            fields.append(Field("val -" if self.val_loss is None else f"val {self.val_loss:.4f}", 4))
+        speed = record["tokens_per_second"] if record else None
+        seconds = record["ms"] / 1e3 if record and record["ms"] is not None else self.estimate
+        if seconds is not None and (self.console.is_terminal or speed is not None):  # the first step is not timed
+            fields.append(Field(f"{format_seconds((self.total - self.step) * seconds)} left", 3))
+        if record and speed is not None:
+            fields += [Field(f"{speed:,.0f} tokens/s", 5), Field(f"{record['ms']:.1f} ms", 7)]
+        if record:
+            fields += [Field(f"lr {record['lr']:.2e}", 9), Field(f"norm {record['grad_norm']:.2f}", 10)]
+            if record["mfu"] is not None:
+                fields.append(Field(f"MFU {record['mfu']:.1%}", 8))
+            fields.append(Field(format_bytes(record["memory"]), 8))
+        return fields
+
+    def _line(self) -> Table:
+        """The live line, as wide as the terminal is now."""
+        width = self.console.width
+        bar = Field(" " * BAR_WIDTH, BAR_RANK)
+        fields = fitting([bar, *self._fields()], width)
+        line = Table.grid(padding=(0, GAP))
+        if bar in fields:
+            line.add_column(width=BAR_WIDTH)
+        line.add_column(no_wrap=True, overflow="ellipsis")
+        text = Text("  ".join(field.text for field in fields if field is not bar))
+        within = self.done / self.count if self.name == "micro" else 0.0
+        progress = ProgressBar(self.total, min(self.total, self.step + within), width=BAR_WIDTH)
+        line.add_row(*([progress, text] if bar in fields else [text]))
+        return line
+
+
+def print_product(text: str) -> None:
+    """Print to stdout, for as long as somebody reads it."""
+    print(text, file=Lasting(sys.stdout), flush=True)

@@ -1,0 +1,66 @@
+"""What a model surely takes of the memory, told from its configuration before anything is allocated.
+
+Only lower bounds count: what is refused could not have run, and what passes may still run out; then `lacking` says so.
+"""
+
+import torch
+
+from fastgpt.config.model import ModelConfig
+from fastgpt.config.training import TrainConfig
+from fastgpt.errors import UsageError
+from fastgpt.system.device import free_memory
+from fastgpt.system.units import counted
+
+TRAINED_PARAMETER = 16  # bytes: a weight, its gradient and AdamW's two moments, in float32
+TOKEN = 8  # bytes: int64
+CPU = torch.device("cpu")
+
+
+def check_training(config: TrainConfig, device: torch.device) -> None:
+    """Raise `UsageError` for a run that cannot fit; the size of its vocabulary must be known.
+
+    On the device: the parameters with their gradients and moments, and the tokens of a micro-batch with their targets.
+    What layers keep for their gradients does not count, as a micro-batch that does not fit is split. On the host: where
+    each sequence of a step begins, which the loader draws at once.
+    """
+    L, C, T, B = config.n_layer, config.n_embd, config.block_size, config.batch_size
+    count = config.num_parameters
+    model = TRAINED_PARAMETER * count + position_table_bytes(config)
+    _check(
+        model,
+        device,
+        f"--n_layer {L}, --n_embd {C} and --block_size {T} make {counted(count, 'parameter')}, which take",
+    )
+    _check(model + B * T * 2 * TOKEN, device, f"--batch_size {B} with --block_size {T} takes, with the model,")
+    steps = config.gradient_accumulation_steps
+    _check(B * steps * TOKEN, CPU, f"--gradient_accumulation_steps {steps} with --batch_size {B} takes")
+
+
+def lacking(where: str, config: ModelConfig, error: BaseException | str) -> str:
+    """The message of a run that has no memory left: where, what a smaller one would have less of, what was raised."""
+    reason = next((line for line in str(error).splitlines() if line.strip()), "")
+    return (
+        f"out of memory {where}; lower --block_size {config.block_size}, --n_layer {config.n_layer} or "
+        f"--n_embd {config.n_embd} in a new run, or free memory{f' ({reason:.120})' if reason else ''}"
+    )
+
+
+def check_position_table(config: ModelConfig, device: torch.device) -> None:
+    """Raise `UsageError` for a context whose table of positions cannot fit: no weight tells that it is so long."""
+    _check(position_table_bytes(config), device, f"--block_size {config.block_size} takes")
+
+
+def position_table_bytes(config: ModelConfig) -> int:
+    """Of `model.position_table`."""
+    width = {"sinusoidal": config.n_embd, "rotary": config.head_size}.get(config.position, 0)
+    return 4 * config.block_size * width
+
+
+def _check(need: int, device: torch.device, what: str) -> None:
+    free = free_memory(device)
+    if need > free:
+        raise UsageError(f"{what} at least {_gib(need)} of memory, and {device} has {_gib(free)} free; pass less")
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:,.1f} GiB"

@@ -1,0 +1,28 @@
+"""Positions that are not learned: sinusoidal and rotary."""
+
+import torch
+
+from fastgpt.config.model import ModelConfig
+
+
+def position_table(config: ModelConfig) -> torch.Tensor | None:
+    """What the fixed kinds of position add or turn by, float32; None for learned and none.
+
+    sinusoidal: (block_size, C), sines in the even channels, cosines in the odd ones (Vaswani et al., 2017, 3.5).
+    rotary: (block_size, D / 2, 2), cosine and sine of each pair's angle (Su et al., 2021, 3.4.2).
+    """
+    if config.position not in ("sinusoidal", "rotary"):
+        return None
+    width = config.n_embd if config.position == "sinusoidal" else config.head_size
+    frequency = 10000.0 ** (-torch.arange(0, width, 2) / width)
+    angle = torch.arange(config.block_size)[:, None] * frequency
+    if config.position == "rotary":
+        return torch.stack([angle.cos(), angle.sin()], dim=-1)
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)
+
+
+def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    """Turn the two halves of each head, channel i with channel i + D/2: (B, T, heads, D) -> the same."""
+    cos, sin = rotation[:, None].unbind(-1)  # each (T, 1, D / 2)
+    left, right = x.float().chunk(2, dim=-1)
+    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1).to(x.dtype)

@@ -1,0 +1,220 @@
+"""The machine: which device, which arithmetic, its peak and its memory."""
+
+import os
+import re
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+
+from fastgpt.config.choices import DTYPES
+from fastgpt.errors import RunFailed, UsageError, nearest, shown
+from fastgpt.system.units import counted
+
+# Dense 16-bit tensor-core peaks in FLOP/s, by the name that the driver gives; from NVIDIA's data sheets.
+PEAK_FLOPS = {
+    "NVIDIA B200": 2250e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+}
+
+
+# oneDNN, which multiplies matrices on a CPU, names what it could not make: a scratchpad, or the code of a product.
+OUT_OF_MEMORY = re.compile(
+    "DefaultCPUAllocator|MPS backend out of memory|CUDA error: out of memory|std::bad_alloc|"
+    "could not (create|execute) a (primitive|memory)"
+)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that --device names; auto takes CUDA, then mps, then the CPU.
+
+    Raises:
+        UsageError: an unknown name, or a device that this machine does not have.
+    """
+    if name == "auto":
+        cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
+    kind, _, index = name.partition(":")
+    numbered = kind == "cuda" and re.fullmatch("[0-9]{1,9}", index)
+    if kind not in ("cpu", "cuda", "mps") or (name != kind and not numbered):
+        meant = nearest(name, ("auto", "cpu", "mps", "cuda"))
+        raise UsageError(f"--device {shown(name)} is not one of auto, cpu, mps, cuda, cuda:N{meant}")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {name}: PyTorch finds no CUDA GPU here; use --device auto or cpu")
+    if kind == "cuda" and index and int(index) >= torch.cuda.device_count():
+        last = torch.cuda.device_count() - 1
+        raise UsageError(f"--device {name}: the last GPU here is cuda:{last}")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("--device mps: PyTorch finds no Apple GPU here; use --device auto or cpu")
+    return torch.device(kind, int(index)) if kind == "cuda" and index else torch.device(kind)
+
+
+def resolve_dtype(name: str, device: torch.device, *, interpreted: bool = False) -> torch.dtype:
+    """The arithmetic that --dtype names; auto takes bfloat16 where the chip multiplies it fast, else float32.
+
+    Triton's interpreter (`interpreted`) computes bfloat16 wrongly, so there auto is float32.
+
+    Raises:
+        UsageError: an unknown name, or bfloat16 in the interpreter.
+    """
+    if name not in DTYPES:
+        raise UsageError(f"--dtype {name!r} is not one of {', '.join(DTYPES)}")
+    if interpreted and name == "bfloat16":
+        raise UsageError("--dtype bfloat16: Triton's interpreter computes it wrongly; use --dtype float32")
+    if interpreted and name == "auto":
+        return torch.float32
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type == "cpu" and cpu_has_bfloat16()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def resolve_weights_dtype(name: str, device: torch.device, *, interpreted: bool = False) -> torch.dtype:
+    """The dtype of the weights for generation: as `resolve_dtype`, but auto keeps float32 on a CPU.
+
+    There one row at a time is a matter of memory, and float32 gives the same tokens with and without a cache.
+    """
+    return resolve_dtype(
+        "float32" if name == "auto" and device.type == "cpu" else name, device, interpreted=interpreted
+    )
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX)."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    """Matrix products in `dtype`; weights, the residual stream and the loss stay float32."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def describe(device: torch.device) -> str:
+    """One phrase for people: the GPU's name, or the number of CPU threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {counted(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else "Apple GPU"
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """The chip's dense peak in FLOP/s, or None where it is not known."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return None
+    return PEAK_FLOPS.get(torch.cuda.get_device_name(device))
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The most memory used so far, in bytes: allocated on the GPU, resident on a CPU; None where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type != "cpu" or sys.platform == "win32":
+        return None
+    import resource
+
+    # Linux counts in KiB, macOS in bytes.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process can still have: of the GPU, or of the machine and within the limit of its cgroup.
+
+    What PyTorch's allocator keeps for later, and the system its copies of files, is there to be had.
+    """
+    if device.type == "cuda":
+        (free, total), used = torch.cuda.mem_get_info(device), torch.cuda.memory_allocated(device)
+        allowed = int(total * torch.cuda.get_per_process_memory_fraction(device.index))
+        return max(0, min(free + torch.cuda.memory_reserved(device), allowed) - used)
+    if device.type == "mps":
+        return max(0, torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
+    return min(_machine_memory(), _cgroup_memory())
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that the device, or the machine, has no memory left."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if isinstance(error, RunFailed):  # our own message, which may quote one
+        return False
+    # PyTorch has no class of its own for those of CPUs, of Apple GPUs, and of making a CUDA graph ready.
+    return isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
+
+
+def parse_memory(text: str, device: torch.device) -> int:
+    """Bytes from "2GiB", "500 MB", "1000000" or "30%", which is of the free memory.
+
+    Raises:
+        UsageError: none of these.
+    """
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?)\s*((?:[kmgt]i?)?b|%)?", text.strip().lower())
+    if match is None:
+        raise UsageError(f"--kv_memory {shown(text)} is not an amount of memory such as 2GiB, 500MB or 30%")
+    number, unit = float(match[1]), match[2] or "b"
+    if unit == "%":
+        if number > 100:
+            raise UsageError(f"--kv_memory {text!r} is more than all of the free memory; pass at most 100%")
+        return int(number / 100 * free_memory(device))
+    return int(number * (1024 if "i" in unit else 1000) ** "bkmgt".index(unit[0]))
+
+
+def _machine_memory() -> int:
+    """What Linux says is available; elsewhere half of the machine's memory, or 4 GiB where even that is unknown."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        sizes = dict(line.split(":") for line in meminfo.read_text().splitlines())
+        return int(sizes["MemAvailable"].split()[0]) * 1024
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    except (AttributeError, OSError, ValueError):  # Windows has no sysconf
+        return 4 << 30
+
+
+def _cgroup_memory() -> int:
+    """What the limit of a container leaves (cgroup v2, then v1); a very large number without one."""
+    v2 = Path("/sys/fs/cgroup")
+    for folder, limit, used, files in (
+        (v2, "memory.max", "memory.current", "inactive_file"),
+        (v2 / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            left = int((folder / limit).read_text()) - int((folder / used).read_text())
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+        return max(0, left + _count(folder / "memory.stat", files))
+    return sys.maxsize
+
+
+def _count(path: Path, name: str) -> int:
+    """The number behind a name in a file of such lines; 0 where there is none."""
+    try:
+        numbers = dict(line.split() for line in path.read_text().splitlines())
+        return int(numbers.get(name, 0))
+    except (OSError, ValueError):
+        return 0
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host's on the device; the host does not wait for the copy."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)  # what is pinned stays until it is copied
+    return tensor.to(device)

@@ -1,0 +1,170 @@
+"""Files that are whole or absent, and known by their hash.
+
+Every step that reaches the disk raises an audit event (PEP 578) beforehand: `fastgpt.write` and `fastgpt.sync` here,
+`open`, `os.mkdir`, `os.rename` and `os.remove` by Python itself. Tests hook into them to kill the process, or to fill
+the disk, at any of these steps.
+"""
+
+import errno
+import hashlib
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import TypedDict
+
+from fastgpt.errors import UsageError
+from fastgpt.system import text_encoding
+
+TEMPORARY = ".fastgpt-tmp-"
+ASIDE, DOOMED = "aside-", "doomed-"  # after TEMPORARY: what was moved out of the way, to be deleted
+BLOCK = 8 << 20  # bytes that are written, and hashed meanwhile, at once
+SMALL = 1 << 18  # bytes below which parts are joined
+Block = bytes | memoryview
+
+
+class Identity(TypedDict):
+    """How a file is recognized: its size in bytes, and its hash in hexadecimal."""
+
+    size: int
+    sha256: str
+
+
+def regular(path: Path) -> Path:
+    """The same path. Raises `OSError` where it is that of a pipe or a device, which might never end."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(errno.EINVAL, f"{path.name} is no regular file")
+    return path
+
+
+def absolute(path: Path) -> str:
+    """The path from the root on; links stay, except where a `..` follows one and would lead elsewhere without it."""
+    return str(path.resolve() if ".." in path.parts else path.absolute())
+
+
+def temporary_sibling(path: Path, purpose: str = "") -> Path:
+    """A name in the same folder, for what is renamed to `path` once it is whole."""
+    return path.with_name(f"{TEMPORARY}{purpose}{path.name}-{os.getpid()}")
+
+
+def write(path: Path, parts: Iterable[Block]) -> Identity:
+    """Write a file and sync it; its identity, hashed on a second core while the first one writes."""
+    digest, size, beside = hashlib.sha256(), 0, True
+    with path.open("wb") as file, ThreadPoolExecutor(1) as hasher:
+        hashing: Future[None] | None
+        for block in _blocks(parts):
+            try:
+                hashing = hasher.submit(digest.update, block) if beside else None
+            except RuntimeError:  # the system has no thread left
+                beside, hashing = False, None
+            sys.audit("fastgpt.write", str(path), len(block))
+            file.write(block)
+            hashing.result() if hashing else digest.update(block)
+            size += len(block)
+    sync(path)
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
+def write_atomic(path: Path, content: bytes | str) -> Identity:
+    """Write a file by way of a synced temporary sibling, so that `path` is never half written."""
+    temporary = temporary_sibling(path)
+    identity = write(temporary, [content.encode("utf-8") if isinstance(content, str) else content])
+    temporary.replace(path)
+    sync(path.parent)
+    return identity
+
+
+def replace_folder(temporary: Path, path: Path) -> None:
+    """Put a whole and synced folder in the place of another, or of none.
+
+    A process that dies in between leaves the other one aside, from where `recover` puts it back.
+    """
+    aside = temporary_sibling(path, ASIDE)
+    if path.exists():
+        path.rename(aside)
+    try:
+        temporary.rename(path)
+    except OSError:
+        if aside.exists():
+            aside.rename(path)
+        raise
+    sync(path.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def delete_folder(path: Path) -> None:
+    """Delete a folder in a way that leaves no half of it under its name, wherever the process dies."""
+    doomed = temporary_sibling(path, DOOMED)
+    path.rename(doomed)
+    doomed.unlink() if doomed.is_symlink() else shutil.rmtree(doomed)
+
+
+def recover(parent: Path) -> None:
+    """Mend what a process that died left behind in a folder, which nobody else is writing to.
+
+    Folders that had been put aside are put back, unless they were replaced; all else that is temporary is deleted, or
+    left where it cannot be.
+    """
+    for path in sorted(parent.glob(f"{TEMPORARY}*")):
+        name = path.name.removeprefix(TEMPORARY)
+        original = parent / name.removeprefix(ASIDE).rpartition("-")[0]
+        if name.startswith(ASIDE) and path.is_dir() and not original.exists():
+            path.rename(original)
+        elif path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                path.unlink()
+
+
+def sha256(*paths: Path) -> str:
+    """The hash of files laid end to end, in hexadecimal."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Force a file, or a folder's entries, to the disk."""
+    if path.is_dir():
+        if os.name == "nt":
+            return  # Windows syncs no folders
+        descriptor = os.open(path, os.O_RDONLY)
+    else:
+        descriptor = os.open(path, os.O_RDWR)  # Windows syncs only what is open for writing
+    try:
+        sys.audit("fastgpt.sync", str(path))
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def decode_utf8(content: bytes, name: str) -> str:
+    """The text of a file called `name`, without a byte order mark. Raises `UsageError` for what is not UTF-8."""
+    try:
+        return text_encoding.without_bom(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        where = f"byte {error.start} is 0x{content[error.start]:02x}"
+        raise UsageError(f"{name} is not UTF-8: {where}; {text_encoding.advice(content)}") from None
+
+
+def _blocks(parts: Iterable[Block]) -> Iterator[Block]:
+    """The same bytes in blocks: small parts joined, large ones cut."""
+    small = bytearray()
+    for part in parts:
+        if len(part) < SMALL:
+            small += part
+        if small and (len(part) >= SMALL or len(small) >= SMALL):
+            yield bytes(small)
+            small.clear()
+        if len(part) >= SMALL:
+            for start in range(0, len(part), BLOCK):
+                yield part[start : start + BLOCK]
+    if small:
+        yield bytes(small)

@@ -1,0 +1,135 @@
+"""The interface of a tokenizer: text to token ids and back.
+
+Every tokenizer is lossless: `decode(encode(x)) == x` for every valid text. Each saves itself whole (`to_json`), so that
+a run's folder needs no vocabulary files.
+"""
+
+import copy
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from fastgpt.errors import UsageError
+from fastgpt.system.files import regular, write_atomic
+from fastgpt.system.units import counted
+
+ENDOFTEXT = "<|endoftext|>"
+LARGEST_JSON = 64 << 20  # bytes; GPT-2's vocabulary takes less than 1 MiB
+
+
+class Tokenizer(ABC):
+    """What the four kinds share: a table of each token's bytes, and decoding by it.
+
+    Attributes:
+        kind: "char", "byte", "gpt2" or "bpe".
+        vocab_size: number of tokens; ids are 0 .. vocab_size - 1.
+        end_token: the id that ends a document, to which no text is encoded; None where there is none.
+        start_token: the id that generation starts from when the prompt is empty. That of `starting_from`, which was
+            trained; of a vocabulary that was saved without one, a newline or `end_token`.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, tokens: Sequence[bytes], start_token: int, end_token: int | None = None):
+        self._tokens = tuple(tokens)
+        self.vocab_size = len(self._tokens)
+        self.start_token, self.end_token = start_token, end_token
+        self._start_is_trained = False
+
+    def starting_from(self, token: int) -> Self:
+        """The same vocabulary with another `start_token`, which is saved with it. Raises ValueError for no token."""
+        if type(token) is not int or not 0 <= token < self.vocab_size:
+            raise ValueError(f"its start {token!r:.20} is no token of {self.vocab_size:,}")
+        other = copy.copy(self)
+        other.start_token, other._start_is_trained = token, True
+        return other
+
+    @property
+    def opening(self) -> str:
+        """The text of a trained `start_token`, which an empty prompt stands for; "" where it has none to show."""
+        if not self._start_is_trained or self.start_token == self.end_token:
+            return ""
+        try:
+            return self._tokens[self.start_token].decode("utf-8")
+        except UnicodeDecodeError:  # the first byte of a longer character
+            return ""
+
+    @abstractmethod
+    def encode(self, text: str) -> np.ndarray:
+        """The ids of `text`, (T,) int64. Raises `UsageError` for a lone surrogate or an unknown character."""
+
+    @abstractmethod
+    def _describe(self) -> dict[str, Any]:
+        """The vocabulary as JSON values."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything `from_json` needs to rebuild this tokenizer, as JSON values."""
+        return self._describe() | ({"start": self.start_token} if self._start_is_trained else {})
+
+    def token_bytes(self, id: int) -> bytes:
+        """The UTF-8 bytes of one token, perhaps part of a character. Raises ValueError for an unknown id."""
+        if not 0 <= id < self.vocab_size:
+            raise ValueError(f"token {id} is outside the vocabulary of {counted(self.vocab_size, 'token')}")
+        return self._tokens[id]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD. Raises ValueError for an unknown id."""
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_json` to a file, replacing it in one step."""
+        write_atomic(Path(path), json.dumps(self.to_json()))
+
+    def sha256(self) -> str:
+        """The hash of the vocabulary, by which a checkpoint knows its own."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        """Whether it is the same vocabulary, wherever generation starts."""
+        return isinstance(other, Tokenizer) and self._describe() == other._describe()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(vocab_size={self.vocab_size})"
+
+
+def ending(ends: bool) -> dict[str, Any]:
+    """What the description of a vocabulary says of a token of its own that ends a document."""
+    return {"end_of_text": True} if ends else {}
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file that describes a vocabulary, which is at most 64 MiB large.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is larger, or no JSON.
+    """
+    with regular(path).open("rb") as file:
+        data = file.read(LARGEST_JSON + 1)
+    if len(data) > LARGEST_JSON:
+        raise ValueError(f"it is larger than {LARGEST_JSON >> 20} MiB")
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def check_unicode(text: str, name: str) -> str:
+    """The text itself. Raises `UsageError`, naming it, for a lone surrogate: what a byte that is not UTF-8 becomes."""
+    encoded(text, name=name)
+    return text
+
+
+def encoded(text: str, encoding: str = "utf-8", name: str = "the text") -> bytes:
+    try:
+        return text.encode(encoding)
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{name} is not valid Unicode: a lone surrogate, U+{ord(text[error.start]):04X}, "
+            f"at character {error.start:,}; pass valid UTF-8"
+        ) from None

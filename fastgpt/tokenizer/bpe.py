@@ -1,0 +1,115 @@
+"""A byte-level BPE that is trained on the corpus, by the tokenizers library."""
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from fastgpt.errors import UsageError
+from fastgpt.tokenizer.base import ENDOFTEXT, Tokenizer, encoded, ending
+from fastgpt.tokenizer.byte_pairs import PIECES, bytes_of
+
+SMALLEST_BPE = 257
+LARGEST_BPE = 1 << 20  # tokens; the library makes room for as many as are asked for at once
+
+
+class BpeTokenizer(Tokenizer):
+    """Byte-level BPE by the tokenizers library, as GPT-2's is but trained on the corpus at hand.
+
+    Args:
+        description: the library's own JSON, as a dict.
+        ends: the vocabulary has one more token, its last, which ends a document.
+
+    Raises:
+        ValueError: it does not describe a byte-level BPE.
+        UsageError: the tokenizers library is not installed.
+    """
+
+    kind = "bpe"
+
+    def __init__(self, description: dict[str, Any], ends: bool = False):
+        library = _tokenizers()
+        _check_plain_bpe(description)
+        try:
+            self._library = library.Tokenizer.from_str(json.dumps(description))
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"the tokenizers library cannot read it: {error}") from None
+        spelled = {id: token for token, id in self._library.get_vocab().items()}
+        try:
+            tokens = [bytes_of(spelled[id]) for id in range(len(spelled))]
+            newline = tokens.index(b"\n")
+        except (KeyError, ValueError):
+            raise ValueError("its vocabulary is not a byte-level one") from None
+        self._description, self.ends = description, ends
+        end = len(tokens) if ends else None
+        super().__init__([*tokens, *([ENDOFTEXT.encode()] if ends else [])], start_token=newline, end_token=end)
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int, ends: bool = False) -> "BpeTokenizer":
+        """Learn a vocabulary of at most `vocab_size` tokens, the 256 bytes, and with `ends` an end, among them.
+
+        The same text gives the same vocabulary. A small text may hold fewer merges than asked for.
+
+        Raises:
+            UsageError: `vocab_size` is below 257 or above 2**20, or the tokenizers library is not installed.
+        """
+        check_bpe_size(vocab_size)
+        library = _tokenizers()
+        trained = library.Tokenizer(library.models.BPE())
+        trained.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        trained.decoder = library.decoders.ByteLevel()
+        trainer = library.trainers.BpeTrainer(
+            vocab_size=vocab_size - ends,
+            initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        trained.train_from_iterator((p for text in texts for p in PIECES.findall(text)), trainer)
+        return cls(json.loads(trained.to_str()), ends)
+
+    def encode(self, text: str) -> np.ndarray:
+        encoded(text)
+        ids: list[int] = []
+        for encoding in self._library.encode_batch_fast(PIECES.findall(text)):
+            ids += encoding.ids
+        return np.array(ids, dtype=np.int64)
+
+    def _describe(self) -> dict[str, Any]:
+        return {"kind": self.kind, "tokenizer": self._description} | ending(self.ends)
+
+
+def check_bpe_size(vocab_size: int) -> None:
+    """Raise `UsageError` for a BPE vocabulary that would not hold the 256 bytes and one merge, or is absurd."""
+    if vocab_size > LARGEST_BPE:
+        raise UsageError(f"--vocab_size {vocab_size} is too large for --tokenizer bpe; use at most {LARGEST_BPE}")
+    if vocab_size < SMALLEST_BPE:
+        raise UsageError(
+            f"--vocab_size {vocab_size} is too small for --tokenizer bpe, which starts from 256 bytes; "
+            f"use at least {SMALLEST_BPE}"
+        )
+
+
+def _check_plain_bpe(description: dict[str, Any]) -> None:
+    """Raise ValueError for what `BpeTokenizer.train` never makes, and could lose text, stall or crash the library."""
+    model = description["model"]
+    extras = {name: description.get(name) for name in ("added_tokens", "truncation", "padding", "normalizer")}
+    extras |= {name: model.get(name) for name in ("continuing_subword_prefix", "end_of_word_suffix")}
+    for name, value in extras.items():
+        if value:
+            raise ValueError(f"a byte-level BPE has no {name}")
+    if description["pre_tokenizer"]["type"] != "ByteLevel" or description.get("post_processor"):
+        raise ValueError("its text is not parted as a byte-level BPE parts it")
+
+
+def _tokenizers() -> Any:
+    try:
+        import tokenizers
+        import tokenizers.decoders
+        import tokenizers.models
+        import tokenizers.pre_tokenizers
+        import tokenizers.trainers
+    except ImportError:
+        raise UsageError(
+            "--tokenizer bpe needs the tokenizers library; pip install 'fastgpt-engine[bpe]', or use --tokenizer byte"
+        ) from None
+    return tokenizers

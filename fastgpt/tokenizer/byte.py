@@ -1,0 +1,24 @@
+"""One token per byte of UTF-8."""
+
+from typing import Any
+
+import numpy as np
+
+from fastgpt.tokenizer.base import ENDOFTEXT, Tokenizer, encoded, ending
+
+
+class ByteTokenizer(Tokenizer):
+    """One token per UTF-8 byte: 256 tokens for any text. With `ends`, token 256 ends a document."""
+
+    kind = "byte"
+
+    def __init__(self, ends: bool = False):
+        self.ends = ends
+        tokens = [*(bytes([value]) for value in range(256)), *([ENDOFTEXT.encode()] if ends else [])]
+        super().__init__(tokens, start_token=ord("\n"), end_token=256 if ends else None)
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(encoded(text), dtype=np.uint8).astype(np.int64)
+
+    def _describe(self) -> dict[str, Any]:
+        return {"kind": self.kind} | ending(self.ends)

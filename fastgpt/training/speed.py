@@ -1,0 +1,63 @@
+"""The time of a run's steps, and the operations that a token takes."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from fastgpt.config.model import ModelConfig
+from fastgpt.system.device import synchronize
+
+
+class Stopwatch:
+    """Seconds spent in steps: `with watch: step()`. The first, which compiles and allocates, is not counted."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.first, self.dropped = device, True, False
+        self.last: float | None = None  # seconds of the last step, if it was counted
+        self.seconds, self.steps = 0.0, 0
+        self.lap_seconds, self.lap_steps = 0.0, 0
+        self.began = 0.0
+
+    def __enter__(self) -> None:
+        self.began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        if self.dropped:
+            self.dropped = False
+            return
+        if self.first:
+            synchronize(self.device)  # or the second step would wait for it
+            self.first = False
+            return
+        self.last = time.perf_counter() - self.began
+        self.lap_seconds += self.last
+        self.lap_steps += 1
+
+    def drop(self) -> None:
+        """Do not count the step that is under way."""
+        self.dropped = True
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count the time of the block."""
+        began = time.perf_counter()
+        yield
+        self.began += time.perf_counter() - began
+
+    def lap(self) -> float | None:
+        """Seconds a step since the last lap, or None where none was counted; call it when the device is idle."""
+        average = self.lap_seconds / self.lap_steps if self.lap_steps else None
+        self.seconds, self.steps = self.seconds + self.lap_seconds, self.steps + self.lap_steps
+        self.lap_seconds, self.lap_steps = 0.0, 0
+        return average
+
+
+def flops_per_token(config: ModelConfig, parameters: int) -> float:
+    """Operations that training needs for a token: 6 N + 6 L C T, causal attention counted at half.
+
+    N leaves the position embedding out, which is only looked up (Chowdhery et al., 2022, appendix B).
+    """
+    used = parameters - (config.block_size * config.n_embd if config.position == "learned" else 0)
+    return 6 * used + 6 * config.n_layer * config.n_embd * config.block_size

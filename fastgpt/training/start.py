@@ -1,0 +1,62 @@
+"""What a run starts from: given settings become its whole configuration."""
+
+import dataclasses
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from fastgpt.checkpoint import run_folder, store
+from fastgpt.config.fields import validate
+from fastgpt.config.training import PRESETS, USUAL_WARMUP, TrainConfig
+from fastgpt.errors import UsageError
+from fastgpt.interchange import nanogpt_weights
+from fastgpt.system.device import resolve_device
+
+
+def starting_point(preset: str | None, given: Mapping[str, object]) -> tuple[TrainConfig, str]:
+    """The configuration that the given flags change, and why it is this one.
+
+    A run that is continued keeps its own settings; otherwise it is the named preset, or the one that fits the device.
+    """
+    init_from = str(given.get("init_from", "scratch"))
+    asked = TrainConfig(init_from=init_from)
+    if asked.resuming:
+        by_path = init_from != "resume"
+        out_dir = str(given.get("out_dir", Path(init_from).parent if by_path else "out"))
+        run_folder.check_free(Path(out_dir))
+        run_folder.mend(Path(out_dir))
+        validate(asked)
+        if preset is not None:
+            raise UsageError(f"--preset {preset}: --init_from {init_from} keeps the run's own settings; leave it out")
+        if by_path:
+            run_folder.named_step(Path(out_dir), init_from)
+        store.require(Path(out_dir))
+        saved, _ = run_folder.load(Path(out_dir))
+        why = f"resume: the settings of the run in {out_dir}, changed by what was given"
+        return dataclasses.replace(saved, out_dir=out_dir), why
+    kind = resolve_device(str(given.get("device", "auto"))).type
+    fitting = "baby" if kind == "cuda" else "cpu"
+    why = f"preset {preset}" if preset else f"preset {fitting}: it fits a {kind} device (others: --preset NAME)"
+    config = PRESETS[preset or fitting]
+    if asked.imports:
+        shape = nanogpt_weights.load(init_from).shape
+        config = dataclasses.replace(config, **vars(shape) | {"vocab_size": None})
+        why += f"; the model's shape is that of {init_from}"
+    # Another tokenizer than the preset's brings its own vocabulary.
+    return (dataclasses.replace(config, vocab_size=None) if "tokenizer" in given else config), why
+
+
+def with_warmup(config: TrainConfig) -> TrainConfig:
+    """Cap a warm-up that nobody asked for at a tenth of the run, and say so.
+
+    The number becomes a part of the run's settings, so that a resume has the same schedule.
+    """
+    usual = USUAL_WARMUP if config.warmup_iters is None else config.warmup_iters
+    steps = min(usual, config.max_iters // 10)
+    if steps < usual:
+        print(
+            f"the warm-up takes {steps} of the {config.max_iters} steps, a tenth, and not {usual}; "
+            "--warmup_iters sets another number",
+            file=sys.stderr,
+        )
+    return dataclasses.replace(config, warmup_iters=steps)

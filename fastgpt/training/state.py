@@ -1,0 +1,90 @@
+"""What a checkpoint holds of a run: the model, what trains it, and how far they are."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from fastgpt.checkpoint import progress, store
+from fastgpt.checkpoint.progress import Progress
+from fastgpt.checkpoint.store import Snapshot
+from fastgpt.config.training import TrainConfig
+from fastgpt.data.corpus import Corpus
+from fastgpt.errors import CorruptCheckpoint
+from fastgpt.interchange import nanogpt_weights
+from fastgpt.model.gpt import GPT
+from fastgpt.ops.table import Ops
+from fastgpt.training.step import TrainStep
+
+
+class TrainingState:
+    """Model, training step and progress, which are saved, loaded and reset as one.
+
+    Attributes:
+        model, step: the same objects for the whole run, whatever is loaded.
+        progress: another one after each loading; its `val_set` is still that of the checkpoint.
+
+    Args:
+        val_set: identity of the run's evaluation set.
+        unnamed: that of the checkpoints of older versions, which do not name theirs.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        ops: Ops,
+        data: Corpus,
+        device: torch.device,
+        dtype: torch.dtype,
+        val_set: str,
+        unnamed: str = "",
+    ):
+        self.config, self.ops, self.data, self.device = config, ops, data, device
+        self.val_set, self.unnamed = val_set, unnamed
+        self.model = self._make_model()
+        self.step = TrainStep(self.model, config, device, dtype)
+        self.progress = Progress(val_set=val_set)
+
+    def snapshot(self) -> Snapshot:
+        """All of it as it is now, for a checkpoint; waits for the device."""
+        state = {
+            "progress": dataclasses.asdict(self.progress),
+            **self.step.state(),
+            "vocabulary": self.data.tokenizer.sha256(),
+            "text": self.data.source_sha256,
+        }
+        return store.capture(self.progress.step, self.model, self.step.optimizer, state)
+
+    def load(self, folder: Path) -> None:
+        """Become what was saved there. Raises `CorruptCheckpoint`."""
+        state = store.load_state(folder)
+        store.check_vocabulary(folder, self.data.tokenizer)
+        self.progress = progress.read(state, folder / store.STATE)
+        if self.progress.val_set is None:
+            same = state.get("text", self.data.source_sha256) == self.data.source_sha256
+            self.progress.val_set = self.unnamed if same else "another text"
+        changed = self.progress.val_set != self.val_set
+        if changed or not store.folder_of(folder.parent, self.progress.best_step).is_dir():
+            self.progress.forget_best()  # judged on another evaluation set, or its folder was pruned after a rollback
+        with store.naming(folder / store.MODEL):
+            self.model.load_weights(store.load_weights(folder))
+        store.load_optimizer(folder, self.model, self.step.optimizer)
+        try:
+            self.step.load_state(state)
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+            raise CorruptCheckpoint(f"{folder / store.STATE} is not what a run saves: {error!r:.80}") from None
+
+    def reset(self) -> None:
+        """Become what it was before the first step."""
+        self.model.load_weights(self._make_model().weights())
+        self.step.reset()
+        self.progress = Progress(val_set=self.val_set)
+
+    def _make_model(self) -> GPT:
+        torch.manual_seed(self.config.seed)
+        with self.device:
+            model = GPT(self.config, self.ops)
+        if self.config.imports:
+            with store.naming(Path(self.config.init_from)):
+                model.load_weights(nanogpt_weights.load(self.config.init_from).weights(self.data.tokenizer.vocab_size))
+        return model

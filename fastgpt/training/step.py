@@ -1,0 +1,142 @@
+"""One optimizer step: micro-batches forward and backward, clipping, the guard's verdict, AdamW.
+
+    step = TrainStep(model, config, device, torch.bfloat16)
+    loss, norm, rate = step(0, [(x, y)])
+
+`fastgpt.training.run` runs it in its loop, and bench/bench_train.py measures it.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fastgpt.config.training import TrainConfig
+from fastgpt.data.loader import Batch
+from fastgpt.errors import UsageError
+from fastgpt.model.gpt import GPT
+from fastgpt.system.device import autocast
+from fastgpt.training.guard import Guard
+from fastgpt.training.optimizer import clip, make_optimizer
+from fastgpt.training.schedule import learning_rate, set_learning_rate
+
+FACTORS = ("scale", "growth_factor", "backoff_factor")  # of float16's scaler
+COUNTS = ("growth_interval", "_growth_tracker")
+
+
+class TrainStep:
+    """The model with what trains it: AdamW, the guard, the scaler of float16 and, with --compile, the compiled model.
+
+    Weights, moments and gradients are float32 whatever `dtype` the matrix products are in.
+    """
+
+    def __init__(self, model: GPT, config: TrainConfig, device: torch.device, dtype: torch.dtype):
+        self.model, self.config, self.device, self.dtype = model, config, device, dtype
+        self.parameters = list(model.parameters())
+        self.optimizer = make_optimizer(model, config)
+        self.guard = Guard(device, config.rollback_after, config.skip_loss_sigma)
+        self.scaler = self._make_scaler()
+        # On a CPU Inductor's own random numbers are slower than PyTorch's, and are other ones than without --compile.
+        options: dict[str, Any] = {"fallback_random": device.type == "cpu"}
+        # Nothing changes the modules of PyTorch in the model, so that need not be checked in every step.
+        options["guard_filter_fn"] = torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe
+        self.compiled = torch.compile(model, options=options) if config.compile else model
+
+    def __call__(self, number: int, batches: Sequence[Batch]) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """Take step `number`, counted from 0, over its micro-batches, each (inputs, targets) int64 (B, T).
+
+        Returns:
+            The mean loss of the micro-batches and the gradients' norm before clipping, scalars on the device that
+            nothing has waited for yet, and the learning rate.
+
+        Raises:
+            UsageError: the model cannot be compiled.
+        """
+        loss = self.accumulate(number, batches)
+        assert loss is not None  # nothing stops it
+        return loss, *self.update(number, loss)
+
+    def accumulate(
+        self, number: int, batches: Sequence[Batch], stopping: Callable[[int], bool] = lambda done: False
+    ) -> torch.Tensor | None:
+        """The first half of a step, which takes the memory: forward and backward.
+
+        Args:
+            stopping: asked after each micro-batch, with how many are done, whether to leave out the others.
+
+        Returns:
+            The mean loss; None where the step was cut short, and is to be abandoned.
+        """
+        # Dropout is a pure function of (seed, step), so a resumed run repeats it.
+        torch.manual_seed((self.config.seed + (number + 1) * 0x9E3779B97F4A7C15) % 2**64)
+        total = torch.zeros((), device=self.device)
+        with autocast(self.device, self.dtype):  # around all micro-batches: the weights are cast once
+            for done, (x, y) in enumerate(batches, 1):
+                loss = self._loss(x, y) / len(batches)
+                self.scaler.scale(loss).backward()
+                total += loss.detach()
+                if stopping(done) and done < len(batches):
+                    return None
+        return total
+
+    def update(self, number: int, loss: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """The second half: clip, judge, update. Returns the gradients' norm and the learning rate."""
+        rate = learning_rate(number, self.config)
+        set_learning_rate(self.optimizer, rate)
+        self.scaler.unscale_(self.optimizer)
+        norm = clip(self.parameters, self.config.grad_clip)
+        scale = self.scaler.scale(torch.ones_like(loss)) if self.scaler.is_enabled() else None
+        self.optimizer.found_inf = self.guard.judge(loss, norm, scale)
+        self.optimizer.step()
+        self._update_scale(loss, scale)
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm, rate
+
+    def abandon(self) -> None:
+        """Forget a step whose first half was cut short, so that it can be taken again."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs beside the weights and moments, as JSON; waits for the device."""
+        return {"guard": self.guard.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state` gave. Raises KeyError, TypeError or ValueError for what is not of its making."""
+        self.guard.load_state_dict(state["guard"])
+        scaler = state["scaler"]
+        if scaler:  # empty where the run was not in float16 until now
+            factors, counts = {name: float(scaler[name]) for name in FACTORS}, {name: scaler[name] for name in COUNTS}
+            wrong = [name for name, value in factors.items() if not 0 < value < math.inf]
+            wrong += [name for name, value in counts.items() if type(value) is not int or not 0 <= value < 2**31]
+            if wrong:
+                raise ValueError(f"the scaler's {wrong[0]} is {scaler[wrong[0]]}")
+            self.scaler.load_state_dict(factors | counts)
+
+    def reset(self) -> None:
+        """Become what it was before the first step, the weights aside."""
+        self.optimizer.reset()
+        self.guard.load_state_dict({})
+        self.scaler = self._make_scaler()
+
+    def _make_scaler(self) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
+    def _update_scale(self, loss: torch.Tensor, before: torch.Tensor | None) -> None:
+        """Let the scaler learn from the gradients, unless the loss itself was not finite: no scale mends that."""
+        if before is None:
+            return
+        self.scaler.update()
+        after = self.scaler.scale(torch.ones_like(loss))
+        self.scaler.update(torch.where(torch.isfinite(loss), after, before))
+
+    def _loss(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if not self.config.compile:
+            return self.model(x, y)
+        from torch._dynamo.exc import TorchDynamoException  # slow to import, so only with --compile
+
+        try:
+            return self.compiled(x, y)
+        except TorchDynamoException as error:
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise UsageError(f"--compile failed: {reason}; mend that, or pass --no-compile") from error

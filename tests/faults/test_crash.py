@@ -1,0 +1,70 @@
+"""kill -9 at random steps: the run that is resumed each time is, to the bit, the one that was never killed."""
+
+import hashlib
+import random
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from fastgpt.checkpoint import store
+from tests.helpers.runs import records, spawn
+
+pytestmark = pytest.mark.usefixtures("workplace")
+LENGTH = 400
+HARD = (
+    f"--max_iters {LENGTH} --dropout 0.2 --batch_size 2 --gradient_accumulation_steps 3 --warmup_iters 5 "
+    "--eval_interval 7 --eval_iters 1 --log_interval 1"
+)
+
+
+def killed_at(process: subprocess.Popen, step: int) -> None:
+    """Wait until the process has shown this step, and kill it."""
+    for line in process.stderr:
+        if (shown := re.match(r"step (\d+)/", line)) and int(shown[1]) >= step:
+            process.kill()
+            process.communicate()
+            return
+    raise AssertionError(f"the process ended before step {step}")
+
+
+def result(out_dir: Path) -> dict:
+    """The losses to the bit, and the hash of all that the last checkpoint holds."""
+    folder = store.find(out_dir, "latest")
+    files = (store.MODEL, store.OPTIMIZER, store.STATE)
+    return {
+        "losses": {step: loss.hex() for step, loss in records(out_dir).items()},
+        "val_losses": {step: loss.hex() for step, loss in records(out_dir, "val_loss").items()},
+        "hashes": {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files},
+        "best": store.find(out_dir, "best").name,
+    }
+
+
+@pytest.mark.parametrize(
+    ("flags", "kills"),
+    [
+        ("", 2),
+        ("--async_save", 1),
+        ("--compile", 1),
+        pytest.param("", 20, marks=pytest.mark.slow),
+        pytest.param("--async_save", 20, marks=pytest.mark.slow),
+        pytest.param("--compile", 20, marks=pytest.mark.slow),
+        pytest.param("--dtype bfloat16 --keep_last 1", 20, marks=pytest.mark.slow),
+    ],
+)
+def test_killed_at_random_steps_it_is_the_run_that_was_not(flags: str, kills: int):
+    whole = spawn(f"{HARD} {flags} --out_dir whole")
+    _, err = whole.communicate(timeout=300)
+    assert whole.returncode == 0, err
+    draw = random.Random(f"{flags}{kills}")
+    steps = sorted(draw.sample(range(8, LENGTH - 5), kills))
+    for number, step in enumerate(steps):
+        killed_at(spawn(f"{HARD} {flags} {'--init_from resume' if number else ''}"), step)
+        # At most one interval is lost.
+        assert int(store.find(Path("out"), "latest").name[5:]) >= step - 7 - (7 if "async" in flags else 0)
+    last = spawn(f"{HARD} {flags} --init_from resume")
+    _, err = last.communicate(timeout=300)
+    assert last.returncode == 0, err
+    assert "damaged" not in err
+    assert result(Path("out")) == result(Path("whole"))

@@ -1,0 +1,64 @@
+"""What only a GPU can show of the LayerNorm kernels: bfloat16, and repeated bits."""
+
+import pytest
+import torch
+
+from fastgpt_kernels import norm, stock
+from tests.helpers.parity import assert_op_agrees, outputs_and_gradients
+
+pytestmark = pytest.mark.gpu
+
+OPS = ["layer_norm", "add_layer_norm"]
+ops = pytest.mark.parametrize("op", OPS)
+
+
+def randn(*shape, dtype=torch.bfloat16):
+    return torch.randn(shape, device="cuda").to(dtype)
+
+
+def inputs_of(op, R, C, dtype=torch.bfloat16):
+    """x, residual where the operation takes one, weight, bias."""
+    return [*(randn(R, C, dtype=dtype) for _ in range(OPS.index(op) + 1)), randn(C, dtype=dtype), randn(C, dtype=dtype)]
+
+
+@ops
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("C", [33, 127, 128, 384, 768, 1023, 1024, 1600, 4096, 4097, 8192, 8193, 65536])
+def test_bfloat16_is_as_near_the_truth_as_stock_pytorch(C, bias, op):
+    torch.manual_seed(0)
+    *others, offsets = inputs_of(op, 1000 if C <= 8192 else 40, C)
+    assert_op_agrees(getattr(norm, op), op, [*others, offsets if bias else None], layout="gapped")
+
+
+@pytest.mark.parametrize("affine", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("C", [33, 768, 8193])
+def test_a_float32_stream_beside_a_bfloat16_branch_agrees(C, affine):
+    torch.manual_seed(0)
+    inputs = [randn(50, C), randn(50, C, dtype=torch.float32), randn(C, dtype=affine), randn(C, dtype=affine)]
+
+    def plain(x, residual, weight, bias):
+        total = x + residual
+        return total, stock.layer_norm(total, weight.float(), bias.float())
+
+    assert_op_agrees(norm.add_layer_norm, "add_layer_norm", inputs, plain=plain)
+
+
+@ops
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("R", "C"), [(8192, 768), (3001, 1600), (4096, 33), (300, 20000)])
+def test_20_backward_runs_give_the_same_bits(R, C, dtype, op):
+    torch.manual_seed(0)
+    inputs = inputs_of(op, R, C, dtype)
+    grads = [randn(R, C, dtype=dtype) for _ in range(len(inputs) - 2)]
+    first = outputs_and_gradients(getattr(norm, op), inputs, grads)
+    for _ in range(19):
+        again = outputs_and_gradients(getattr(norm, op), inputs, grads)
+        assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_it_runs_on_the_tensors_gpu_and_not_on_the_current_one():
+    torch.manual_seed(0)
+    x, weight, bias = (torch.randn(shape, device="cuda:1") for shape in ((5, 33), (33,), (33,)))
+    assert torch.cuda.current_device() == 0
+    torch.testing.assert_close(norm.layer_norm(x, weight, bias), stock.layer_norm(x, weight, bias))

@@ -1,0 +1,268 @@
+"""The gate: every row of the launch table compiles to machine code that keeps to its chip's means.
+
+One run of `python -m fastgpt_kernels.aot --json`, in a process without Triton's interpreter, serves all tests.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.helpers import places
+
+triton = pytest.importorskip("triton")
+
+from fastgpt_kernels import aot  # noqa: E402
+from fastgpt_kernels.launch import TABLE, TARGETS, Config  # noqa: E402
+
+KEYS = [
+    *("target", "kernel", "config", "registers", "stack", "spills", "shared"),
+    *("blocks_per_sm", "tensor_core", "waits", "wide_loads", "warnings", "seconds"),
+]
+# These multiply matrices.
+MATRIX = {kernel for kernel in TABLE if kernel.startswith("attention_")}
+MATRIX |= {"paged_decode_grouped", "paged_prefill", "int8_product"}
+KIB = 1024
+# What one block may have. Rows of sm_80 also serve sm_86, sm_89 and sm_120, which have 99 KiB: those of 16 bits fit.
+SHARED = {"sm_80": 163 * KIB, "sm_90": 227 * KIB, "sm_100": 227 * KIB, "gfx942": 64 * KIB}
+# The least share of wide loads in 16 bits. Most kernels also read a few single numbers a row beside their matrices.
+WIDE = {
+    "norm_forward": 0.5,
+    "norm_backward": 0.4,
+    "norm_weight_partials": 0.5,
+    "sum_partials": 1.0,
+    "cross_entropy": 0.3,
+    "scale": 0.6,
+    **dict.fromkeys(MATRIX, 0.5),
+    "paged_decode": 0.5,
+    "paged_decode_grouped": 0.4,
+    "paged_merge": 0.25,
+    "kv_write": 0.6,
+    "int8_rows": 0.4,
+    "int8_product": 0.3,  # for tensor cores of sm_90, bytes are read 8 at a time
+}
+if triton.__version__.startswith("3.6."):  # it reads lse and delta, one number a row, with many instructions
+    WIDE |= {kernel: 0.15 for kernel in MATRIX if "keys" in kernel}
+GOLDEN = places.GOLDEN / "aot.json"
+SLACK = 8  # registers: the unit in which they are given out
+REMAKE = "see what changed, then: python tests/golden/make.py"
+
+
+def start(*flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    outside = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "fastgpt_kernels.aot", *flags]
+    return subprocess.run(command, capture_output=True, text=True, env=outside | environment, check=False)
+
+
+@pytest.fixture(scope="session")
+def rows() -> list[dict]:
+    """The report on every target."""
+    done = start("--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def name(row: dict) -> str:
+    return f"{row['target']} {row['kernel']} {row['config']}"
+
+
+def only_16_bit(rows: list[dict]) -> list[dict]:
+    return [row for row in rows if row["config"].startswith("bfloat16 ")]
+
+
+def test_every_row_is_compiled_plain_and_heaviest(rows):
+    expected = {
+        f"{target} {kernel} {aot.describe(kind, width, row, variant)}"
+        for kernel, by_target in TABLE.items()
+        for (target, kind), by_width in by_target.items()
+        for width, row in by_width.items()
+        for variant in ("plain", "heaviest")
+    }
+    assert {name(row) for row in rows} == expected
+    assert len(rows) == len(expected)
+
+
+def test_keys(rows):
+    for row in rows:
+        assert list(row) == KEYS
+        assert row["seconds"] > 0, name(row)
+        assert 0 < row["registers"] <= (512 if row["target"] == "gfx942" else 255), name(row)
+
+
+def test_16_bit_rows_spill_nothing(rows):
+    assert [name(row) for row in only_16_bit(rows) if row["spills"] or row["stack"]] == []
+
+
+def test_matrix_products_run_on_tensor_cores(rows):
+    products = [row for row in rows if row["kernel"] in MATRIX and not row["config"].startswith("float32 ")]
+    assert products
+    assert [name(row) for row in products if not row["tensor_core"]] == []
+    assert [name(row) for row in rows if row["kernel"] not in MATRIX and row["tensor_core"]] == []
+
+
+def test_16_bit_products_overlap(rows):
+    """C7515: ptxas found registers of a product in use, and so waits for each before it starts the next."""
+    assert [f"{name(row)}: {row['warnings']}" for row in only_16_bit(rows) if row["warnings"]] == []
+    hopper = [row for row in only_16_bit(rows) if row["target"] == "sm_90" and row["kernel"].startswith("attention_")]
+    assert hopper
+    # The scores, the gradient of the weights in the backward pass, and what is added up.
+    most = {row["kernel"]: 2 if "forward" in row["kernel"] else 3 for row in hopper}
+    assert [f"{name(row)}: {row['waits']}" for row in hopper if row["waits"] > most[row["kernel"]]] == []
+    # Asynchronous products have 64 rows, so they are waited for; dk and dv of 256 channels have no such tile that fits.
+    others = {(row["kernel"].removesuffix("_dropout"), row["config"].split()[1]) for row in hopper if not row["waits"]}
+    assert others == {("attention_backward_keys", "256")}
+
+
+def test_float32_products_are_not_rounded_to_tf32(rows):
+    """Triton does so on sm_100 in some tiles, whatever precision it is asked for. AMD has such products in float32."""
+    ieee = [row for row in rows if row["kernel"] in MATRIX and row["config"].startswith("float32 ")]
+    assert ieee
+    assert [name(row) for row in ieee if row["tensor_core"] and row["target"] != "gfx942"] == []
+
+
+def test_shared_memory_fits(rows):
+    assert [f"{name(row)}: {row['shared']}" for row in rows if row["shared"] > SHARED[row["target"]]] == []
+    smaller = [row for row in only_16_bit(rows) if row["target"] == "sm_80"]
+    assert [f"{name(row)}: {row['shared']}" for row in smaller if row["shared"] > 99 * KIB] == []
+
+
+def test_a_block_fits_on_a_multiprocessor(rows):
+    assert [name(row) for row in rows if row["blocks_per_sm"] < 1] == []
+
+
+def test_16_bit_rows_load_wide(rows):
+    """As they are plain: document numbers, in the heaviest variant of attention, are narrow by nature."""
+    plain = [row for row in only_16_bit(rows) if row["config"].endswith(" plain")]
+    narrow = [row for row in plain if (row["wide_loads"] or 0.0) < WIDE[row["kernel"]]]
+    assert [f"{name(row)}: {row['wide_loads']}" for row in narrow] == []
+
+
+def test_registers_stay_as_they_were(rows):
+    golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
+    versions = golden.pop("versions")
+    if triton.__version__ not in versions:
+        pytest.skip(f"tests/golden/aot.json holds no Triton {triton.__version__}; add it: python tests/golden/make.py")
+    column = versions.index(triton.__version__)
+    before = {f"{group} {config}": n[column] for group, of in golden.items() for config, n in of.items()}
+    now = {name(row): row["registers"] for row in rows}
+    assert now.keys() == before.keys(), f"rows came or went; {REMAKE}"
+    known = {row: registers for row, registers in before.items() if registers is not None}
+    more = {row: f"{n} -> {now[row]}" for row, n in known.items() if now[row] > n + SLACK}
+    assert more == {}, f"these take more registers than before; {REMAKE}"
+
+
+def test_golden_numbers_of_other_versions_stay():
+    spec = importlib.util.spec_from_file_location("make", GOLDEN.with_name("make.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    make = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make)
+
+    def rows(**registers: int) -> list[dict]:
+        return [{"target": "sm_90", "kernel": "k", "config": name, "registers": n} for name, n in registers.items()]
+
+    content = make.merged(make.merged({}, "3.9.0", rows(kept=1, gone=2)), "3.10.0", rows(kept=3, new=4))
+    content = make.merged(content, "3.9.0", rows(kept=5, new=6))
+    assert content == {"versions": ["3.9.0", "3.10.0"], "sm_90 k": {"kept": [5, 3], "new": [6, 4]}}
+    content = make.merged(content, "3.6.0", rows(kept=7, newer=8))
+    assert content == {
+        "versions": ["3.6.0", "3.9.0", "3.10.0"],
+        "sm_90 k": {"kept": [7, 5, 3], "newer": [8, None, None]},
+    }
+    assert json.loads(make.text(content)) == content
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "expected"),
+    [
+        (["--target", "sm90"], {}, ["--target 'sm90'", ", ".join(TARGETS), "did you mean sm_90?"]),
+        (["--target", "h"], {}, ["--target 'h'", ", ".join(TARGETS)]),
+        (["--kernel", "norm_forwrd"], {}, ["--kernel 'norm_forwrd'", "did you mean norm_forward?"]),
+        (["--frobnicate"], {}, ["--frobnicate"]),
+        ([], {"TRITON_INTERPRET": "1"}, ["TRITON_INTERPRET is set"]),
+    ],
+)
+def test_bad_usage_is_one_line(flags, environment, expected):
+    done = start(*flags, **environment)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    for words in expected:
+        assert words in done.stderr
+
+
+def test_table_shows_every_column(capsys):
+    line = dict.fromkeys(KEYS, 0) | {"target": "sm_90", "kernel": "norm_forward", "wide_loads": None, "seconds": 0.25}
+    line |= {"config": "bfloat16 1024 1x1024 w1 s1 heaviest", "spills": 46, "registers": 255, "warnings": "C7515"}
+    aot.show([line], 1.0)
+    shown = capsys.readouterr().out
+    for key in KEYS:
+        assert key.replace("_", " ") in shown
+    for value in ("sm_90", "norm_forward", "bfloat16 1024 1x1024 w1 s1 heaviest", "255", "46", "-", "C7515", "0.25"):
+        assert value in shown
+    assert "1 with stack or spills, 1 with warnings" in shown
+
+
+def test_a_row_without_an_example_is_an_error(monkeypatch):
+    key = ("sm_90", "16-bit")
+    monkeypatch.setitem(TABLE, "new_kernel", {key: {64: Config(1, 64, 1)}})
+    with pytest.raises(LookupError, match="launches new_kernel sm_90 16-bit 64: 1x64 w1 s1"):
+        aot.examples("sm_90", "new_kernel")
+    # A row that no width reaches, because its kernel is launched with another.
+    monkeypatch.setitem(aot.EXAMPLES, "new_kernel", aot.EXAMPLES["sum_partials"])
+    with pytest.raises(LookupError, match="launches new_kernel"):
+        aot.examples("sm_90", "new_kernel")
+
+
+ODD_SIZES = """
+import torch, triton
+from fastgpt_kernels import aot, attention, cross_entropy, int8, norm, paged, paged_decode, paged_prefill
+from fastgpt_kernels.launch import Tuning
+from fastgpt_kernels.machine_code import CHIPS
+
+triton.runtime.driver.set_active(aot.Driver(CHIPS["sm_90"].compiler))
+tuning, half = Tuning("sm_90", "16-bit"), torch.bfloat16
+launches = []
+for R, C in ((1, 1), (1, 9001), (7, 33)):
+    x, weight, statistic = aot.empty(R, C, dtype=half), aot.empty(C, dtype=half), aot.empty(R)
+    launches.append(norm.forward_launch(x, x, statistic, statistic, x, x, weight, weight, 1e-5, tuning))
+    launches += norm.backward_launches(x, None, weight, weight, x, x, x, statistic, statistic, weight, tuning)
+for Tq, Tk, H, Hkv, D in ((1, 1, 1, 1, 16), (1, 70, 3, 1, 20)):
+    q, k, lse = aot.empty(1, Tq, H, D, dtype=half), aot.empty(1, Tk, Hkv, D, dtype=half), aot.empty(1, H, Tq)
+    dk = aot.empty(1, Tk, H, D)
+    rest = (aot.empty(dtype=torch.int64), aot.empty(1, Tk, dtype=torch.int32), 0.1, 1.0, tuning)
+    launches.append(attention.forward_launch(q, lse, q, k, k, *rest))
+    launches += attention.backward_launches(q, dk, dk, lse, q, q, lse, q, k, k, *rest)
+for R, V, valid in ((1, 16, 1), (5, 48, 47)):
+    logits, lse, targets = aot.empty(R, V), aot.empty(R), aot.empty(R, dtype=torch.int32)
+    dz = aot.empty(R, V, dtype=half)
+    launches.append(cross_entropy.gradient_launch(logits, dz, lse, lse, targets, None, valid, 1, tuning))
+    launches.append(cross_entropy.gradient_launch(logits, dz, None, lse, targets, lse, valid, -100, tuning))
+for B, H, Hkv, D, P, M in ((1, 1, 1, 1, 1, 1), (1, 1, 1, 80, 16, 64), (3, 6, 2, 20, 5, 99), (1, 40, 1, 33, 128, 9)):
+    q, pages = aot.empty(B, H, D, dtype=half), aot.empty(7, P, Hkv, D, dtype=half)
+    table, starts, slots = (aot.empty(*n, dtype=torch.int32) for n in ((B, 1 + M), (B + 1,), (B,)))
+    cache = (q, pages, pages, table[:, 1:], table[:, 0])
+    launches += paged_decode.decode_launches(q, *cache, 1.0, 0, tuning)
+    launches += paged_decode.decode_launches(q, *cache, 1.0, 16, tuning)
+    launches.append(paged_prefill.prefill_launch(q, *cache, starts, 1.0, tuning))
+    k = aot.empty(B, Hkv, D, dtype=half)
+    launches.append(paged.kv_write_launch(k, k, pages, pages, slots.long(), tuning))
+for R, outputs, inputs in ((1, 1, 1), (3, 5, 33), (5, 1, 1), (70, 7, 33)):
+    x, y, scale = aot.empty(R, inputs, dtype=half), aot.empty(R, outputs, dtype=half), aot.empty(outputs)
+    weight = aot.empty(outputs, inputs, dtype=torch.int8)
+    launches.append(int8.linear_launch(y, x, weight, scale, y[0], tuning))
+for launch in launches:
+    launch.kernel.device_caches.clear()
+    launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.constants)
+"""
+
+
+def test_sizes_of_one_and_odd_sizes_compile(tmp_path):
+    """Triton makes a constant of an integer that is 1, and assumes nothing of one that is no multiple of 16."""
+    outside = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    outside["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run([sys.executable, "-c", ODD_SIZES], capture_output=True, text=True, env=outside, check=False)
+    assert done.returncode == 0, done.stderr

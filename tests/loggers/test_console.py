@@ -1,0 +1,187 @@
+"""The progress display: whole fields on every width, a sign of life from the first micro-batch on."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from fastgpt.loggers import console
+from fastgpt.loggers.console import Display
+
+RECORD = {
+    "step": 30,
+    "tokens": 960,
+    "loss": 2.34567,
+    "lr": 9.9e-4,
+    "grad_norm": 1.234,
+    "ms": 50.0,
+    "tokens_per_second": 12345.6,
+    "mfu": 0.4213,
+    "memory": 3 << 20,
+}
+FIRST = RECORD | {"ms": None, "tokens_per_second": None, "mfu": None}
+
+
+def piped(**options) -> Display:
+    return Display(Console(file=io.StringIO(), width=40), **{"total": 90} | options)
+
+
+def lines(display: Display) -> list[str]:
+    return display.console.file.getvalue().splitlines()
+
+
+def shown(record: dict, val_loss: float | None = None, **options) -> str:
+    with piped(**options) as display:
+        display.show(record, val_loss)
+    (line,) = lines(display)
+    return line
+
+
+@pytest.fixture
+def clock(monkeypatch) -> list[float]:
+    now = [100.0]
+    monkeypatch.setattr(console, "time", type("Clock", (), {"monotonic": staticmethod(lambda: now[0])}))
+    return now
+
+
+class Terminal:
+    """A terminal of some columns; `line` is its live line as it stands now."""
+
+    def __init__(self, width: int, total: int = 2000, **options):
+        self.display = Display(Console(file=io.StringIO(), force_terminal=True, width=width), total, **options)
+
+    @property
+    def line(self) -> str:
+        out = io.StringIO()
+        Console(file=out, width=self.display.console.width).print(self.display._line())
+        (line,) = out.getvalue().splitlines()
+        return line.replace("━", "").replace("╸", "").strip()
+
+
+def test_a_pipe_gets_every_field_however_narrow_it_is():
+    assert shown(RECORD, 2.5) == (
+        "step 30/90  loss 2.3457  val 2.5000  0:03 left  12,346 tokens/s  50.0 ms  lr 9.90e-04  norm 1.23  MFU 42.1%  "
+        "3 MiB"
+    )
+
+
+def test_what_is_not_known_is_said_to_be_unknown():
+    line = shown(RECORD | {"mfu": None, "memory": None})
+    assert "val -" in line
+    assert "MFU" not in line  # no peak is known
+    assert "memory unknown" in line
+
+
+def test_a_step_that_was_not_timed_says_nothing_of_time():
+    assert shown(FIRST) == "step 30/90  loss 2.3457  val -  lr 9.90e-04  norm 1.23  3 MiB"
+
+
+def test_the_first_loss_alone_stands_beside_that_of_a_uniform_guess():
+    with piped(uniform=4.6347) as display:
+        display.show(FIRST, None)
+        display.show(RECORD, None)
+    first, second = lines(display)
+    assert "loss 2.3457 (a uniform guess scores 4.63)  val -" in first
+    assert "guess" not in second
+
+
+def test_a_terminal_keeps_the_first_loss_as_a_line_of_its_own():
+    terminal = Terminal(80, uniform=4.6347)
+    with terminal.display as display:
+        display.show(FIRST, None)
+        display.show(RECORD, None)
+    assert display.console.file.getvalue().count("step 30/2000  loss 2.3457 (a uniform guess scores 4.63)\n") == 1
+    assert "guess" not in terminal.line
+
+
+@pytest.mark.parametrize(
+    ("width", "line"),
+    [
+        (
+            140,
+            "step 1510/2000  loss 2.3457  val 2.5000  0:24 left  12,346 tokens/s  50.0 ms  lr 9.90e-04  norm 1.23  "
+            "MFU 42.1%  3 MiB",
+        ),
+        (110, "step 1510/2000  loss 2.3457  val 2.5000  0:24 left  12,346 tokens/s  50.0 ms  MFU 42.1%  3 MiB"),
+        (80, "step 1510/2000  loss 2.3457  val 2.5000  0:24 left  12,346 tokens/s"),
+        (60, "step 1510/2000  loss 2.3457  val 2.5000  0:24 left"),
+        (40, "step 1510/2000  loss 2.3457  0:24 left"),
+        (30, "step 1510/2000  loss 2.3457"),
+    ],
+)
+def test_a_narrow_terminal_drops_whole_fields_the_least_important_first(width: int, line: str):
+    terminal = Terminal(width)
+    terminal.display.show(RECORD | {"step": 1510}, 2.5)
+    assert terminal.line == line
+
+
+def test_a_terminal_has_a_bar_and_counts_micro_batches_from_the_first_on(clock: list[float]):
+    terminal = Terminal(120)
+    display = terminal.display
+    display.begin("micro", 0, 40)
+    assert terminal.line == "step 0/2000"
+    clock[0] += 12
+    display.reach(1)
+    assert terminal.line == "step 0/2000  micro 1/40  266:40:00 left"
+    clock[0] += 16
+    display.reach(3)  # those after the first tell more
+    assert terminal.line == "step 0/2000  micro 3/40  177:46:40 left"
+    display.show(RECORD | {"step": 10}, None)
+    display.begin("evaluation", 10, 8)
+    display.reach(2)
+    assert "step 10/2000  loss 2.3457  evaluation 2/8  val -" in terminal.line
+
+
+def test_quick_steps_do_not_flicker(clock: list[float]):
+    terminal = Terminal(120)
+    terminal.display.begin("micro", 0, 2)
+    clock[0] += 0.1
+    terminal.display.reach(1)
+    assert "micro" not in terminal.line
+
+
+def test_a_pipe_is_told_of_a_long_step_after_its_first_micro_batch_and_each_minute(clock: list[float]):
+    with piped() as display:
+        for step in (0, 1):
+            display.begin("micro", step, 40)
+            for done in range(1, 41):
+                clock[0] += 12
+                display.reach(done)
+    found = lines(display)
+    assert found[0] == "step 1: micro-batch 1 of 40 done after 0:12; about 8:00 a step, 12:00:00 in all"
+    assert found[1:3] == [
+        "step 0/90  micro 6/40  6:48 left in this step",
+        "step 0/90  micro 11/40  5:48 left in this step",
+    ]
+    assert found[8] == "step 1/90  micro 1/40  7:48 left in this step"
+    assert len(found) == 16
+
+
+def test_a_step_that_compiles_first_is_judged_by_its_second_micro_batch(clock: list[float]):
+    with piped(settled=2) as display:
+        display.begin("micro", 0, 10)
+        for done, seconds in ((1, 50), (2, 2)):
+            clock[0] += seconds
+            display.reach(done)
+    assert lines(display) == ["step 1: micro-batch 2 of 10 done after 0:52; about 0:20 a step, 30:00 in all"]
+
+
+def test_a_pipe_hears_nothing_of_quick_micro_batches(clock: list[float]):
+    with piped() as display:
+        for step in range(9):
+            display.begin("micro", step, 2)
+            for done in (1, 2):
+                clock[0] += 1
+                display.reach(done)
+    assert lines(display) == []
+
+
+def test_a_terminal_gets_a_live_line_and_samples_as_they_are(capsys):
+    terminal = Terminal(200, total=90)
+    with terminal.display as display:
+        display.show(RECORD, None)
+        display.product("[bold]sampled[/bold]")
+    out = display.console.file.getvalue()
+    assert "30/90" in out
+    assert "loss 2.3457" in out
+    assert capsys.readouterr().out == "[bold]sampled[/bold]\n"
