@@ -185,12 +185,20 @@ def _parser(
             groups[title] = parser.add_argument_group(title)
         actions += _add(groups[title], field, hints[field.name], presets)
     add = groups[None].add_argument
-    actions.append(add("-h", "--help", action="help", help="show this help and exit"))
+    actions.append(add("-h", "--help", action=_Help, nargs=0, help="show this help and exit"))
     if presets is not None:
         names = f"starting point: {', '.join(presets)}"
         actions.append(add("--preset", metavar="NAME", type=_unmarked, help=names))
         actions.append(add("--config", metavar="FILE.toml", type=_unmarked, help="a TOML file of these flags"))
     return parser, {flag: action for action in actions for flag in action.option_strings}
+
+
+class _Help(argparse.Action):
+    """Argparse's own hides that stdout takes no more."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(parser.format_help(), end="")
+        raise SystemExit(0)
 
 
 def _add(group: Any, field: dataclasses.Field, hint: Any, presets: Mapping[str, Any] | None) -> list[argparse.Action]:

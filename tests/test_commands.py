@@ -4,15 +4,14 @@ import re
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import pytest
 
 import fastgpt
 from fastgpt import __main__ as commands
 from fastgpt import cli
+from tests.helpers.places import ROOT
 
-ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "numpy", "triton", "rich", "safetensors", "matplotlib")
 
 
