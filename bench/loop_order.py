@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,25 +23,31 @@ OPERATIONS = ("fastgpt::", "torch.ops.fastgpt.")  # which the changed ones must 
 @functools.cache
 def diagonal_last() -> Callable[..., torch.Tensor]:
     """`attention.causal_attention` in the other order. Raises `RuntimeError` where the source is not as expected."""
-    from fastgpt_kernels import attention  # imports triton
+    from fastgpt_kernels import attention, attention_backward  # imports triton
 
-    source = changed(Path(attention.__file__).read_text(encoding="utf-8"))
-    path = Path(tempfile.mkdtemp(prefix="fastgpt-")) / "attention_diagonal_last.py"  # Triton reads it again
-    path.write_text(source, encoding="utf-8")
+    folder = Path(tempfile.mkdtemp(prefix="fastgpt-"))  # Triton reads the sources again
+    _load(attention_backward, folder)  # registers the operation that the changed forward pass calls
+    return _load(attention, folder).causal_attention
+
+
+def _load(original: ModuleType, folder: Path) -> Any:
+    """A module of the changed source."""
+    path = folder / f"{original.__name__.rpartition('.')[2]}_diagonal_last.py"
+    path.write_text(changed(Path(original.__file__ or "").read_text(encoding="utf-8")), encoding="utf-8")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
-    module: Any = importlib.util.module_from_spec(spec)
+    module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
     spec.loader.exec_module(module)
-    return module.causal_attention
+    return module
 
 
 def changed(source: str) -> str:
-    """The source with both loops in the other order, and operations of its own."""
+    """The source of a pass with its loop over the keys in the other order, and operations of its own."""
     before, own, after = source.partition("def _accumulate_dk_dv(")
-    if before.count(DIAGONAL_FIRST) != 2 or not own:
-        raise RuntimeError(f"attention.py has not two loops {DIAGONAL_FIRST!r} before dk and dv")
+    if before.count(DIAGONAL_FIRST) != 1:
+        raise RuntimeError(f"the source has not one loop {DIAGONAL_FIRST!r} before dk and dv")
     source = before.replace(DIAGONAL_FIRST, DIAGONAL_LAST) + own + after
     for name in OPERATIONS:
         source = source.replace(name, name.replace("fastgpt", "fastgpt_diagonal_last"))

@@ -11,7 +11,17 @@ from dataclasses import dataclass
 
 import torch
 
-from fastgpt_kernels import attention, cross_entropy, int8, norm, paged, paged_decode, paged_prefill
+from fastgpt_kernels import (
+    attention,
+    attention_backward,
+    cross_entropy,
+    int8,
+    norm,
+    norm_backward,
+    paged,
+    paged_decode,
+    paged_prefill,
+)
 from fastgpt_kernels.launch import TABLE, Launch, Tuning
 
 ROWS = 8192  # tokens of a training step: 8 sequences of 1024
@@ -73,7 +83,7 @@ def _norm(kernel: str, tuning: Tuning, C: int, device: torch.device) -> list[Wor
     def launches(tuning: Tuning) -> list[Launch]:
         return [
             norm.forward_launch(None, y, mean, rstd, x, None, weight, None, 1e-5, tuning),
-            *norm.backward_launches(dx, None, dweight, None, None, dy, x, mean, rstd, weight, tuning),
+            *norm_backward.backward_launches(dx, None, dweight, None, None, dy, x, mean, rstd, weight, tuning),
         ]
 
     return [Workload(f"{ROWS} x {C}", launches, (y, mean, rstd, dx, dweight))]
@@ -96,7 +106,7 @@ def _attention_of(kernel: str, tuning: Tuning, B: int, T: int, D: int, device: t
     def launches(tuning: Tuning) -> list[Launch]:
         return [
             attention.forward_launch(out, lse, q, k, v, *rest, tuning),
-            *attention.backward_launches(dq, dk, dv, delta, dout, out, lse, q, k, v, *rest, tuning),
+            *attention_backward.backward_launches(dq, dk, dv, delta, dout, out, lse, q, k, v, *rest, tuning),
         ]
 
     return Workload(f"{B} x {T}, {H} heads of {D}", launches, (out, lse, dq, dk, dv))

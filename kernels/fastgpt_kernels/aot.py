@@ -55,7 +55,17 @@ from rich.table import Table
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 
-from fastgpt_kernels import attention, cross_entropy, int8, norm, paged, paged_decode, paged_prefill
+from fastgpt_kernels import (
+    attention,
+    attention_backward,
+    cross_entropy,
+    int8,
+    norm,
+    norm_backward,
+    paged,
+    paged_decode,
+    paged_prefill,
+)
 from fastgpt_kernels.launch import INTERPRETED, TABLE, TARGETS, Config, Launch, Tuning
 from fastgpt_kernels.machine_code import CHIPS, blocks_per_sm, inspect, ptxas_warnings
 
@@ -75,13 +85,13 @@ def _norm_launches(tuning: Tuning, C: int, heaviest: bool) -> list[Launch]:
     if not heaviest:
         return [
             norm.forward_launch(None, x, statistic, statistic, x, None, weight, None, 1e-5, tuning),
-            *norm.backward_launches(x, None, weight, None, None, x, x, statistic, statistic, weight, tuning),
+            *norm_backward.backward_launches(x, None, weight, None, None, x, x, statistic, statistic, weight, tuning),
         ]
     other = empty(R, C, dtype=torch.bfloat16 if dtype == torch.float32 else torch.float32)
     total, weight = empty(R, C), empty(C)
     return [
         norm.forward_launch(total, total, statistic, statistic, x, other, weight, weight, 1e-5, tuning),
-        *norm.backward_launches(x, other, weight, weight, x, x, x, statistic, statistic, weight, tuning),
+        *norm_backward.backward_launches(x, other, weight, weight, x, x, x, statistic, statistic, weight, tuning),
     ]
 
 
@@ -96,7 +106,7 @@ def _attention_launches(tuning: Tuning, D: int, heaviest: bool, dropout_p: float
     rest = (seed, doc_ids, dropout_p, 1 / math.sqrt(D), tuning)
     return [
         attention.forward_launch(q, lse, q, k, k, *rest),
-        *attention.backward_launches(q, dk, dk, lse, q, q, lse, q, k, k, *rest),
+        *attention_backward.backward_launches(q, dk, dk, lse, q, q, lse, q, k, k, *rest),
     ]
 
 

@@ -5,17 +5,17 @@ For each row x of C channels with target t, over the valid columns of the vocabu
     z = x weight^T      lse = log(sum(exp(z)))      loss = lse - z[t]      dz = softmax(z) - onehot(t)
     dx = dz weight      dweight = sum over rows of dz^T x
 
-A chunk of logits is multiplied out in float32, one kernel turns it into its gradient, and two more products take the
-gradient on (after Hsu et al., 2024, "Liger Kernel", section 3.2, with chunks as large as LOGITS_BYTES allows, as small
-ones are slow). The products are PyTorch's own. For "mean" and "sum" this happens in the forward pass, so nothing is
-computed twice; for "none" the gradient of each row's loss is known only in the backward pass, which multiplies the
-logits out again and reads lse. Logits, statistics, losses, dx and the sum of dweight over the chunks are float32; dz is
-in x's dtype, and in float32 takes the logits' place. It is kept free of 1 / rows, which would underflow in float16:
-gradients are scaled once, at the end, and rounded then.
+For each chunk, a product computes the logits in float32, one kernel turns them into dz, and two more products give dx
+and dweight (after Hsu et al., 2024, "Liger Kernel", section 3.2). The products are PyTorch's own. Small chunks are
+slow, so chunks are as large as LOGITS_BYTES allows. For "mean" and "sum" all this happens in the forward pass, so
+nothing is computed twice. For "none", only the backward pass knows the gradient of each row's loss: it computes the
+logits again and reads lse. Logits, statistics, losses, dx and the sum of dweight over the chunks are float32. dz has
+x's dtype; if that is float32, dz overwrites the logits. dz does not contain the factor 1 / rows, which would underflow
+in float16: gradients are scaled once, at the end, and rounded then.
 
-Columns from `valid_vocab` on are padding: out of the softmax, with gradient zero. Rows with `ignore_index` count for
-nothing. Memory beyond the gradients: one chunk of logits and dz, dx and dweight in float32, and under autocast x and
-weight in its dtype.
+Columns from `valid_vocab` on are padding: they stay out of the softmax and have gradient zero. Rows with `ignore_index`
+do not count. Memory beyond the gradients: one chunk of logits and dz, dx and dweight in float32, and under autocast x
+and weight in its dtype.
 
 Twin: `reference.linear_cross_entropy`. Offered here: `linear_cross_entropy`.
 """
@@ -29,14 +29,14 @@ import triton.language as tl
 from fastgpt_kernels.launch import DEBUG, Launch, Tuning, autocast_dtype, check_tensors, tiles, tuning
 
 LOGITS_BYTES = 512 * 2**20  # of one chunk of logits with dz
-ALIGNMENT = 16  # columns: with rows a multiple of this apart, loads are wide whatever the vocabulary
+ALIGNMENT = 16  # rows of logits are padded to a multiple of this, so that loads are wide for every vocabulary
 LOG2_E = tl.constexpr(math.log2(math.e))
 REDUCTIONS = ("mean", "sum", "none")
 
 
 @triton.jit(
     do_not_specialize=["valid", "ignore_index"],
-    do_not_specialize_on_alignment=["loss_ptr", "lse_ptr", "targets_ptr", "factor_ptr"],  # of rows from anywhere on
+    do_not_specialize_on_alignment=["loss_ptr", "lse_ptr", "targets_ptr", "factor_ptr"],  # a chunk may start anywhere
 )
 def _softmax_gradient(
     logits_ptr,  # (R, width) float32
@@ -45,13 +45,11 @@ def _softmax_gradient(
     lse_ptr,  # (R, 2) float32, the log-sum-exp in two parts: written, or read where there is no loss
     targets_ptr,  # (R,)
     factor_ptr,  # (R,) float32: multiplies each row's gradient, or None
-    width,
-    valid,
-    ignore_index,
+    width, valid, ignore_index,
     GRADIENT: tl.constexpr,
     ROWS: tl.constexpr,  # 1
     COLUMNS: tl.constexpr,
-):
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * width
     if GRADIENT:
@@ -60,18 +58,18 @@ def _softmax_gradient(
     counted = target != ignore_index
     inside = (target >= 0) & (target < valid)
     if loss_ptr is not None:
-        chosen = tl.load(logits_ptr + target, mask=inside, other=float("nan"))  # before it is replaced
+        chosen = tl.load(logits_ptr + target, mask=inside, other=float("nan"))  # before dz overwrites it
         top = float("-inf")
         total = 0.0
         for start in range(0, valid, COLUMNS):
             col = start + tl.arange(0, COLUMNS)
-            # Loads go by the aligned width, because a ragged mask would make them narrow.
+            # Masked by the aligned width, because a mask by `valid` would make loads narrow.
             z = tl.load(logits_ptr + col, mask=col < width, other=0.0)
             z = tl.where(col < valid, z, float("-inf"))
             new_top = tl.maximum(top, tl.max(z))
             total = total * tl.exp2((top - new_top) * LOG2_E) + tl.sum(tl.exp2((z - new_top) * LOG2_E))
             top = new_top
-        rest = tl.log2(total)  # apart from the largest logit, beside which it would be rounded away
+        rest = tl.log2(total)  # stored separately: added to a large logit, it would be rounded away
         tl.store(lse_ptr + 2 * row, top)
         tl.store(lse_ptr + 2 * row + 1, rest)
         tl.store(loss_ptr + row, tl.where(counted, (top - chosen) + rest / LOG2_E, 0.0))
@@ -93,7 +91,11 @@ def _softmax_gradient(
 
 @triton.jit
 def _scale(out_ptr, in_ptr, factor_ptr, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """out = in * factor over N numbers, in float32; the factor is a float32 scalar on the device."""
+    """out = in * factor over N numbers, in float32; the factor is a float32 scalar on the device.
+
+    N stays specialized on multiples of 16: masked by any other number, loads would be narrow. Of gradients whose rows
+    are a multiple of 16 wide, N always is one too, so their number of rows compiles nothing anew.
+    """
     at = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     scaled = tl.load(in_ptr + at, mask=at < N, other=0.0).to(tl.float32) * tl.load(factor_ptr)
     tl.store(out_ptr + at, scaled, mask=at < N)
@@ -104,12 +106,8 @@ def gradient_launch(
     gradient: torch.Tensor | None,  # (R, width), contiguous: of any dtype, or the logits themselves
     loss: torch.Tensor | None,
     lse: torch.Tensor,  # (R, 2)
-    targets: torch.Tensor,
-    factor: torch.Tensor | None,
-    valid: int,
-    ignore_index: int,
-    tuning: Tuning,
-) -> Launch:
+    targets: torch.Tensor, factor: torch.Tensor | None, valid: int, ignore_index: int, tuning: Tuning,
+) -> Launch:  # fmt: skip
     R, width = logits.shape
     row = tuning.row("cross_entropy", width)
     return Launch(
@@ -128,9 +126,9 @@ def scale_launch(out: torch.Tensor, x: torch.Tensor, factor: torch.Tensor, tunin
 
 
 def rows_per_chunk(rows: int, width: int, itemsize: int) -> int:
-    """The rows that fit in LOGITS_BYTES, evened out over the chunks, in multiples of 128.
+    """The rows of a chunk: at most what fits in LOGITS_BYTES, about equal for all chunks, in multiples of 128.
 
-    `itemsize`: bytes of a logit, with those of its gradient where that is stored apart.
+    `itemsize`: bytes of a logit, plus those of its gradient if that has its own buffer.
     """
     fitting = max(1, LOGITS_BYTES // (width * itemsize))
     chunks = max(1, math.ceil(rows / fitting))
@@ -139,26 +137,22 @@ def rows_per_chunk(rows: int, width: int, itemsize: int) -> int:
 
 
 class _Chunks:
-    """Goes over the rows of a batch in chunks: logits, their gradient in place, and what it adds to dx and dweight."""
+    """Computes logits, their gradient, dx and dweight for chunk after chunk of a batch's rows."""
 
     def __init__(
         self,
         x: torch.Tensor,  # (R, C)
         weight: torch.Tensor,  # (V, C)
         targets: torch.Tensor,  # (R,)
-        valid: int,
-        ignore_index: int,
-        dtype: torch.dtype,
-        need_dx: bool,
-        need_dweight: bool,
-    ):
+        valid: int, ignore_index: int, dtype: torch.dtype, need_dx: bool, need_dweight: bool,
+    ):  # fmt: skip
         self.x, self.weight, self.targets = x.to(dtype), weight.to(dtype), targets.contiguous()
         self.valid, self.ignore_index = valid, ignore_index
         self.dx = x.new_empty(x.shape if need_dx else 0, dtype=torch.float32)
         self.dweight = weight.new_zeros(weight.shape if need_dweight else 0, dtype=torch.float32)
 
     def run(self, loss: torch.Tensor | None, lse: torch.Tensor, factor: torch.Tensor | None) -> None:
-        """Fill loss (R,) and lse (R, 2), or read lse where there is no loss; and the gradients asked for."""
+        """Fill loss (R,) and lse (R, 2), or only read lse if there is no loss, and compute the gradients needed."""
         (R, _), V = self.x.shape, len(self.weight)
         if R == 0:
             return
@@ -173,16 +167,10 @@ class _Chunks:
             z, gradient = logits[: part.stop - start], dz[: part.stop - start]
             _multiply(z[:, :V], self.x[part], self.weight.t(), add=False)
             gradient_launch(
-                z,
-                gradient if with_gradient else None,
-                None if loss is None else loss[part],
-                lse[part],
-                self.targets[part],
-                None if factor is None else factor[part],
-                self.valid,
-                self.ignore_index,
+                z, gradient if with_gradient else None, None if loss is None else loss[part], lse[part],
+                self.targets[part], None if factor is None else factor[part], self.valid, self.ignore_index,
                 tuning(self.x.device, self.x.dtype),
-            )()
+            )()  # fmt: skip
             if self.dx.numel():
                 _multiply(self.dx[part], gradient[:, :V], self.weight, add=False)
             if self.dweight.numel():
@@ -190,7 +178,7 @@ class _Chunks:
 
 
 def _multiply(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, add: bool) -> None:
-    """out = a @ b, or out += a @ b: in float32 whatever the factors' dtype."""
+    """out = a @ b, or out += a @ b, in float32 for factors of any dtype."""
     if a.dtype == torch.float32:
         torch.addmm(out, a, b, beta=add, out=out)
     elif a.device.type == "cuda":
@@ -201,20 +189,13 @@ def _multiply(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, add: bool)
 
 @torch.library.custom_op("fastgpt::linear_cross_entropy_forward", mutates_args=())
 def _forward(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    ignore_index: int,
-    valid: int,
-    reduction: str,
-    dtype: torch.dtype,
-    need_dx: bool,
-    need_dweight: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, ignore_index: int, valid: int, reduction: str,
+    dtype: torch.dtype, need_dx: bool, need_dweight: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """(loss; lse (R, 2); a factor; dx and dweight before that factor, or empty tensors).
 
-    lse is each row's largest logit, and log2 of the sum of exp(z - it). Products are in `dtype`. With reduction "none"
-    the gradients are left to the backward pass.
+    lse holds each row's largest logit, and log2 of the sum of exp(z - largest). Products are in `dtype`. With
+    reduction "none" the backward pass computes the gradients.
     """
     if x.device.type == "cpu" or DEBUG:
         _check_targets(targets, ignore_index, valid)
@@ -263,21 +244,13 @@ def _scaled_shape(x, factor, shape, dtype):
 
 @torch.library.custom_op("fastgpt::linear_cross_entropy_backward", mutates_args=())
 def _backward(
-    dloss: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    lse: torch.Tensor,
-    ignore_index: int,
-    valid: int,
-    dtype: torch.dtype,
-    need_dx: bool,
-    need_dweight: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dloss: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, lse: torch.Tensor,
+    ignore_index: int, valid: int, dtype: torch.dtype, need_dx: bool, need_dweight: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """(dx and dweight, or empty tensors, before a factor; the factor), for losses that were not reduced.
 
-    The factor is the power of 2 above the largest dloss: what is left of each row's dloss is a number that 16 bits hold
-    beside dz, with dloss's own digits, so that dz is rounded as in a plain backward pass.
+    The factor is the power of 2 above the largest dloss. Each row's dloss is divided by it and then multiplies dz. The
+    quotient has dloss's own digits and is below 1, so 16 bits hold the product, rounded as in a plain backward pass.
     """
     dloss = dloss.reshape(-1).float().where(targets.reshape(-1) != ignore_index, 0.0)
     _, exponent = torch.frexp(dloss.abs().amax() if dloss.numel() else dloss.new_zeros(()))
@@ -305,7 +278,7 @@ def _save(ctx, inputs, output):
     else:
         ctx.save_for_backward(factor, dx, dweight)
     ctx.mark_non_differentiable(lse, factor, dx, dweight)
-    ctx.set_materialize_grads(False)  # zeros for those, as large as the gradients themselves
+    ctx.set_materialize_grads(False)  # would make zeros for dx and dweight, as large as they are
 
 
 def _backward_of_loss(ctx, dloss, *_others):
@@ -336,13 +309,14 @@ def linear_cross_entropy(
     valid_vocab: int | None = None,
     reduction: str = "mean",
 ) -> torch.Tensor:
-    """Cross-entropy of the logits x @ weight.T, as `reference.linear_cross_entropy`, without holding them all.
+    """Cross-entropy of the logits x @ weight.T, as `reference.linear_cross_entropy`, without all logits in memory.
 
     Args:
         x: (..., C). weight: (V, C), in x's dtype; under autocast any, and products are in autocast's.
-        targets: integer (...), each below valid_vocab or ignore_index. On a GPU that is the caller's duty, as a check
-            would have to wait: another makes loss and gradients NaN, and FASTGPT_DEBUG=1 in the environment checks all.
-        ignore_index: rows with this target have loss 0 and count for nothing.
+        targets: integer (...), each below valid_vocab or ignore_index. On a GPU the caller must ensure this, because
+            a check would wait for the GPU: any other target makes loss and gradients NaN. FASTGPT_DEBUG=1 in the
+            environment checks all targets.
+        ignore_index: rows with this target have loss 0 and do not count.
         valid_vocab: columns from here on are padding and stay out of the softmax; default V.
         reduction: "mean" over the rows that count (0 where none does), "sum", or "none" for (...).
 
@@ -364,13 +338,9 @@ def linear_cross_entropy(
 
 
 def _check(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    valid: int,
-    reduction: str,
-    autocast: torch.dtype | None,
-) -> None:
+    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
+    valid: int, reduction: str, autocast: torch.dtype | None,
+) -> None:  # fmt: skip
     op = "linear_cross_entropy"
     check_tensors(op, {"x": None, "weight": 2}, x=x, weight=weight)
     if x.shape[-1] == 0:

@@ -1,4 +1,4 @@
-"""Attention dropout whose mask is a pure function of a seed and a position, the same in every column.
+"""Attention dropout whose mask is a pure function of a seed and a position, the same in every backend.
 
 The bits come from Philox 4x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with 7
 rounds, the fewest that pass BigCrush there. One call gives eight 16-bit numbers, four calls serve 32 columns:
@@ -8,8 +8,9 @@ rounds, the fewest that pass BigCrush there. One call gives eight 16-bit numbers
     number  = half (column % 2, low half first) of word column % 32 // 8
     kept    = number >= round(p * 65536)
 
-A kernel reproduces it tile by tile, because no tile enters. A call's columns, two in each group of 8, are those that
-one thread holds of a row in the tensor cores' accumulators, so that a kernel uses its numbers where they arise.
+Tile sizes do not appear in it, so every kernel computes the same mask with its own tiles. A call's columns, two in
+each group of 8, are those of a row that one thread holds in the tensor cores' accumulators. So each thread of a kernel
+uses the numbers that it computes.
 Offered here: `dropout_mask`, `weights_kept`, `apply_dropout`.
 """
 
@@ -26,10 +27,10 @@ CHUNK = 1 << 15
 
 
 def dropout_mask(seed: torch.Tensor, B: int, H: int, Tq: int, Tk: int, p: float) -> torch.Tensor:
-    """Which attention weights are kept: bool (B, H, Tq, Tk), each True with probability 1 - p (to 2**-16).
+    """The attention weights that are kept: bool (B, H, Tq, Tk), each True with probability 1 - p (to 2**-16).
 
     Args:
-        seed: int64 scalar tensor on the device that the mask is wanted on.
+        seed: int64 scalar tensor; the mask is on its device.
         Tq, Tk: the queries are the last Tq of Tk positions, so row i is position Tk - Tq + i.
         p: dropout rate, 0 <= p < 1.
     """
@@ -42,7 +43,7 @@ def dropout_mask(seed: torch.Tensor, B: int, H: int, Tq: int, Tk: int, p: float)
 
 
 def weights_kept(shape: tuple[int, ...], seed: torch.Tensor | None, p: float) -> torch.Tensor | None:
-    """`dropout_mask` of attention weights of a shape (B, H, Tq, Tk); None where p is 0, and all are kept.
+    """`dropout_mask` for attention weights of a shape (B, H, Tq, Tk); None if p is 0, because all are kept.
 
     Raises:
         ValueError: dropout without a seed.
@@ -63,9 +64,9 @@ def apply_dropout(weights: torch.Tensor, seed: torch.Tensor | None, p: float) ->
 
 @torch.library.custom_op("fastgpt::dropout_mask", mutates_args=())
 def _mask_by_chunks(seed: torch.Tensor, heads: int, Tq: int, Tk: int, threshold: int) -> torch.Tensor:
-    """Kept or not, (heads, Tq, blocks, 32), a few heads at a time so that what is computed stays in the cache.
+    """Kept or not, (heads, Tq, blocks, 32), a few heads at a time so that intermediate results stay in the cache.
 
-    One opaque operation, because compiled code would compute it twice as slowly.
+    One opaque operation, because torch.compile makes it twice as slow.
     """
     column, row, head = _counters(seed, heads, Tq, Tk)
     size = max(1, CHUNK // max(1, Tq * len(column)))

@@ -2,15 +2,15 @@
 
     y = (x @ weight_int8.T) * scale + bias
 
-Only the weight is quantized (Dettmers et al., 2022, "LLM.int8()", section 2, with a scale for each row); x stays as it
-is, and sums are float32. A weight is converted in registers, between memory and the product, so that what is read is a
-byte for each weight: all that a step of decoding waits for.
+Only the weight is quantized (Dettmers et al., 2022, "LLM.int8()", section 2, with a scale for each row); x keeps its
+dtype, and sums are float32. Weights are converted in registers, so memory is read at one byte a weight. Decoding waits
+for these reads and for little else.
 
-Up to 4 rows of x take `_rows`: each program has a few output channels, its lanes share out a row of the weight, and
-their sums meet at the end. Channels are so few that programs fill a GPU at GPT-2's width without splitting the sums
-among programs, which would cost a second kernel, longer than the first. The rows of x lie side by side in the grid, so
-that all but the first find the weight in the cache. More rows take `_product`, on tensor cores: there the weight is the
-left factor, which they take from registers as it comes out of the conversion.
+Up to 4 rows of x take `_rows`: each program has a few output channels, its lanes share a row of the weight, and their
+sums are added at the end. So few channels a program mean enough programs to fill a GPU at GPT-2's width without
+splitting sums among them, which would need a second kernel, longer than the first. The rows of x are neighbours in the
+grid, so that all but the first find the weight in the cache. More rows take `_product`, on tensor cores: there the
+weight is the left factor, because tensor cores can take that from registers, where the conversion leaves it.
 
 Each sum has a fixed order: the same bits in every run. There is no backward pass.
 
@@ -23,15 +23,15 @@ import triton.language as tl
 
 from fastgpt_kernels.launch import Launch, Tuning, as_rows, check_tensors, matmul_tuning, tiles, tuning
 
-# Rows of x up to which each reads the weight for itself, from the second on from the cache.
+# Up to this many rows of x, each reads the weight itself; from the second row on, it comes from the cache.
 FEW_ROWS = 4
 
 
 @triton.jit
 def _to_float32(weight):
-    """int8 to float32 as a byte of a float32's mantissa: 2^23 + 128 + weight, less the first two.
+    """int8 to float32, as a byte of a float32's mantissa: 2^23 + 128 + weight, minus the first two terms.
 
-    A conversion of its own takes four times as long as an addition, which would be longer than reading the weight.
+    The conversion instruction takes four times as long as an addition, and longer than reading the weight.
     """
     byte = (weight ^ -128).to(tl.uint8, bitcast=True).to(tl.uint32)
     return (byte | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0
@@ -39,7 +39,7 @@ def _to_float32(weight):
 
 @triton.jit
 def _finish(sums, scale_ptr, bias_ptr, channel, outputs):
-    """Sums of products, with output channels in `channel`'s places, to outputs."""
+    """The outputs: sums, with output channels where `channel` has them, times the scale, plus the bias."""
     y = sums * tl.load(scale_ptr + channel, mask=channel < outputs, other=0.0)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + channel, mask=channel < outputs, other=0.0).to(tl.float32)
@@ -53,14 +53,11 @@ def _rows(
     weight_ptr,  # (O, I) int8
     scale_ptr,  # (O,) float32
     bias_ptr,  # (O,) or None
-    x_stride,
-    R,
-    outputs,
-    inputs,
+    x_stride, R, outputs, inputs,
     ROWS: tl.constexpr,  # output channels
     COLUMNS: tl.constexpr,  # inputs
-    num_stages: tl.constexpr,  # Triton's option, for a loop that would not be pipelined unasked
-):
+    num_stages: tl.constexpr,  # Triton's option: this loop is pipelined only on request
+):  # fmt: skip
     row = (tl.program_id(0) % R).to(tl.int64)
     channel = (tl.program_id(0) // R).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # channel * I passes 2**31
     sums = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -81,15 +78,12 @@ def _product(
     weight_ptr,  # (O, I) int8
     scale_ptr,  # (O,) float32
     bias_ptr,  # (O,) or None
-    x_stride,
-    R,
-    outputs,
-    inputs,
-    DEPTH: tl.constexpr,  # inputs of a step
+    x_stride, R, outputs, inputs,
+    DEPTH: tl.constexpr,  # inputs of one iteration
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,  # of x
     COLUMNS: tl.constexpr,  # output channels
-):
+):  # fmt: skip
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     channel = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     weight_row = channel[:, None]
@@ -106,13 +100,9 @@ def _product(
 
 
 def linear_launch(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    weight_int8: torch.Tensor,
-    scale: torch.Tensor,
-    bias: torch.Tensor | None,
+    y: torch.Tensor, x: torch.Tensor, weight_int8: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None,
     tuning: Tuning,
-) -> Launch:
+) -> Launch:  # fmt: skip
     """The launch for rows x (R, I), y (R, O)."""
     (R, inputs), outputs = x.shape, len(weight_int8)
     args = (y, x, weight_int8, scale, bias, x.stride(0), R, outputs, inputs)
@@ -121,7 +111,7 @@ def linear_launch(
         row = Tuning(tuning.target, kind).row("int8_rows", outputs)
         return Launch("int8_rows", _rows, (R * tiles(outputs, row.rows),), args, row.constants())
     row = tuning.row("int8_product", R)
-    # For few rows, which wait for the weight, whole lines of the cache.
+    # Few rows wait for the weight, so they read whole cache lines of it.
     depth = 32 if x.element_size() == 4 else 64 if row.rows > 16 else 128
     constants = {"DEPTH": depth, "PRECISION": "tf32" if tuning.kind == "tf32" else "ieee"} | row.constants()
     grid = (tiles(R, row.rows), tiles(outputs, row.columns))
@@ -130,11 +120,7 @@ def linear_launch(
 
 @torch.library.custom_op("fastgpt::linear_int8", mutates_args=())
 def _linear_int8(
-    x: torch.Tensor,
-    weight_int8: torch.Tensor,
-    scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    out_dtype: torch.dtype,
+    x: torch.Tensor, weight_int8: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype
 ) -> torch.Tensor:
     y = _linear_int8_shape(x, weight_int8, scale, bias, out_dtype)
     if y.numel():

@@ -1,17 +1,14 @@
 """Fused LayerNorm, alone and with the residual addition before it.
 
-Forward, for each row x of C columns (Ba et al., 2016, "Layer Normalization"), where x is the sum in add_layer_norm:
+For each row x of C columns (Ba et al., 2016, "Layer Normalization"), where x is the sum in add_layer_norm:
 
     mean = sum(x) / C      rstd = 1 / sqrt(sum((x - mean)^2) / C + eps)      y = (x - mean) * rstd * weight + bias
 
-Backward, with n = (x - mean) * rstd and g = dy * weight:
+The backward pass is in `norm_backward`, with its formulas.
 
-    dx = (g - sum(g) / C - n * sum(g * n) / C) * rstd  [+ dtotal]      dweight = sum of dy * n      dbias = sum of dy
-
-Rows of up to 8192 columns are held whole; longer ones are gone over in tiles, their variance merged tile by tile
-(Chan et al., 1979, "Updating formulae and a pairwise algorithm for computing sample variances"). Everything is
-computed in float32, and mean and rstd stay float32. A fixed number of programs each sum dweight and dbias over their
-rows; a second kernel adds the partial sums in a fixed order, so the result is the same in every run.
+A program holds rows of up to 8192 columns whole. It loops over longer rows in tiles and merges their variances tile by
+tile (Chan et al., 1979, "Updating formulae and a pairwise algorithm for computing sample variances"). Everything is
+computed in float32; mean and rstd are kept in it for the backward pass.
 
 Twins: `reference.layer_norm`, `reference.add_layer_norm`. Offered here: `layer_norm`, `add_layer_norm`.
 """
@@ -21,47 +18,47 @@ import triton
 import triton.language as tl
 
 from fastgpt_kernels.launch import Launch, Tuning, as_rows, autocast_dtype, check_tensors, tiles, tuning
+from fastgpt_kernels.norm_backward import load  # the import also registers the backward operation
 
 WIDEST = 65536
 
 
 @triton.jit
-def _load(pointers, inside):
-    return tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+def _load_input(
+    total_ptr, x_ptr, residual_ptr, x_stride, residual_stride, row, col, inside, C, STORE: tl.constexpr
+):  # fmt: skip
+    """What is normalized, in float32: x, or the sum as the backward pass will read it; STORE writes that sum."""
+    x = load(x_ptr + row * x_stride + col, inside)
+    if residual_ptr is not None:
+        x += load(residual_ptr + row * residual_stride + col, inside)
+        if STORE:
+            tl.store(total_ptr + row * C + col, x, mask=inside)
+        x = x.to(total_ptr.dtype.element_ty).to(tl.float32)
+    return x
 
 
 @triton.jit(do_not_specialize=["R"])
 def _forward(
     total_ptr,  # (R, C) or None
     y_ptr,  # (R, C)
-    mean_ptr,  # (R,)
-    rstd_ptr,  # (R,)
+    mean_ptr, rstd_ptr,  # (R,)
     x_ptr,  # (R, C)
     residual_ptr,  # (R, C) or None
     weight_ptr,  # (C,)
     bias_ptr,  # (C,) or None
-    x_stride,
-    residual_stride,
-    R,
-    C,
-    eps,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    x_stride, residual_stride, R, C, eps,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # row * C passes 2**31
     col = tl.arange(0, COLUMNS)[None, :]
     inside = (row < R) & (col < C)
-    x = _load(x_ptr + row * x_stride + col, inside)
-    if residual_ptr is not None:
-        x += _load(residual_ptr + row * residual_stride + col, inside)
-        tl.store(total_ptr + row * C + col, x, mask=inside)
-        x = x.to(total_ptr.dtype.element_ty).to(tl.float32)  # what the backward pass will read
+    x = _load_input(total_ptr, x_ptr, residual_ptr, x_stride, residual_stride, row, col, inside, C, True)
     mean = tl.sum(x, axis=1, keep_dims=True) / C
     centred = tl.where(col < C, x - mean, 0.0)
     rstd = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, axis=1, keep_dims=True) / C + eps)
-    y = centred * rstd * _load(weight_ptr + col, col < C)
+    y = centred * rstd * load(weight_ptr + col, col < C)
     if bias_ptr is not None:
-        y += _load(bias_ptr + col, col < C)
+        y += load(bias_ptr + col, col < C)
     tl.store(y_ptr + row * C + col, y, mask=inside)
     tl.store(mean_ptr + row, mean, mask=row < R)
     tl.store(rstd_ptr + row, rstd, mask=row < R)
@@ -69,33 +66,18 @@ def _forward(
 
 @triton.jit(do_not_specialize=["R"])
 def _forward_in_tiles(
-    total_ptr,
-    y_ptr,
-    mean_ptr,
-    rstd_ptr,
-    x_ptr,
-    residual_ptr,
-    weight_ptr,
-    bias_ptr,
-    x_stride,
-    residual_stride,
-    R,
-    C,
-    eps,
+    total_ptr, y_ptr, mean_ptr, rstd_ptr, x_ptr, residual_ptr, weight_ptr, bias_ptr,  # as for `_forward`
+    x_stride, residual_stride, R, C, eps,
     ROWS: tl.constexpr,  # 1
     COLUMNS: tl.constexpr,
-):
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     mean = 0.0
     squares = 0.0  # sum of (x - mean)^2 so far
     for start in range(0, C, COLUMNS):
         col = start + tl.arange(0, COLUMNS)
         inside = col < C
-        x = _load(x_ptr + row * x_stride + col, inside)
-        if residual_ptr is not None:
-            x += _load(residual_ptr + row * residual_stride + col, inside)
-            tl.store(total_ptr + row * C + col, x, mask=inside)
-            x = x.to(total_ptr.dtype.element_ty).to(tl.float32)
+        x = _load_input(total_ptr, x_ptr, residual_ptr, x_stride, residual_stride, row, col, inside, C, True)
         count = tl.minimum(COLUMNS, C - start).to(tl.float32)
         tile_mean = tl.sum(x) / count
         centred = tl.where(inside, x - tile_mean, 0.0)
@@ -109,255 +91,40 @@ def _forward_in_tiles(
     for start in range(0, C, COLUMNS):
         col = start + tl.arange(0, COLUMNS)
         inside = col < C
-        x = _load(x_ptr + row * x_stride + col, inside)
-        if residual_ptr is not None:
-            x += _load(residual_ptr + row * residual_stride + col, inside)
-            x = x.to(total_ptr.dtype.element_ty).to(tl.float32)
-        y = (x - mean) * rstd * _load(weight_ptr + col, inside)
+        x = _load_input(total_ptr, x_ptr, residual_ptr, x_stride, residual_stride, row, col, inside, C, False)
+        y = (x - mean) * rstd * load(weight_ptr + col, inside)
         if bias_ptr is not None:
-            y += _load(bias_ptr + col, inside)
+            y += load(bias_ptr + col, inside)
         tl.store(y_ptr + row * C + col, y, mask=inside)
 
 
-@triton.jit(do_not_specialize=["R"])
-def _backward(
-    dx_ptr,  # (R, C)
-    dresidual_ptr,  # (R, C), or None where dx serves for both
-    dweight_ptr,  # (programs, C) float32: partial sums
-    dbias_ptr,  # (programs, C) float32, or None
-    dtotal_ptr,  # (R, C) or None
-    dy_ptr,  # (R, C)
-    x_ptr,  # (R, C)
-    mean_ptr,  # (R,)
-    rstd_ptr,  # (R,)
-    weight_ptr,  # (C,)
-    dtotal_stride,
-    dy_stride,
-    x_stride,
-    R,
-    C,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-    col = tl.arange(0, COLUMNS)
-    within = col < C
-    weight = _load(weight_ptr + col, within)[None, :]
-    dweight = tl.zeros([ROWS, COLUMNS], tl.float32)
-    dbias = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(program * ROWS, R, programs * ROWS):
-        row = start + tl.arange(0, ROWS)[:, None]
-        inside = (row < R) & within[None, :]
-        x = _load(x_ptr + row * x_stride + col[None, :], inside)
-        dy = _load(dy_ptr + row * dy_stride + col[None, :], inside)
-        mean = _load(mean_ptr + row, row < R)
-        rstd = _load(rstd_ptr + row, row < R)
-        n = tl.where(inside, (x - mean) * rstd, 0.0)
-        g = dy * weight
-        mean_g = tl.sum(g, axis=1, keep_dims=True) / C
-        mean_gn = tl.sum(g * n, axis=1, keep_dims=True) / C
-        dx = (g - mean_g - n * mean_gn) * rstd
-        if dtotal_ptr is not None:
-            dx += _load(dtotal_ptr + row * dtotal_stride + col[None, :], inside)
-        tl.store(dx_ptr + row * C + col[None, :], dx, mask=inside)
-        if dresidual_ptr is not None:
-            tl.store(dresidual_ptr + row * C + col[None, :], dx, mask=inside)
-        dweight += dy * n
-        dbias += dy
-    partial = program * C + col
-    tl.store(dweight_ptr + partial, tl.sum(dweight, axis=0), mask=within)
-    if dbias_ptr is not None:
-        tl.store(dbias_ptr + partial, tl.sum(dbias, axis=0), mask=within)
-
-
-@triton.jit(do_not_specialize=["R"])
-def _backward_in_tiles(
-    dx_ptr,
-    dresidual_ptr,
-    dtotal_ptr,
-    dy_ptr,
-    x_ptr,
-    mean_ptr,
-    rstd_ptr,
-    weight_ptr,
-    dtotal_stride,
-    dy_stride,
-    x_stride,
-    R,
-    C,
-    ROWS: tl.constexpr,  # 1
-    COLUMNS: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    mean = tl.load(mean_ptr + row)
-    rstd = tl.load(rstd_ptr + row)
-    sum_g = 0.0
-    sum_gn = 0.0
-    for start in range(0, C, COLUMNS):
-        col = start + tl.arange(0, COLUMNS)
-        inside = col < C
-        x = _load(x_ptr + row * x_stride + col, inside)
-        g = _load(dy_ptr + row * dy_stride + col, inside)
-        g *= _load(weight_ptr + col, inside)
-        sum_g += tl.sum(g)
-        sum_gn += tl.sum(g * (x - mean) * rstd)
-    for start in range(0, C, COLUMNS):
-        col = start + tl.arange(0, COLUMNS)
-        inside = col < C
-        x = _load(x_ptr + row * x_stride + col, inside)
-        g = _load(dy_ptr + row * dy_stride + col, inside)
-        g *= _load(weight_ptr + col, inside)
-        dx = (g - sum_g / C - (x - mean) * rstd * (sum_gn / C)) * rstd
-        if dtotal_ptr is not None:
-            dx += _load(dtotal_ptr + row * dtotal_stride + col, inside)
-        tl.store(dx_ptr + row * C + col, dx, mask=inside)
-        if dresidual_ptr is not None:
-            tl.store(dresidual_ptr + row * C + col, dx, mask=inside)
-
-
-@triton.jit(do_not_specialize=["R"])
-def _weight_partials(
-    dweight_ptr,  # (programs, C) float32
-    dbias_ptr,  # (programs, C) float32, or None
-    dy_ptr,  # (R, C)
-    x_ptr,  # (R, C)
-    mean_ptr,  # (R,)
-    rstd_ptr,  # (R,)
-    dy_stride,
-    x_stride,
-    R,
-    C,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-    col = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    dweight = tl.zeros([ROWS, COLUMNS], tl.float32)
-    dbias = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(program * ROWS, R, programs * ROWS):
-        row = start + tl.arange(0, ROWS)[:, None]
-        inside = (row < R) & (col < C)[None, :]
-        x = _load(x_ptr + row * x_stride + col[None, :], inside)
-        dy = _load(dy_ptr + row * dy_stride + col[None, :], inside)
-        mean = _load(mean_ptr + row, row < R)
-        rstd = _load(rstd_ptr + row, row < R)
-        dweight += dy * (x - mean) * rstd
-        dbias += dy
-    partial = program * C + col
-    tl.store(dweight_ptr + partial, tl.sum(dweight, axis=0), mask=col < C)
-    if dbias_ptr is not None:
-        tl.store(dbias_ptr + partial, tl.sum(dbias, axis=0), mask=col < C)
-
-
-@triton.jit(do_not_specialize=["N"])
-def _sum_partials(
-    out_ptr,  # (C,)
-    partials_ptr,  # (N, C) float32
-    N,
-    C,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    col = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, N, ROWS):
-        row = tl.cast(start, tl.int64) + tl.arange(0, ROWS)[:, None]
-        total += tl.load(partials_ptr + row * C + col[None, :], mask=(row < N) & (col < C)[None, :], other=0.0)
-    tl.store(out_ptr + col, tl.sum(total, axis=0), mask=col < C)
-
-
 def forward_launch(
-    total: torch.Tensor | None,
-    y: torch.Tensor,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    eps: float,
-    tuning: Tuning,
-) -> Launch:
+    total: torch.Tensor | None, y: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor,
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None,
+    eps: float, tuning: Tuning,
+) -> Launch:  # fmt: skip
     R, C = x.shape
     row = tuning.row("norm_forward", C)
-    return Launch(
-        "norm_forward",
-        _forward if row.columns >= C else _forward_in_tiles,
-        (tiles(R, row.rows),),
-        (total, y, mean, rstd, x, residual, weight, bias, x.stride(0), _stride(residual), R, C, eps),
-        row.constants(),
-    )
-
-
-def backward_launches(
-    dx: torch.Tensor,
-    dresidual: torch.Tensor | None,
-    dweight: torch.Tensor,
-    dbias: torch.Tensor | None,
-    dtotal: torch.Tensor | None,
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-    weight: torch.Tensor,
-    tuning: Tuning,
-) -> list[Launch]:
-    """The launches of a backward pass in their order."""
-    R, C = x.shape
-    row = tuning.row("norm_backward", C)
-    programs = min(tuning.programs, tiles(R, row.rows))
-    dweights = x.new_empty(programs, C, dtype=torch.float32)
-    dbiases = None if dbias is None else torch.empty_like(dweights)
-    strides = _stride(dtotal), dy.stride(0), x.stride(0)
-    if row.columns >= C:
-        partials = (dweights, dbiases)
-        args = (dx, dresidual, *partials, dtotal, dy, x, mean, rstd, weight, *strides, R, C)
-        launches = [Launch("norm_backward", _backward, (programs,), args, row.constants())]
-    else:
-        args = (dx, dresidual, dtotal, dy, x, mean, rstd, weight, *strides, R, C)
-        by_column = tuning.row("norm_weight_partials", C)
-        grid = (programs, tiles(C, by_column.columns))
-        partial_args = (dweights, dbiases, dy, x, mean, rstd, *strides[1:], R, C)
-        launches = [
-            Launch("norm_backward", _backward_in_tiles, (R,), args, row.constants()),
-            Launch("norm_weight_partials", _weight_partials, grid, partial_args, by_column.constants()),
-        ]
-    last = tuning.row("sum_partials", C)
-    for out, parts in ((dweight, dweights), (dbias, dbiases)):
-        if out is not None:
-            grid = (tiles(C, last.columns),)
-            launches.append(Launch("sum_partials", _sum_partials, grid, (out, parts, programs, C), last.constants()))
-    return launches
-
-
-def _stride(x: torch.Tensor | None) -> int:
-    return 0 if x is None else x.stride(0)
+    kernel = _forward if row.columns >= C else _forward_in_tiles
+    strides = x.stride(0), 0 if residual is None else residual.stride(0)
+    args = (total, y, mean, rstd, x, residual, weight, bias, *strides, R, C, eps)
+    return Launch("norm_forward", kernel, (tiles(R, row.rows),), args, row.constants())
 
 
 @torch.library.custom_op("fastgpt::norm_forward", mutates_args=())
 def _norm_forward(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None,
+    eps: float, dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """(total, or an empty tensor without a residual; y in `dtype`; mean; rstd)."""
     total, y, mean, rstd = outputs = _norm_forward_shapes(x, residual, weight, bias, eps, dtype)
     if x.numel():
+        sums = (None, None) if residual is None else (as_rows(total), as_rows(residual))
+        bias = None if bias is None else bias.contiguous()
         forward_launch(
-            None if residual is None else as_rows(total),
-            as_rows(y),
-            mean,
-            rstd,
-            as_rows(x),
-            None if residual is None else as_rows(residual),
-            weight.contiguous(),
-            None if bias is None else bias.contiguous(),
-            eps,
-            tuning(x.device, x.dtype),
-        )()
+            sums[0], as_rows(y), mean, rstd, as_rows(x), sums[1], weight.contiguous(), bias,
+            eps, tuning(x.device, x.dtype),
+        )()  # fmt: skip
     return outputs
 
 
@@ -370,54 +137,6 @@ def _norm_forward_shapes(x, residual, weight, bias, eps, dtype):
     rows = x.numel() // x.shape[-1]
     mean = x.new_empty(rows, dtype=torch.float32)
     return total, x.new_empty(x.shape, dtype=dtype), mean, torch.empty_like(mean)
-
-
-@torch.library.custom_op("fastgpt::norm_backward", mutates_args=())
-def _norm_backward(
-    dtotal: torch.Tensor | None,
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-    has_bias: bool,
-    x_dtype: torch.dtype,
-    residual_dtype: torch.dtype | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dx; dresidual where its dtype differs from dx's; dweight; dbias), each an empty tensor where there is none.
-
-    `x` is what was normalized: the sum, in add_layer_norm.
-    """
-    dx, dresidual, dweight, dbias = outputs = _norm_backward_shapes(
-        dtotal, dy, x, weight, mean, rstd, has_bias, x_dtype, residual_dtype
-    )
-    if x.numel() == 0:
-        dweight.zero_()
-        dbias.zero_()
-        return outputs
-    for launch in backward_launches(
-        as_rows(dx),
-        as_rows(dresidual) if dresidual.numel() else None,
-        dweight,
-        dbias if has_bias else None,
-        None if dtotal is None else as_rows(dtotal),
-        as_rows(dy),
-        as_rows(x),
-        mean,
-        rstd,
-        weight.contiguous(),
-        tuning(x.device, x.dtype),
-    ):
-        launch()
-    return outputs
-
-
-@_norm_backward.register_fake
-def _norm_backward_shapes(dtotal, dy, x, weight, mean, rstd, has_bias, x_dtype, residual_dtype):
-    dx = x.new_empty(x.shape, dtype=x_dtype)
-    apart = residual_dtype is not None and residual_dtype != x_dtype
-    dresidual = x.new_empty(x.shape, dtype=residual_dtype) if apart else x.new_empty(0)
-    return dx, dresidual, weight.new_empty(weight.shape), weight.new_empty(weight.shape if has_bias else 0)
 
 
 def _save(ctx, inputs, output):

@@ -1,9 +1,9 @@
-"""Attention over keys and values in pages, and the kernel that writes them there: what a server of sequences needs.
+"""Attention over keys and values in pages, and the kernel that writes them there, for many sequences at once.
 
-The pages are a pool that all sequences share, (pages, P, Hkv, D); a block table (B, M) says where a sequence's
-positions lie (Kwon et al., 2023, "PagedAttention"). One query a sequence is `paged_decode`'s, several are
-`paged_prefill`'s. Everything that changes from step to step is read on the device alone, and shapes decide the grids,
-so a CUDA graph of a step can be replayed with other lengths, tables and slots. No operation here has a backward pass.
+The pages are a pool that all sequences share, (pages, P, Hkv, D). A block table (B, M) gives the pages of each
+sequence in order (Kwon et al., 2023, "PagedAttention"). `paged_decode` attends with one query a sequence,
+`paged_prefill` with several. Lengths, tables and slots are read only on the device, and grids depend on shapes alone,
+so a CUDA graph can be replayed with other lengths, tables and slots. No operation here has a backward pass.
 
 Twins: `reference.paged_attention` and `reference.kv_write`. Offered here: `paged_attention`, `kv_write`.
 """
@@ -15,27 +15,21 @@ import triton
 import triton.language as tl
 
 from fastgpt_kernels import paged_decode, paged_prefill  # noqa: F401 - they register the ops
-from fastgpt_kernels.attention import WIDEST_HEAD
+from fastgpt_kernels.attention_tiles import WIDEST_HEAD
 from fastgpt_kernels.launch import DEBUG, Launch, Tuning, check_tensors, tiles, tuning
 
 
 @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["slots_ptr"])
 def _kv_write(
-    k_pages_ptr,  # (pages, P, Hkv, D)
-    v_pages_ptr,  # (pages, P, Hkv, D)
-    k_ptr,  # (N, Hkv, D)
-    v_ptr,  # (N, Hkv, D)
+    k_pages_ptr, v_pages_ptr,  # (pages, P, Hkv, D)
+    k_ptr, v_ptr,  # (N, Hkv, D)
     slots_ptr,  # (N,)
-    k_t,
-    k_h,
-    v_t,
-    v_h,
+    k_t, k_h, v_t, v_h,
     rows,  # N * Hkv
     Hkv,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,  # at least D
-):
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     token = (row // Hkv)[:, None]
     head = (row % Hkv)[:, None]
@@ -50,12 +44,7 @@ def _kv_write(
 
 
 def kv_write_launch(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    slots: torch.Tensor,
-    tuning: Tuning,
+    k: torch.Tensor, v: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, slots: torch.Tensor, tuning: Tuning
 ) -> Launch:
     N, Hkv, D = k.shape
     row = tuning.row("kv_write", D)
@@ -112,9 +101,9 @@ def paged_attention(
         (N, H, D), contiguous, in q's dtype: the same bits in every run. No gradients.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit together, named with what was expected. Numbers in
-            block_table, lengths and starts that point outside are the caller's duty on a GPU, as a check would have to
-            wait; FASTGPT_DEBUG=1 in the environment checks them all, as a CPU does.
+        ValueError: shapes, dtypes or devices that do not fit together, named with what was expected. On a CPU also
+            numbers in block_table, lengths and starts that point outside. On a GPU the caller must ensure these,
+            because a check would wait for the GPU; FASTGPT_DEBUG=1 in the environment checks them there too.
     """
     _check_attention(q, k_pages, v_pages, block_table, lengths, starts)
     if scale is None:
@@ -129,15 +118,15 @@ def paged_attention(
 def kv_write(
     k: torch.Tensor, v: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, slots: torch.Tensor
 ) -> None:
-    """Write the keys and values of N tokens to their places in the pages, in place, as `reference.kv_write`.
+    """Write the keys and values of N tokens to their slots in the pages, in place, as `reference.kv_write`.
 
     Args:
         k, v: (N, Hkv, D), with D <= 256; views will do, if their last dimension is contiguous.
         k_pages, v_pages: (pages, P, Hkv, D), contiguous, in k's dtype.
-        slots: int64 (N,), page * P + the place in it, each given once; -1 is padding and is not written.
+        slots: int64 (N,), page * P + the position in the page, each given once; -1 is padding and is not written.
 
     Raises:
-        ValueError: as `paged_attention`; slots past the last page are the caller's duty on a GPU.
+        ValueError: as `paged_attention`, with slots past the last page among what is checked on a CPU.
     """
     op = "kv_write"
     check_tensors(op, {"k": 3, "v": 3, "k_pages": 4, "v_pages": 4}, k=k, v=v, k_pages=k_pages, v_pages=v_pages)
@@ -153,13 +142,9 @@ def kv_write(
 
 
 def _check_attention(
-    q: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    block_table: torch.Tensor,
-    lengths: torch.Tensor,
-    starts: torch.Tensor | None,
-) -> None:
+    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor,
+    block_table: torch.Tensor, lengths: torch.Tensor, starts: torch.Tensor | None,
+) -> None:  # fmt: skip
     op = "paged_attention"
     check_tensors(op, {"q": 3, "k_pages": 4, "v_pages": 4}, q=q, k_pages=k_pages, v_pages=v_pages)
     _check_pages(op, "q", q, k_pages, v_pages)
@@ -180,7 +165,7 @@ def _check_attention(
 
 
 def _check_pages(op: str, name: str, x: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor) -> None:
-    """Whether the pages fit to each other and to x (N, heads, D), which is called `name`."""
+    """Raises ValueError if the pages do not match each other or x (N, heads, D), the argument called `name`."""
     D = x.shape[-1]
     if not 1 <= D <= WIDEST_HEAD:
         raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}; expected a head size of 1 to {WIDEST_HEAD}")

@@ -1,22 +1,22 @@
-"""One query a sequence over keys and values in pages: the part of `paged` that generates, token by token.
+"""Paged attention of one query a sequence: the part of `paged` that generates, token by token.
 
 For the last token of each sequence, over all its keys:
 
     S = scale * q k^T      P = softmax(S)      out = P v
 
-The keys are split among programs, so that a few long sequences fill a GPU too (Dao et al., 2023, "Flash-Decoding").
-All splits have the same length, which follows on the device from all lengths together: the work is even however ragged
-they are, and no number of splits is too many. A program finds its sequence and split from the lengths, nothing waits
-for the host, and the grid depends on shapes alone, so that a CUDA graph can be replayed while lengths and tables
-change. A sequence of one split is done then; of more, each leaves its unnormalised sum, its sum of weights and its
-maximum, and a second kernel adds these up in their order, without atomics:
+Programs share the keys of a sequence in splits, so that even a few long sequences fill a GPU (Dao et al., 2023,
+"Flash-Decoding"). All splits have the same length, which the device computes from the lengths of all sequences: ragged
+lengths still give even work. A program finds its sequence and split from the lengths, so nothing waits for the host.
+The grid depends on shapes alone, so a CUDA graph can be replayed while lengths and tables change. The program of a
+sequence with one split writes the output. Otherwise each split stores its unnormalised sum, its sum of weights and its
+maximum, and a second kernel adds these up in a fixed order, without atomics:
 
     top = max over splits of top_s      out = sum(2^(top_s - top) * acc_s) / sum(2^(top_s - top) * total_s)
 
-With one query head for a key head there are only vector sums, as tensor cores would multiply 15 rows of padding; more
-heads are packed into the rows of a matrix product. Accumulators, statistics and what is left for the second kernel
-are float32; exponentials are base 2. Memory beyond the output: (D + 2) * 4 bytes for each head and split, where there
-may be more than one split. There is no backward pass.
+One query head for a key head uses vector sums only, because tensor cores would multiply 15 rows of padding. Several
+query heads are packed into the rows of a matrix product. Accumulators, statistics and what splits store are float32;
+exponentials are base 2. Memory beyond the output: (D + 2) * 4 bytes for each head and split, if there may be more than
+one split. There is no backward pass.
 
 Twin: `reference.paged_attention` without `starts`. Offered here, for `paged`: the op fastgpt::paged_decode, whose
 `chunk` can force the length of the splits.
@@ -26,19 +26,19 @@ import torch
 import triton
 import triton.language as tl
 
-from fastgpt_kernels.attention import LOG2_E
+from fastgpt_kernels.attention_tiles import LOG2_E
 from fastgpt_kernels.launch import Launch, Tuning, matmul_tuning, tiles, tuning
 from fastgpt_kernels.paged_prefill import check_values, constants, find_slots, load_slots
 
-# Keys of a split, at the least: below, starting a program and merging what it leaves take longer than reading them.
+# The fewest keys of a split: for fewer, starting a program and merging its result take longer than reading the keys.
 LEAST_CHUNK = 128
 
 
 @triton.jit
 def _split_length(lengths, chunk, heads, programs, LEAST: tl.constexpr, TILE: tl.constexpr):
-    """How long splits are: `chunk`, or, where that is 0, so long that full ones take no more than `programs` programs.
+    """The length of splits: `chunk`; if that is 0, the least at which full splits take at most `programs` programs.
 
-    heads: the programs that share a split. The length is a multiple of TILE, and one that is chosen at least LEAST.
+    heads: the programs that share a split. The length is a multiple of TILE, and at least LEAST unless `chunk` says so.
     """
     even = tl.cdiv(tl.sum(lengths.to(tl.int64), axis=0) * heads, programs).to(tl.int32)
     return tl.cdiv(tl.where(chunk > 0, chunk, tl.maximum(even, LEAST)), TILE) * TILE
@@ -46,13 +46,13 @@ def _split_length(lengths, chunk, heads, programs, LEAST: tl.constexpr, TILE: tl
 
 @triton.jit
 def _count_splits(lengths, chunk, inside):
-    """How many splits each sequence has: one at the least, 0 where none is inside."""
+    """The number of splits of each sequence: at least one, and 0 for padding."""
     return tl.where(inside, tl.maximum((lengths + chunk - 1) // chunk, 1), 0)
 
 
 @triton.jit
 def _rescale(acc, total, top, new_top):
-    """The sums so far, for a new maximum."""
+    """The sums so far, rescaled to a new maximum."""
     shrink = tl.exp2(top - new_top)
     return acc * shrink[:, None], total * shrink
 
@@ -68,20 +68,10 @@ def _add_up(acc, total, top):
 @triton.jit
 def _attend_by_sums(
     q,  # (1, BLOCK_D)
-    k_ptr,
-    v_ptr,
-    table_ptr,
-    stride,
-    first,
-    last,
-    scale,
-    P: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """One query over the keys first .. last. Each lane keeps sums of its own, so that warps meet only at the end."""
+    k_ptr, v_ptr, table_ptr, stride, first, last, scale,
+    P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One query over the keys first .. last. Each lane keeps its own sums, so warps synchronize only at the end."""
     q = q.to(tl.float32) * scale
     acc = tl.zeros([COLUMNS, BLOCK_D], tl.float32)
     total = tl.zeros([COLUMNS], tl.float32)
@@ -104,20 +94,10 @@ def _attend_by_sums(
 @triton.jit
 def _attend_by_products(
     q,  # (ROWS, BLOCK_D)
-    k_ptr,
-    v_ptr,
-    table_ptr,
-    stride,
-    first,
-    last,
-    scale,
-    P: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    k_ptr, v_ptr, table_ptr, stride, first, last, scale,
+    P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """As `_attend_by_sums`, for the query heads of a group at once."""
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -144,34 +124,23 @@ def _attend_by_products(
 )
 def _decode(
     out_ptr,  # (B, H, D)
-    partial_ptr,  # (splits of all sequences, H, D) float32, for those of several splits; None where there are none
+    partial_ptr,  # (splits of all sequences, H, D) float32; None where every sequence has one split
     statistics_ptr,  # (splits of all sequences, H, 2) float32: the sum of weights, and the maximum in base 2
     q_ptr,  # (B, H, D)
-    k_ptr,  # (pages, P, Hkv, D)
-    v_ptr,  # (pages, P, Hkv, D)
+    k_ptr, v_ptr,  # (pages, P, Hkv, D)
     table_ptr,  # (B, M)
     lengths_ptr,  # (B,)
-    q_t,
-    q_h,
-    table_b,
-    lengths_b,
-    B,
-    H,
-    Hkv,
-    chunk,
-    programs,
+    q_t, q_h, table_b, lengths_b,
+    B, H, Hkv, chunk, programs,
     scale,  # times log2(e)
     GROUP: tl.constexpr,  # H / Hkv
-    P: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_B: tl.constexpr,  # at least B, where there are splits
-    LEAST: tl.constexpr,
-    PRECISION: tl.constexpr,
+    LEAST: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr,  # heads of a group that one program has
     COLUMNS: tl.constexpr,
-    num_stages: tl.constexpr,  # Triton's option, for a loop that would not be pipelined unasked
-):
+    num_stages: tl.constexpr,  # Triton's option: this loop is pipelined only on request
+):  # fmt: skip
     PARTS: tl.constexpr = (GROUP + ROWS - 1) // ROWS
     heads = Hkv * PARTS
     item = tl.program_id(0) // heads
@@ -227,19 +196,12 @@ def _merge(
     partial_ptr,  # (splits of all sequences, H, D) float32
     statistics_ptr,  # (splits of all sequences, H, 2) float32
     lengths_ptr,  # (B,)
-    lengths_b,
-    B,
-    H,
-    heads,
-    chunk,
-    programs,
-    D: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    LEAST: tl.constexpr,
+    lengths_b, B, H, heads, chunk, programs,
+    D: tl.constexpr, BLOCK_B: tl.constexpr, LEAST: tl.constexpr,
     TILE: tl.constexpr,  # the keys of `_decode`'s tile
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,  # at least D
-):
+):  # fmt: skip
     """The output of one head of a sequence with several splits."""
     b = tl.program_id(0) // H
     head = tl.program_id(0) % H
@@ -248,7 +210,7 @@ def _merge(
     chunk = _split_length(lengths, chunk, heads, programs, LEAST, TILE)
     each = _count_splits(lengths, chunk, sequence < B)
     splits = tl.sum(tl.where(sequence == b, each, 0), axis=0)
-    if splits == 1:  # whose program wrote the output
+    if splits == 1:  # its program wrote the output
         return
     first = tl.sum(tl.where(sequence < b, each, 0), axis=0)
     d = tl.arange(0, COLUMNS)
@@ -274,19 +236,12 @@ def _merge(
 
 
 def decode_launches(
-    out: torch.Tensor,
-    q: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    block_table: torch.Tensor,
-    lengths: torch.Tensor,
-    scale: float,
-    chunk: int,
-    tuning: Tuning,
-) -> list[Launch]:
-    """The launches of a decode step in their order: one, where the table has no room for a sequence of two splits.
+    out: torch.Tensor, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor,
+    block_table: torch.Tensor, lengths: torch.Tensor, scale: float, chunk: int, tuning: Tuning,
+) -> list[Launch]:  # fmt: skip
+    """The launches of one decoded token in their order; only one if no sequence in this table can have two splits.
 
-    The splits of all sequences are at most B * ceil(M * P / least), and, where their length is chosen on the device,
+    All sequences have at most B * ceil(M * P / least) splits. If the device chooses the splits' length, they also have
     at most programs / heads + B: a sequence has ceil(length / chunk) < length / chunk + 1 of them, or 1 if empty, and
     the chunk is at least the sum of the lengths * heads / programs.
     """
@@ -329,17 +284,12 @@ def decode_launches(
 
 @torch.library.custom_op("fastgpt::paged_decode", mutates_args=())
 def _paged_decode(
-    q: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    block_table: torch.Tensor,
-    lengths: torch.Tensor,
-    scale: float,
-    chunk: int,
-) -> torch.Tensor:
+    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, block_table: torch.Tensor, lengths: torch.Tensor,
+    scale: float, chunk: int,
+) -> torch.Tensor:  # fmt: skip
     """`paged_attention` of one query a sequence, for a scale above 0.
 
-    chunk: keys of a split, rounded up to a tile; 0 to choose it on the device, which is what `paged_attention` does.
+    chunk: keys of a split, rounded up to a tile. 0, as in `paged_attention`, lets the device choose.
     """
     check_values(q, k_pages, block_table, lengths)
     out = _paged_decode_shape(q, k_pages, v_pages, block_table, lengths, scale, chunk)

@@ -1,13 +1,13 @@
-"""Several queries a sequence over keys and values in pages: the part of `paged` that reads prompts, whole or in chunks.
+"""Paged attention of several queries a sequence: the part of `paged` that reads prompts, whole or in chunks.
 
 As `attention`'s forward pass, for query i of a sequence's last n tokens, at position p = length - n + i, over the keys
 j <= p:
 
     S = scale * q k^T      P = softmax(S)      out = P v
 
-A program has ROWS rows: some queries of one sequence, times as many of the query heads that share a key head as make
-up a power of two. The device finds from `starts` which sequence a program works on, so that the host need not know
-the lengths. Accumulators and statistics are float32, exponentials are base 2, and P is rounded to the inputs' dtype
+A program has ROWS rows: some queries of one sequence, each with PACK of the query heads that share a key head. PACK is
+a power of two. The device finds a program's sequence from `starts`, so that the host need not know the lengths.
+Accumulators and statistics are float32, exponentials are base 2, and P is rounded to the inputs' dtype
 before it is multiplied. There is no backward pass.
 
 Twin: `reference.paged_attention` with `starts`. Offered here, for `paged`: the op fastgpt::paged_prefill.
@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastgpt_kernels.attention import LOG2_E
+from fastgpt_kernels.attention_tiles import LOG2_E
 from fastgpt_kernels.launch import DEBUG, Launch, Tuning, matmul_tuning
 
 
@@ -27,7 +27,7 @@ from fastgpt_kernels.launch import DEBUG, Launch, Tuning, matmul_tuning
 def find_slots(table_ptr, start, last, P: tl.constexpr, COLUMNS: tl.constexpr):
     """The slots of positions start .. start + COLUMNS, int64; `start` is a multiple of COLUMNS, before `last`.
 
-    Entries of the table from `last` on are not read: any slot stands for those positions.
+    Table entries from position `last` on are not read, and those positions get an arbitrary slot.
     """
     lane = tl.arange(0, COLUMNS)
     if P % COLUMNS == 0:  # all of them lie in one page
@@ -55,25 +55,10 @@ def load_slots(ptr, slot, stride, seen, D: tl.constexpr, BLOCK_D: tl.constexpr, 
 
 @triton.jit
 def _attend(
-    acc,
-    total,
-    top,
-    q,
-    k_ptr,
-    v_ptr,
-    table_ptr,
-    stride,
-    first,
-    last,
-    position,
-    scale,
-    P: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DIAGONAL: tl.constexpr,
-):
+    acc, total, top, q, k_ptr, v_ptr, table_ptr, stride, first, last, position, scale,
+    P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr, DIAGONAL: tl.constexpr,
+):  # fmt: skip
     """Attend to the keys first .. last: the sums so far of weighted values and of weights, and the running maximum."""
     for start in range(first, last, COLUMNS):
         key = start + tl.arange(0, COLUMNS)
@@ -99,29 +84,18 @@ def _attend(
 def _prefill(
     out_ptr,  # (N, H, D)
     q_ptr,  # (N, H, D)
-    k_ptr,  # (pages, P, Hkv, D)
-    v_ptr,  # (pages, P, Hkv, D)
+    k_ptr, v_ptr,  # (pages, P, Hkv, D)
     table_ptr,  # (B, M)
     lengths_ptr,  # (B,)
     starts_ptr,  # (B + 1,)
-    q_t,
-    q_h,
-    table_b,
-    lengths_b,
-    B,
-    H,
-    Hkv,
+    q_t, q_h, table_b, lengths_b, B, H, Hkv,
     scale,  # times log2(e)
     GROUP: tl.constexpr,  # H / Hkv
     PACK: tl.constexpr,  # heads of a group that one program has; divides GROUP and ROWS
-    P: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_B: tl.constexpr,  # at least B
-    PRECISION: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     QUERIES: tl.constexpr = ROWS // PACK
     packs = H // PACK
     item = tl.program_id(0) // packs
@@ -154,40 +128,18 @@ def _prefill(
     last = tl.minimum(before + QUERIES, length)
     for DIAGONAL in tl.static_range(2):
         acc, total, top = _attend(
-            acc,
-            total,
-            top,
-            q,
-            k_ptr + kv_head * D,
-            v_ptr + kv_head * D,
-            table_ptr,
-            Hkv * D,
-            diagonal if DIAGONAL else 0,
-            last if DIAGONAL else diagonal,
-            length - n + query,
-            scale,
-            P,
-            D,
-            BLOCK_D,
-            PRECISION,
-            COLUMNS,
-            DIAGONAL,
-        )
+            acc, total, top, q, k_ptr + kv_head * D, v_ptr + kv_head * D, table_ptr, Hkv * D,
+            diagonal if DIAGONAL else 0, last if DIAGONAL else diagonal, length - n + query, scale,
+            P, D, BLOCK_D, PRECISION, COLUMNS, DIAGONAL,
+        )  # fmt: skip
     out = acc / tl.where(total > 0, total, 1.0)[:, None]
     tl.store(out_ptr + (token[:, None] * H + head[:, None]) * D + d, out, mask=inside)
 
 
 def prefill_launch(
-    out: torch.Tensor,
-    q: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    block_table: torch.Tensor,
-    lengths: torch.Tensor,
-    starts: torch.Tensor,
-    scale: float,
-    tuning: Tuning,
-) -> Launch:
+    out: torch.Tensor, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor,
+    block_table: torch.Tensor, lengths: torch.Tensor, starts: torch.Tensor, scale: float, tuning: Tuning,
+) -> Launch:  # fmt: skip
     (N, H, D), Hkv, B = q.shape, k_pages.shape[2], len(lengths)
     row = tuning.row("paged_prefill", D)
     pack = math.gcd(H // Hkv, row.rows)
@@ -219,13 +171,10 @@ def constants(q: torch.Tensor, k_pages: torch.Tensor, B: int, tuning: Tuning) ->
 
 
 def check_values(
-    q: torch.Tensor,
-    k_pages: torch.Tensor,
-    block_table: torch.Tensor,
-    lengths: torch.Tensor,
+    q: torch.Tensor, k_pages: torch.Tensor, block_table: torch.Tensor, lengths: torch.Tensor,
     starts: torch.Tensor | None = None,
-) -> None:
-    """Raises ValueError where a number points outside; on a GPU nothing is read but with FASTGPT_DEBUG=1."""
+) -> None:  # fmt: skip
+    """Raises ValueError if a number points outside. On a GPU it reads nothing, unless FASTGPT_DEBUG=1."""
     if q.device.type != "cpu" and not DEBUG:
         return
     op, room = "paged_attention", block_table.shape[1] * k_pages.shape[1]
@@ -259,14 +208,9 @@ def check_values(
 
 @torch.library.custom_op("fastgpt::paged_prefill", mutates_args=())
 def _paged_prefill(
-    q: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    block_table: torch.Tensor,
-    lengths: torch.Tensor,
-    starts: torch.Tensor,
-    scale: float,
-) -> torch.Tensor:
+    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, block_table: torch.Tensor, lengths: torch.Tensor,
+    starts: torch.Tensor, scale: float,
+) -> torch.Tensor:  # fmt: skip
     """`paged.paged_attention` of some last tokens of each sequence, for a scale above 0."""
     check_values(q, k_pages, block_table, lengths, starts)
     out = _paged_prefill_shape(q, k_pages, v_pages, block_table, lengths, starts, scale)

@@ -1,10 +1,11 @@
-"""Causal attention by plain matrix products, which hold all weights: for dropout, and for training in 16 bits on a CPU.
+"""Causal attention by plain matrix products, with all weights in memory, for dropout and for 16-bit training on a CPU.
 
     S = scale q k^T + mask        W = softmax(S)        out = dropout(W) v
 
-Of 16-bit inputs S is float32, as in every fused kernel: rounded to bfloat16, a score of 40 is off by up to an eighth,
-and its weight by as much relatively. W is rounded to 16 bits and is, with what dropout leaves of it, all that is kept
-for the backward pass, whose products are in 16 bits; the softmax's own backward pass is in float32 between them.
+For 16-bit inputs S is float32, as in every fused kernel. In bfloat16, a score of 40 would be off by up to an eighth,
+and its weight by about an eighth of itself. W is rounded to 16 bits. The only (Tq, Tk) matrices that are kept for the
+backward pass are W, the dropout mask and W after dropout. The backward pass multiplies in 16 bits; the softmax's own
+backward pass, between the products, is in float32.
 
 Offered here: `attention_by_products`.
 """
@@ -15,7 +16,7 @@ from fastgpt_kernels.dropout import apply_dropout, weights_kept
 from fastgpt_kernels.float32_product import product_dtype
 from fastgpt_kernels.reference import visible
 
-# Scores that are float32 at once on a CPU: they stay in the cache until they are weights.
+# The most float32 scores at once on a CPU: so many stay in the cache until they have become weights.
 SCORES = 1 << 20
 
 
@@ -44,7 +45,7 @@ def attention_by_products(
 
 
 def _weights(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
-    """softmax(scale q k^T + mask), (B, H, Tq, Tk), in mask's dtype: that of the inputs, or float32 for 16 bits.
+    """softmax(scale q k^T + mask), (B, H, Tq, Tk), in mask's dtype: the inputs' dtype, or float32 if that has 16 bits.
 
     mask: (Tq, Tk), or (B, 1, Tq, Tk) by documents.
     """
@@ -59,9 +60,9 @@ def _weights(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, scale: float)
 
 
 class _Narrow(torch.autograd.Function):
-    """Attention of 16-bit inputs, each product rounded once: numbers that scale it are applied to its sums.
+    """Attention of 16-bit inputs, each product rounded once, after it is scaled.
 
-    keep: bool (B, H, Tq, Tk), which weights dropout leaves, or None; what it leaves is scaled by keep_scale.
+    keep: bool (B, H, Tq, Tk), the weights that dropout leaves, or None; these are multiplied by keep_scale.
     """
 
     @staticmethod

@@ -20,7 +20,6 @@ from fastgpt.tokenizer.byte import ByteTokenizer
 from fastgpt.tokenizer.char import CharTokenizer
 from fastgpt.tokenizer.gpt2 import Gpt2Tokenizer
 from tests.helpers.corpora import (
-    ROOT,
     SHAKESPEARE,
     TEXT,
     every_kind,
@@ -31,6 +30,7 @@ from tests.helpers.corpora import (
     refused,
     text_of,
 )
+from tests.helpers.places import ROOT
 
 
 @pytest.fixture

@@ -219,7 +219,8 @@ def test_a_row_without_an_example_is_an_error(monkeypatch):
 
 ODD_SIZES = """
 import torch, triton
-from fastgpt_kernels import aot, attention, cross_entropy, int8, norm, paged, paged_decode, paged_prefill
+from fastgpt_kernels import aot, attention, attention_backward, cross_entropy, int8, norm, norm_backward
+from fastgpt_kernels import paged, paged_decode, paged_prefill
 from fastgpt_kernels.launch import Tuning
 from fastgpt_kernels.machine_code import CHIPS
 
@@ -229,13 +230,13 @@ launches = []
 for R, C in ((1, 1), (1, 9001), (7, 33)):
     x, weight, statistic = aot.empty(R, C, dtype=half), aot.empty(C, dtype=half), aot.empty(R)
     launches.append(norm.forward_launch(x, x, statistic, statistic, x, x, weight, weight, 1e-5, tuning))
-    launches += norm.backward_launches(x, None, weight, weight, x, x, x, statistic, statistic, weight, tuning)
+    launches += norm_backward.backward_launches(x, None, weight, weight, x, x, x, statistic, statistic, weight, tuning)
 for Tq, Tk, H, Hkv, D in ((1, 1, 1, 1, 16), (1, 70, 3, 1, 20)):
     q, k, lse = aot.empty(1, Tq, H, D, dtype=half), aot.empty(1, Tk, Hkv, D, dtype=half), aot.empty(1, H, Tq)
     dk = aot.empty(1, Tk, H, D)
     rest = (aot.empty(dtype=torch.int64), aot.empty(1, Tk, dtype=torch.int32), 0.1, 1.0, tuning)
     launches.append(attention.forward_launch(q, lse, q, k, k, *rest))
-    launches += attention.backward_launches(q, dk, dk, lse, q, q, lse, q, k, k, *rest)
+    launches += attention_backward.backward_launches(q, dk, dk, lse, q, q, lse, q, k, k, *rest)
 for R, V, valid in ((1, 16, 1), (5, 48, 47)):
     logits, lse, targets = aot.empty(R, V), aot.empty(R), aot.empty(R, dtype=torch.int32)
     dz = aot.empty(R, V, dtype=half)

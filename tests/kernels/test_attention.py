@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fastgpt_kernels import attention, launch, reference, stock
+from fastgpt_kernels import attention, attention_backward, launch, reference, stock
 from fastgpt_kernels.attention import causal_attention
 from tests.helpers.parity import (
     DEVICE,
@@ -54,6 +54,7 @@ def seeded(number, p=0.25):
     return {"dropout_p": p, "seed": torch.tensor(number, device=DEVICE)}
 
 
+@contextlib.contextmanager
 def tiled(*tiles):
     """Meanwhile attention's three kernels work on these tiles (rows, columns): one for all of them, or one each."""
     rows = dict(zip(KERNELS, tiles if len(tiles) > 1 else tiles * 3, strict=True))
@@ -62,7 +63,12 @@ def tiled(*tiles):
         return launch.Config(*rows[kernel.removesuffix("_dropout")], 4)
 
     tuning = types.SimpleNamespace(kind="float32", row=row)
-    return unittest.mock.patch.object(attention, "matmul_tuning", return_value=tuning)
+    patch = unittest.mock.patch.object
+    with (
+        patch(attention, "matmul_tuning", return_value=tuning),
+        patch(attention_backward, "matmul_tuning", return_value=tuning),
+    ):
+        yield
 
 
 @pytest.fixture
@@ -255,8 +261,8 @@ def test_reads_a_packed_projection_where_it_is_and_writes_dense_gradients(launch
     _, *gradients = outputs_and_gradients(causal_attention, inputs, [grad], **seeded(3))
     assert [made.kernel for made in launches] == [
         attention._forward,
-        attention._backward_queries,
-        attention._backward_keys,
+        attention_backward._backward_queries,
+        attention_backward._backward_keys,
     ]
     for made in launches:
         places = {(t.data_ptr(), t.stride()) for t in made.args if isinstance(t, torch.Tensor)}

@@ -7,7 +7,7 @@ import unittest.mock
 import pytest
 import torch
 
-from fastgpt_kernels import attention, launch
+from fastgpt_kernels import attention, attention_backward, launch
 from fastgpt_kernels.attention import causal_attention
 from fastgpt_kernels.dropout import dropout_mask
 from fastgpt_kernels.reference import visible
@@ -16,12 +16,19 @@ from tests.helpers.parity import DEVICE, SPREADS, assert_parity, flash_with_mask
 tiles = pytest.mark.parametrize("tile", [None, (16, 32), (64, 32), (32, 128)])
 
 
+@contextlib.contextmanager
 def tiled(tile):
     """Meanwhile attention's kernels work on this tile (rows, columns); None for those of the launch table."""
     if tile is None:
-        return contextlib.nullcontext()
+        yield
+        return
     tuning = types.SimpleNamespace(kind="float32", row=lambda kernel, width: launch.Config(*tile, 4))
-    return unittest.mock.patch.object(attention, "matmul_tuning", return_value=tuning)
+    patch = unittest.mock.patch.object
+    with (
+        patch(attention, "matmul_tuning", return_value=tuning),
+        patch(attention_backward, "matmul_tuning", return_value=tuning),
+    ):
+        yield
 
 
 def seed_of(number):

@@ -25,7 +25,7 @@ from fastgpt.ops.table import resolve
 from fastgpt.config.model import ModelConfig
 from fastgpt.model.kv_cache import DenseCache, PagedBatch, Part
 from fastgpt.model.gpt import GPT
-from fastgpt_kernels import aot, launch, norm
+from fastgpt_kernels import aot, cross_entropy, launch, norm_backward
 from fastgpt_kernels.machine_code import CHIPS
 
 P, BATCHES, LENGTHS = 16, (1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 24, 32, 48, 64), range(1, 65)
@@ -84,8 +84,10 @@ with torch.inference_mode():
 for R in LENGTHS:  # of a training step
     for C in (32, 9008):
         x, weight, statistic = aot.empty(R, C), aot.empty(C), aot.empty(R)
-        rest = (None, weight, None, None, x, x, statistic, statistic, weight, launch.Tuning("sm_90", "float32"))
-        for one in norm.backward_launches(x, *rest):
+        tuning = launch.Tuning("sm_90", "float32")
+        cross_entropy.scale_launch(x, x, aot.empty(), tuning)()
+        rest = (None, weight, None, None, x, x, statistic, statistic, weight, tuning)
+        for one in norm_backward.backward_launches(x, *rest):
             one()
 print(json.dumps({name: len(found) for name, found in sorted(keys.items())}))
 """
@@ -101,6 +103,7 @@ EXPECTED = {
     "paged_decode": 4,  # batches of up to 16, 32 and 64, as each program reads all lengths; and where none is split
     "paged_merge": 3,
     "paged_prefill": 1,
+    "scale": 1,  # it specializes on the product of R and C, a multiple of 16 as C is
     "sum_partials": 1,
 }
 

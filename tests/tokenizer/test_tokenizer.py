@@ -295,8 +295,8 @@ class TestGpt2:
             folder.mkdir(parents=True)
             for name in ("vocab.bpe", "encoder.json"):
                 (folder / name).write_bytes((package / name).read_bytes())
-        assert tokenizer._find_gpt2_files(None) == tmp_path / "cache" / "gpt2"
-        assert tokenizer._find_gpt2_files(tmp_path / "own") == tmp_path / "own"
+        assert gpt2_module._find_gpt2_files(None) == tmp_path / "cache" / "gpt2"
+        assert gpt2_module._find_gpt2_files(tmp_path / "own") == tmp_path / "own"
         assert Gpt2Tokenizer.from_files(tmp_path / "own") == Gpt2Tokenizer.from_files()
 
     def test_an_explicit_folder_is_not_replaced_by_another(self, tmp_path: Path):
