@@ -2,19 +2,24 @@
 
 Presets come first, then `--config file.toml`, then flags; the later wins. `run` calls a main function and
 turns what it raises into exit codes: 0 done, 1 failed, 2 bad usage or input, 130 and 143 stopped by a signal.
+
+The library knows arguments, not flags. Its messages name an argument in backticks: "`n_head` 5 does not divide `n_embd`
+384". While a command runs, its stderr shows the flags instead: "--n_head 5 does not divide --n_embd 384".
 """
 
 import argparse
 import contextlib
 import dataclasses
 import errno
+import functools
 import io
 import os
+import re
 import sys
 import tomllib
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +30,8 @@ from fastgpt.system.files import decode_utf8
 
 Config = TypeVar("Config")
 TRUE, FALSE, AUTO = ("true", "yes", "on", "1"), ("false", "no", "off", "0"), "auto"
+MARK = "="  # before every value: argparse would take one that begins with a dash for a flag, and drop one that is --
+_NAMED = re.compile(r"`(\w+)(?:=(True|False))?`")
 
 
 def parse(
@@ -58,18 +65,15 @@ def read(
     Raises:
         UsageError: an unknown flag or key (the nearest is named) or a value outside its limits.
     """
-    words = _normalize(sys.argv[1:] if argv is None else argv, kind, presets)
-    if "--help" in words:
-        print(_helper(kind, prog, description, presets).format_help(), end="")
-        raise SystemExit(0)
-    given = _values(words, kind)
+    parser, flags = _parser(kind, prog, description, presets)
+    given = _parse(parser, flags, sys.argv[1:] if argv is None else argv)
     file = given.pop("config", None)
     given = (_read_toml(Path(file), kind) if file is not None else {}) | given
     preset = given.pop("preset", None)
     if preset is not None and preset not in (presets or {}):
         known = presets or {}
         raise UsageError(f"--preset {shown(preset)} is not one of {', '.join(known)}{nearest(preset, known)}")
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}  # TOML's
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     configuration.validate_fields(kind, given)
     for field in dataclasses.fields(kind):
         if field.metadata["path"] and isinstance(path := given.get(field.name), str):
@@ -92,10 +96,30 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None 
             stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a character is no reason to stop
     product = streams.Product(sys.stdout, closed="stdout" in missing)
     with (
-        contextlib.redirect_stderr(typing.cast(typing.IO[str], streams.Lasting(sys.stderr))),
+        contextlib.redirect_stderr(typing.cast(typing.IO[str], _Messages(sys.stderr))),
         contextlib.redirect_stdout(typing.cast(typing.IO[str], product)),
     ):
         return _exit_code(main, argv)
+
+
+class _Messages(streams.Lasting):
+    """Stderr, which shows the flag of an argument that a message names in backticks."""
+
+    def write(self, text: str) -> int:
+        super().write(_with_flags(text))
+        return len(text)
+
+
+def _with_flags(text: str) -> str:
+    """The text with --n_head for `n_head`, --compile for `compile=True` and --no-compile for `compile=False`."""
+
+    def flag(match: re.Match[str]) -> str:
+        name, value = match.groups()
+        if name not in configuration.argument_names():
+            return match[0]
+        return f"--no-{name}" if value == "False" else f"--{name}"
+
+    return _NAMED.sub(flag, text)
 
 
 def _exit_code(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:
@@ -140,46 +164,97 @@ def _check_reachable(name: str, path: str) -> None:
         raise UsageError(f"--{name} {shown(path)} cannot be looked up: {reason}; name another") from None
 
 
-def _flags(kind: type) -> dict[str, dataclasses.Field]:
-    """Every spelling of every flag, without the dashes."""
-    spelled = {}
-    for field in dataclasses.fields(kind):
-        for name in (field.name, *field.metadata["alias"]):
-            spelled[name] = field
-    return spelled
-
-
-def _helper(kind: type, prog: str, description: str, presets: Mapping[str, Any] | None) -> argparse.ArgumentParser:
-    """What prints the help; argparse reads no flags here, as it drops a value that is --."""
-    parser = argparse.ArgumentParser(prog=prog, usage=f"{prog} [--flag value ...]", description=description)
-    if presets is not None:
-        parser.add_argument("--preset", metavar="NAME", help=f"starting point: {', '.join(presets)}")
-        parser.add_argument("--config", metavar="FILE.toml", help="a TOML file of these flags")
+def _parser(
+    kind: type, prog: str, description: str, presets: Mapping[str, Any] | None
+) -> tuple[argparse.ArgumentParser, dict[str, argparse.Action]]:
+    """The parser of a dataclass's flags, and what it does at each of them."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        usage=f"{prog} [--flag value ...]",
+        description=description,
+        allow_abbrev=False,
+        add_help=False,
+        exit_on_error=False,
+        argument_default=argparse.SUPPRESS,  # what was not given is absent
+    )
+    groups, title, actions = {None: parser.add_argument_group("options")}, None, []
     hints = typing.get_type_hints(kind)
-    for title, fields in _groups(kind):
-        group = parser.add_argument_group(title)
-        for field in fields:
-            base = _base_type(hints[field.name])
-            metavar = "NAME" if field.metadata["choices"] else {bool: "", str: "TEXT"}.get(base, base.__name__.upper())
+    for field in dataclasses.fields(kind):
+        title = field.metadata["group"] or title
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        actions += _add(groups[title], field, hints[field.name], presets)
+    add = groups[None].add_argument
+    actions.append(add("-h", "--help", action=_Help, nargs=0, help="show this help and exit"))
+    if presets is not None:
+        names = f"starting point: {', '.join(presets)}"
+        actions.append(add("--preset", metavar="NAME", type=_unmarked, help=names))
+        actions.append(add("--config", metavar="FILE.toml", type=_unmarked, help="a TOML file of these flags"))
+    return parser, {flag: action for action in actions for flag in action.option_strings}
+
+
+class _Help(argparse.Action):
+    """Argparse's own hides that stdout takes no more."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(parser.format_help(), end="")
+        raise SystemExit(0)
+
+
+def _add(group: Any, field: dataclasses.Field, hint: Any, presets: Mapping[str, Any] | None) -> list[argparse.Action]:
+    """Add the flag of a field to a group of the help; where it is a switch, the one that turns it off too."""
+    base, names = _base_type(hint), [f"--{name}" for name in (field.name, *field.metadata["alias"])]
+    convert = functools.partial(_convert, field, hint)
+    text = _help(field, base is bool, presets)
+    if base is bool:
+        return [
+            group.add_argument(*names, nargs="?", const=True, type=convert, metavar="BOOL", help=text),
             group.add_argument(
-                *(f"--{name}" for name in (field.name, *field.metadata["alias"])),
-                metavar=metavar,
-                help=_help(field, base is bool, presets),
-            )
-    return parser
+                f"--no_{field.name}", dest=field.name, action="store_const", const=False, help=argparse.SUPPRESS
+            ),
+        ]
+    metavar = "NAME" if field.metadata["choices"] else {str: "TEXT"}.get(base, base.__name__.upper())
+    action = "append" if typing.get_origin(hint) is tuple else "store"
+    return [group.add_argument(*names, action=action, dest=field.name, type=convert, metavar=metavar, help=text)]
 
 
-def _groups(kind: type) -> Iterator[tuple[str, list[dataclasses.Field]]]:
-    """The dataclasses that `kind` inherits from, and itself: the first line about each, and its own fields."""
-    known: set[str] = set()
-    for part in reversed([c for c in kind.__mro__ if dataclasses.is_dataclass(c)]):
-        own = [field for field in dataclasses.fields(part) if field.name not in known]
-        known.update(field.name for field in own)
-        yield (part.__doc__ or part.__name__).splitlines()[0].rstrip("."), own
+def _parse(
+    parser: argparse.ArgumentParser, flags: Mapping[str, argparse.Action], argv: Sequence[str]
+) -> dict[str, Any]:
+    """What the words give to each field. Raises `UsageError`."""
+    try:
+        return vars(parser.parse_args(_marked(argv, flags)))
+    except argparse.ArgumentError as error:
+        raise UsageError(error.message) from None
+
+
+def _marked(argv: Sequence[str], flags: Mapping[str, argparse.Action]) -> list[str]:
+    """The words, flags spelled as the parser knows them and values marked. Raises `UsageError` for what is neither."""
+    words: list[str] = []
+    for word in argv:
+        before = flags.get(words[-1]) if words else None  # the flag that this word may be the value of
+        wanted = before is not None and before.nargs is None
+        typed, equals, value = word.partition("=")
+        flag = "--" + typed[2:].replace("-", "_") if typed.startswith("--") else typed
+        if flag in flags and not (wanted and word == "-h"):
+            if wanted:
+                raise UsageError(f"{words[-1]} needs a value, and {word} is the next flag; write {words[-1]}=VALUE")
+            if equals and flags[flag].nargs == 0:
+                raise UsageError(f"{shown(word)}: {typed} takes no value; write {typed} alone")
+            words.append(f"{flag}={MARK}{value}" if equals else flag)
+        elif wanted or (before is not None and before.nargs == "?" and word.lower() in (*TRUE, *FALSE, AUTO)):
+            words.append(MARK + word)
+        elif word.startswith("--"):
+            raise UsageError(f"unknown flag {flag[: LONGEST_SHOWN + 2]}{nearest(flag, flags)}")
+        else:
+            raise UsageError(f"{shown(word)} is not a flag; every value follows a flag such as {next(iter(flags))}")
+    if words and words[-1] in flags and flags[words[-1]].nargs is None:
+        raise UsageError(f"{words[-1]} needs a value")
+    return words
 
 
 def _help(field: dataclasses.Field, switch: bool, presets: Mapping[str, Any] | None) -> str:
-    text, choices = field.metadata["help"].replace("%", "%%"), field.metadata["choices"]
+    text, choices = _with_flags(field.metadata["help"]).replace("%", "%%"), field.metadata["choices"]
     if choices:
         text += f" ({', '.join(choices)})"
     if switch:
@@ -197,78 +272,31 @@ def _base_type(hint: Any) -> type:
     return typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else hint
 
 
-def _values(words: Sequence[str], kind: type) -> dict[str, Any]:
-    """What normalized flags give: of one that is repeated the last, or where it has several values all."""
-    spelled, hints = _flags(kind), typing.get_type_hints(kind)
-    given: dict[str, Any] = {}
-    for word in words:
-        name, _, text = word[2:].partition("=")
-        if name not in spelled:  # --preset and --config
-            given[name] = text
-            continue
-        field = spelled[name]
-        hint = hints[field.name]
-        value = None if _is_auto(field, text) else _convert(field.name, hint, text)
-        several = typing.get_origin(hint) is tuple
-        given[field.name] = (*given.get(field.name, ()), value) if several else value
-    return given
+def _unmarked(word: str) -> str:
+    return word.removeprefix(MARK)
 
 
-def _is_auto(field: dataclasses.Field, value: Any) -> bool:
-    return field.metadata["auto"] and isinstance(value, str) and value.lower() == AUTO
-
-
-def _convert(name: str, hint: Any, text: str) -> Any:
-    """The value of a flag from its text. Raises `UsageError`."""
-    kind, optional = _base_type(hint), type(None) in typing.get_args(hint)
-    if optional and text.lower() == "none":
+def _convert(field: dataclasses.Field, hint: Any, word: str) -> Any:
+    """The value of a flag from its marked text."""
+    text, kind = _unmarked(word), _base_type(hint)
+    if _is_auto(field, text) or (type(None) in typing.get_args(hint) and text.lower() == "none"):
         return None
     if kind is bool:
         if text.lower() in TRUE + FALSE:
             return text.lower() in TRUE
-        raise UsageError(f"--{name} {shown(text)} is neither true nor false; pass --{name} or --no-{name}")
+        flag = f"--{field.name}"
+        raise argparse.ArgumentTypeError(
+            f"{flag} {shown(text)} is neither true nor false; pass {flag} or --no-{field.name}"
+        )
     try:
         return kind(text)
     except ValueError:
         what = {int: "a whole number", float: "a number"}.get(kind, f"a {kind.__name__}")
-        raise UsageError(f"--{name} {shown(text)} is not {what}") from None
+        raise argparse.ArgumentTypeError(f"--{field.name} {shown(text)} is not {what}") from None
 
 
-def _normalize(argv: Sequence[str], kind: type, presets: Mapping[str, Any] | None) -> list[str]:
-    """Spell every flag as --its_name, switches as --name=true|false, and name the nearest of an unknown one."""
-    spelled, hints = _flags(kind), typing.get_type_hints(kind)
-    switches = [name for name, field in spelled.items() if _base_type(hints[field.name]) is bool]
-    known = [*spelled, *(f"no_{name}" for name in switches), "help"]
-    known += ["preset", "config"] if presets is not None else []
-    result, words = [], list(argv)
-    while words:
-        word = words.pop(0)
-        if word == "-h":
-            word = "--help"
-        if not word.startswith("--"):
-            raise UsageError(f"{shown(word)} is not a flag; every value follows a flag such as --{known[0]}")
-        name, equals, value = word[2:].partition("=")
-        name = name.replace("-", "_")
-        if name.startswith("no_") and name[3:] in switches:
-            if equals:
-                raise UsageError(f"{word!r}: --no-{name[3:]} takes no value; pass --{name[3:]}={value}")
-            result.append(f"--{name[3:]}=false")
-        elif name not in known:
-            raise UsageError(f"unknown flag --{name[:LONGEST_SHOWN]}{nearest('--' + name, [f'--{k}' for k in known])}")
-        elif name == "help":
-            result.append("--help")
-        elif equals:
-            result.append(f"--{name}={value}")
-        elif name in switches:
-            taken = bool(words) and words[0].lower() in (*TRUE, *FALSE, AUTO)
-            result.append(f"--{name}={words.pop(0) if taken else 'true'}")
-        elif not words:
-            raise UsageError(f"--{name} needs a value")
-        elif words[0].startswith("--") and words[0][2:].partition("=")[0].replace("-", "_") in known:
-            raise UsageError(f"--{name} needs a value, and {words[0]} is the next flag; write --{name}=VALUE")
-        else:
-            result.append(f"--{name}={words.pop(0)}")
-    return result
+def _is_auto(field: dataclasses.Field, value: Any) -> bool:
+    return field.metadata["auto"] and isinstance(value, str) and value.lower() == AUTO
 
 
 def _read_toml(path: Path, kind: type) -> dict[str, Any]:
@@ -282,7 +310,7 @@ def _read_toml(path: Path, kind: type) -> dict[str, Any]:
         table = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # TOML's, and those of a hostile nesting or number
         raise UsageError(f"--config {path} is not TOML: {error}") from None
-    spelled = _flags(kind)
+    spelled = {name: field for field in dataclasses.fields(kind) for name in (field.name, *field.metadata["alias"])}
     for key in table:
         if key not in spelled and key != "preset":
             raise UsageError(f"--config {path}: unknown key {key!r}{nearest(key, spelled)}")

@@ -10,17 +10,9 @@ The run itself is in `fastgpt.training.run`.
 import sys
 from collections.abc import Sequence
 
-if __name__ == "__main__":
-    from fastgpt.system import barriers
-
-    barriers.choose(sys.argv)  # before PyTorch is imported
-
 from fastgpt import cli
 from fastgpt.config.training import PRESETS, TrainConfig
-from fastgpt.generation.sample import sample
-from fastgpt.system import signals
-from fastgpt.training.run import train
-from fastgpt.training.start import starting_point, with_warmup
+from fastgpt.system import barriers, signals
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,6 +20,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     preset, given = cli.read(
         TrainConfig, argv, prog="python -m fastgpt.train", description="Train a GPT on text.", presets=PRESETS
     )
+    # Only now, as they import PyTorch, which takes a second that --help and a mistyped flag do not wait for.
+    from fastgpt.generation.sample import sample
+    from fastgpt.training.run import train
+    from fastgpt.training.start import starting_point, with_warmup
+
     start, why = starting_point(preset, given)
     config = cli.change(start, given)
     print(why, file=sys.stderr)
@@ -40,4 +37,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    barriers.choose(sys.argv)  # before PyTorch is imported
     raise SystemExit(cli.run(main))

@@ -1,5 +1,7 @@
 """The command line: spellings, who wins, one-line errors that name the way out, and exit codes."""
 
+import contextlib
+import io
 import subprocess
 import sys
 
@@ -26,11 +28,14 @@ def toml(folder, text):
 
 
 def refused(*words, saying, kind=TrainConfig):
-    with pytest.raises(UsageError) as caught:
-        parse(*words, kind=kind)
-    assert "\n" not in str(caught.value)
+    """The words end in exit code 2 and one line that holds each part."""
+    with contextlib.redirect_stderr(io.StringIO()) as error:
+        assert cli.run(lambda argv: parse(*argv, kind=kind), words) == 2
+    line = error.getvalue().removesuffix("\n")
+    assert line.startswith("error: ")
+    assert "\n" not in line
     for part in saying:
-        assert part in str(caught.value)
+        assert part in line
 
 
 @pytest.mark.parametrize(
@@ -101,9 +106,9 @@ def test_reading_gives_the_preset_and_what_was_given_and_changing_puts_it_on_top
 def test_what_was_given_is_judged_alone_when_read_and_together_when_it_changes_a_start():
     words = ["--n_head", "5"]
     given = cli.read(TrainConfig, words, prog="program", description="A program.", presets=PRESETS)[1]
-    with pytest.raises(UsageError, match="--n_head 5 does not divide --n_embd 64"):
+    with pytest.raises(UsageError, match="`n_head` 5 does not divide `n_embd` 64"):
         cli.change(PRESETS["mini"], given)
-    with pytest.raises(UsageError, match="--n_head 0 must be at least 1"):
+    with pytest.raises(UsageError, match="`n_head` 0 must be at least 1"):
         cli.read(TrainConfig, ["--n_head", "0"], prog="program", description="A program.", presets=PRESETS)
 
 
@@ -236,12 +241,68 @@ def test_help_lists_every_flag_and_ends_well(capsys):
     text = capsys.readouterr().out
     for name in (*TrainConfig.__dataclass_fields__, "preset", "config"):
         assert f"--{name} " in text
-    groups = [line for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
-    assert groups[-2:] == ["The shape of a GPT:", "A training run:"]
+    assert "`" not in text
     flags = {part.split()[0]: " ".join(part.split()) for part in text.split("\n  --")[1:]}
     assert flags["n_layer"].endswith("[by preset]")
     assert flags["seed"].endswith("[1337]")
     assert "[by preset]" not in flags["position"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "groups"),
+    [
+        (
+            TrainConfig,
+            {
+                "Model": {"vocab_size", "n_layer", "n_head", "n_embd", "dropout", "position"},
+                "Checkpoints": {"out_dir", "init_from", "overwrite", "keep_last", "async_save", "max_rollbacks"},
+                "Data": {"dataset", "data_dir", "tokenizer", "allow_data_change"},
+                "Optimisation": {"max_iters", "batch_size", "learning_rate", "beta2", "grad_clip", "skip_loss_sigma"},
+                "Evaluation and logging": {"eval_interval", "eval_iters", "log_interval", "sample_interval"},
+                "Device": {"device", "threads", "dtype", "compile", "kernels"},
+            },
+        ),
+        (
+            GenerateConfig,
+            {
+                "Sampling": {"max_new_tokens", "temperature", "stop", "seed"},
+                "Checkpoints": {"out_dir", "checkpoint"},
+                "Prompts and answers": {"prompt", "prompts", "output", "interactive"},
+                "Cache and batches": {"cache", "kv_memory", "max_batch", "speculate"},
+                "Device": {"device", "threads", "dtype", "quantize", "compile", "kernels"},
+            },
+        ),
+    ],
+)
+def test_help_shows_each_flag_in_its_group(kind, groups, capsys):
+    with pytest.raises(SystemExit):
+        parse("-h", kind=kind, presets=PRESETS if kind is TrainConfig else None)
+    shown, title = {}, None
+    for line in capsys.readouterr().out.splitlines():
+        if line.endswith(":") and not line.startswith(" "):
+            title = line.removesuffix(":")
+            assert title not in shown
+            shown[title] = set()
+        elif line.startswith("  --"):
+            shown[title].add(line.split()[0].removeprefix("--").rstrip(","))
+    assert list(shown)[1:] == list(groups)
+    for title, names in groups.items():
+        assert names <= shown[title]
+
+
+def test_a_message_names_an_argument_and_stderr_shows_its_flag(capsys):
+    def main(argv):
+        print("`n_head` 5; pass `compile=False`, `overwrite=True`, `dynamic` or `n_head = 3`", file=sys.stderr)
+        print("`n_head`")
+        raise UsageError("`n_head` 5 does not divide `n_embd` 384; see `dispatch.py`")
+
+    assert cli.run(main) == 2
+    out, err = capsys.readouterr()
+    assert out == "`n_head`\n"
+    assert err.splitlines() == [
+        "--n_head 5; pass --no-compile, --overwrite, `dynamic` or `n_head = 3`",
+        "error: --n_head 5 does not divide --n_embd 384; see `dispatch.py`",
+    ]
 
 
 def test_run_returns_what_main_returns_and_passes_the_arguments(capsys):

@@ -1,6 +1,7 @@
 """Whatever a flag is given: either it is taken, or one line names the flag and the value; nothing else ever happens.
 
-The model's construction is replaced, so that a run whose flags are all taken ends there.
+Most values go through the parser alone, and a few through the whole command. There the model's construction is
+replaced, so that a run whose flags are all taken ends.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ import os
 import shlex
 import sys
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,9 @@ HOSTILE = [
     "50%", "1" * 30, "-" + "1" * 30, "1" * 5000, str(MOST), str(MOST + 1), str(-MOST - 2), "x" * 300, "x" * 100_000,
     "a/" * 5000, "a\0b", "\0", "\ud800", "\udcff", "a\nb", "a\r\x85\u2028b", "\x1b[2J", "'", '"', "%s", "{}", "é", "👍",
 ]  # fmt: skip
-# A setting of these may be right by itself and not go with the others, or with this machine.
+# A setting of these may be right by itself and not go with the defaults of others.
+WITH_DEFAULTS = {"n_head", "n_kv_head", "n_embd", "position", "learning_rate", "min_lr"}
+# In a command it may also not go with the flags of BASE, or with this machine.
 TOGETHER = {
     "n_head", "n_kv_head", "n_embd", "n_layer", "block_size", "batch_size", "gradient_accumulation_steps", "vocab_size",
     "learning_rate", "min_lr", "position", "tokenizer", "kernels", "init_from", "allow_data_change", "compile", "cache",
@@ -85,13 +88,29 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+def parsed(kind: type, flags: list[str]) -> str | None:
+    """The one error line of the parser; None where every flag was taken."""
+
+    def main(argv: Sequence[str] | None) -> int:
+        presets = PRESETS if kind is TrainConfig else None
+        cli.parse(kind, argv, prog="program", description="A program.", presets=presets)
+        raise Reached
+
+    return error_line(main, flags)
+
+
 def run(kind: type, flags: list[str]) -> str | None:
-    """The one error line; None where every flag was taken."""
+    """The one error line of the whole command; None where every flag was taken."""
     main, base = (train.main, BASE) if kind is TrainConfig else (generate.main, ["--out_dir=done", "--device=cpu"])
+    return error_line(main, [*base, *flags])
+
+
+def error_line(main: Callable[[Sequence[str] | None], int], words: list[str]) -> str | None:
+    """The one line by which `main` refuses the words; None where it takes them and raises `Reached`."""
     error = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="\n")
     with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.redirect_stderr(error):
         try:
-            code = cli.run(main, [*base, *flags])
+            code = cli.run(main, words)
         except Reached:
             return None
     error.seek(0)
@@ -104,8 +123,8 @@ def run(kind: type, flags: list[str]) -> str | None:
     return lines[-1]
 
 
-def judge(field: dataclasses.Field, hint: typing.Any, text: str) -> bool | None:
-    """Whether a value must be taken (True) or refused (False), by the field's type and limits; None for either."""
+def judge(field: dataclasses.Field, hint: typing.Any, text: str, *, whole: bool) -> bool | None:
+    """Whether a value must be taken (True) or refused (False) by the parser or the whole command; None for either."""
     m, allowed = field.metadata, typing.get_args(hint) or (hint,)
     optional = type(None) in allowed
     if optional and text.lower() == "none":
@@ -129,17 +148,17 @@ def judge(field: dataclasses.Field, hint: typing.Any, text: str) -> bool | None:
             and (m["above"] is None or value > m["above"])
             and (m["below"] is None or value < m["below"])
         )
-    if field.name == "prompt":
+    if field.name == "prompt" and whole:
         return not any(0xD800 <= ord(char) < 0xE000 for char in text)
-    if field.name == "stop":
-        return True
     if not m["path"]:
-        return None
+        return None if whole and field.name != "stop" else True
     if not text or "\0" in text or any(0xD800 <= ord(char) < 0xE000 for char in text):
         return False
     name_fits = all(len(part.encode()) <= 255 for part in text.split("/")) and len(text.encode()) < 3000
     if not name_fits:
         return False if os.name == "posix" else None
+    if not whole:
+        return field.name != "init_from" or text in ("scratch", "resume") or Path(text).exists()
     new = field.name in ("out_dir", "data_dir", "output", "gpt2_vocab")  # need not exist
     return None if new or text in ("scratch", "resume") or Path(text).exists() else False
 
@@ -156,7 +175,7 @@ def traces(text: str) -> set[str]:
     return {one[:15].rstrip() for one in spelled}
 
 
-def flag(kind: type, field: dataclasses.Field, text: str) -> list[str]:
+def flag(field: dataclasses.Field, text: str) -> list[str]:
     """The value, with what it needs beside it."""
     needed = {"output": ["--prompts=prompts.txt"]}.get(field.name, [])
     return [*needed, f"--{field.name}={text}"]
@@ -167,23 +186,38 @@ def stays_inside(text: str) -> bool:
     return not text.startswith("/") and ".." not in text.split("/")
 
 
-def check(kind: type, field: dataclasses.Field, text: str) -> None:
+def check_parser(kind: type, field: dataclasses.Field, text: str) -> None:
+    due = judge(field, typing.get_type_hints(kind)[field.name], text, whole=False)
+    line = parsed(kind, flag(field, text))
+    if line is None:
+        assert due is not False, f"--{field.name} {text!r:.200} was taken"
+        return
+    assert due is not True or field.name in WITH_DEFAULTS, line
+    check_line(field, text, line, text_is_named=True)
+
+
+def check_command(kind: type, field: dataclasses.Field, text: str) -> None:
     if field.name in ("data_dir", "dataset") and not stays_inside(text):
         return
     if field.name == "checkpoint" and Path(text).name in ("", ".."):  # a folder that is there, without a manifest
         return
     hint = typing.get_type_hints(kind)[field.name]
-    due = judge(field, hint, text)
-    line = run(kind, flag(kind, field, text))
+    due = judge(field, hint, text, whole=True)
+    line = run(kind, flag(field, text))
     if line is None:
         assert due is not False, f"--{field.name} {text!r:.200} was taken"
         return
     assert due is not True or field.name in TOGETHER, line
     if field.name == "init_from" and due is None:  # a run to continue, which is looked for in its folder
         return
-    assert f"--{field.name}" in line
     # A switch that is on, and lacks another flag, is named without its value.
-    assert (hint is bool and due) or any(trace in line for trace in traces(text)), line
+    check_line(field, text, line, text_is_named=not (hint is bool and due))
+
+
+def check_line(field: dataclasses.Field, text: str, line: str, *, text_is_named: bool) -> None:
+    """An error line names the flag, its value, and of known words the nearest."""
+    assert f"--{field.name}" in line
+    assert not text_is_named or any(trace in line for trace in traces(text)), line
     if field.metadata["choices"] and difflib.get_close_matches(text[:80], field.metadata["choices"], cutoff=0.5):
         assert len(text) > 80 or "did you mean" in line or text in field.metadata["choices"], line
 
@@ -216,12 +250,32 @@ def values(field: dataclasses.Field) -> st.SearchStrategy[str]:
     )
 
 
+@pytest.mark.parametrize(("kind", "field"), FIELDS)
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_the_parser_takes_a_value_or_refuses_it_in_one_line(kind: type, field: dataclasses.Field, data):
+    check_parser(kind, field, data.draw(values(field)))
+
+
+@pytest.mark.parametrize(("kind", "field"), FIELDS)
+def test_the_parser_takes_or_refuses_every_hostile_value(kind: type, field: dataclasses.Field):
+    for text in HOSTILE:
+        check_parser(kind, field, text)
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+@given(text=st.one_of(st.sampled_from([*HOSTILE, *PRESETS, "bbay", "CPU", "gpt-2"]), st.text()))
+def test_a_preset_is_known_or_refused(text: str):
+    line = parsed(TrainConfig, [f"--preset={text}"])
+    assert line is None if text in PRESETS else line is not None and line.startswith("error: --preset ")
+
+
 @pytest.mark.usefixtures("place")
 @pytest.mark.parametrize(("kind", "field"), FIELDS)
-@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck))  # 200 commands in all
 @given(data=st.data())
-def test_a_value_is_taken_or_refused_in_one_line(kind: type, field: dataclasses.Field, data):
-    check(kind, field, data.draw(values(field)))
+def test_a_command_takes_a_value_or_refuses_it_in_one_line(kind: type, field: dataclasses.Field, data):
+    check_command(kind, field, data.draw(values(field)))
 
 
 @pytest.mark.slow
@@ -229,22 +283,13 @@ def test_a_value_is_taken_or_refused_in_one_line(kind: type, field: dataclasses.
 @pytest.mark.parametrize(("kind", "field"), FIELDS)
 @settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-def test_500_values_of_each_flag(kind: type, field: dataclasses.Field, data):
-    check(kind, field, data.draw(values(field)))
+def test_500_commands_for_each_flag(kind: type, field: dataclasses.Field, data):
+    check_command(kind, field, data.draw(values(field)))
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("place")
 @pytest.mark.parametrize(("kind", "field"), FIELDS)
-def test_every_hostile_value_of_each_flag(kind: type, field: dataclasses.Field):
+def test_a_command_takes_or_refuses_every_hostile_value(kind: type, field: dataclasses.Field):
     for text in HOSTILE:
-        check(kind, field, text)
-
-
-@pytest.mark.usefixtures("place")
-@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
-@given(text=st.one_of(st.sampled_from([*HOSTILE, "bbay", "CPU", "gpt-2"]), st.text()))
-def test_a_preset_is_known_or_refused(text: str):
-    line = run(TrainConfig, [f"--preset={text}"])
-    assert line is not None or text in PRESETS
-    assert line is None or line.startswith("error: --preset ")
+        check_command(kind, field, text)

@@ -28,13 +28,15 @@ def option(
     alias: tuple[str, ...] = (),
     path: bool = False,
     auto: bool = False,
+    group: str | None = None,
 ) -> Any:
     """A dataclass field with its help text and its limits (low <= value <= high, above < value < below).
 
-    `path`: its text is, or may be, the name of a file or folder. `auto`: None is written auto.
+    `path`: its text is, or may be, the name of a file or folder. `auto`: None is written auto. `group`: the title
+    under which the help shows this field and those after it.
     """
     limits = {"low": low, "high": high, "above": above, "below": below}
-    metadata = {"help": help, "choices": choices, "alias": alias, "path": path, "auto": auto}
+    metadata = {"help": help, "choices": choices, "alias": alias, "path": path, "auto": auto, "group": group}
     return dataclasses.field(default=default, metadata=metadata | limits)
 
 
@@ -50,6 +52,14 @@ class Settings:
 
     def check(self) -> None:
         """Check what concerns several fields, each of which is valid by itself. Raises `UsageError`."""
+
+
+def argument_names() -> set[str]:
+    """The names of all settings. A message names one in backticks, and `fastgpt.cli` shows its flag instead."""
+    kinds: list[type] = [Settings]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    return {"preset", *(field.name for kind in kinds[1:] for field in dataclasses.fields(kind))}
 
 
 def _plain(value: Any, several: bool = False) -> Any:
@@ -78,7 +88,7 @@ def validate_fields(kind: type, values: Mapping[str, Any]) -> None:
 
 
 def _check_field(field: dataclasses.Field, hint: Any, value: Any) -> None:
-    flag, meta = f"--{field.name}", field.metadata
+    argument, meta = f"`{field.name}`", field.metadata
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and type(None) in allowed:
         return
@@ -86,20 +96,21 @@ def _check_field(field: dataclasses.Field, hint: Any, value: Any) -> None:
     if tuple in accepted:
         item = typing.get_args(hint)[0]
         if not (isinstance(value, tuple) and all(type(v) is item for v in value)):
-            raise UsageError(f"{flag} {shown(value)} is not a list of {'text' if item is str else 'whole numbers'}")
+            raise UsageError(f"{argument} {shown(value)} is not a list of {'text' if item is str else 'whole numbers'}")
     number = isinstance(value, int) and not isinstance(value, bool)
     fits = isinstance(value, accepted) and (not isinstance(value, bool) or bool in accepted)
     if not fits and not (number and float in accepted):
         wanted = next(t for t in accepted if t is not type(None)).__name__
-        raise UsageError(f"{flag} {shown(value)} is not of type {wanted}")
+        raise UsageError(f"{argument} {shown(value)} is not of type {wanted}")
     if isinstance(value, float) and not math.isfinite(value):
-        raise UsageError(f"{flag} {value} is not a finite number")
+        raise UsageError(f"{argument} {value} is not a finite number")
     if meta.get("choices") and value not in meta["choices"]:
         raise UsageError(
-            f"{flag} {shown(value)} is not one of {', '.join(meta['choices'])}{nearest(str(value), meta['choices'])}"
+            f"{argument} {shown(value)} is not one of {', '.join(meta['choices'])}"
+            f"{nearest(str(value), meta['choices'])}"
         )
     if meta.get("path") and isinstance(value, str):
-        _check_path(flag, value)
+        _check_path(argument, value)
     bounds = {
         "low": (lambda x, limit: x >= limit, "at least"),
         "above": (lambda x, limit: x > limit, "above"),
@@ -109,19 +120,19 @@ def _check_field(field: dataclasses.Field, hint: Any, value: Any) -> None:
     for name, (holds, words) in bounds.items():
         limit = meta.get(name)
         if limit is not None and not holds(value, limit):
-            raise UsageError(f"{flag} {shown(value)} must be {words} {limit}")
+            raise UsageError(f"{argument} {shown(value)} must be {words} {limit}")
     for one in value if isinstance(value, tuple) else (value,):
         if isinstance(one, int) and not LEAST <= one <= MOST:
             words = f"at most {MOST}" if one > 0 else f"at least {LEAST}"
-            raise UsageError(f"{flag} {shown(one)} must be {words}")
+            raise UsageError(f"{argument} {shown(one)} must be {words}")
 
 
-def _check_path(flag: str, value: str) -> None:
+def _check_path(argument: str, value: str) -> None:
     if not value:
-        raise UsageError(f"{flag} '' is empty; name a file or folder, or leave it out")
+        raise UsageError(f"{argument} '' is empty; name a file or folder, or leave it out")
     if "\0" in value:
-        raise UsageError(f"{flag} {shown(value)} holds a NUL character, which no file's name can hold")
+        raise UsageError(f"{argument} {shown(value)} holds a NUL character, which no file's name can hold")
     try:
         value.encode()
     except UnicodeEncodeError:  # a run's config.json, which names it, is UTF-8
-        raise UsageError(f"{flag} {shown(value)} is not UTF-8; rename it") from None
+        raise UsageError(f"{argument} {shown(value)} is not UTF-8; rename it") from None

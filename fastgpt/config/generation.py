@@ -20,7 +20,7 @@ class SamplingParams(Settings):
     `stop` and `stop_tokens` may be given as one value or as a list, and any number as NumPy's.
     """
 
-    max_new_tokens: int = option(500, "tokens in a continuation", low=0)
+    max_new_tokens: int = option(500, "tokens in a continuation", low=0, group="Sampling")
     temperature: float = option(0.8, "0 takes the likeliest token; higher is more varied", low=0)
     top_k: int | None = option(200, "sample among the k likeliest tokens, of equals the lowest ids; 0: all", low=0)
     top_p: float | None = option(None, "sample among the likeliest tokens that hold this share", above=0, high=1)
@@ -46,23 +46,26 @@ class SamplingParams(Settings):
 class GenerateConfig(SamplingParams):
     """Generation from a trained run."""
 
-    out_dir: str = option("out", "folder of the run", path=True)
+    out_dir: str = option("out", "folder of the run", path=True, group="Checkpoints")
     checkpoint: str = option("best", "best, latest, or a step's folder name such as step-000500", path=True)
-    prompt: str = option("", "text to continue; FILE:path reads a file, - reads stdin", alias=("start",))
+    prompt: str = option(
+        "", "text to continue; FILE:path reads a file, - reads stdin", alias=("start",), group="Prompts and answers"
+    )
     prompts: str | None = option(
         None,
         "a file of prompts, a line each, or .jsonl with settings of their own; - reads lines from stdin",
         path=True,
     )
-    output: str | None = option(None, "file for the JSON lines that --prompts writes; default stdout", path=True)
-    resume: bool = option(False, "go on with the answers that the file of --output holds, given the same flags")
+    output: str | None = option(None, "file for the JSON lines that `prompts` writes; default stdout", path=True)
+    resume: bool = option(False, "go on with the answers that the file of `output` holds, given the same flags")
     order: str = option("input", "order of the answers: that of the prompts, or as they are finished", choices=ORDERS)
-    stop_escapes: bool = option(False, r"read \n, \t, \\, \x41 and \u00e9 in --stop as the characters they mean")
+    stop_escapes: bool = option(False, r"read \n, \t, \\, \x41 and \u00e9 in `stop` as the characters they mean")
     interactive: bool = option(False, "write in turns with the model")
     cache: str = option(
         "auto",
         "keys and values of earlier tokens; auto: dense for one continuation without a CUDA GPU, else paged",
         choices=CACHES,
+        group="Cache and batches",
     )
     kv_memory: str | None = option(
         None, "memory of the paged cache, such as 2GiB or 50%; default 80% of a GPU's free memory, 25% elsewhere"
@@ -72,7 +75,7 @@ class GenerateConfig(SamplingParams):
     max_batch: int = option(64, "continuations that run at once", low=1, high=65_536)
     max_batch_tokens: int = option(2048, "tokens of one forward pass; longer prompts are read in chunks", low=1)
     speculate: str = option("none", "guess tokens from the text itself and check them in one pass", choices=SPECULATION)
-    device: str = option("auto", "auto, cpu, mps, cuda or cuda:N")
+    device: str = option("auto", "auto, cpu, mps, cuda or cuda:N", group="Device")
     threads: int | None = option(
         None, "CPU threads; auto: one for each core that this process may use", low=1, high=4096, auto=True
     )
@@ -80,7 +83,7 @@ class GenerateConfig(SamplingParams):
     quantize: str = option("none", "weights in 8 bits, one scale a row: less memory, faster", choices=QUANTIZATION)
     compile: bool | None = option(
         None,
-        "machine code for the model, made once for its shape; auto: for --interactive and --prompts, if it pays",
+        "machine code for the model, made once for its shape; auto: for `interactive` and `prompts`, if it pays",
         auto=True,
     )
     kernels: str = option("auto", "the table's column: see fastgpt/ops/table.py", choices=KERNELS)
@@ -90,4 +93,4 @@ class GenerateConfig(SamplingParams):
         params = SamplingParams(**{f.name: getattr(self, f.name) for f in dataclasses.fields(SamplingParams)})
         if not self.stop_escapes:
             return params
-        return dataclasses.replace(params, stop=tuple(unescaped(text, "--stop") for text in params.stop))
+        return dataclasses.replace(params, stop=tuple(unescaped(text, "`stop`") for text in params.stop))

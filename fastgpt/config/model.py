@@ -15,13 +15,13 @@ class ModelConfig(Settings):
     """
 
     vocab_size: int | None = option(
-        None, "tokens in the vocabulary; with --tokenizer bpe its size, otherwise the tokenizer's", low=1
+        None, "tokens in the vocabulary; with `tokenizer` bpe its size, otherwise the tokenizer's", low=1, group="Model"
     )
     block_size: int = option(1024, "longest context, in tokens", low=1)
     n_layer: int = option(12, "transformer blocks", low=1)
-    n_head: int = option(12, "attention heads; must divide n_embd", low=1)
+    n_head: int = option(12, "attention heads; must divide `n_embd`", low=1)
     n_kv_head: int | None = option(
-        None, "key and value heads (grouped queries); must divide n_head; default n_head", low=1
+        None, "key and value heads (grouped queries); must divide `n_head`; default `n_head`", low=1
     )
     n_embd: int = option(768, "width of the residual stream", low=1, high=65_536)
     dropout: float = option(0.0, "dropout rate of embeddings, attention and residuals", low=0, below=1)
@@ -62,17 +62,17 @@ class ModelConfig(Settings):
         h, c, kv = self.n_head, self.n_embd, self.kv_heads
         if c % h:
             nearest = min((n for n in range(1, c + 1) if c % n == 0), key=lambda n: (abs(n - h), n))
-            raise UsageError(f"--n_head {h} does not divide --n_embd {c}; try --n_head {nearest}")
+            raise UsageError(f"`n_head` {h} does not divide `n_embd` {c}; try `n_head` {nearest}")
         if h % kv:
             nearest = min((n for n in range(1, h + 1) if h % n == 0), key=lambda n: (abs(n - kv), n))
-            raise UsageError(f"--n_kv_head {kv} does not divide --n_head {h}; try --n_kv_head {nearest}")
+            raise UsageError(f"`n_kv_head` {kv} does not divide `n_head` {h}; try `n_kv_head` {nearest}")
         if self.position == "rotary" and self.head_size % 2:
             raise UsageError(
-                f"--position rotary turns pairs, and the head size n_embd / n_head = {self.head_size} is odd; "
-                "choose another --n_head"
+                f"`position` rotary turns pairs, and the head size n_embd / n_head = {self.head_size} is odd; "
+                "choose another `n_head`"
             )
         if self.position == "sinusoidal" and c % 2:
-            raise UsageError(f"--position sinusoidal needs an even --n_embd, not {c}; try {c + 1}")
+            raise UsageError(f"`position` sinusoidal needs an even `n_embd`, not {c}; try {c + 1}")
 
     def architecture(self) -> "ModelConfig":
         """The model's part of a larger configuration."""

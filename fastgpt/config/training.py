@@ -16,17 +16,18 @@ USUAL_WARMUP = 2000  # steps
 class TrainConfig(ModelConfig):
     """A training run."""
 
-    # Input and output
-    out_dir: str = option("out", "folder of the run", path=True)
+    out_dir: str = option("out", "folder of the run", path=True, group="Checkpoints")
     init_from: str = option(
         "scratch",
-        "scratch: start anew; resume: continue out_dir's run; or the path of a step's folder, to continue from there, "
-        "or of nanoGPT's ckpt.pt, to start from its weights",
+        "scratch: start anew; resume: continue the run in `out_dir`; or the path of a step's folder, to continue from "
+        "there, or of nanoGPT's ckpt.pt, to start from its weights",
         path=True,
     )
-    overwrite: bool = option(False, "delete the run that out_dir holds and start anew")
-    dataset: str = option("pydocs", "pydocs, shakespeare, or a path: a text file, a folder of text, tokens", path=True)
-    corpus_file: str | None = option(None, "a local copy of tiny Shakespeare for --dataset shakespeare", path=True)
+    overwrite: bool = option(False, "delete the run that `out_dir` holds and start anew")
+    dataset: str = option(
+        "pydocs", "pydocs, shakespeare, or a path: a text file, a folder of text, tokens", path=True, group="Data"
+    )
+    corpus_file: str | None = option(None, "a local copy of tiny Shakespeare for `dataset` shakespeare", path=True)
     data_dir: str = option("data", "where prepared corpora are kept", path=True)
     tokenizer: str = option(
         "char",
@@ -36,51 +37,54 @@ class TrainConfig(ModelConfig):
     gpt2_vocab: str | None = option(None, "folder with GPT-2's vocab.bpe and encoder.json", path=True)
     allow_data_change: bool = option(False, "resume although the text changed since the run began")
 
-    # Length and batches
-    max_iters: int = option(600_000, "optimizer steps", low=1)
+    max_iters: int = option(600_000, "optimizer steps", low=1, group="Optimisation")
     max_minutes: float | None = option(None, "stop, evaluate and save after this many minutes", above=0)
     batch_size: int = option(12, "sequences in a micro-batch", low=1)
     gradient_accumulation_steps: int = option(40, "micro-batches in a step", low=1)
     seed: int = option(1337, "seed of the weights, the data order and dropout", low=0, high=2**63 - 1)
 
-    # Optimizer: AdamW
     learning_rate: float = option(6e-4, "peak learning rate", above=0)
     schedule: str = option("cosine", "shape of the learning rate", choices=("cosine", "linear", "constant", "wsd"))
-    decay_lr: bool = option(True, "follow the schedule; off is the same as --schedule constant")
+    decay_lr: bool = option(True, "follow the schedule; off is the same as `schedule` constant")
     warmup_iters: int | None = option(
-        None, "steps of linear warm-up; where not given, a preset's or 2000, but at most a tenth of max_iters", low=0
+        None, "steps of linear warm-up; where not given, a preset's or 2000, but at most a tenth of `max_iters`", low=0
     )
-    lr_decay_iters: int | None = option(None, "step at which min_lr is reached; default max_iters", low=1)
-    min_lr: float | None = option(None, "final learning rate; default learning_rate / 10", low=0)
+    lr_decay_iters: int | None = option(None, "step at which `min_lr` is reached; default `max_iters`", low=1)
+    min_lr: float | None = option(None, "final learning rate; default `learning_rate` / 10", low=0)
     weight_decay: float = option(0.1, "decay of the matrices, none on biases and gains", low=0)
     beta1: float = option(0.9, "AdamW's first moment decay", low=0, below=1)
     beta2: float = option(0.95, "AdamW's second moment decay", low=0, below=1)
     grad_clip: float = option(1.0, "largest gradient norm; 0 clips nothing", low=0)
 
-    # Evaluation, logging, samples
-    eval_interval: int = option(2000, "steps between evaluations, each followed by a checkpoint", low=1)
+    eval_interval: int = option(
+        2000, "steps between evaluations, each followed by a checkpoint", low=1, group="Evaluation and logging"
+    )
     eval_iters: int | None = option(
         None,
-        "an evaluation reads this times the run's first batch_size windows, evenly spaced over the val split; "
+        "an evaluation reads this times the run's first `batch_size` windows, evenly spaced over the val split; "
         "0: all of it; none: all of it up to 1M tokens",
         low=0,
     )
     log_interval: int = option(10, "steps between log lines", low=1)
     sample_interval: int = option(0, "steps between printed samples; 0: only at the end", low=0)
 
-    # Safety
-    keep_last: int = option(3, "checkpoints that are kept beside the best", low=1)
+    keep_last: int = option(3, "checkpoints that are kept beside the best", low=1, group="Checkpoints")
     async_save: bool = option(False, "go on training while a checkpoint is written, at the price of a copy in memory")
     skip_loss_sigma: float = option(
-        0.0, "skip a step whose loss is this many standard deviations above its running mean; 0: none", low=0
+        0.0,
+        "skip a step whose loss is this many standard deviations above its running mean; 0: none",
+        low=0,
+        group="Optimisation",
     )
     rollback_after: int = option(
-        5, "skipped steps in a row after which the run goes back to its last good checkpoint and skips the data", low=1
+        5,
+        "skipped steps in a row after which the run goes back to its last good checkpoint and skips the data",
+        low=1,
+        group="Checkpoints",
     )
     max_rollbacks: int = option(3, "returns to the same checkpoint before the run gives up", low=0)
 
-    # Machine
-    device: str = option("auto", "auto, cpu, mps, cuda or cuda:N")
+    device: str = option("auto", "auto, cpu, mps, cuda or cuda:N", group="Device")
     threads: int | None = option(
         None,
         "CPU threads; auto: one for each core that this process may use; resuming on another number may change bits",
@@ -122,16 +126,16 @@ class TrainConfig(ModelConfig):
     def check(self) -> None:
         super().check()
         if self.final_lr > self.learning_rate:
-            raise UsageError(f"--min_lr {self.final_lr} is above --learning_rate {self.learning_rate}; lower it")
+            raise UsageError(f"`min_lr` {self.final_lr} is above `learning_rate` {self.learning_rate}; lower it")
         starts = ("scratch", "resume")
         if self.init_from not in starts and not _exists(self.init_from):
             raise UsageError(
-                f"--init_from {shown(self.init_from)} is not one of {', '.join(starts)}, nor the path of a "
+                f"`init_from` {shown(self.init_from)} is not one of {', '.join(starts)}, nor the path of a "
                 f"step's folder or of a .pt file{nearest(self.init_from, starts)}"
             )
         if self.overwrite and self.resuming:
             raise UsageError(
-                f"--overwrite deletes the run that --init_from {self.init_from} would continue; pass only one"
+                f"`overwrite` deletes the run that `init_from` {self.init_from} would continue; pass only one"
             )
 
 

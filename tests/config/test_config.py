@@ -1,4 +1,4 @@
-"""Presets, defaults, and what `validate` refuses: each message names the flag, the value and the way out."""
+"""Presets, defaults, and what `validate` refuses: each message names the argument, the value and the way out."""
 
 import dataclasses
 import math
@@ -111,13 +111,13 @@ def test_numbers_outside_the_limits_are_refused(kind, field, data):
         outside.append((m["below"], make(m["below"], None), "below"))
     limit, numbers, words = data.draw(st.sampled_from(outside))
     value = data.draw(numbers)
-    refused(dataclasses.replace(kind(), **{field.name: value}), f"--{field.name} {value} must be {words} {limit}")
+    refused(dataclasses.replace(kind(), **{field.name: value}), f"`{field.name}` {value} must be {words} {limit}")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize(("kind", "field"), FLOATS)
 def test_numbers_that_are_not_finite_are_refused(kind, field, value):
-    refused(dataclasses.replace(kind(), **{field.name: value}), f"--{field.name} {value}", "finite")
+    refused(dataclasses.replace(kind(), **{field.name: value}), f"`{field.name}` {value}", "finite")
 
 
 @pytest.mark.parametrize(
@@ -137,17 +137,17 @@ def test_numbers_that_are_not_finite_are_refused(kind, field, value):
     ],
 )
 def test_values_of_another_type_are_refused(field, value, wanted):
-    refused(dataclasses.replace(TrainConfig(), **{field: value}), f"--{field} {value!r}", f"type {wanted}")
+    refused(dataclasses.replace(TrainConfig(), **{field: value}), f"`{field}` {value!r}", f"type {wanted}")
 
 
 @pytest.mark.parametrize("value", [2**63, 10**30, 10**400, 10**5000], ids=["64 bits", "30", "400", "5000"])
 def test_whole_numbers_beyond_64_bits_are_refused(value):
     for field in ("max_iters", "log_interval", "n_layer", "learning_rate", "max_minutes"):
-        refused(TrainConfig(**{field: value}), f"--{field} ", "must be at most 9223372036854775807")
-    refused(GenerateConfig(stop_tokens=(1, value)), "--stop_tokens ", "must be at most 9223372036854775807")
-    refused(GenerateConfig(stop_tokens=(-value - 1,)), "--stop_tokens ", "must be at least -9223372036854775808")
-    refused(TrainConfig(seed=value), "--seed ", "must be at most 9223372036854775807")
-    refused(TrainConfig(out_dir=value), "--out_dir ", "is not of type str")
+        refused(TrainConfig(**{field: value}), f"`{field}` ", "must be at most 9223372036854775807")
+    refused(GenerateConfig(stop_tokens=(1, value)), "`stop_tokens` ", "must be at most 9223372036854775807")
+    refused(GenerateConfig(stop_tokens=(-value - 1,)), "`stop_tokens` ", "must be at least -9223372036854775808")
+    refused(TrainConfig(seed=value), "`seed` ", "must be at most 9223372036854775807")
+    refused(TrainConfig(out_dir=value), "`out_dir` ", "is not of type str")
 
 
 def test_the_largest_whole_number_is_taken():
@@ -162,7 +162,7 @@ PATHS = [p for p in FIELDS if p.values[1].metadata["path"]]
 )
 @pytest.mark.parametrize(("kind", "field"), PATHS)
 def test_a_name_that_no_file_can_have_is_refused(kind, field, value, words):
-    refused(dataclasses.replace(kind(), **{field.name: value}), f"--{field.name} ", *words)
+    refused(dataclasses.replace(kind(), **{field.name: value}), f"`{field.name}` ", *words)
 
 
 def test_other_text_may_hold_anything():
@@ -179,7 +179,7 @@ def test_the_nearest_choice_is_named(changes, meant):
 
 @pytest.mark.parametrize("stop", [1, (1,), ("a", None)])
 def test_stops_are_a_list_of_text(stop):
-    refused(GenerateConfig(stop=stop), "--stop", "list of text")
+    refused(GenerateConfig(stop=stop), "`stop`", "list of text")
 
 
 def test_a_whole_number_serves_where_a_fraction_may_stand():
@@ -195,21 +195,21 @@ def test_optional_fields_may_be_empty(value):
 def test_a_choice_that_does_not_exist_is_refused_with_those_that_do(kind, field):
     for choice in field.metadata["choices"]:
         validate(dataclasses.replace(kind(), **{field.name: choice}))
-    refused(dataclasses.replace(kind(), **{field.name: "cubic"}), f"--{field.name} 'cubic'", *field.metadata["choices"])
+    refused(dataclasses.replace(kind(), **{field.name: "cubic"}), f"`{field.name}` 'cubic'", *field.metadata["choices"])
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"n_embd": 100, "n_head": 7}, ["--n_head 7", "--n_embd 100", "try --n_head 5"]),
-        ({"n_embd": 64, "n_head": 12}, ["--n_head 12", "--n_embd 64", "try --n_head 8"]),
-        ({"n_embd": 4, "n_head": 9}, ["--n_head 9", "try --n_head 4"]),
-        ({"n_head": 12, "n_kv_head": 5}, ["--n_kv_head 5", "--n_head 12", "try --n_kv_head 4"]),
-        ({"n_head": 4, "n_kv_head": 8}, ["--n_kv_head 8", "--n_head 4", "try --n_kv_head 4"]),
-        ({"n_embd": 15, "n_head": 5, "position": "rotary"}, ["--position rotary", "3", "--n_head"]),
-        ({"n_embd": 15, "n_head": 5, "position": "sinusoidal"}, ["--position sinusoidal", "15", "try 16"]),
-        ({"learning_rate": 1e-4, "min_lr": 1e-3}, ["--min_lr 0.001", "--learning_rate 0.0001"]),
-        ({"overwrite": True, "init_from": "resume"}, ["--overwrite", "--init_from resume"]),
+        ({"n_embd": 100, "n_head": 7}, ["`n_head` 7", "`n_embd` 100", "try `n_head` 5"]),
+        ({"n_embd": 64, "n_head": 12}, ["`n_head` 12", "`n_embd` 64", "try `n_head` 8"]),
+        ({"n_embd": 4, "n_head": 9}, ["`n_head` 9", "try `n_head` 4"]),
+        ({"n_head": 12, "n_kv_head": 5}, ["`n_kv_head` 5", "`n_head` 12", "try `n_kv_head` 4"]),
+        ({"n_head": 4, "n_kv_head": 8}, ["`n_kv_head` 8", "`n_head` 4", "try `n_kv_head` 4"]),
+        ({"n_embd": 15, "n_head": 5, "position": "rotary"}, ["`position` rotary", "3", "`n_head`"]),
+        ({"n_embd": 15, "n_head": 5, "position": "sinusoidal"}, ["`position` sinusoidal", "15", "try 16"]),
+        ({"learning_rate": 1e-4, "min_lr": 1e-3}, ["`min_lr` 0.001", "`learning_rate` 0.0001"]),
+        ({"overwrite": True, "init_from": "resume"}, ["`overwrite`", "`init_from` resume"]),
     ],
 )
 def test_settings_that_do_not_fit_together_are_refused_with_a_way_out(changes, words):

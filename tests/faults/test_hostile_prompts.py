@@ -11,7 +11,7 @@ import pytest
 
 from fastgpt import cli, generate, train
 from fastgpt.config.generation import SamplingParams
-from fastgpt.generation import load
+from fastgpt.generation import load, writing
 from fastgpt.tokenizer import bpe, saved
 from tests.helpers.corpora import every_kind, needs_bpe, needs_gpt2
 
@@ -175,7 +175,7 @@ class TestLoneSurrogates:
     @pytest.mark.parametrize("text", ["\ud800", "The \udcff fox", "\udfff\ud800"])
     def test_the_command_refuses_them_before_it_loads_anything(self, text: str, at, capsys, monkeypatch):
         at("char")
-        monkeypatch.setattr(generate, "load", None)
+        monkeypatch.setattr(writing, "load", None)
         for flags in ([], ["--cache=paged"], ["--interactive"], ["--num_samples=2", "--cache=dense"]):
             line = refusal(capsys, [f"--prompt={text}", *flags])
             assert line.startswith("error: --prompt is not valid Unicode: a lone surrogate, U+D")

@@ -12,7 +12,7 @@ import torch
 from fastgpt import cli, generate
 from fastgpt.config.generation import SamplingParams
 from fastgpt.errors import RunFailed
-from fastgpt.generation import answers
+from fastgpt.generation import answers, writing
 from fastgpt.generation.generator import TextGenerator
 from fastgpt.generation.request import Completion, Timings
 from tests.helpers.engines import pages, watched
@@ -82,7 +82,7 @@ def test_a_single_continuation_ends_and_says_so(sound, damaged, way: str, cache:
 @pytest.mark.parametrize("samples", [1, 3])
 @pytest.mark.parametrize("cache", ["none", "dense", "paged"])
 def test_the_command_shows_what_there_is_and_fails(monkeypatch, capsys, sound, damaged, cache: str, samples: int):
-    monkeypatch.setattr(generate, "load", lambda *_, **__: damaged)
+    monkeypatch.setattr(writing, "load", lambda *_, **__: damaged)
     flags = shlex.split(f"--prompt abcdefghij --temperature 0 --cache {cache} --num_samples {samples}")
     assert cli.run(generate.main, [*flags, "--max_new_tokens", "9"]) == 1
     shown = capsys.readouterr()
@@ -93,7 +93,7 @@ def test_the_command_shows_what_there_is_and_fails(monkeypatch, capsys, sound, d
 
 @pytest.mark.parametrize("cache", ["none", "dense", "paged"])
 def test_a_file_of_prompts_has_a_line_for_each_continuation(monkeypatch, capsys, tmp_path: Path, damaged, cache: str):
-    monkeypatch.setattr(generate, "load", lambda *_, **__: damaged)
+    monkeypatch.setattr(writing, "load", lambda *_, **__: damaged)
     (tmp_path / "p.txt").write_text("\n".join([*PROMPTS, "a¿"]) + "\n")
     flags = shlex.split(f"--prompts {tmp_path / 'p.txt'} --cache {cache} --num_samples 2 --max_new_tokens 8")
     assert cli.run(generate.main, [*flags, "--logprobs", "1", "--temperature", "0"]) == 1
@@ -109,7 +109,7 @@ def test_a_turn_of_a_conversation_ends_and_the_next_one_begins(monkeypatch, caps
     import io
     import sys
 
-    monkeypatch.setattr(generate, "load", lambda *_, **__: damaged)
+    monkeypatch.setattr(writing, "load", lambda *_, **__: damaged)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"abc\nabcdefgh\n")))
     flags = shlex.split("--interactive --no-compile --temperature 0 --max_new_tokens 4 --kv_memory 100kB")
     assert cli.run(generate.main, flags) == 1

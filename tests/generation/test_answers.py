@@ -13,7 +13,7 @@ import pytest
 from fastgpt import cli, generate
 from fastgpt.config.generation import SamplingParams
 from fastgpt.errors import RunFailed, UsageError
-from fastgpt.generation import answers
+from fastgpt.generation import answers, writing
 from fastgpt.generation.engine import Engine
 from fastgpt.generation.generator import TextGenerator
 from fastgpt.generation.request import Completion, Timings
@@ -37,7 +37,7 @@ def generator() -> TextGenerator:
 def place(tmp_path: Path, monkeypatch, generator: TextGenerator) -> Path:
     """A working folder with prompts, of which some are equal, one is refused and one has three continuations."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(generate, "load", lambda *_, **__: generator)
+    monkeypatch.setattr(writing, "load", lambda *_, **__: generator)
     counts = [3 if length == 7 else 1 for length in LENGTHS]
     pairs = enumerate(zip(LENGTHS, counts, strict=True))
     jobs = [{"prompt": "ab"[i % 2], "max_new_tokens": n, "num_samples": count} for i, (n, count) in pairs]
@@ -166,7 +166,7 @@ OTHERS = [
 def test_a_file_of_other_answers_is_refused_and_kept(
     whole: list[dict], capsys, monkeypatch, field: str, value: str, words: list[str]
 ):
-    monkeypatch.setattr(generate, "load", None)
+    monkeypatch.setattr(writing, "load", None)
     content = value
     if field:
         first, *rest = Path("whole").read_text().splitlines()
@@ -197,7 +197,7 @@ def test_an_answer_that_is_there_twice_is_refused(whole: list[dict], capsys):
 def test_what_cannot_be_written_is_refused_before_the_model_loads(
     whole: list[dict], capsys, monkeypatch, flags: str, words: list[str]
 ):
-    monkeypatch.setattr(generate, "load", None)
+    monkeypatch.setattr(writing, "load", None)
     Path("folder").mkdir()
     line = refusal(capsys, f"--prompts p.jsonl {flags}")
     assert [word for word in words if word not in line] == [], line
@@ -215,7 +215,7 @@ def test_a_model_that_cannot_be_loaded_leaves_no_file(place: Path, monkeypatch):
         assert Path("o").exists()
         raise UsageError("no run there")
 
-    monkeypatch.setattr(generate, "load", fails)
+    monkeypatch.setattr(writing, "load", fails)
     assert command("--output o") == 2
     assert not Path("o").exists()
 

@@ -14,7 +14,7 @@ import pytest
 
 from fastgpt import cli, generate
 from fastgpt.config.generation import SamplingParams
-from fastgpt.generation import interactive
+from fastgpt.generation import interactive, writing
 from fastgpt.generation.generator import TextGenerator
 from tests.helpers import runs
 from tests.helpers.engines import pages, watched
@@ -177,7 +177,7 @@ def test_ctrl_c_between_turns_ends_the_command(monkeypatch, capsys, tmp_path: Pa
                 raise KeyboardInterrupt
             return line
 
-    monkeypatch.setattr(generate, "load", lambda *_, **__: generator)
+    monkeypatch.setattr(writing, "load", lambda *_, **__: generator)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(Keyboard(b"abc\n")))
     flags = ["--interactive", "--no-compile", "--temperature", "0", "--max_new_tokens", "6", "--kv_memory", "100kB"]
     assert cli.run(generate.main, flags) == 130
@@ -188,7 +188,7 @@ def test_ctrl_c_between_turns_ends_the_command(monkeypatch, capsys, tmp_path: Pa
 
 @pytest.mark.parametrize("flags", ["--cache dense", "--cache none", "--num_samples 2", "--output x"])
 def test_flags_that_do_not_fit_a_conversation_are_refused(monkeypatch, capsys, generator, flags: str):
-    monkeypatch.setattr(generate, "load", lambda *_, **__: generator)
+    monkeypatch.setattr(writing, "load", lambda *_, **__: generator)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"abc\n")))
     assert cli.run(generate.main, ["--interactive", "--kv_memory", "100kB", *flags.split()]) == 2
     captured = capsys.readouterr()

@@ -15,7 +15,7 @@ from fastgpt import cli, generate
 from fastgpt.config.generation import SamplingParams
 from fastgpt.errors import UsageError
 from fastgpt.generation import answers as answers_module
-from fastgpt.generation import prompts_file, terminal
+from fastgpt.generation import prompts_file, terminal, writing
 from fastgpt.generation.answers import Answers
 from fastgpt.generation.generator import TextGenerator
 from tests.helpers import runs
@@ -45,7 +45,7 @@ def generator() -> TextGenerator:
 def place(tmp_path: Path, monkeypatch, generator: TextGenerator) -> Path:
     """A working folder, in which the command's run is the small model."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(generate, "load", lambda *_, **__: generator)
+    monkeypatch.setattr(writing, "load", lambda *_, **__: generator)
     return tmp_path
 
 

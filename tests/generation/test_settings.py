@@ -20,7 +20,7 @@ from fastgpt.config.fields import validate
 from fastgpt.config.generation import GenerateConfig, SamplingParams
 from fastgpt.config.model import ModelConfig
 from fastgpt.errors import UsageError
-from fastgpt.generation import prompts_file
+from fastgpt.generation import prompts_file, writing
 from fastgpt.generation.engine import Engine
 from fastgpt.generation.generator import TextGenerator
 from fastgpt.generation.settings import EngineOptions, SamplingSettings, sampling
@@ -174,7 +174,7 @@ def test_what_is_no_escape_is_refused(spelled: str, capsys):
 
 
 def test_a_stop_text_with_an_escape_that_is_none_is_said(monkeypatch, capsys, generator: TextGenerator):
-    monkeypatch.setattr(generate, "load", lambda *_, **__: generator)
+    monkeypatch.setattr(writing, "load", lambda *_, **__: generator)
     whole = generator.generate("a", max_new_tokens=60, temperature=2.0)
     flags = ["--prompt", "a", "--max_new_tokens", "60", "--temperature", "2"]
     said = {}
@@ -194,6 +194,6 @@ def test_a_prompt_of_a_file_or_stdin_has_line_breaks_of_one_kind_and_no_mark(
     monkeypatch, tmp_path: Path, content: bytes
 ):
     (tmp_path / "p.txt").write_bytes(content)
-    assert generate.read_prompt(f"FILE:{tmp_path / 'p.txt'}") == "abc\ndef"
+    assert writing.read_prompt(f"FILE:{tmp_path / 'p.txt'}") == "abc\ndef"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
-    assert generate.read_prompt("-") == "abc\ndef"
+    assert writing.read_prompt("-") == "abc\ndef"

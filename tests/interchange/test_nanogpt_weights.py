@@ -21,6 +21,7 @@ from fastgpt.errors import UsageError
 from fastgpt.generation.sample import sample
 from fastgpt.interchange import nanogpt_weights
 from fastgpt.model.gpt import GPT
+from fastgpt.training import run as training_run
 from fastgpt.training.run import Run
 from tests.helpers.runs import TEXT
 
@@ -86,7 +87,7 @@ class TestStart:
         """The run before its first step, from the flags of a command line."""
         seen = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train, "train", lambda config, sample: seen.append(config) or pytest.exit)
+            patch.setattr(training_run, "train", lambda config, sample: seen.append(config) or pytest.exit)
             with pytest.raises(AttributeError):  # what a run returns is not there
                 train.main(["--init_from", "ckpt.pt", *shlex.split(f"{START} {flags}")])
         return Run(seen[0], sample)

@@ -130,12 +130,12 @@ def test_without_linuxs_statistics_the_load_average_chooses(
 def test_commands_choose_before_they_import_pytorch(command: str, tmp_path: Path):
     code = f"""
 import runpy, sys
-from fastgpt import barriers
+from fastgpt.system import barriers
 barriers.choose = lambda argv: print("chosen", *argv[1:])
 sys.modules["torch"] = None  # cannot be imported
-sys.argv = ["program", "--flag"]
+sys.argv = ["program", "--seed", "3"]
 runpy.run_module("fastgpt.{command}", run_name="__main__")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout == "chosen --flag\n"
+    assert done.stdout == "chosen --seed 3\n"
     assert "import of torch halted" in done.stderr

@@ -12,6 +12,7 @@ import pytest
 
 from fastgpt import cli, generate
 from fastgpt.checkpoint import store
+from fastgpt.generation import writing
 from fastgpt.system.streams import Lasting, Product, StreamLost
 from tests.helpers.runs import FLAGS, records
 from tests.helpers.untrained import fresh
@@ -60,7 +61,7 @@ def test_generated_text_that_cannot_be_written_is_one_line(monkeypatch, capsys, 
         def flush(self) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(generate, "load", lambda *_, **__: fresh(block_size=32))
+    monkeypatch.setattr(writing, "load", lambda *_, **__: fresh(block_size=32))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"abc\n")))
     monkeypatch.setattr(sys, "stdout", Full())
     assert cli.run(generate.main, ["--max_new_tokens", "3", "--prompt", "a", *flags.split()]) == 1
@@ -88,7 +89,7 @@ def test_a_stream_that_is_lost_is_told_once_or_not_at_all():
 def test_what_is_meant_for_people_is_written_into_no_file():
     """A file that is opened where stderr is closed would get its number."""
     code = (
-        "import os, sys; from fastgpt import streams; streams.open_missing(); "
+        "import os, sys; from fastgpt.system import streams; streams.open_missing(); "
         "file = os.open('precious', os.O_CREAT | os.O_RDWR); os.write(2, b'said'); print('told', file=sys.stderr); "
         "sys.exit(file <= 2)"
     )
