@@ -1,16 +1,20 @@
 """The command line: spellings, who wins, one-line errors that name the way out, and exit codes."""
 
+import ast
 import contextlib
 import io
+import re
 import subprocess
 import sys
 
 import pytest
 
 from fastgpt import cli
+from fastgpt.config import fields as configuration
 from fastgpt.config.generation import GenerateConfig
 from fastgpt.config.training import PRESETS, TrainConfig
 from fastgpt.errors import UsageError
+from tests.helpers.places import ROOT
 
 
 def parse(*words, kind=TrainConfig, presets=PRESETS, **more):
@@ -303,6 +307,18 @@ def test_a_message_names_an_argument_and_stderr_shows_its_flag(capsys):
         "--n_head 5; pass --no-compile, --overwrite, `dynamic` or `n_head = 3`",
         "error: --n_head 5 does not divide --n_embd 384; see `dispatch.py`",
     ]
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "fastgpt").glob("*/*.py")), ids=lambda path: f"{path.parent.name}.{path.stem}"
+)
+def test_a_room_knows_arguments_and_no_flags(path):
+    """But for command lines that a user can copy, and parts of them, which begin with a space."""
+    flags = [f"--{name}" for name in configuration.argument_names()] + ["--no-"]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and not node.value.startswith(" --"):
+            text = re.sub(r"python -m fastgpt\.\w+( --\w+ \S*)*", "", node.value)
+            assert [flag for flag in flags if flag in text] == [], node.value
 
 
 def test_run_returns_what_main_returns_and_passes_the_arguments(capsys):

@@ -221,7 +221,7 @@ def test_a_run_loads_with_other_arithmetic_and_columns(out: Path, settings: dict
 
 
 def test_an_unknown_arithmetic_is_refused(out: Path):
-    with pytest.raises(UsageError, match="--dtype 'x' is not one of auto, float32"):
+    with pytest.raises(UsageError, match="`dtype` 'x' is not one of auto, float32"):
         fastgpt.load(out, dtype="x")
 
 

@@ -154,7 +154,7 @@ def test_the_first_step_is_not_timed_and_a_run_of_one_step_has_no_speed():
 
 
 def test_a_configuration_made_in_python_is_validated():
-    with pytest.raises(UsageError, match="--n_head 5 does not divide --n_embd 32"):
+    with pytest.raises(UsageError, match="`n_head` 5 does not divide `n_embd` 32"):
         runs.train(TrainConfig(n_head=5, n_embd=32))
     assert not Path("out").exists()
 
@@ -185,5 +185,5 @@ class TestStartingPoint:
         found, why = start.starting_point(None, {"init_from": "resume", "out_dir": "mine"})
         assert (found.beta1, found.out_dir, found.init_from) == (0.8, "mine", "scratch")
         assert "mine" in why
-        with pytest.raises(UsageError, match="--preset mini: --init_from resume keeps the run's own settings"):
+        with pytest.raises(UsageError, match="`preset` mini: `init_from` resume keeps the run's own settings"):
             start.starting_point("mini", {"init_from": "resume", "out_dir": "mine"})

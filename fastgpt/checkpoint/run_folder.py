@@ -78,14 +78,14 @@ def explained(out_dir: Path) -> Iterator[None]:
         yield
     except lock.Locked as error:
         raise UsageError(
-            f"--out_dir {out_dir} is in use by process {error.owner}; wait for it, or name another --out_dir"
+            f"`out_dir` {out_dir} is in use by process {error.owner}; wait for it, or name another `out_dir`"
         ) from None
     except OSError as error:
-        raise UsageError(f"--out_dir {out_dir} cannot be written: {error.strerror}; name another") from None
+        raise UsageError(f"`out_dir` {out_dir} cannot be written: {error.strerror}; name another") from None
 
 
 def named_step(out_dir: Path, init_from: str) -> Path | None:
-    """The checkpoint of this run that --init_from names by its path, or None for "resume".
+    """The checkpoint of this run that `init_from` names by its path, or None for "resume".
 
     Raises:
         UsageError: it is none of this run's.
@@ -94,7 +94,7 @@ def named_step(out_dir: Path, init_from: str) -> Path | None:
         return None
     folder = out_dir / Path(init_from).name
     if folder not in store.folders(out_dir) or not folder.samefile(init_from):
-        raise UsageError(f"--init_from {init_from} is not the folder of a step in {out_dir}, such as out/step-000500")
+        raise UsageError(f"`init_from` {init_from} is not the folder of a step in {out_dir}, such as out/step-000500")
     return folder
 
 
@@ -118,12 +118,12 @@ def check_disk(out_dir: Path, config: TrainConfig, parameters: int, step: int) -
     free, largest = shutil.disk_usage(out_dir).free + held, _largest_file()
     if count * size > free:
         raise UsageError(
-            f"--out_dir {out_dir}: room for {counted(count, 'checkpoint')}, {format_bytes(count * size)}, is needed, "
-            f"and its disk has {format_bytes(free)}; make room, name a folder elsewhere, or lower --keep_last"
+            f"`out_dir` {out_dir}: room for {counted(count, 'checkpoint')}, {format_bytes(count * size)}, is needed, "
+            f"and its disk has {format_bytes(free)}; make room, name a folder elsewhere, or lower `keep_last`"
         )
     if 2 * weights > largest:
         raise UsageError(
-            f"--out_dir {out_dir}: a checkpoint has a file of {format_bytes(2 * weights)}, and this process may write "
+            f"`out_dir` {out_dir}: a checkpoint has a file of {format_bytes(2 * weights)}, and this process may write "
             f"{format_bytes(largest)} into one; raise that with ulimit -f"
         )
 
@@ -145,15 +145,15 @@ def claim(out_dir: Path, overwrite: bool) -> None:
         UsageError: it holds one.
     """
     if out_dir.exists() and not out_dir.is_dir():
-        raise UsageError(f"--out_dir {out_dir} is a file; name a folder")
+        raise UsageError(f"`out_dir` {out_dir} is a file; name a folder")
     if store.holds_run(out_dir) and not overwrite:
         raise UsageError(
-            f"--out_dir {out_dir} already holds a run; continue it with --init_from resume, "
-            "keep it and name another --out_dir, or delete it with --overwrite"
+            f"`out_dir` {out_dir} already holds a run; continue it with `init_from` resume, "
+            "keep it and name another `out_dir`, or delete it with `overwrite=True`"
         )
     for name in ("config.json", "tokenizer.json"):
         if (out_dir / name).exists() and not _is_ours(out_dir):
-            raise UsageError(f"--out_dir {out_dir} has a {name} that is not a run's; name another --out_dir")
+            raise UsageError(f"`out_dir` {out_dir} has a {name} that is not a run's; name another `out_dir`")
 
 
 def _is_ours(out_dir: Path) -> bool:
@@ -234,7 +234,7 @@ def _sha256(content: Mapping[str, Any]) -> str:
 
 
 def check_resume(out_dir: Path, config: TrainConfig, data: Corpus) -> None:
-    """A resumed run keeps its shape, its vocabulary and its text; with --allow_data_change only the first two.
+    """A resumed run keeps its shape, its vocabulary and its text; with `allow_data_change=True` only the first two.
 
     Raises:
         UsageError: one of them changed.
@@ -245,19 +245,19 @@ def check_resume(out_dir: Path, config: TrainConfig, data: Corpus) -> None:
         if asked != had:
             flag = "n_kv_head" if name == "kv_heads" else name
             raise UsageError(f"--{flag} {asked}: the run in {out_dir} has {had}, and a resume keeps it; leave it out")
-    ways_out = "" if config.allow_data_change else "go on with it by --allow_data_change, "
+    ways_out = "" if config.allow_data_change else "go on with it by `allow_data_change=True`, "
     if data.tokenizer != vocabulary(out_dir):
         raise UsageError(
-            f"--dataset {config.dataset}: its vocabulary is not that of the run in {out_dir}; "
-            f"resume with the run's own data, {ways_out}or start another --out_dir"
+            f"`dataset` {config.dataset}: its vocabulary is not that of the run in {out_dir}; "
+            f"resume with the run's own data, {ways_out}or start another `out_dir`"
         )
     began_with = about.get("corpus", {}).get("source_sha256")
     if data.source_sha256 != began_with:
         change = f"(sha256 {data.source_sha256[:8]}, then {str(began_with)[:8]})"
         if not config.allow_data_change:
             raise UsageError(
-                f"--dataset {config.dataset}: the text changed since the run in {out_dir} began {change}; "
-                f"restore it, {ways_out}or start another --out_dir"
+                f"`dataset` {config.dataset}: the text changed since the run in {out_dir} began {change}; "
+                f"restore it, {ways_out}or start another `out_dir`"
             )
         print(f"going on with a text that changed since the run began {change}", file=sys.stderr)
 
@@ -277,7 +277,7 @@ def relocated(out_dir: Path, config: TrainConfig) -> TrainConfig:
     saved, _ = load(out_dir)
     if config.data_dir == saved.data_dir and not Path(config.data_dir).absolute().parent.is_dir():
         default = TrainConfig.data_dir
-        print(f"--data_dir {config.data_dir}, which the run recorded, is gone: using {default}", file=sys.stderr)
+        print(f"`data_dir` {config.data_dir}, which the run recorded, is gone: using {default}", file=sys.stderr)
         config = dataclasses.replace(config, data_dir=default)
     for name in ("dataset", "corpus_file", "gpt2_vocab"):
         path = getattr(config, name)

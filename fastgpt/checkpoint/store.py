@@ -174,16 +174,16 @@ def require(out_dir: Path) -> None:
     """Raise `UsageError` where there is no run, or one without a checkpoint."""
     if not holds_run(out_dir):
         raise UsageError(
-            f"--out_dir {out_dir} holds no run; train one first: python -m fastgpt.train --out_dir {out_dir}"
+            f"`out_dir` {out_dir} holds no run; train one first: python -m fastgpt.train --out_dir {out_dir}"
         )
     if folders(out_dir):
         return
     if aside(out_dir):
         raise UsageError(
-            f"--out_dir {out_dir} has its checkpoint put aside by a process that died; put it back by going on: "
+            f"`out_dir` {out_dir} has its checkpoint put aside by a process that died; put it back by going on: "
             f"python -m fastgpt.train --init_from resume --out_dir {out_dir}"
         )
-    raise UsageError(f"--out_dir {out_dir} holds a run without a checkpoint yet; start it with --overwrite")
+    raise UsageError(f"`out_dir` {out_dir} holds a run without a checkpoint yet; start it with `overwrite=True`")
 
 
 def find(out_dir: Path, name: str) -> Path:
@@ -197,7 +197,7 @@ def find(out_dir: Path, name: str) -> Path:
         folder = out_dir / Path(name).name
         if not STEP_NAME.fullmatch(folder.name) or not folder.is_dir():
             known = ", ".join(["latest", "best", *(step.name for step in folders(out_dir))])
-            raise UsageError(f"--checkpoint {name!r} is not in {out_dir}; there are: {known}")
+            raise UsageError(f"`checkpoint` {name!r} is not in {out_dir}; there are: {known}")
         return folder
     if name == "best" and not (out_dir / name).exists():
         name = "latest"  # the run has not been evaluated yet, or not since its best was forgotten

@@ -191,7 +191,7 @@ def load(path: str | Path, gpt2_vocab: str | None = None) -> Corpus:
         return _load_ours(path)
     for file in TOKEN_FILES:
         if not (path / file).is_file():
-            raise UsageError(f"{path} has no {file}; prepare the text itself with --dataset PATH")
+            raise UsageError(f"{path} has no {file}; prepare the text itself with `dataset` PATH")
     meta = path / "meta.pkl"
     vocabulary = nanogpt_vocabulary.vocabulary(meta) if meta.exists() else Gpt2Tokenizer.from_files(gpt2_vocab)
     _warn_of_stale_val(path)
@@ -262,29 +262,29 @@ def _load_ours(path: Path) -> Corpus:
 
 def _check_arguments(dataset: str, kind: str, vocab_size: int | None, corpus_file: str | None) -> None:
     if kind not in saved.KINDS:
-        raise UsageError(f"--tokenizer {kind!r} is not one of {', '.join(saved.KINDS)}")
+        raise UsageError(f"`tokenizer` {kind!r} is not one of {', '.join(saved.KINDS)}")
     if vocab_size is not None and kind != "bpe" and vocab_size not in saved.FIXED_SIZES.get(kind, ()):
         raise _own_size(kind, vocab_size)
     if vocab_size is not None and kind == "bpe":
         bpe.check_bpe_size(vocab_size)
     if corpus_file is not None and dataset != "shakespeare":
         raise UsageError(
-            f"--corpus_file {corpus_file} is a copy of tiny Shakespeare, and --dataset is {dataset}; "
-            f"for your own text use --dataset {corpus_file}"
+            f"`corpus_file` {corpus_file} is a copy of tiny Shakespeare, and `dataset` is {dataset}; "
+            f"for your own text use `dataset` {corpus_file}"
         )
 
 
 def _own_size(kind: str, vocab_size: int | None) -> UsageError:
-    return UsageError(f"--vocab_size {vocab_size} is for --tokenizer bpe; --tokenizer {kind} has its own, leave it out")
+    return UsageError(f"`vocab_size` {vocab_size} is for `tokenizer` bpe; `tokenizer` {kind} has its own, leave it out")
 
 
 def _check_prepared(corpus: Corpus, kind: str, vocab_size: int | None) -> None:
     own = corpus.tokenizer
     if kind not in ("char", own.kind) or vocab_size not in (None, own.vocab_size):
-        asked = f"--tokenizer {kind}" + (f" --vocab_size {vocab_size}" if vocab_size else "")
+        asked = f"`tokenizer` {kind}" + (f" `vocab_size` {vocab_size}" if vocab_size else "")
         raise UsageError(
             f"{asked}: {corpus.path} is already prepared with {own.kind}, {counted(own.vocab_size, 'token')}; "
-            "leave it out, or give --dataset the text itself"
+            "leave it out, or give `dataset` the text itself"
         )
 
 
@@ -297,11 +297,11 @@ def _find(dataset: str, data_dir: Path) -> Path:
         if dataset and any((prepared / file).exists() for file in TOKEN_FILES):
             return prepared
     except OSError as error:  # a name that is too long, a folder that may not be entered
-        raise UsageError(f"--dataset {shown(dataset)} cannot be read: {error.strerror}") from None
+        raise UsageError(f"`dataset` {shown(dataset)} cannot be read: {error.strerror}") from None
     known = [*NAMES, *sorted(p.parent.name for p in data_dir.glob("[!.]*/train.bin"))]
     more = f" and {len(known) - 8} more in {data_dir}" if len(known) > 8 else ""
     raise UsageError(
-        f"--dataset {shown(dataset)} is no file or folder and no known name ({', '.join(known[:8])}{more})"
+        f"`dataset` {shown(dataset)} is no file or folder and no known name ({', '.join(known[:8])}{more})"
         f"{nearest(dataset, known)}"
     )
 
@@ -350,7 +350,7 @@ def _measure(source: Source) -> Statistics:
     if characters < 2:
         what = "is empty" if characters == 0 else "has 1 character"
         raise UsageError(
-            f"--dataset {source.name} {what}; a corpus needs at least 2 characters, "
+            f"`dataset` {source.name} {what}; a corpus needs at least 2 characters, "
             "one to train on and one to validate with"
         )
     chars = "".join(map(chr, np.flatnonzero(seen)))
@@ -389,7 +389,7 @@ def _write(target: Path, source: Source, statistics: Statistics, vocabulary: Tok
             train = token_file.write(temporary / "train.bin", sources.span(source.texts(), 0, train_end), vocabulary)
             val = token_file.write(temporary / "val.bin", sources.span(source.texts(), train_end), vocabulary)
             if train["bytes"] + val["bytes"] != statistics.bytes:
-                raise UsageError(f"--dataset {source.name} changed while it was read; run again when it is complete")
+                raise UsageError(f"`dataset` {source.name} changed while it was read; run again when it is complete")
             meta = {
                 "format": FORMAT,
                 "dataset": source.name,
@@ -406,7 +406,7 @@ def _write(target: Path, source: Source, statistics: Statistics, vocabulary: Tok
             _publish(temporary, target, statistics.sha256, vocabulary)
     except OSError as error:
         raise UsageError(
-            f"--data_dir {target.parent}: cannot write {target.name}: {error.strerror}; name another"
+            f"`data_dir` {target.parent}: cannot write {target.name}: {error.strerror}; name another"
         ) from None
     return load(target)
 

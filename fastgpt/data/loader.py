@@ -37,9 +37,9 @@ class Loader:
         name: str,
     ):
         if len(tokens) < block_size + 1:
-            shortest = f"--block_size {len(tokens) - 1}" if len(tokens) > 1 else "a longer text"
+            shortest = f"`block_size` {len(tokens) - 1}" if len(tokens) > 1 else "a longer text"
             raise UsageError(
-                f"{name} holds {counted(len(tokens), 'token')}, and --block_size {block_size} needs at least "
+                f"{name} holds {counted(len(tokens), 'token')}, and `block_size` {block_size} needs at least "
                 f"{block_size + 1}; try {shortest}"
             )
         self.tokens, self.block_size, self.vocab_size = tokens, block_size, vocab_size
@@ -135,9 +135,9 @@ def loaders(data: Corpus, config: TrainConfig, device: torch.device) -> tuple[Lo
     """
     needed, shortest = config.block_size + 1, min(data.train_tokens, data.val_tokens)
     if shortest < needed:
-        fix = f"try --block_size {shortest - 1}, or " if shortest > 1 else ""
+        fix = f"try `block_size` {shortest - 1}, or " if shortest > 1 else ""
         raise UsageError(
-            f"--block_size {config.block_size} needs {counted(needed, 'token')} in each split, and {data.name} "
+            f"`block_size` {config.block_size} needs {counted(needed, 'token')} in each split, and {data.name} "
             f"has {data.train_tokens:,} to train on and {data.val_tokens:,} to validate on; {fix}use a longer text"
         )
     vocab_size, block_size, seed = data.tokenizer.vocab_size, config.block_size, config.seed

@@ -86,7 +86,7 @@ def pydocs() -> Text:
         from pydoc_data.topics import topics
     except ImportError:
         raise UsageError(
-            "--dataset pydocs: this Python has no pydoc_data; use --dataset shakespeare or --dataset PATH"
+            "`dataset` pydocs: this Python has no pydoc_data; use `dataset` shakespeare or `dataset` PATH"
         ) from None
     return Text("pydocs", "\n".join(topics.values()))
 
@@ -99,7 +99,7 @@ def shakespeare(corpus_file: str | Path | None = None, *, quiet: bool = False) -
     """
     path = Path(corpus_file) if corpus_file is not None else cache_dir() / "tinyshakespeare.txt"
     if corpus_file is not None and not path.is_file():
-        raise UsageError(f"--corpus_file {corpus_file}: no such file")
+        raise UsageError(f"`corpus_file` {corpus_file}: no such file")
     if not path.is_file():
         _download(path, quiet)
     try:
@@ -107,7 +107,7 @@ def shakespeare(corpus_file: str | Path | None = None, *, quiet: bool = False) -
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
     if found != SHAKESPEARE_SHA256:
-        fix = "for another text use --dataset PATH" if corpus_file is not None else "delete it to download it again"
+        fix = "for another text use `dataset` PATH" if corpus_file is not None else "delete it to download it again"
         raise UsageError(f"{path} is not tiny Shakespeare: sha256 expected {SHAKESPEARE_SHA256}, got {found}; {fix}")
     return TextFiles("shakespeare", (path,))
 
@@ -128,16 +128,16 @@ def text_files(path: Path, skip: Path | None = None, *, as_before: bool = False)
     if path.is_file():
         return TextFiles(name, (path,), keep_bom=as_before)
     if not path.is_dir():
-        raise UsageError(f"--dataset {path} is neither a regular file nor a folder; give the text's own path")
+        raise UsageError(f"`dataset` {path} is neither a regular file nor a folder; give the text's own path")
     try:
         found = sorted(_files_below(path, skip, as_before), key=lambda file: file.relative_to(path).as_posix())
     except OSError as error:
         raise UsageError(
-            f"--dataset {path}: {error.filename} cannot be read: {error.strerror}; make it readable, or leave it out"
+            f"`dataset` {path}: {error.filename} cannot be read: {error.strerror}; make it readable, or leave it out"
         ) from None
     if not found:
         raise UsageError(
-            f"--dataset {path}: the folder holds no text file; hidden files are not read, name them by --dataset"
+            f"`dataset` {path}: the folder holds no text file; hidden files are not read, name them by `dataset`"
         )
     return TextFiles(name, tuple(found), keep_bom=as_before)
 
@@ -265,7 +265,7 @@ def _download(path: Path, quiet: bool) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    ways_out = f"pass --corpus_file PATH, put the file at {path}, or use --dataset pydocs"
+    ways_out = f"pass `corpus_file` PATH, put the file at {path}, or use `dataset` pydocs"
     data = bytearray()
     try:
         with (
@@ -278,11 +278,11 @@ def _download(path: Path, quiet: bool) -> None:
                 progress.advance(task, len(block))
     except (OSError, http.client.HTTPException) as error:  # URLError, HTTPError and timeouts are OSErrors
         reason = error.reason if type(error) is urllib.error.URLError else error
-        raise UsageError(f"--dataset shakespeare cannot be downloaded ({reason}); {ways_out}") from None
+        raise UsageError(f"`dataset` shakespeare cannot be downloaded ({reason}); {ways_out}") from None
     found = hashlib.sha256(data).hexdigest()
     if found != SHAKESPEARE_SHA256:
         raise UsageError(
-            f"--dataset shakespeare: {SHAKESPEARE_URL} sent another text: sha256 expected "
+            f"`dataset` shakespeare: {SHAKESPEARE_URL} sent another text: sha256 expected "
             f"{SHAKESPEARE_SHA256}, got {found}; {ways_out}"
         )
     try:

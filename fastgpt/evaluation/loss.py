@@ -13,7 +13,7 @@ from fastgpt.model.gpt import GPT
 from fastgpt.system.device import is_out_of_memory
 from fastgpt.system.units import counted
 
-WHOLE_SPLIT_LIMIT = 1_000_000  # tokens, where --eval_iters does not say
+WHOLE_SPLIT_LIMIT = 1_000_000  # tokens, where `eval_iters` does not say
 FIXED_BATCHES = 200
 BATCH_TOKENS = 8192  # in a batch of the whole split, at least: there is no backward pass to hold memory for
 
@@ -36,7 +36,7 @@ class EvaluationSet:
 
     @classmethod
     def of(cls, config: TrainConfig, data: Corpus, batch_size: int) -> "EvaluationSet":
-        """The set of a run whose first batch size is given: --eval_iters batches, or the whole split."""
+        """The set of a run whose first batch size is given: `eval_iters` batches, or the whole split."""
         return cls(
             plan(config.eval_iters, data.val_tokens) * batch_size,
             batch_size,

@@ -36,20 +36,22 @@ def check_output(output: str | None, resume: bool = False) -> None:
         return
     path = Path(output)
     if path.is_dir():
-        raise UsageError(f"--output {output} is a folder; name a file in it")
+        raise UsageError(f"`output` {output} is a folder; name a file in it")
     if path.exists():
         regular = path.is_file()
         if resume and not regular:
-            raise UsageError(f"--resume needs a file of answers, and --output {output} is none; leave one of them out")
+            raise UsageError(f"`resume` needs a file of answers, and `output` {output} is none; leave one of them out")
         if regular and not resume and path.stat().st_size:
-            raise UsageError(f"--output {output} exists; go on with it by --resume, delete it, or name another file")
+            raise UsageError(
+                f"`output` {output} exists; go on with it by `resume=True`, delete it, or name another file"
+            )
         if not os.access(path, os.W_OK):
-            raise UsageError(f"--output {output} cannot be written to; name another file")
+            raise UsageError(f"`output` {output} cannot be written to; name another file")
         return
     if not path.parent.is_dir():
-        raise UsageError(f"--output {output}: there is no folder {path.parent}; make it, or name another file")
+        raise UsageError(f"`output` {output}: there is no folder {path.parent}; make it, or name another file")
     if not os.access(path.parent, os.W_OK):
-        raise UsageError(f"--output {output}: {path.parent} cannot be written to; name another file")
+        raise UsageError(f"`output` {output}: {path.parent} cannot be written to; name another file")
 
 
 class Answers:
@@ -93,7 +95,7 @@ class Answers:
         try:
             if isinstance(self.file, _File) and self.file.size:
                 if not resume:
-                    raise UsageError(f"--output {output} cannot be made: {os.strerror(errno.EEXIST)}")
+                    raise UsageError(f"`output` {output} cannot be made: {os.strerror(errno.EEXIST)}")
                 finished = self._read(self.file)
         except BaseException:
             self.file.close()
@@ -150,13 +152,13 @@ class Answers:
                 place = record["index"], record["sample"]
                 prompt, reason, began = record["prompt"], record["finish_reason"], record["timings"]["started"]
             except (ValueError, KeyError, TypeError, RecursionError):
-                raise UsageError(f"{where} is no answer; name the file that --resume is to go on with") from None
+                raise UsageError(f"{where} is no answer; name the file that `resume` is to go on with") from None
             index, sample = place
             known = type(index) is type(sample) is int and 0 <= index < len(self.prompts)
             if not known or not 0 <= sample < self.samples[index] or prompt != self.prompts[index]:
                 raise UsageError(
-                    f"{where} is no answer to these prompts; give the same --prompts and --num_samples, or another "
-                    "--output"
+                    f"{where} is no answer to these prompts; give the same `prompts` and `num_samples`, or another "
+                    "`output`"
                 )
             if place in finished:
                 raise UsageError(f"{where} answers prompt {index} again; delete one of the two lines")
@@ -219,7 +221,7 @@ class _Lines:
 
 
 class _File(_Lines):
-    """The file that --output names, held against other processes."""
+    """The file that `output` names, held against other processes."""
 
     def __init__(self, path: str):
         self.path = Path(path)
@@ -227,11 +229,11 @@ class _File(_Lines):
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
         except OSError as error:
-            raise UsageError(f"--output {path} cannot be made: {error.strerror}") from None
-        super().__init__(descriptor, f"--output {path}", "make room, and go on with --resume")
+            raise UsageError(f"`output` {path} cannot be made: {error.strerror}") from None
+        super().__init__(descriptor, f"`output` {path}", "make room, and go on with `resume=True`")
         if self.regular and not lock.claim(descriptor):
             self.close()
-            raise UsageError(f"--output {path} is being written by another process; wait for its end")
+            raise UsageError(f"`output` {path} is being written by another process; wait for its end")
 
     def cut(self, size: int, lines: int) -> None:
         """Go on behind so many bytes, which are so many lines."""
@@ -266,7 +268,7 @@ def _stdout() -> "_Lines | _Text":
         stream.check()
     stream.flush()
     try:
-        lines = _Lines(os.dup(stream.fileno()), "stdout", "make room, or write to another file by --output")
+        lines = _Lines(os.dup(stream.fileno()), "stdout", "make room, or write to another file by `output`")
     except (OSError, ValueError):
         lines = _Text(stream)
     lines.escaped = codecs.lookup(stream.encoding or "utf-8").name != "utf-8"

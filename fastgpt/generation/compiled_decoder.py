@@ -155,9 +155,9 @@ class CompiledDecoder:
         """
         self.model, self._announce = model, announce
         if model.device.type != "cpu":
-            raise CannotCompile(f"--compile: the compiled decode step is for a CPU, and the model is on {model.device}")
+            raise CannotCompile(f"`compile`: the compiled decode step is for a CPU, and the model is on {model.device}")
         if others := set(model.ops.backends.values()) - {"torch", "reference"}:
-            raise CannotCompile(f"--compile: the decode step is PyTorch alone, without kernels of {others.pop()}")
+            raise CannotCompile(f"`compile`: the decode step is PyTorch alone, without kernels of {others.pop()}")
         store_by_rows(model)
         embedding, layers, head = _Embedding(model), [_Layer(block) for block in model.h], _Head(model)
         self._embedding_weights, self._head_weights = (list(_weights(part).values()) for part in (embedding, head))
@@ -258,14 +258,14 @@ def _compile(module: _Pure, given: tuple[list, list], free: dict[int, str], path
     except (exc.InductorError, exc.InvalidCxxCompiler, exc.CppCompileError) as error:
         cause = error.inner_exception if isinstance(error, exc.InductorError) else error
         if isinstance(cause, exc.InvalidCxxCompiler):
-            reason = "needs a C++ compiler, found none; install g++, or pass --no-compile"
-            raise CannotCompile(f"--compile {reason}") from None
+            reason = "needs a C++ compiler, found none; install g++, or pass `compile=False`"
+            raise CannotCompile(f"`compile` {reason}") from None
         lines = cause.output.splitlines() if isinstance(cause, exc.CppCompileError) else str(cause).splitlines()
         said = next((line for line in lines if "error" in line), lines[0] if lines else type(cause).__name__)
-        raise CannotCompile(f"--compile failed: {said.strip()}; mend that, or pass --no-compile") from error
+        raise CannotCompile(f"`compile` failed: {said.strip()}; mend that, or pass `compile=False`") from error
     except OSError as error:
         raise CannotCompile(
-            f"--compile: {path.parent} cannot be written: {error.strerror}; set FASTGPT_CACHE, or pass --no-compile"
+            f"`compile`: {path.parent} cannot be written: {error.strerror}; set FASTGPT_CACHE, or pass `compile=False`"
         ) from None
 
 

@@ -134,7 +134,7 @@ class Engine:
             if value < 1:
                 raise UsageError(f"--{name} {value} must be at least 1")
         if speculate not in SPECULATION:
-            raise UsageError(f"--speculate {speculate!r} is not one of {', '.join(SPECULATION)}")
+            raise UsageError(f"`speculate` {speculate!r} is not one of {', '.join(SPECULATION)}")
         self.model, self.tokenizer, self.slide, self.speculate = model, tokenizer, slide, speculate
         config, device, dtype = model.config, model.device, model.dtype
         self.block_size, self.vocab_size = config.block_size, config.vocab_size or 0
@@ -473,7 +473,7 @@ class Engine:
             raise UsageError(
                 f"prompt and continuation may need {counted(needed, 'page')} of "
                 f"{counted(allocator.page_size, 'token')}, and the cache has {allocator.pages:,}; "
-                "raise --kv_memory, or lower --max_new_tokens"
+                "raise `kv_memory`, or lower `max_new_tokens`"
             )
 
     def _count(self, plan: Plan, seconds: float) -> None:

@@ -56,7 +56,7 @@ def load(
         validate_fields(GenerateConfig, {"threads": threads})
         torch.set_num_threads(threads)
     if quantize not in QUANTIZATION:
-        raise UsageError(f"--quantize {quantize!r} is not one of {', '.join(QUANTIZATION)}")
+        raise UsageError(f"`quantize` {quantize!r} is not one of {', '.join(QUANTIZATION)}")
     out_dir, where = Path(out_dir), resolve_device(device)
     step_dir = store.find(out_dir, checkpoint_name)
     config, about = run_folder.load(out_dir)

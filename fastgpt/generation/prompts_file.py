@@ -1,4 +1,4 @@
-"""Many prompts from a file: what `--prompts` reads, how they are continued, and how far that is.
+"""Many prompts from a file: what `prompts` reads, how they are continued, and how far that is.
 
 A line of the file is a prompt. In a .jsonl file it is an object with `prompt` (text) or `tokens` (ids), and any field
 of `SamplingParams` that is to differ from the command line's; blank lines are skipped there. What is written is in
@@ -39,14 +39,14 @@ def read_prompts(name: str, defaults: SamplingParams) -> list[Job]:
     try:
         content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     except OSError as error:
-        raise UsageError(f"--prompts {name} cannot be read: {error.strerror}") from None
-    lines = decode_utf8(content, f"--prompts: {name}").split("\n")
+        raise UsageError(f"`prompts` {name} cannot be read: {error.strerror}") from None
+    lines = decode_utf8(content, f"`prompts`: {name}").split("\n")
     if lines[-1] == "":
         lines.pop()
     lines = [line.removesuffix("\r") for line in lines]
     objects = name.endswith(".jsonl")
     if not lines or (objects and not any(map(str.strip, lines))):
-        raise UsageError(f"--prompts {name} is empty; write a prompt a line into it")
+        raise UsageError(f"`prompts` {name} is empty; write a prompt a line into it")
     return _read_objects(name, lines, defaults) if objects else [(line, defaults) for line in lines]
 
 
@@ -55,12 +55,12 @@ def _read_objects(name: str, lines: Sequence[str], defaults: SamplingParams) -> 
     for i, line in enumerate(lines, 1):
         if line.strip():
             try:
-                jobs.append(_read_object(f"--prompts {name}, line {i}", line, defaults))
+                jobs.append(_read_object(f"`prompts` {name}, line {i}", line, defaults))
             except UsageError as error:
                 errors.append(error)
     if len(errors) > MOST_ERRORS:
         more = len(errors) - MOST_ERRORS
-        errors[MOST_ERRORS:] = [UsageError(f"--prompts {name} has {more:,} more lines that are no requests")]
+        errors[MOST_ERRORS:] = [UsageError(f"`prompts` {name} has {more:,} more lines that are no requests")]
     if errors:
         raise UsageErrors(errors)
     return jobs

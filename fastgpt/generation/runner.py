@@ -154,7 +154,7 @@ class Runner:
                     raise
                 self.graph_sizes = sorted(self.graphs)
                 warnings.warn(
-                    f"no memory for CUDA graphs of {size} sequences or more: they decode without; lower --kv_memory",
+                    f"no memory for CUDA graphs of {size} sequences or more: they decode without; lower `kv_memory`",
                     stacklevel=2,
                 )
             if size not in self.graphs:

@@ -299,7 +299,7 @@ def not_numbers(tokens: int) -> str:
     """What is wrong where no token can be drawn after so many tokens of prompt and continuation."""
     return (
         f"the model's logits after {tokens:,} tokens are not numbers (NaN or infinite); "
-        "check the weights with python -m fastgpt.verify, and in 16 bits try --dtype float32"
+        "check the weights with python -m fastgpt.verify, and in 16 bits try `dtype` float32"
     )
 
 

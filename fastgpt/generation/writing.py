@@ -25,49 +25,49 @@ WORTH_COMPILING = 300  # tokens of one text at a time
 
 
 def read_prompt(text: str) -> str:
-    """The prompt that --prompt names: the text itself, FILE:path, or - for stdin, with \\n for each \\r\\n."""
+    """The prompt that `prompt` names: the text itself, FILE:path, or - for stdin, with \\n for each \\r\\n."""
     if text == "-":
-        return decode_utf8(sys.stdin.buffer.read(), "--prompt: stdin").replace("\r\n", "\n")
+        return decode_utf8(sys.stdin.buffer.read(), "`prompt`: stdin").replace("\r\n", "\n")
     if not text.startswith("FILE:"):
-        return check_unicode(text, "--prompt")
+        return check_unicode(text, "`prompt`")
     path = Path(text.removeprefix("FILE:"))
     try:
         content = path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        raise UsageError(f"--prompt {shown(text)} cannot be read: {getattr(error, 'strerror', error)}") from None
-    return decode_utf8(content, f"--prompt: {path}").replace("\r\n", "\n")
+        raise UsageError(f"`prompt` {shown(text)} cannot be read: {getattr(error, 'strerror', error)}") from None
+    return decode_utf8(content, f"`prompt`: {path}").replace("\r\n", "\n")
 
 
 def choose_cache(config: GenerateConfig) -> str:
-    """The cache that --cache names; auto is paged for what needs it or has many continuations, else `single_cache`'s.
+    """The cache that `cache` names; auto is paged for what needs it or has many continuations, else `single_cache`'s.
 
     Raises:
         UsageError: flags that do not go together.
     """
     needing = {
-        "--interactive": config.interactive,
-        "--speculate": config.speculate != "none",
-        "--kv_memory": config.kv_memory is not None,
+        "`interactive`": config.interactive,
+        "`speculate`": config.speculate != "none",
+        "`kv_memory`": config.kv_memory is not None,
     }
     needs = [flag for flag, given in needing.items() if given]
     if config.interactive and config.prompts is not None:
-        raise UsageError("--interactive and --prompts exclude each other; pass only one")
+        raise UsageError("`interactive` and `prompts` exclude each other; pass only one")
     if config.interactive and config.num_samples > 1:
-        raise UsageError(f"--num_samples {config.num_samples}: --interactive has one continuation a turn; leave it out")
+        raise UsageError(f"`num_samples` {config.num_samples}: `interactive` has one continuation a turn; leave it out")
     if config.output is not None and config.prompts is None:
-        raise UsageError(f"--output {config.output} is for --prompts; send the text of --prompt there with >")
+        raise UsageError(f"`output` {config.output} is for `prompts`; send the text of `prompt` there with >")
     if config.resume and config.output is None:
-        raise UsageError("--resume goes on with the file of --output; name it")
+        raise UsageError("`resume` goes on with the file of `output`; name it")
     if config.order != "input" and config.prompts is None:
-        raise UsageError(f"--order {config.order} is for --prompts; leave it out")
+        raise UsageError(f"`order` {config.order} is for `prompts`; leave it out")
     if config.prompts is not None and config.prompt:
-        raise UsageError("--prompt and --prompts exclude each other; pass only one")
+        raise UsageError("`prompt` and `prompts` exclude each other; pass only one")
     if config.cache in SINGLE_CACHES and needs:
-        raise UsageError(f"{needs[0]} needs the paged cache, not --cache {config.cache}; use --cache paged or auto")
+        raise UsageError(f"{needs[0]} needs the paged cache, not `cache` {config.cache}; use `cache` paged or auto")
     if config.compile and config.cache == "none":
-        raise UsageError("--compile is for decoding with a cache, not for --cache none; leave one of them out")
+        raise UsageError("`compile` is for decoding with a cache, not for `cache` none; leave one of them out")
     if config.compile and config.cache == "dense" and resolve_device(config.device).type != "cpu":
-        raise UsageError("--compile needs the paged cache on this device, not --cache dense; use --cache paged or auto")
+        raise UsageError("`compile` needs the paged cache on this device, not `cache` dense; use `cache` paged or auto")
     if config.cache != "auto":
         return config.cache
     device = resolve_device(config.device)
@@ -91,8 +91,8 @@ def _write(config: GenerateConfig) -> int:
     params = config.sampling()
     if not config.stop_escapes and (stop := next(filter(holds_escape, params.stop), None)):
         print(
-            f"[--stop {stop} begins no escape: the backslash stands for itself; for the character that it means add "
-            "--stop_escapes, or in bash write $'...']",
+            f"[`stop` {stop} begins no escape: the backslash stands for itself; for the character that it means add "
+            "`stop_escapes=True`, or in bash write $'...']",
             file=sys.stderr,
         )
     if config.kv_memory is not None:
@@ -139,7 +139,7 @@ def _load(config: GenerateConfig) -> TextGenerator:
 
 
 def _compile(generator: TextGenerator, config: GenerateConfig, alone: bool) -> None:
-    """Compile the decode step if --compile says so, or says nothing and one text at a time is to become long.
+    """Compile the decode step if `compile` says so, or says nothing and one text at a time is to become long.
 
     Time to compile is told apart from that of tokens. On other devices than a CPU the engine compiles.
     """
@@ -173,7 +173,7 @@ def _engine(generator: TextGenerator, config: GenerateConfig) -> "Engine":
 
 
 def _answer_file(config: GenerateConfig, cache: str) -> int:
-    """Continue the prompts of --prompts; 1 where one of them could not be, 128 + its number after a signal."""
+    """Continue the prompts of `prompts`; 1 where one of them could not be, 128 + its number after a signal."""
     from fastgpt.generation import answers, prompts_file, terminal
 
     answers.check_output(config.output, config.resume)
@@ -202,7 +202,7 @@ def _answer_file(config: GenerateConfig, cache: str) -> int:
             file=sys.stderr,
         )
     if stopped_by is not None:
-        more = "; --resume goes on" if config.output else ""
+        more = "; `resume=True` goes on" if config.output else ""
         print(f"stopped with {written.done:,} of {counted(written.total, 'answer')} written{more}", file=sys.stderr)
         return 128 + stopped_by
     return 1 if failed else 0

@@ -46,7 +46,7 @@ def vocabulary(meta: Path) -> CharTokenizer:
     except Exception as error:  # a broken pickle may raise anything; none of it has run code
         reason = str(error) or type(error).__name__
         raise UsageError(
-            f"{meta} is not nanoGPT's character vocabulary: {reason}; prepare the text itself with --dataset PATH"
+            f"{meta} is not nanoGPT's character vocabulary: {reason}; prepare the text itself with `dataset` PATH"
         ) from None
 
 

@@ -44,12 +44,12 @@ class ForeignModel:
         """
         if vocab_size > (self.shape.vocab_size or 0):
             raise UsageError(
-                f"--init_from {self.path}: its vocabulary has {counted(self.shape.vocab_size or 0, 'token')}, and that "
-                f"of --dataset {vocab_size:,}; name the data that it was trained on"
+                f"`init_from` {self.path}: its vocabulary has {counted(self.shape.vocab_size or 0, 'token')}, and that "
+                f"of `dataset` {vocab_size:,}; name the data that it was trained on"
             )
         if bad := finite.first_not_finite(self.tensors):
             raise UsageError(
-                f"--init_from {self.path}: its weights are not finite: {bad} holds a NaN or an infinity; "
+                f"`init_from` {self.path}: its weights are not finite: {bad} holds a NaN or an infinity; "
                 "take a checkpoint from before that"
             )
         return {name: tensor[:vocab_size] if name == "wte.weight" else tensor for name, tensor in self.tensors.items()}
@@ -68,10 +68,10 @@ def load(path: str | Path) -> ForeignModel:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return ForeignModel(path, _shape(_part(content, "model_args")), _tensors(_part(content, "model")))
     except OSError as error:
-        raise UsageError(f"--init_from {path} cannot be read: {error.strerror or error}") from None
+        raise UsageError(f"`init_from` {path} cannot be read: {error.strerror or error}") from None
     except Exception as error:  # a hostile or broken file may raise anything; none of it has run
         raise UsageError(
-            f"--init_from {path} is not nanoGPT's checkpoint: {_reason(error):.200}; nothing in it was run"
+            f"`init_from` {path} is not nanoGPT's checkpoint: {_reason(error):.200}; nothing in it was run"
         ) from None
 
 

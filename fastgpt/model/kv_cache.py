@@ -35,8 +35,8 @@ class DenseCache:
         need, free = B * page_bytes(config, config.block_size, dtype), free_memory(torch.device(device))
         if need > free:
             raise UsageError(
-                f"--cache dense takes {counted(need, 'byte')} for a context of {counted(config.block_size, 'token')}, "
-                f"and {free:,} are free; use --cache paged, which takes what there is"
+                f"`cache` dense takes {counted(need, 'byte')} for a context of {counted(config.block_size, 'token')}, "
+                f"and {free:,} are free; use `cache` paged, which takes what there is"
             )
         shape = (config.n_layer, B, config.block_size, config.kv_heads, config.head_size)
         self.keys = torch.empty(shape, device=device, dtype=dtype).unbind()
@@ -125,11 +125,11 @@ def pages_that_fit(
     if memory is None:
         memory = int(free * MEMORY_SHARE.get(device.type, MEMORY_SHARE_ELSEWHERE))
     elif memory > free:
-        raise UsageError(f"--kv_memory {memory:,} is above the {counted(free, 'byte')} that are free; ask for less")
+        raise UsageError(f"`kv_memory` {memory:,} is above the {counted(free, 'byte')} that are free; ask for less")
     if memory < each:
         raise UsageError(
-            f"--kv_memory {memory:,}: a page of {counted(page_size, 'token')} takes {counted(each, 'byte')}; "
-            "give more, or pass a smaller --page_size"
+            f"`kv_memory` {memory:,}: a page of {counted(page_size, 'token')} takes {counted(each, 'byte')}; "
+            "give more, or pass a smaller `page_size`"
         )
     return min(memory // each, MOST_PAGES)
 

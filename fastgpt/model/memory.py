@@ -29,25 +29,25 @@ def check_training(config: TrainConfig, device: torch.device) -> None:
     _check(
         model,
         device,
-        f"--n_layer {L}, --n_embd {C} and --block_size {T} make {counted(count, 'parameter')}, which take",
+        f"`n_layer` {L}, `n_embd` {C} and `block_size` {T} make {counted(count, 'parameter')}, which take",
     )
-    _check(model + B * T * 2 * TOKEN, device, f"--batch_size {B} with --block_size {T} takes, with the model,")
+    _check(model + B * T * 2 * TOKEN, device, f"`batch_size` {B} with `block_size` {T} takes, with the model,")
     steps = config.gradient_accumulation_steps
-    _check(B * steps * TOKEN, CPU, f"--gradient_accumulation_steps {steps} with --batch_size {B} takes")
+    _check(B * steps * TOKEN, CPU, f"`gradient_accumulation_steps` {steps} with `batch_size` {B} takes")
 
 
 def lacking(where: str, config: ModelConfig, error: BaseException | str) -> str:
     """The message of a run that has no memory left: where, what a smaller one would have less of, what was raised."""
     reason = next((line for line in str(error).splitlines() if line.strip()), "")
     return (
-        f"out of memory {where}; lower --block_size {config.block_size}, --n_layer {config.n_layer} or "
-        f"--n_embd {config.n_embd} in a new run, or free memory{f' ({reason:.120})' if reason else ''}"
+        f"out of memory {where}; lower `block_size` {config.block_size}, `n_layer` {config.n_layer} or "
+        f"`n_embd` {config.n_embd} in a new run, or free memory{f' ({reason:.120})' if reason else ''}"
     )
 
 
 def check_position_table(config: ModelConfig, device: torch.device) -> None:
     """Raise `UsageError` for a context whose table of positions cannot fit: no weight tells that it is so long."""
-    _check(position_table_bytes(config), device, f"--block_size {config.block_size} takes")
+    _check(position_table_bytes(config), device, f"`block_size` {config.block_size} takes")
 
 
 def position_table_bytes(config: ModelConfig) -> int:

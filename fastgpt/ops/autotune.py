@@ -1,4 +1,4 @@
-"""Which backend of the table is the fastest here: what `--kernels auto` does on a GPU.
+"""Which backend of the table is the fastest here: what `kernels auto` does on a GPU.
 
 `choose` goes through the operations that a workload uses. For each, `contest` checks the candidates on small examples
 against the reference (the rule: `agreement`), times those that agree in turns at the workload's own shape, and

@@ -102,18 +102,18 @@ def resolve(
     """
     device = torch.device(device)
     if kernels not in ("auto", *Row._fields):
-        raise UsageError(f"--kernels {kernels!r} is not one of auto, {', '.join(Row._fields)}")
+        raise UsageError(f"`kernels` {kernels!r} is not one of auto, {', '.join(Row._fields)}")
     backends = dict.fromkeys(TABLE, "torch" if kernels == "auto" else kernels)
-    reason, asked, instead = f"--kernels {kernels}", "--kernels triton", "use --kernels auto"
+    reason, asked, instead = f"`kernels` {kernels}", "`kernels` triton", "use `kernels` auto"
     if kernels == "auto" and recorded is not None:
         backends |= recorded
-        reason, asked, instead = "as this run began", "this run, made with --kernels triton,", "pass --kernels torch"
+        reason, asked, instead = "as this run began", "this run, made with `kernels` triton,", "pass `kernels` torch"
     elif kernels == "auto":
         timed, reason = _fastest(device, choose)
         backends |= timed
     for op, backend in backends.items():
         if op not in TABLE or backend not in Row._fields:
-            raise UsageError(f"the run was made with {backend} for {op}, which this version has not; pass --kernels")
+            raise UsageError(f"the run was made with {backend} for {op}, which this version has not; pass `kernels`")
     interpreted = False
     if "triton" in backends.values():
         if lacking := _triton_lacks(device):

@@ -14,7 +14,7 @@ from fastgpt.config.training import TrainConfig
 from fastgpt.system.device import autocast
 from fastgpt_kernels.quantization import quantize
 
-PAGE = 16  # tokens; the default of --page_size
+PAGE = 16  # tokens; the default of `page_size`
 # A longer context is checked at its length modulo TILE, the largest tile of a kernel, and two whole tiles.
 TILE = 128
 RECOMPILE_LIMIT = 256

@@ -121,7 +121,7 @@ class Slowness:
             return None  # it is slow for another reason
         self.told, usable, taken = True, cpus.usable(), now.taken_since(self.moment)
         fewer = max(1, round(usable - taken))
-        fewer_threads = f", or this run, and resume it with --threads {fewer}" if fewer < self.threads else ""
+        fewer_threads = f", or this run, and resume it with `threads` {fewer}" if fewer < self.threads else ""
         return (
             f"steps take {seconds / self.best:.1f} times as long as the best: other programs hold {taken:.1f} of "
             f"{counted(usable, 'CPU')}; stop them{fewer_threads}"

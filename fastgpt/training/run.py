@@ -246,11 +246,11 @@ class Run:
                 self.display.product(f"--- sample at step {step}\n{self._sample(self._is_asked_to_stop)}\n---")
 
     def _use_threads(self, recorded: int | None) -> int:
-        """Compute with as many threads as --threads says; `recorded`: with how many the run did so on this device."""
+        """Compute with as many threads as `threads` says; `recorded`: with how many the run did so on this device."""
         count = threads.use(self.asked.threads, recorded)
         if self.device.type == "cpu" and recorded not in (None, count):
             print(
-                f"going on with --threads {count}, where the run had {recorded}: floats are summed in another order, "
+                f"going on with `threads` {count}, where the run had {recorded}: floats are summed in another order, "
                 "so bits may differ",
                 file=sys.stderr,
             )
@@ -320,8 +320,8 @@ class Run:
             where = f"in step {number} with one sequence at a time"
             raise RunFailed(memory.lacking(where, self.config, reason))
         self.display.say(
-            f"out of memory in step {number}: going on with --batch_size {self.micro_batches.batch_size} "
-            f"--gradient_accumulation_steps {self.micro_batches.count}, the same sequences in each step"
+            f"out of memory in step {number}: going on with `batch_size` {self.micro_batches.batch_size} "
+            f"`gradient_accumulation_steps` {self.micro_batches.count}, the same sequences in each step"
         )
 
     def _follow(self, verdicts: Sequence[Verdict]) -> bool:
@@ -437,7 +437,7 @@ class Run:
         if not self.saver.beside:
             self._tell_of_save(wait=True)
         if beside and not self.saver.beside:
-            self.display.say("no memory or thread for --async_save: training waits for its checkpoints from here on")
+            self.display.say("no memory or thread for `async_save`: training waits for its checkpoints from here on")
         self.signals.save_asked = False
 
     def _save_the_rest(self) -> None:
@@ -493,7 +493,7 @@ class Run:
             self.display.say(f"warning: step {outcome.step}: {what}: {why}")
 
     def _resume(self) -> Path:
-        """Take up the newest checkpoint that is whole, or the very one that --init_from names."""
+        """Take up the newest checkpoint that is whole, or the very one that `init_from` names."""
         folder = run_folder.named_step(self.out_dir, self.config.init_from)
         if folder is None:
             folder = store.newest_intact(self.out_dir, functools.partial(print, file=sys.stderr))
@@ -503,8 +503,8 @@ class Run:
         step = self.progress.step
         if step > self.config.max_iters or self._is_finished():
             raise UsageError(
-                f"--max_iters {self.config.max_iters}: {self.out_dir} is already at step {step}; "
-                f"continue with a larger one, such as --max_iters {2 * step}"
+                f"`max_iters` {self.config.max_iters}: {self.out_dir} is already at step {step}; "
+                f"continue with a larger one, such as `max_iters` {2 * step}"
             )
         return folder
 
@@ -518,7 +518,7 @@ class Run:
         """Go back to the last checkpoint before the row of skipped steps, and leave out the data since.
 
         Raises:
-            RunFailed: going back there has not helped before, as often as --max_rollbacks says.
+            RunFailed: going back there has not helped before, as often as `max_rollbacks` says.
         """
         self._tell_of_save(wait=True)
         skipped = self.progress.skipped_batches
@@ -560,8 +560,8 @@ class Run:
     def _calmer(self) -> str:
         """Advice for a run whose losses or gradients are not finite."""
         clip = self.config.grad_clip
-        return f"lower --learning_rate {self.config.learning_rate:g}, or " + (
-            f"lower --grad_clip {clip:g}" if clip else "clip gradients, which --grad_clip 0 does not: set it to 1"
+        return f"lower `learning_rate` {self.config.learning_rate:g}, or " + (
+            f"lower `grad_clip` {clip:g}" if clip else "clip gradients, which `grad_clip` 0 does not: set it to 1"
         )
 
     def _sample(self, stopping: Callable[[], bool] = lambda: False) -> str:

@@ -27,7 +27,7 @@ def starting_point(preset: str | None, given: Mapping[str, object]) -> tuple[Tra
         run_folder.mend(Path(out_dir))
         validate(asked)
         if preset is not None:
-            raise UsageError(f"--preset {preset}: --init_from {init_from} keeps the run's own settings; leave it out")
+            raise UsageError(f"`preset` {preset}: `init_from` {init_from} keeps the run's own settings; leave it out")
         if by_path:
             run_folder.named_step(Path(out_dir), init_from)
         store.require(Path(out_dir))
@@ -36,7 +36,7 @@ def starting_point(preset: str | None, given: Mapping[str, object]) -> tuple[Tra
         return dataclasses.replace(saved, out_dir=out_dir), why
     kind = resolve_device(str(given.get("device", "auto"))).type
     fitting = "baby" if kind == "cuda" else "cpu"
-    why = f"preset {preset}" if preset else f"preset {fitting}: it fits a {kind} device (others: --preset NAME)"
+    why = f"preset {preset}" if preset else f"preset {fitting}: it fits a {kind} device (others: `preset` NAME)"
     config = PRESETS[preset or fitting]
     if asked.imports:
         shape = nanogpt_weights.load(init_from).shape
@@ -56,7 +56,7 @@ def with_warmup(config: TrainConfig) -> TrainConfig:
     if steps < usual:
         print(
             f"the warm-up takes {steps} of the {config.max_iters} steps, a tenth, and not {usual}; "
-            "--warmup_iters sets another number",
+            "`warmup_iters` sets another number",
             file=sys.stderr,
         )
     return dataclasses.replace(config, warmup_iters=steps)

@@ -26,7 +26,7 @@ COUNTS = ("growth_interval", "_growth_tracker")
 
 
 class TrainStep:
-    """The model with what trains it: AdamW, the guard, the scaler of float16 and, with --compile, the compiled model.
+    """The model with what trains it: AdamW, the guard, the scaler of float16 and, with `compile`, the compiled model.
 
     Weights, moments and gradients are float32 whatever `dtype` the matrix products are in.
     """
@@ -37,7 +37,7 @@ class TrainStep:
         self.optimizer = make_optimizer(model, config)
         self.guard = Guard(device, config.rollback_after, config.skip_loss_sigma)
         self.scaler = self._make_scaler()
-        # On a CPU Inductor's own random numbers are slower than PyTorch's, and are other ones than without --compile.
+        # On a CPU Inductor's own random numbers are slower than PyTorch's, and are other ones than without `compile`.
         options: dict[str, Any] = {"fallback_random": device.type == "cpu"}
         # Nothing changes the modules of PyTorch in the model, so that need not be checked in every step.
         options["guard_filter_fn"] = torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe
@@ -133,10 +133,10 @@ class TrainStep:
     def _loss(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         if not self.config.compile:
             return self.model(x, y)
-        from torch._dynamo.exc import TorchDynamoException  # slow to import, so only with --compile
+        from torch._dynamo.exc import TorchDynamoException  # slow to import, so only with `compile`
 
         try:
             return self.compiled(x, y)
         except TorchDynamoException as error:
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise UsageError(f"--compile failed: {reason}; mend that, or pass --no-compile") from error
+            raise UsageError(f"`compile` failed: {reason}; mend that, or pass `compile=False`") from error

@@ -54,7 +54,7 @@ class TestOwnership:
         folder = tmp_path / "out"
         with pytest.raises(error) if error else nullcontext(), run_folder.locked(folder):
             assert (folder / ".lock").read_text() == f"{os.getpid()}\n"
-            said = f"--out_dir .*out is in use by process {os.getpid()}; "
+            said = f"`out_dir` .*out is in use by process {os.getpid()}; "
             with pytest.raises(UsageError, match=said), run_folder.locked(folder):
                 pass
             if error:
@@ -82,7 +82,7 @@ class TestClaim:
     def test_foreign_files_are_refused_and_stay(self, name: str, content: str, flags: str):
         Path("out").mkdir()
         (Path("out") / name).write_text(content)
-        assert refused(flags) == f"--out_dir out has a {name} that is not a run's; name another --out_dir"
+        assert refused(flags) == f"`out_dir` out has a {name} that is not a run's; name another `out_dir`"
         assert [path.name for path in Path("out").iterdir()] == [name]
 
     def test_foreign_files_of_other_names_are_no_obstacle_and_stay(self):
@@ -127,7 +127,7 @@ class TestClaim:
 
     def test_a_file_is_no_folder(self):
         Path("out").write_text("mine")
-        with pytest.raises(UsageError, match="--out_dir out is a file; name a folder"):
+        with pytest.raises(UsageError, match="`out_dir` out is a file; name a folder"):
             run_folder.claim(Path("out"), overwrite=True)
 
     def test_a_folder_that_holds_a_run_is_refused_and_stays_as_it_was(self):
@@ -158,8 +158,10 @@ class TestClaim:
             patch.setattr(Run, moment, dying)
             assert cli.run(train.main, FLAGS) == 130
         if moment == "_save":  # steps were taken, which only --overwrite may forget
-            assert "--overwrite" in refused()
-            with pytest.raises(UsageError, match="holds a run without a checkpoint yet; start it with --overwrite"):
+            assert "`overwrite=True`" in refused()
+            with pytest.raises(
+                UsageError, match="holds a run without a checkpoint yet; start it with `overwrite=True`"
+            ):
                 train.main(["--init_from", "resume"])
             run("--overwrite")
         else:

@@ -313,7 +313,7 @@ def test_steps_are_found_by_name_and_unknown_ones_listed(step_dir: Path):
     run = step_dir.parent
     assert store.find(run, "latest") == store.find(run, "step-000002") == step_dir
     assert store.find(run, "best") == step_dir  # not evaluated yet
-    with pytest.raises(UsageError, match=r"--checkpoint 'step-000007'.*latest, best, step-000002"):
+    with pytest.raises(UsageError, match=r"`checkpoint` 'step-000007'.*latest, best, step-000002"):
         store.find(run, "step-000007")
 
 

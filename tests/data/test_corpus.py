@@ -199,7 +199,7 @@ class TestReuse:
     def test_a_given_vocabulary_is_compared(self, text_file: Path, tmp_path: Path):
         first = prepare(text_file, tmp_path, tokenizer="gpt2")
         assert prepare(text_file, tmp_path, tokenizer="gpt2") == first
-        assert "--gpt2_vocab" in refused(text_file, tmp_path, tokenizer="gpt2", gpt2_vocab=str(tmp_path / "no"))
+        assert "`gpt2_vocab`" in refused(text_file, tmp_path, tokenizer="gpt2", gpt2_vocab=str(tmp_path / "no"))
         # The same merges with the ids of two bytes exchanged.
         own, package = tmp_path / "own", gpt2._find_gpt2_files(None)
         ids = json.loads((package / "encoder.json").read_text(encoding="utf-8"))
@@ -253,22 +253,22 @@ class TestBadInput:
         assert "pydocs, shakespeare" in message
         assert "did you mean shakespeare?" in message
         assert "did you mean" not in refused("qqqq", tmp_path)
-        assert "--dataset ''" in refused("", tmp_path)
+        assert "`dataset` ''" in refused("", tmp_path)
         assert "no file or folder" in refused(tmp_path / "missing.txt", tmp_path)
-        assert "--dataset" in refused("x" * 5000, tmp_path)
+        assert "`dataset`" in refused("x" * 5000, tmp_path)
 
     def test_arguments_that_do_not_go_together(self, text_file: Path, tmp_path: Path):
-        assert "--tokenizer 'word' is not one of char, byte, gpt2, bpe" in refused(
+        assert "`tokenizer` 'word' is not one of char, byte, gpt2, bpe" in refused(
             text_file, tmp_path, tokenizer="word"
         )
         for kind in ("char", "byte", "gpt2"):
-            assert f"--tokenizer {kind} has its own" in refused(text_file, tmp_path, tokenizer=kind, vocab_size=300)
+            assert f"`tokenizer` {kind} has its own" in refused(text_file, tmp_path, tokenizer=kind, vocab_size=300)
         assert prepare(text_file, tmp_path, tokenizer="byte", vocab_size=256).tokenizer == ByteTokenizer()
         for size in (-1, 0, 256):
             message = refused(text_file, tmp_path, tokenizer="bpe", vocab_size=size)
-            assert f"--vocab_size {size} is too small" in message
+            assert f"`vocab_size` {size} is too small" in message
         message = refused("pydocs", tmp_path, corpus_file=str(text_file))
-        assert f"use --dataset {text_file}" in message
+        assert f"use `dataset` {text_file}" in message
 
     @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
     def test_neither_file_nor_folder(self, tmp_path: Path):
@@ -276,7 +276,7 @@ class TestBadInput:
         assert "neither a regular file nor a folder" in refused(tmp_path / "pipe", tmp_path)
 
     def test_data_dir_that_cannot_be_written(self, text_file: Path):
-        with pytest.raises(UsageError, match=r"--data_dir .*cannot write my_text-char"):
+        with pytest.raises(UsageError, match=r"`data_dir` .*cannot write my_text-char"):
             corpus.prepare(str(text_file), data_dir=str(text_file), quiet=True)
 
 
@@ -318,10 +318,10 @@ class TestNamed:
         message = refused("shakespeare", tmp_path, corpus_file=str(text_file))
         assert sources.SHAKESPEARE_SHA256 in message
         assert hashlib.sha256(TEXT.encode()).hexdigest() in message
-        assert "--dataset PATH" in message
+        assert "`dataset` PATH" in message
         (cache / "tinyshakespeare.txt").write_text("no")
         assert "delete it" in refused("shakespeare", tmp_path)
-        assert "--corpus_file nowhere: no such file" in refused("shakespeare", tmp_path, corpus_file="nowhere")
+        assert "`corpus_file` nowhere: no such file" in refused("shakespeare", tmp_path, corpus_file="nowhere")
 
 
 class TestPreparedFolders:

@@ -188,8 +188,8 @@ class TestDownload:
             address = f"http://127.0.0.1:{unused.getsockname()[1]}/input.txt"
             monkeypatch.setattr(sources, "SHAKESPEARE_URL", address)
             message = refused("shakespeare", tmp_path)
-        assert "--dataset shakespeare cannot be downloaded" in message
-        for way_out in ("--corpus_file PATH", str(cache / "tinyshakespeare.txt"), "--dataset pydocs"):
+        assert "`dataset` shakespeare cannot be downloaded" in message
+        for way_out in ("`corpus_file` PATH", str(cache / "tinyshakespeare.txt"), "`dataset` pydocs"):
             assert way_out in message
 
     def test_a_server_that_never_answers(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -204,7 +204,7 @@ def test_what_cannot_be_written_is_refused_before_the_model_loads(
 
 
 def test_a_file_that_another_process_writes_is_refused(whole: list[dict]):
-    with answers.Answers("o", []), pytest.raises(UsageError, match="--output o is being written by another process"):
+    with answers.Answers("o", []), pytest.raises(UsageError, match="`output` o is being written by another process"):
         answers.Answers("o", [])
     answers.Answers("o", []).file.close()
     assert not Path("o").exists()

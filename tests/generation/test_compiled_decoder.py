@@ -181,14 +181,14 @@ def test_without_a_compiler_or_a_folder_it_says_what_to_do(monkeypatch: pytest.M
         raise exc.InductorError(exc.InvalidCxxCompiler(), None)  # as PyTorch wraps it
 
     monkeypatch.setattr("torch._inductor.aoti_compile_and_package", fails)
-    with pytest.raises(CannotCompile, match=r"needs a C\+\+ compiler, found none; install g\+\+, or pass --no-compile"):
+    with pytest.raises(CannotCompile, match=r"a C\+\+ compiler, found none; install g\+\+, or pass `compile=False`"):
         CompiledDecoder(fresh(block_size=16, n_embd=40).model)
 
     def breaks(*args, **kwargs):
         raise exc.CppCompileError(["g++"], "In file included\nstep.cpp:1: fatal error: omp.h: No such file\n")
 
     monkeypatch.setattr("torch._inductor.aoti_compile_and_package", breaks)
-    with pytest.raises(CannotCompile, match=r"^--compile failed: step.cpp:1: fatal error: omp.h: No such file; mend"):
+    with pytest.raises(CannotCompile, match=r"^`compile` failed: step.cpp:1: fatal error: omp.h: No such file; mend"):
         CompiledDecoder(fresh(block_size=16, n_embd=40).model)
     monkeypatch.setenv("FASTGPT_CACHE", str(tmp_path / "file"))
     (tmp_path / "file").touch()

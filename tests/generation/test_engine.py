@@ -82,7 +82,7 @@ def test_each_prompt_may_have_its_own_settings(generator: TextGenerator, engine:
         engine.generate(PROMPTS, params[:5])
     with pytest.raises(UsageError, match=r"pass \[prompt\]"):
         engine.generate("a", GREEDY)
-    with pytest.raises(UsageError, match="--temperature -1"):
+    with pytest.raises(UsageError, match="`temperature` -1"):
         engine.generate(PROMPTS, [*params[:5], SamplingParams(temperature=-1.0)])
     assert not engine.busy
 
@@ -255,7 +255,7 @@ def test_a_pool_too_small_for_one_request_is_that_requests_error(generator: Text
     assert [one.finish_reason for one in found] == ["length", "length" if fits else "error", "length", "length"]
     if not fits:
         assert f"pages of {counted(page_size, 'token')}, and the cache has {room}" in found[1].error
-        assert "--kv_memory" in found[1].error
+        assert "`kv_memory`" in found[1].error
     for prompt, one in zip(prompts, found, strict=True):
         assert one.error or alone(generator, prompt, GREEDY).startswith(one.text)
 
@@ -268,13 +268,13 @@ def test_a_request_that_just_fits_a_pool_runs(generator: TextGenerator):
 
 
 def test_a_pool_without_a_page_is_refused(generator: TextGenerator):
-    with pytest.raises(UsageError, match="--kv_memory 100"):
+    with pytest.raises(UsageError, match="`kv_memory` 100"):
         generator.engine(kv_memory=100)
 
 
 @pytest.mark.parametrize("wrong", [{"max_batch": 0}, {"max_batch_tokens": 0}, {"page_size": 0}, {"speculate": "n"}])
 def test_an_engines_settings_have_limits(generator: TextGenerator, wrong: dict):
-    with pytest.raises(UsageError, match=f"--{next(iter(wrong))}"):
+    with pytest.raises(UsageError, match=f"`{next(iter(wrong))}`"):
         generator.engine(**wrong)
 
 

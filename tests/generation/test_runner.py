@@ -80,7 +80,7 @@ def test_without_memory_for_a_graph_decoding_goes_on(
     engine = replaying(watched(generator.engine(kv_memory=10**6)), Replays(fails_from))
     engine.generate(PROMPTS[:1], PARAMS) if sizes else None
     engine.generate(PROMPTS[:2], PARAMS) if sizes else None
-    with pytest.warns(UserWarning, match="no memory for CUDA graphs of .* sequences or more.*lower --kv_memory"):
+    with pytest.warns(UserWarning, match="no memory for CUDA graphs of .* sequences or more.*lower `kv_memory`"):
         found = answer(engine, PROMPTS, PARAMS)
     assert [one.text for one in found] == [one.text for one in wanted]
     assert engine.runner.graph_sizes == sizes

@@ -98,7 +98,7 @@ def test_they_are_accepted_wherever_a_setting_is(generator: TextGenerator, tmp_p
     ],
 )
 def test_what_is_no_such_setting_is_still_refused(wrong: dict):
-    with pytest.raises(UsageError, match=f"--{next(iter(wrong))} "):
+    with pytest.raises(UsageError, match=f"`{next(iter(wrong))}` "):
         sampling(wrong)
 
 

@@ -279,7 +279,7 @@ class TestRefused:
             if Path("ckpt.pt").is_file():
                 Path("ckpt.pt").unlink()
             FILES[name]()
-            with pytest.raises(UsageError, match=r"--init_from ckpt\.pt"):
+            with pytest.raises(UsageError, match=r"`init_from` ckpt\.pt"):
                 nanogpt_weights.load("ckpt.pt")
 
 

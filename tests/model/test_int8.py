@@ -115,6 +115,6 @@ def test_from_the_command_line(capsys):
     assert capsys.readouterr().out.startswith("The")
     assert cli.run(generate.main, [*flags, "int4"]) == 2
     assert "--quantize 'int4' is not one of none, int8" in capsys.readouterr().err
-    with pytest.raises(UsageError, match="--quantize 'int4' is not one of none, int8"):
+    with pytest.raises(UsageError, match="`quantize` 'int4' is not one of none, int8"):
         fastgpt.load("out", device="cpu", quantize="int4")
     assert json.loads(Path("out/config.json").read_text())  # the run is as it was

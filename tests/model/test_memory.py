@@ -68,7 +68,7 @@ def test_the_limit_is_what_is_free(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(memory, "free_memory", lambda device: need)
     memory.check_training(SMALL, CPU)
     monkeypatch.setattr(memory, "free_memory", lambda device: need - 1)
-    with pytest.raises(UsageError, match="--batch_size 2 with --block_size 8"):
+    with pytest.raises(UsageError, match="`batch_size` 2 with `block_size` 8"):
         memory.check_training(SMALL, CPU)
 
 
@@ -80,5 +80,5 @@ def test_presets_for_one_machine_pass(preset: str, monkeypatch: pytest.MonkeyPat
 
 def test_a_dense_cache_that_cannot_fit_is_refused():
     config = ModelConfig(vocab_size=65, n_layer=2, n_head=2, n_embd=16, block_size=10**12, position="none")
-    with pytest.raises(UsageError, match=r"--cache dense takes 256,000,000,000,000 bytes .* use --cache paged"):
+    with pytest.raises(UsageError, match=r"`cache` dense takes 256,000,000,000,000 bytes .* use `cache` paged"):
         DenseCache(config)

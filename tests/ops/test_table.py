@@ -82,7 +82,7 @@ def test_a_named_column_is_used_for_every_operation(backend):
     assert ops.backends == dict.fromkeys(TABLE, backend)
     for op in TABLE:
         assert getattr(ops, op) is implementation(op, backend)
-    assert str(ops) == f"{backend} (--kernels {backend})"
+    assert str(ops) == f"{backend} (`kernels` {backend})"
     assert not ops.interpreted
 
 
@@ -92,7 +92,7 @@ def test_triton_runs_on_a_cpu_in_the_interpreter_and_says_so():
     assert ops.backends == dict.fromkeys(TABLE, "triton")
     assert ops.causal_attention is fastgpt_kernels.causal_attention
     assert ops.interpreted
-    assert str(ops) == "triton (--kernels triton, in Triton's interpreter)"
+    assert str(ops) == "triton (`kernels` triton, in Triton's interpreter)"
 
 
 def test_auto_takes_torch_on_a_cpu_and_says_why():
@@ -162,14 +162,14 @@ def test_triton_on_a_cpu_is_one_line_that_says_what_to_pass_instead(monkeypatch)
     monkeypatch.setattr(launch, "INTERPRETED", False)
     with pytest.raises(UsageError) as caught:
         table.resolve("triton", "cpu")
-    assert str(caught.value) == "--kernels triton needs a CUDA GPU, found cpu; use --kernels auto"
+    assert str(caught.value) == "`kernels` triton needs a CUDA GPU, found cpu; use `kernels` auto"
 
 
 def test_triton_that_is_not_installed_is_one_line_that_says_so(monkeypatch):
     monkeypatch.setattr(table.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError) as caught:
         table.resolve("triton", "cuda")
-    assert str(caught.value) == "--kernels triton needs the package triton, found none; use --kernels auto"
+    assert str(caught.value) == "`kernels` triton needs the package triton, found none; use `kernels` auto"
 
 
 def test_the_old_interpreter_beside_a_new_numpy_is_one_line(monkeypatch):
@@ -181,14 +181,14 @@ def test_the_old_interpreter_beside_a_new_numpy_is_one_line(monkeypatch):
     with pytest.raises(UsageError) as caught:
         table.resolve("triton", "cpu")
     assert str(caught.value) == (
-        "--kernels triton needs numpy before 2.4 in Triton 3.6's interpreter, found 2.4.0; use --kernels auto"
+        "`kernels` triton needs numpy before 2.4 in Triton 3.6's interpreter, found 2.4.0; use `kernels` auto"
     )
 
 
 def test_triton_on_a_gpu_too_old_names_what_it_needs(monkeypatch):
     monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    with pytest.raises(UsageError, match=r"needs compute capability 8\.0 or newer, found 7\.5; use --kernels auto"):
+    with pytest.raises(UsageError, match=r"needs compute capability 8\.0 or newer, found 7\.5; use `kernels` auto"):
         table.resolve("triton", "cuda")
 
 
@@ -197,12 +197,12 @@ def test_a_run_made_with_triton_says_what_to_pass_where_triton_cannot_run(monkey
     with pytest.raises(UsageError) as caught:
         table.resolve("auto", "cpu", recorded=dict.fromkeys(TABLE, "triton"))
     assert (
-        str(caught.value) == "this run, made with --kernels triton, needs a CUDA GPU, found cpu; pass --kernels torch"
+        str(caught.value) == "this run, made with `kernels` triton, needs a CUDA GPU, found cpu; pass `kernels` torch"
     )
 
 
 def test_an_unknown_column_is_an_error_that_lists_the_known():
-    with pytest.raises(UsageError, match="--kernels 'cuda' is not one of auto, reference, torch, triton"):
+    with pytest.raises(UsageError, match="`kernels` 'cuda' is not one of auto, reference, torch, triton"):
         table.resolve("cuda")
 
 
@@ -227,7 +227,7 @@ def test_an_operation_that_the_record_lacks_is_chosen_as_in_a_new_run():
 
 @pytest.mark.parametrize("recorded", [{"layer_norm": "cuda"}, {"layer_norm": "index"}, {"convolution": "torch"}])
 def test_a_recorded_column_that_is_gone_is_an_error(recorded):
-    with pytest.raises(UsageError, match="pass --kernels"):
+    with pytest.raises(UsageError, match="pass `kernels`"):
         table.resolve("auto", recorded=recorded)
 
 

@@ -55,20 +55,20 @@ def test_a_named_device_is_taken(machine, name: str, wanted: torch.device):
 )
 def test_an_unknown_device_is_refused_with_the_choices(machine, name: str):
     machine(gpus=1)
-    with pytest.raises(UsageError, match=r"--device .*auto, cpu, mps, cuda, cuda:N"):
+    with pytest.raises(UsageError, match=r"`device` .*auto, cpu, mps, cuda, cuda:N"):
         resolve_device(name)
 
 
 @pytest.mark.parametrize("name", ["cuda", "cuda:0", "mps"])
 def test_a_device_that_is_not_here_is_refused_with_a_way_out(machine, name: str):
     machine()
-    with pytest.raises(UsageError, match=f"--device {name}.*use --device auto or cpu"):
+    with pytest.raises(UsageError, match=f"`device` {name}.*use `device` auto or cpu"):
         resolve_device(name)
 
 
 def test_a_gpu_number_too_high_names_the_last(machine):
     machine(gpus=2)
-    with pytest.raises(UsageError, match="--device cuda:2: the last GPU here is cuda:1"):
+    with pytest.raises(UsageError, match="`device` cuda:2: the last GPU here is cuda:1"):
         resolve_device("cuda:2")
 
 
@@ -150,20 +150,20 @@ def test_a_share_is_of_the_devices_free_memory(monkeypatch, text: str, size: int
     ["", " ", "GB", "%", "-1", "-5%", "1e9", "1,000", "2 PiB", "2g", "1.GB", ".5GB", "2GiB!", "1 2", "nan", "inf"],
 )
 def test_what_is_no_amount_is_refused_with_examples(text: str):
-    with pytest.raises(UsageError, match=r"--kv_memory .* is not an amount .*2GiB, 500MB or 30%") as refused:
+    with pytest.raises(UsageError, match=r"`kv_memory` .* is not an amount .*2GiB, 500MB or 30%") as refused:
         parse_memory(text, CPU)
     assert repr(text) in str(refused.value)
 
 
 @pytest.mark.parametrize("text", ["101%", "100.5 %"])
 def test_more_than_all_of_the_memory_is_refused(text: str):
-    with pytest.raises(UsageError, match=f"--kv_memory '{text}' is more than all .* at most 100%"):
+    with pytest.raises(UsageError, match=f"`kv_memory` '{text}' is more than all .* at most 100%"):
         parse_memory(text, CPU)
 
 
 @pytest.mark.parametrize("text", ["5ib", "9" * 400])
 def test_odd_amounts_are_refused_too(text: str):
-    with pytest.raises(UsageError, match="--kv_memory"):
+    with pytest.raises(UsageError, match="`kv_memory`"):
         parse_memory(text, CPU)
 
 

@@ -170,6 +170,6 @@ def test_a_failed_write_says_where(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     (tmp_path / "text.txt").write_text("some text")
     monkeypatch.setattr(corpus.token_file, "write", full)
-    with pytest.raises(corpus.UsageError, match=r"--data_dir .*: No space left on device"):
+    with pytest.raises(corpus.UsageError, match=r"`data_dir` .*: No space left on device"):
         prepare(tmp_path / "text.txt", tmp_path)
     assert names(tmp_path / "data") == []

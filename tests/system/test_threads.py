@@ -96,7 +96,7 @@ def test_a_run_records_its_threads_and_a_resume_keeps_them(workplace, no_picture
     assert torch.get_num_threads() == 2
     assert fastgpt.load(out, device="cpu").generate(max_new_tokens=2) == generator.generate(max_new_tokens=2)
     assert torch.get_num_threads() == 2
-    with pytest.raises(UsageError, match="--threads 0 must be at least 1"):
+    with pytest.raises(UsageError, match="`threads` 0 must be at least 1"):
         fastgpt.load(out, threads=0)
 
 

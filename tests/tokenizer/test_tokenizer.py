@@ -357,7 +357,7 @@ class TestBpe:
 
     def test_smallest_vocabulary(self):
         assert BpeTokenizer.train(["ababab"], 257).vocab_size == 257
-        with pytest.raises(UsageError, match=r"--vocab_size 256 .*at least 257"):
+        with pytest.raises(UsageError, match=r"`vocab_size` 256 .*at least 257"):
             BpeTokenizer.train(["ababab"], 256)
 
     def test_pieces_give_the_tokens_of_the_whole(self, bpe: BpeTokenizer):
