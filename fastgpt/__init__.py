@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fastgpt.config.model import ModelConfig
     from fastgpt.config.training import PRESETS, TrainConfig
     from fastgpt.errors import CorruptCheckpoint, UsageError
+    from fastgpt.fit import fit
     from fastgpt.generation.engine import Engine
     from fastgpt.generation.generator import TextGenerator
     from fastgpt.generation.load import load
@@ -33,6 +34,7 @@ __all__ = [
     "TextGenerator",
     "TrainConfig",
     "UsageError",
+    "fit",
     "load",
 ]
 
@@ -41,6 +43,7 @@ _MODULES = {
     "fastgpt.config.model": ("ModelConfig",),
     "fastgpt.config.training": ("PRESETS", "TrainConfig"),
     "fastgpt.errors": ("CorruptCheckpoint", "UsageError"),
+    "fastgpt.fit": ("fit",),
     "fastgpt.generation.engine": ("Engine",),
     "fastgpt.generation.generator": ("TextGenerator",),
     "fastgpt.generation.load": ("load",),

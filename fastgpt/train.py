@@ -23,14 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Only now, as they import PyTorch, which takes a second that --help and a mistyped flag do not wait for.
     from fastgpt.generation.sample import sample
     from fastgpt.training.run import train
-    from fastgpt.training.start import starting_point, with_warmup
+    from fastgpt.training.start import configure
 
-    start, why = starting_point(preset, given)
-    config = cli.change(start, given)
-    print(why, file=sys.stderr)
-    if not config.resuming and "warmup_iters" not in given:
-        config = with_warmup(config)
-    summary = train(config, sample)
+    summary = train(configure(preset, given), sample)
     if summary.failures:
         return 1
     return 0 if summary.stopped_by is None else 128 + summary.stopped_by

@@ -8,7 +8,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from fastgpt.errors import UsageError, nearest, shown
@@ -136,3 +136,10 @@ def _check_path(argument: str, value: str) -> None:
         value.encode()
     except UnicodeEncodeError:  # a run's config.json, which names it, is UTF-8
         raise UsageError(f"{argument} {shown(value)} is not UTF-8; rename it") from None
+
+
+def check_names(given: Iterable[str], known: Collection[str]) -> None:
+    """Raise `UsageError` for a name that is not known, with the one that is most like it."""
+    for name in given:
+        if name not in known:
+            raise UsageError(f"unknown setting {name!r}{nearest(name, known)}")

@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING, Unpack
 
 import torch
 
+from fastgpt.config.fields import check_names
 from fastgpt.config.generation import CACHES
 from fastgpt.errors import RunFailed, UsageError
 from fastgpt.generation.compiled_decoder import CompiledDecoder
 from fastgpt.generation.paged_text import PagedText
 from fastgpt.generation.request import Prompt
-from fastgpt.generation.settings import EngineOptions, SamplingSettings, check_names, sampling
+from fastgpt.generation.settings import EngineOptions, SamplingSettings, sampling
 from fastgpt.generation.single import Generation
 from fastgpt.model.gpt import GPT
 from fastgpt.tokenizer.base import Tokenizer

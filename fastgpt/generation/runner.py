@@ -20,7 +20,8 @@ from fastgpt.generation.scheduler import Chunk, LastToken, Plan
 from fastgpt.model.gpt import GPT
 from fastgpt.model.kv_cache import PagedBatch, PagedCache, Part
 from fastgpt.ops.table import Ops
-from fastgpt.system.device import is_out_of_memory, send
+from fastgpt.system.device import send
+from fastgpt.system.out_of_memory import is_out_of_memory
 
 RECOMPILE_LIMIT = 256  # of all engines of a process; each compiles a few kinds of steps
 

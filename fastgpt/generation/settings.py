@@ -1,12 +1,11 @@
 """Settings as they are given by name: typed for checkers such as pyright, and checked when the program runs."""
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
-from fastgpt.config.fields import validate
+from fastgpt.config.fields import check_names, validate
 from fastgpt.config.generation import SamplingParams
-from fastgpt.errors import UsageError, nearest
 from fastgpt.generation.compiled_decoder import CompiledDecoder
 
 
@@ -49,10 +48,3 @@ def sampling(given: Mapping[str, Any], defaults: SamplingParams | None = None) -
     params = dataclasses.replace(defaults or SamplingParams(), **given)
     validate(params)
     return params
-
-
-def check_names(given: Iterable[str], known: Collection[str]) -> None:
-    """Raise `UsageError` for a name that is not known, with the one that is most like it."""
-    for name in given:
-        if name not in known:
-            raise UsageError(f"unknown setting {name!r}{nearest(name, known)}")

@@ -14,7 +14,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fastgpt.loggers.jsonl import Record
+from fastgpt.checkpoint.progress import Progress
+from fastgpt.loggers.logger import Record
 from fastgpt.system.streams import Lasting
 from fastgpt.system.units import format_bytes, format_seconds
 
@@ -43,7 +44,7 @@ def fitting(fields: Sequence[Field], width: int) -> list[Field]:
 
 
 class Display:
-    """Shows how far a run is. Samples go to stdout.
+    """A `Logger` that shows how far a run is. Samples go to stdout.
 
     Args:
         total: steps of the run.
@@ -53,11 +54,11 @@ class Display:
 
     def __init__(self, console: Console, total: int, uniform: float | None = None, settled: int = 1):
         self.console, self.total, self.uniform, self.settled = console, total, uniform, settled
-        self.record: Record | None = None  # the latest
-        self.val_loss: float | None = None
+        self.record: Record | None = None  # the latest of the training loss
+        self.progress = Progress()
         self.name, self.step, self.done, self.count = "", 0, 0, 1  # micro-batches of a step, batches of an evaluation
         self.began = self.spoke = time.monotonic()  # when that began, and when the last line was written
-        self.start: int | None = None  # steps done before the first one here
+        self.first_step: int | None = None  # steps done before the first one here
         self.first = 0.0  # seconds of the first micro-batch
         self.estimate: float | None = None  # seconds of a step, told by the micro-batches of the first one
         self.live: Live | None = None
@@ -70,6 +71,12 @@ class Display:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.finish()
+
+    def start(self, progress: Progress) -> None:
+        self.progress = progress
+
+    def finish(self) -> None:
         if self.live:
             self.live.stop()
 
@@ -77,22 +84,24 @@ class Display:
         """Begin the `count` micro-batches ("micro") of the step after `step`, or batches of the evaluation after it."""
         self.name, self.step, self.done, self.count = name, step, 0, count
         self.began = time.monotonic()
-        if name == "micro" and self.start is None:
-            self.start = step
+        if name == "micro" and self.first_step is None:
+            self.first_step = step
 
     def reach(self, done: int) -> None:
         """So many of what was begun are done."""
         self.done, now = done, time.monotonic()
-        if self.name == "micro" and self.step == self.start:
+        if self.name == "micro" and self.step == self.first_step:
             self._estimate(now - self.began)
         if self.live is None and now - self.spoke >= SILENCE and 0 < done < self.count:
             left = format_seconds((now - self.began) / done * (self.count - done))
             what = "step" if self.name == "micro" else self.name
             self.say(f"step {self.step}/{self.total}  {self.name} {done}/{self.count}  {left} left in this {what}")
 
-    def show(self, record: Record, val_loss: float | None) -> None:
-        """Show a training record beside the latest val loss."""
-        self.record, self.val_loss, self.step, self.done = record, val_loss, record["step"], 0
+    def log(self, record: Record) -> None:
+        """Show a record of the training loss, beside the latest val loss; leave out others."""
+        if "loss" not in record:
+            return
+        self.record, self.step, self.done = record, record["step"], 0
         if self.live is None:
             self.say("  ".join(field.text for field in self._fields()))
         elif self.uniform is not None:
@@ -136,7 +145,8 @@ class Display:
         if self.console.is_terminal and self.done < self.count and slow:
             fields.append(Field(f"{self.name} {self.done}/{self.count}", 2))
         if record:
-            fields.append(Field("val -" if self.val_loss is None else f"val {self.val_loss:.4f}", 4))
+            val_loss = self.progress.val_loss
+            fields.append(Field("val -" if val_loss is None else f"val {val_loss:.4f}", 4))
         speed = record["tokens_per_second"] if record else None
         seconds = record["ms"] / 1e3 if record and record["ms"] is not None else self.estimate
         if seconds is not None and (self.console.is_terminal or speed is not None):  # the first step is not timed

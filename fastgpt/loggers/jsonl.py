@@ -15,17 +15,15 @@ import math
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 from fastgpt.checkpoint.progress import Progress
-
-Record = dict[str, Any]
+from fastgpt.loggers.logger import Record
 
 
 class MetricsFile:
-    """`metrics.jsonl`, to which whole lines are appended, by steps in order.
+    """A `Logger` that appends whole lines to `metrics.jsonl`, by steps in order.
 
-    The only thing that is ever taken back is the end: half a line, and the records of what is done again.
+    Only the end is ever cut off: half a line, and the records of steps that are done again.
 
     Args:
         progress: of the run, which is to have no record of what comes later.
@@ -36,15 +34,21 @@ class MetricsFile:
 
     def __init__(self, path: Path, progress: Progress):
         self.path, self.file = path, path.open("ab", buffering=0)
-        self.take_back(progress)
+        self.start(progress)
 
     def __enter__(self) -> "MetricsFile":
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.finish()
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def finish(self) -> None:
         self.file.close()
 
-    def take_back(self, progress: Progress) -> None:
+    def start(self, progress: Progress) -> None:
         """Cut off all from the first record of a later time than `progress`, and a line that a crash cut short."""
         self.end, line = 0, b"\n"
         with self.path.open("rb") as file:
@@ -59,7 +63,7 @@ class MetricsFile:
         if not line.endswith(b"\n"):  # cut just before its end
             self.end += self.file.write(b"\n")
 
-    def write(self, record: Record) -> None:
+    def log(self, record: Record) -> None:
         """Append a record, with null for a number that JSON has not (the loss of a step that was skipped).
 
         Raises:

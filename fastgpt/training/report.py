@@ -13,6 +13,7 @@ from fastgpt.config.training import TrainConfig
 from fastgpt.data.corpus import Corpus
 from fastgpt.errors import UsageError
 from fastgpt.evaluation.loss import EvaluationSet
+from fastgpt.loggers.logger import Record
 from fastgpt.model.gpt import GPT
 from fastgpt.system.device import describe
 from fastgpt.system.units import counted, format_bytes, format_seconds
@@ -24,7 +25,7 @@ class RunSummary:
     """How a run ended. Seconds and tokens/s are of the steps alone, without compiling, evaluating and saving.
 
     `saved_step` is that of the last checkpoint; `failures` counts what the disk did not take: checkpoints, lines of
-    metrics, the picture.
+    metrics, the picture. `history` holds the records that were logged, where `fastgpt.fit` collected them.
     """
 
     steps: int
@@ -39,6 +40,8 @@ class RunSummary:
     stopped_by: int | None = None
     saved_step: int = 0
     failures: int = 0
+    out_dir: str = "out"
+    history: tuple[Record, ...] = ()
 
 
 def introduce(

@@ -4,13 +4,32 @@ import dataclasses
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from fastgpt.checkpoint import run_folder, store
 from fastgpt.config.fields import validate
 from fastgpt.config.training import PRESETS, USUAL_WARMUP, TrainConfig
-from fastgpt.errors import UsageError
+from fastgpt.errors import UsageError, nearest, shown
 from fastgpt.interchange import nanogpt_weights
 from fastgpt.system.device import resolve_device
+
+
+def configure(preset: str | None, given: Mapping[str, Any]) -> TrainConfig:
+    """The whole configuration of a run, from a preset or the run that is continued, changed by what was given.
+
+    Says on stderr what it starts from.
+
+    Args:
+        given: some fields of `TrainConfig`, each within its own limits.
+
+    Raises:
+        UsageError: an unknown preset, or settings that do not go together.
+    """
+    start, why = starting_point(preset, given)
+    config = dataclasses.replace(start, **given)
+    validate(config)
+    print(why, file=sys.stderr)
+    return config if config.resuming or "warmup_iters" in given else with_warmup(config)
 
 
 def starting_point(preset: str | None, given: Mapping[str, object]) -> tuple[TrainConfig, str]:
@@ -34,6 +53,8 @@ def starting_point(preset: str | None, given: Mapping[str, object]) -> tuple[Tra
         saved, _ = run_folder.load(Path(out_dir))
         why = f"resume: the settings of the run in {out_dir}, changed by what was given"
         return dataclasses.replace(saved, out_dir=out_dir), why
+    if preset is not None and preset not in PRESETS:
+        raise UsageError(f"`preset` {shown(preset)} is not one of {', '.join(PRESETS)}{nearest(preset, PRESETS)}")
     kind = resolve_device(str(given.get("device", "auto"))).type
     fitting = "baby" if kind == "cuda" else "cpu"
     why = f"preset {preset}" if preset else f"preset {fitting}: it fits a {kind} device (others: `preset` NAME)"

@@ -74,6 +74,16 @@ class TrainingState:
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise CorruptCheckpoint(f"{folder / store.STATE} is not what a run saves: {error!r:.80}") from None
 
+    def is_finished(self) -> bool:
+        """Whether all steps are done, and the last evaluation too."""
+        return self.progress.step >= self.config.max_iters and not self.owes_evaluation()
+
+    def owes_evaluation(self) -> bool:
+        """Whether the last step calls for an evaluation that has not been, because a signal cut it short."""
+        step, config = self.progress.step, self.config
+        due = step == config.max_iters or step % config.eval_interval == 0
+        return due and step > 0 and self.progress.evaluated_step != step
+
     def reset(self) -> None:
         """Become what it was before the first step."""
         self.model.load_weights(self._make_model().weights())

@@ -149,7 +149,7 @@ class TestClaim:
         assert not Path("out").exists()
         run()
 
-    @pytest.mark.parametrize("moment", ["open", "_train_step", "_save"])
+    @pytest.mark.parametrize("moment", ["train", "_train_step", "_save"])
     def test_a_start_that_dies_before_its_first_checkpoint_is_started_again(self, monkeypatch, moment: str):
         def dying(self):
             raise KeyboardInterrupt

@@ -13,7 +13,7 @@ from fastgpt.evaluation import loss as evaluation_loss
 from fastgpt.generation.generator import TextGenerator
 from fastgpt.model.gpt import GPT
 from fastgpt.system import files
-from fastgpt.system.device import is_out_of_memory
+from fastgpt.system.out_of_memory import is_out_of_memory
 from fastgpt.training import optimizer
 from fastgpt.training.run import Run
 from fastgpt.training.state import TrainingState

@@ -336,7 +336,7 @@ def test_what_is_ignored_stays_ignored():
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 0)])
 def test_a_signal_before_training_begins_stops_at_once_or_is_kept(monkeypatch, name: str, code: int):
-    at_call(monkeypatch, run_module.Run, "__init__", 1, lambda: os.kill(os.getpid(), getattr(signal, name)))
+    at_call(monkeypatch, run_module, "prepare", 1, lambda: os.kill(os.getpid(), getattr(signal, name)))
     with pytest.raises(SystemExit) as ended:
         raise SystemExit(cli.run(train.main, FLAGS))
     assert ended.value.code == code

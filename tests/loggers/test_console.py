@@ -5,6 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
+from fastgpt.checkpoint.progress import Progress
 from fastgpt.loggers import console
 from fastgpt.loggers.console import Display
 
@@ -32,7 +33,8 @@ def lines(display: Display) -> list[str]:
 
 def shown(record: dict, val_loss: float | None = None, **options) -> str:
     with piped(**options) as display:
-        display.show(record, val_loss)
+        display.start(Progress(val_loss=val_loss))
+        display.log(record)
     (line,) = lines(display)
     return line
 
@@ -78,8 +80,8 @@ def test_a_step_that_was_not_timed_says_nothing_of_time():
 
 def test_the_first_loss_alone_stands_beside_that_of_a_uniform_guess():
     with piped(uniform=4.6347) as display:
-        display.show(FIRST, None)
-        display.show(RECORD, None)
+        display.log(FIRST)
+        display.log(RECORD)
     first, second = lines(display)
     assert "loss 2.3457 (a uniform guess scores 4.63)  val -" in first
     assert "guess" not in second
@@ -88,8 +90,8 @@ def test_the_first_loss_alone_stands_beside_that_of_a_uniform_guess():
 def test_a_terminal_keeps_the_first_loss_as_a_line_of_its_own():
     terminal = Terminal(80, uniform=4.6347)
     with terminal.display as display:
-        display.show(FIRST, None)
-        display.show(RECORD, None)
+        display.log(FIRST)
+        display.log(RECORD)
     assert display.console.file.getvalue().count("step 30/2000  loss 2.3457 (a uniform guess scores 4.63)\n") == 1
     assert "guess" not in terminal.line
 
@@ -111,7 +113,8 @@ def test_a_terminal_keeps_the_first_loss_as_a_line_of_its_own():
 )
 def test_a_narrow_terminal_drops_whole_fields_the_least_important_first(width: int, line: str):
     terminal = Terminal(width)
-    terminal.display.show(RECORD | {"step": 1510}, 2.5)
+    terminal.display.start(Progress(val_loss=2.5))
+    terminal.display.log(RECORD | {"step": 1510})
     assert terminal.line == line
 
 
@@ -126,7 +129,7 @@ def test_a_terminal_has_a_bar_and_counts_micro_batches_from_the_first_on(clock: 
     clock[0] += 16
     display.reach(3)  # those after the first tell more
     assert terminal.line == "step 0/2000  micro 3/40  177:46:40 left"
-    display.show(RECORD | {"step": 10}, None)
+    display.log(RECORD | {"step": 10})
     display.begin("evaluation", 10, 8)
     display.reach(2)
     assert "step 10/2000  loss 2.3457  evaluation 2/8  val -" in terminal.line
@@ -179,7 +182,7 @@ def test_a_pipe_hears_nothing_of_quick_micro_batches(clock: list[float]):
 def test_a_terminal_gets_a_live_line_and_samples_as_they_are(capsys):
     terminal = Terminal(200, total=90)
     with terminal.display as display:
-        display.show(RECORD, None)
+        display.log(RECORD)
         display.product("[bold]sampled[/bold]")
     out = display.console.file.getvalue()
     assert "30/90" in out

@@ -47,7 +47,7 @@ def lines(path: Path) -> list[dict]:
 def test_every_line_is_on_disk_as_soon_as_it_is_written(path: Path):
     with MetricsFile(path, Progress()) as file:
         for step in (1, 2):
-            file.write(RECORD | {"step": step})
+            file.log(RECORD | {"step": step})
             assert [line["step"] for line in lines(path)] == list(range(1, step + 1))
     assert file.file.closed
     assert read_metrics(path) == [RECORD | {"step": 1}, RECORD | {"step": 2}]
@@ -56,7 +56,7 @@ def test_every_line_is_on_disk_as_soon_as_it_is_written(path: Path):
 def test_reopening_forgets_the_steps_that_are_done_again(path: Path):
     path.write_text("".join(json.dumps({"step": step, "tokens": 0}) + "\n" for step in (10, 20, 20, 30)))
     with MetricsFile(path, Progress(step=20, evaluated_step=20)) as file:
-        file.write({"step": 30, "tokens": 1})
+        file.log({"step": 30, "tokens": 1})
     assert [line["step"] for line in lines(path)] == [10, 20, 20, 30]
     assert list(path.parent.iterdir()) == [path]
 
@@ -101,7 +101,7 @@ def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path_factory, cut: int):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_number_that_json_lacks_is_null(path: Path, value: float):
     with MetricsFile(path, Progress()) as file:
-        file.write(RECORD | {"grad_norm": value})
+        file.log(RECORD | {"grad_norm": value})
     assert lines(path) == [RECORD | {"grad_norm": None}]
 
 
@@ -187,11 +187,11 @@ def test_bytes_are_written_in_binary_units(count: int | None, text: str):
 def test_the_curves_are_a_png_however_short_the_run(path: Path, steps: int):
     with MetricsFile(path, Progress()) as file:
         for step in range(1, steps + 1):
-            file.write({"step": step, "tokens": step * 32, "loss": 3.0 / step})
-            file.write({"step": step, "tokens": step * 32, "val_loss": math.nan if step == 2 else 3.1})
-            file.write({"step": step, "tokens": 10**400, "loss": 1.0})
-            file.write({"step": 10**400, "tokens": step, "loss": 1.0})
-            file.write({"step": step, "tokens": step, "loss": 1e308, "val_loss": 10**400})
+            file.log({"step": step, "tokens": step * 32, "loss": 3.0 / step})
+            file.log({"step": step, "tokens": step * 32, "val_loss": math.nan if step == 2 else 3.1})
+            file.log({"step": step, "tokens": 10**400, "loss": 1.0})
+            file.log({"step": 10**400, "tokens": step, "loss": 1.0})
+            file.log({"step": step, "tokens": step, "loss": 1e308, "val_loss": 10**400})
     picture = plot_loss(path.parent)
     assert picture == path.parent / "plots" / "loss.png"
     content = picture.read_bytes()

@@ -17,6 +17,7 @@ from fastgpt import cli, generate, train
 from fastgpt.checkpoint import run_folder, store
 from fastgpt.checkpoint.progress import Progress
 from fastgpt.training import run as run_module
+from fastgpt.training import setup
 from tests.helpers import runs
 from tests.helpers.runs import FLAGS, TEXT, contents, forge_manifest, records, resume, run
 
@@ -392,7 +393,7 @@ def test_a_kill_while_going_back_loses_no_record(monkeypatch):
         raise SystemExit(9)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "MetricsFile", dying)
+        patch.setattr(setup, "MetricsFile", dying)
         with pytest.raises(SystemExit):
             cli.run(train.main, ["--init_from", "out/step-000010", "--max_iters", "20"])
     assert store.find(Path("out"), "latest").name == "step-000010"
