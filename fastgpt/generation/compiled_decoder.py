@@ -31,7 +31,7 @@ from fastgpt.model.gpt import GPT, add_norm
 from fastgpt.model.kv_cache import DenseCache
 from fastgpt.model.linear import store_by_rows
 from fastgpt.ops.table import Ops
-from fastgpt.system import caches
+from fastgpt.system import caches, torch_private
 from fastgpt.system.files import TEMPORARY
 from fastgpt_kernels import row_product
 
@@ -198,7 +198,7 @@ class CompiledDecoder:
         path = cache_folder() / f"{name}-{self._key(name, [*inputs, *weights])}.pt2"
         if path.exists():
             try:
-                return _load(path)
+                return torch_private.load_package(path)
             except RuntimeError:  # damaged: it is made anew
                 path.unlink()
         if self._announce and not self.seconds:
@@ -206,7 +206,7 @@ class CompiledDecoder:
         began = time.perf_counter()
         _compile(_Pure(part), (inputs, weights), free, path)
         self.seconds += time.perf_counter() - began
-        return _load(path)
+        return torch_private.load_package(path)
 
     def _key(self, name: str, inputs: Sequence[torch.Tensor | None]) -> str:
         """What the code depends on, as one word: sizes, settings, sources, compiler and processor."""
@@ -239,8 +239,6 @@ def cache_folder() -> Path:
 
 
 def _compile(module: _Pure, given: tuple[list, list], free: dict[int, str], path: Path) -> None:
-    from torch._inductor import aoti_compile_and_package, exc
-
     inputs, weights = given
     named = {name: torch.export.Dim(name, min=2, max=1 << 40) for name in free.values()}
     sizes = [{0: named[free[place]]} if place in free else None for place in range(len(inputs))]
@@ -253,26 +251,18 @@ def _compile(module: _Pure, given: tuple[list, list], free: dict[int, str], path
         ):
             warnings.simplefilter("ignore", FutureWarning)  # PyTorch's, about its own code
             exported = torch.export.export(module, given, dynamic_shapes=(sizes, [None] * len(weights)), strict=False)
-            package = aoti_compile_and_package(exported, package_path=f"{folder}/step.pt2", inductor_configs=OPTIONS)
-            Path(str(package)).replace(path)
-    except (exc.InductorError, exc.InvalidCxxCompiler, exc.CppCompileError) as error:
-        cause = error.inner_exception if isinstance(error, exc.InductorError) else error
-        if isinstance(cause, exc.InvalidCxxCompiler):
-            reason = "needs a C++ compiler, found none; install g++, or pass `compile=False`"
-            raise CannotCompile(f"`compile` {reason}") from None
-        lines = cause.output.splitlines() if isinstance(cause, exc.CppCompileError) else str(cause).splitlines()
-        said = next((line for line in lines if "error" in line), lines[0] if lines else type(cause).__name__)
-        raise CannotCompile(f"`compile` failed: {said.strip()}; mend that, or pass `compile=False`") from error
+            package = Path(folder) / "part.pt2"
+            torch_private.compile_to_package(exported, package, OPTIONS)
+            package.replace(path)
+    except torch_private.NoCompiler:
+        reason = "needs a C++ compiler, found none; install g++, or pass `compile=False`"
+        raise CannotCompile(f"`compile` {reason}") from None
+    except torch_private.CompilationFailed as error:
+        raise CannotCompile(f"`compile` failed: {error}; mend that, or pass `compile=False`") from error
     except OSError as error:
         raise CannotCompile(
             f"`compile`: {path.parent} cannot be written: {error.strerror}; set FASTGPT_CACHE, or pass `compile=False`"
         ) from None
-
-
-def _load(path: Path) -> Callable[[list], list]:
-    # What torch._inductor.aoti_load_package does, without the seconds that importing the compiler takes.
-    loader = torch._C._aoti.AOTIModelPackageLoader  # pyright: ignore[reportAttributeAccessIssue]
-    return loader(str(path), "model", True, 1, -1).boxed_run
 
 
 def _processor() -> str:

@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 import torch
 
+from fastgpt.system.torch_private import leave_pool
+
 WARM_UP = 3  # runs before a capture: they compile kernels and let libraries allocate
 
 
@@ -57,10 +59,5 @@ class GraphPool:
         with contextlib.suppress(RuntimeError):
             graph.capture_end()
         graph.reset()
-        # Up to PyTorch 2.13 a capture_end that fails leaves the allocator recording to the pool: then all of
-        # empty_cache and of what frees memory for others fails. Where it does not, the first of these calls raises.
-        with contextlib.suppress(RuntimeError):
-            index = torch.cuda.current_device()
-            torch._C._cuda_endAllocateToPool(index, self.pool)
-            torch._C._cuda_releasePool(index, self.pool)
+        leave_pool(self.pool)
         self._abandoned.append(graph)  # the allocator of pinned memory may still ask it whether it captures

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.fx.experimental._config as shapes
 
 from fastgpt.generation.compiled_decoder import CompiledDecoder
 from fastgpt.generation.cuda_graphs import GraphPool
@@ -22,6 +21,7 @@ from fastgpt.model.kv_cache import PagedBatch, PagedCache, Part
 from fastgpt.ops.table import Ops
 from fastgpt.system.device import send
 from fastgpt.system.out_of_memory import is_out_of_memory
+from fastgpt.system.torch_private import compile_up_to, equal_sizes_apart
 
 RECOMPILE_LIMIT = 256  # of all engines of a process; each compiles a few kinds of steps
 
@@ -179,13 +179,10 @@ def can_be_captured(ops: Ops) -> bool:
 
 def _compiled(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """torch.compile for any sizes: equal ones are no reason to compile again, nor is a second engine to give up."""
-    from torch._dynamo import config as dynamo  # takes seconds, and imports triton
-
     function = torch.compile(forward, dynamic=True)
 
     def run(*args: Any) -> torch.Tensor:
-        duck = shapes.patch(use_duck_shape=False)  # pyright: ignore[reportAttributeAccessIssue]
-        with duck, dynamo.patch(recompile_limit=RECOMPILE_LIMIT):
+        with equal_sizes_apart(), compile_up_to(RECOMPILE_LIMIT):
             return function(*args)
 
     return run

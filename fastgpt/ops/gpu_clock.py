@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from fastgpt.system.torch_private import spin_gpu
+
 # Clock cycles that the GPU spins before it begins: half a millisecond at first, at most some 70.
 FEWEST_CYCLES, MOST_CYCLES = 1 << 20, 1 << 27
 
@@ -38,7 +40,7 @@ class GpuClock:
         while True:
             laps = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
             torch.cuda.synchronize()
-            torch.cuda._sleep(self.cycles)
+            spin_gpu(self.cycles)
             for began, ended in laps:
                 before()
                 began.record()

@@ -12,6 +12,7 @@ import torch
 from fastgpt.config.model import ModelConfig
 from fastgpt.config.training import TrainConfig
 from fastgpt.system.device import autocast
+from fastgpt.system.torch_private import compile_up_to
 from fastgpt_kernels.quantization import quantize
 
 PAGE = 16  # tokens; the default of `page_size`
@@ -137,10 +138,8 @@ class Case:
         code = torch.compile(read, dynamic=False)
 
         def run(*inputs: torch.Tensor | None, **arguments: Any) -> tuple[torch.Tensor, ...]:
-            import torch._dynamo.config as dynamo  # slow
-
             # Every function is compiled as `read`, of which torch.compile would make a few versions and then give up.
-            with dynamo.patch(recompile_limit=RECOMPILE_LIMIT):
+            with compile_up_to(RECOMPILE_LIMIT):
                 return code(*inputs, **arguments)
 
         return run

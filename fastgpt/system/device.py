@@ -10,6 +10,7 @@ import torch
 
 from fastgpt.config.choices import DTYPES
 from fastgpt.errors import UsageError, nearest, shown
+from fastgpt.system import torch_private
 from fastgpt.system.units import counted
 
 # Dense 16-bit tensor-core peaks in FLOP/s, by the name that the driver gives; from NVIDIA's data sheets.
@@ -89,7 +90,7 @@ def resolve_weights_dtype(name: str, device: torch.device, *, interpreted: bool 
 
 def cpu_has_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX)."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch_private.cpu_multiplies_bfloat16()
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from fastgpt.config.training import TrainConfig
+from fastgpt.system.torch_private import add_to_each, fused_adamw
 
 
 class AdamW(torch.optim.AdamW):
@@ -40,13 +41,12 @@ class AdamW(torch.optim.AdamW):
             params = group["params"]
             states = [self.state[p] for p in params]
             steps = [state["step"] for state in states]
-            torch._foreach_add_(steps, taken)  # pyright: ignore[reportPrivateImportUsage]
-            torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]
+            add_to_each(steps, taken)
+            fused_adamw(
                 params,
                 [p.grad for p in params],
                 [state["exp_avg"] for state in states],
                 [state["exp_avg_sq"] for state in states],
-                [],
                 steps,
                 lr=group["lr"],
                 beta1=group["betas"][0],

@@ -17,12 +17,13 @@ from fastgpt.data.loader import Batch
 from fastgpt.errors import UsageError
 from fastgpt.model.gpt import GPT
 from fastgpt.system.device import autocast
+from fastgpt.system.torch_private import GROWTH_TRACKER, compile_error
 from fastgpt.training.guard import Guard
 from fastgpt.training.optimizer import clip, make_optimizer
 from fastgpt.training.schedule import learning_rate, set_learning_rate
 
 FACTORS = ("scale", "growth_factor", "backoff_factor")  # of float16's scaler
-COUNTS = ("growth_interval", "_growth_tracker")
+COUNTS = ("growth_interval", GROWTH_TRACKER)
 
 
 class TrainStep:
@@ -133,10 +134,8 @@ class TrainStep:
     def _loss(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         if not self.config.compile:
             return self.model(x, y)
-        from torch._dynamo.exc import TorchDynamoException  # slow to import, so only with `compile`
-
         try:
             return self.compiled(x, y)
-        except TorchDynamoException as error:
+        except compile_error() as error:
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise UsageError(f"`compile` failed: {reason}; mend that, or pass `compile=False`") from error

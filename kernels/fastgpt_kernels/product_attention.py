@@ -15,6 +15,7 @@ import torch
 from fastgpt_kernels.dropout import apply_dropout, weights_kept
 from fastgpt_kernels.float32_product import product_dtype
 from fastgpt_kernels.reference import visible
+from fastgpt_kernels.torch_private import softmax_backward
 
 # The most float32 scores at once on a CPU: so many stay in the cache until they have become weights.
 SCORES = 1 << 20
@@ -81,7 +82,7 @@ class _Narrow(torch.autograd.Function):
         dv = _product(kept.mT, grads[0], ctx.keep_scale)
         dw = _product(grads[0], v.mT, 1.0)  # without keep_scale: dq and dk are scaled by it, and rounded once
         dw = dw if keep is None else dw.mul_(keep)
-        ds = torch.ops.aten._softmax_backward_data(dw, weights, -1, weights.dtype)
+        ds = softmax_backward(dw, weights)
         scale = ctx.scale * ctx.keep_scale
         return _product(ds, k, scale), _product(ds.mT, q, scale), dv, None, None, None, None
 

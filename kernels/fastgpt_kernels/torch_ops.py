@@ -9,6 +9,7 @@ from fastgpt_kernels.float32_product import FEW_ROWS, float32_product, product_b
 from fastgpt_kernels.product_attention import attention_by_products
 from fastgpt_kernels.reference import reduce, visible
 from fastgpt_kernels.row_product import row_product
+from fastgpt_kernels.torch_private import linear_int8_packed
 
 
 def layer_norm(
@@ -269,8 +270,7 @@ def linear_int8(
         # the cache, of 2304 x 768 and 50304 x 768: for 1 row 0.4 and 6.2 (dequantized at once 1.2, 24), for 16 rows
         # 1.1 and 34 (1.1, 28), for 64 rows 2.6 and 77 (1.3, 35). In float32 it is slower throughout: 1.0 and 27 for a
         # row, 40 and 924 for 64 (dequantized 0.6 and 15, 1.9 and 50).
-        pack = torch._weight_int8pack_mm  # pyright: ignore[reportPrivateImportUsage]
-        y = pack(rows.contiguous(), weight_int8, scale.to(x.dtype))
+        y = linear_int8_packed(rows.contiguous(), weight_int8, scale.to(x.dtype))
     else:
         # Scaled after the product, whose sums of up to 127 |x| would pass float16's largest number.
         dtype = torch.float32 if x.dtype == torch.float16 else torch.promote_types(x.dtype, out_dtype)

@@ -15,6 +15,7 @@ from fastgpt.generation.generator import TextGenerator
 from fastgpt.model.int8 import quantize_model
 from fastgpt.model.kv_cache import DenseCache
 from fastgpt.model.linear import store_by_columns
+from fastgpt.system import torch_private
 from tests.helpers.untrained import fresh
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=20)
@@ -162,7 +163,7 @@ def test_a_damaged_file_is_compiled_anew(generator: TextGenerator, monkeypatch: 
 def test_it_says_before_it_compiles(monkeypatch: pytest.MonkeyPatch):
     said = []
     monkeypatch.setattr(compiled_decoder, "_compile", lambda *args: said.append("compiled"))
-    monkeypatch.setattr(compiled_decoder, "_load", lambda path: path)
+    monkeypatch.setattr(torch_private, "load_package", lambda path: path)
     CompiledDecoder(fresh(block_size=16, n_embd=24).model, said.append)
     assert said == ["compiling the decode step for a model of this shape: up to a minute, once", *["compiled"] * 3]
 

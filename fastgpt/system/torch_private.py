@@ -1,0 +1,169 @@
+"""Every private name of PyTorch that fastgpt uses, so that a new version of PyTorch is checked in one place.
+
+PyTorch promises nothing about a name with a leading underscore. All of these were checked with PyTorch 2.11, 2.13 and
+2.14, the versions that this project has run with; `tests/system/test_torch_private.py` finds a private name that is
+used elsewhere. What is slow to import, the compiler, is imported when it is needed. The kernels' own names are in
+`fastgpt_kernels.torch_private`.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# The key of `torch.amp.GradScaler.state_dict()` that counts steps without an overflow since the scale last changed.
+# No public name: the scaler has getters for the other four values, but its dict alone brings all of them back.
+GROWTH_TRACKER = "_growth_tracker"
+
+
+class NoCompiler(RuntimeError):
+    """The machine has no C++ compiler."""
+
+
+class CompilationFailed(RuntimeError):
+    """The compiler refused the code; the message is its first line that names an error."""
+
+
+# Arithmetic
+
+
+def add_to_each(tensors: list[torch.Tensor], amount: float | torch.Tensor) -> None:
+    """Add one amount to every tensor in place, in one call.
+
+    No public name: `Tensor.add_` takes one tensor, and PyTorch's optimizers use this one.
+    """
+    torch._foreach_add_(tensors, amount)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def fused_adamw(
+    parameters: list[torch.Tensor],
+    gradients: list[torch.Tensor],
+    averages: list[torch.Tensor],
+    squares: list[torch.Tensor],
+    steps: list[torch.Tensor],
+    **settings: Any,
+) -> None:
+    """One AdamW update of all parameters in place, by PyTorch's fused kernel.
+
+    No public name: `torch.optim.AdamW(fused=True)` calls it, after Python work that costs a small model much of a step.
+
+    Args:
+        averages, squares: the moments, exp_avg and exp_avg_sq.
+        steps: float32 scalars that count the updates, this one included.
+        settings: lr, beta1, beta2, weight_decay, eps, amsgrad, maximize and found_inf.
+    """
+    torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]
+        parameters, gradients, averages, squares, [], steps, **settings
+    )
+
+
+# Devices
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether the CPU has AVX512-BF16 or AMX.
+
+    No public name: `torch.backends.cpu.get_cpu_capability` tells neither.
+    """
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def spin_gpu(cycles: int) -> None:
+    """Let the current CUDA stream wait for so many clock cycles, while the host goes on.
+
+    No public name: PyTorch has this kernel for its own tests.
+    """
+    torch.cuda._sleep(cycles)
+
+
+def leave_pool(pool: Any) -> None:
+    """Make the CUDA allocator stop recording to the memory pool of a capture that failed, and release the pool.
+
+    Up to PyTorch 2.13 a `CUDAGraph.capture_end` that fails leaves the allocator recording: then `empty_cache` fails,
+    and so does all that frees memory for others. In versions that leave the pool themselves nothing happens here.
+
+    No public name: `torch.cuda.use_mem_pool` does both, but only for pools that it began to use itself.
+    """
+    with contextlib.suppress(RuntimeError):  # the first call raises where the allocator is not recording
+        index = torch.cuda.current_device()
+        torch._C._cuda_endAllocateToPool(index, pool)
+        torch._C._cuda_releasePool(index, pool)
+
+
+# Compiling
+
+
+@contextlib.contextmanager
+def compile_up_to(versions: int) -> Iterator[None]:
+    """Within the block torch.compile makes up to so many versions of a function, and not 8, before it gives up.
+
+    No public name: `torch.compile` has no argument for the limit. Importing its configuration takes seconds, and
+    imports triton.
+    """
+    from torch._dynamo import config
+
+    with config.patch(recompile_limit=versions):
+        yield
+
+
+@contextlib.contextmanager
+def equal_sizes_apart() -> Iterator[None]:
+    """Within the block torch.compile with `dynamic=True` does not take sizes for the same because they are equal.
+
+    No public name: `torch.compile` has no argument for this. Otherwise a batch as large as its page table is wide would
+    be compiled for such batches alone.
+    """
+    from torch.fx.experimental import _config
+
+    with _config.patch(use_duck_shape=False):  # pyright: ignore[reportAttributeAccessIssue]
+        yield
+
+
+def compile_error() -> type[Exception]:
+    """The class of the errors that torch.compile raises for what it cannot compile.
+
+    No public name: `torch.compiler` exports no exception. Importing it takes seconds.
+    """
+    from torch._dynamo.exc import TorchDynamoException
+
+    return TorchDynamoException
+
+
+def compile_to_package(exported: torch.export.ExportedProgram, path: Path, options: Mapping[str, Any]) -> None:
+    """Compile an exported program ahead of time into a file, by AOTInductor.
+
+    No public name: PyTorch documents `torch._inductor.aoti_compile_and_package` as the way to do this.
+
+    Args:
+        options: settings of inductor.
+
+    Raises:
+        NoCompiler, CompilationFailed
+        OSError: the file cannot be written.
+    """
+    from torch._inductor import aoti_compile_and_package, exc
+
+    try:
+        aoti_compile_and_package(exported, package_path=str(path), inductor_configs=dict(options))
+    except (exc.InductorError, exc.InvalidCxxCompiler, exc.CppCompileError) as error:
+        cause = error.inner_exception if isinstance(error, exc.InductorError) else error
+        if isinstance(cause, exc.InvalidCxxCompiler):
+            raise NoCompiler from None
+        lines = cause.output.splitlines() if isinstance(cause, exc.CppCompileError) else str(cause).splitlines()
+        said = next((line for line in lines if "error" in line), lines[0] if lines else type(cause).__name__)
+        raise CompilationFailed(said.strip()) from error
+
+
+def load_package(path: Path) -> Callable[[list], list]:
+    """The function in a file of `compile_to_package`: from a list of tensors, which it clears, to a list of tensors.
+
+    No public name: `torch._inductor.aoti_load_package` makes the same object, but imports the compiler, which takes
+    seconds.
+
+    Raises:
+        RuntimeError: the file is damaged.
+    """
+    loader = torch._C._aoti.AOTIModelPackageLoader  # pyright: ignore[reportAttributeAccessIssue]
+    return loader(str(path), "model", True, 1, -1).boxed_run
