@@ -12,7 +12,6 @@ not on what runs beside it; only equal prompts with equal seeds, given together,
 import itertools
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
 import torch
 
@@ -20,12 +19,14 @@ from fastgpt.config.fields import validate
 from fastgpt.config.generation import SPECULATION, SamplingParams
 from fastgpt.errors import UsageError
 from fastgpt.generation.compiled_decoder import CompiledDecoder
+from fastgpt.generation.in_flight import Output, Request, Sink
 from fastgpt.generation.ngram import NgramProposer
+from fastgpt.generation.plan import Chunk, LastToken, Plan, Sample
 from fastgpt.generation.random_stream import Occurrences, prompt_digest, stream_key
-from fastgpt.generation.request import Completion, Piece, Prompt, Stats, Timings, prompt_tokens
+from fastgpt.generation.request import Completion, Piece, Prompt, Stats, prompt_tokens
 from fastgpt.generation.runner import Runner
-from fastgpt.generation.sampler import NOT_DRAWN, Drawn, Sampler, not_numbers
-from fastgpt.generation.scheduler import Chunk, LastToken, Plan, Sample, Scheduler
+from fastgpt.generation.sampler import Drawn, Sampler
+from fastgpt.generation.scheduler import Scheduler
 from fastgpt.model.gpt import GPT
 from fastgpt.model.kv_cache import PagedCache, pages_that_fit
 from fastgpt.system.device import send, synchronize
@@ -34,56 +35,6 @@ from fastgpt.tokenizer.base import Tokenizer
 from fastgpt.tokenizer.detokenizer import Detokenizer
 
 DRAFTS = 5  # tokens that a guess has at most
-
-
-@dataclass(eq=False, slots=True)
-class _Sink:
-    """Where the pieces of requests go that were given together; `open`: their continuations that are not finished."""
-
-    pieces: list[Piece] = field(default_factory=list)
-    open: int = 0
-
-    def take(self) -> list[Piece]:
-        """What has come since the last time."""
-        pieces, self.pieces = self.pieces, []
-        return pieces
-
-
-@dataclass(eq=False)
-class _Request:
-    """A prompt with its continuations that are under way."""
-
-    number: int  # in the order of submission
-    index: int  # what its pieces and completions are called
-    sink: _Sink
-    prompt: Prompt
-    params: SamplingParams
-    submitted: float
-    samples: dict[Sample, None] = field(default_factory=dict)  # those that are not finished
-    started: float | None = None
-    first_token: float | None = None
-
-    def timings(self, now: float) -> Timings:
-        since = [None if moment is None else moment - self.submitted for moment in (self.started, self.first_token)]
-        return Timings(*since, finished=now - self.submitted)
-
-
-@dataclass(eq=False, slots=True)
-class _Output:
-    """What one sample has given out, and what it has not yet.
-
-    `length`: of prompt and continuation, at which it ends.
-    """
-
-    request: _Request
-    number: int  # of the continuation
-    length: int
-    stop_tokens: Sequence[int]
-    detokenizer: Detokenizer | None
-    logprobs: list[tuple[float, list[tuple[int, float]]]] | None
-    first_token: float | None = None
-    text: str = ""
-    tokens: list[int] = field(default_factory=list)
 
 
 class Engine:
@@ -153,10 +104,10 @@ class Engine:
         self.sampler = Sampler(max_batch, self.vocab_size, device)
         self.stats = Stats()
         self._submitted = 0
-        self._requests: dict[int, _Request] = {}  # those that are not finished
-        self._outputs: dict[Sample, _Output] = {}  # of those that are not finished
+        self._requests: dict[int, Request] = {}  # those that are not finished
+        self._outputs: dict[Sample, Output] = {}  # of those that are not finished
         self._slots: list[Sample | None] = [None] * max_batch  # whose settings the sampler holds
-        self._ready = _Sink()  # of what was submitted
+        self._ready = Sink()  # of what was submitted
 
     @property
     def busy(self) -> bool:
@@ -214,7 +165,7 @@ class Engine:
     def _pieces(
         self, prompts: Sequence[Prompt], each: Sequence[SamplingParams], wanted: Sequence[Sequence[int]]
     ) -> Iterator[Piece]:
-        sink = _Sink()
+        sink = Sink()
         equal = Occurrences()
         own = [
             self._submit(prompt, one, index, sink, numbers, equal)
@@ -250,12 +201,12 @@ class Engine:
         prompt: Prompt,
         params: SamplingParams,
         index: int,
-        sink: _Sink,
+        sink: Sink,
         wanted: Sequence[int],
         equal: Occurrences,
-    ) -> _Request:
+    ) -> Request:
         """`index`: what its pieces are called, which go to `sink`; `equal`: numbers it among those given together."""
-        request = _Request(self._submitted, index, sink, prompt, params, time.perf_counter())
+        request = Request(self._submitted, index, sink, prompt, params, time.perf_counter())
         self._submitted += 1
         try:
             tokens = prompt_tokens(prompt, self.tokenizer, self.vocab_size)
@@ -264,7 +215,7 @@ class Engine:
             self._check(tokens, params)
         except UsageError as error:
             if wanted:
-                sink.pieces.append(self._refusal(request, wanted[0], str(error)))
+                request.refuse(wanted[0], str(error))
             return request
         if not wanted:
             return request
@@ -283,7 +234,7 @@ class Engine:
             sink.open += 1
             detokenizer = Detokenizer(self.tokenizer, params.stop, tokens) if self.tokenizer else None
             logprobs = None if params.logprobs is None else []
-            self._outputs[sample] = _Output(request, number, length, params.stop_tokens, detokenizer, logprobs)
+            self._outputs[sample] = Output(request, number, length, params.stop_tokens, detokenizer, logprobs)
         self._requests[request.number] = request
         if params.max_new_tokens == 0:
             for sample in list(request.samples):
@@ -301,7 +252,7 @@ class Engine:
         if request := self._requests.get(number):
             self._cancel(request)
 
-    def _cancel(self, request: _Request) -> None:
+    def _cancel(self, request: Request) -> None:
         for sample in list(request.samples):
             self._finish(request, sample, "cancelled")
 
@@ -387,13 +338,13 @@ class Engine:
         for turn, latest in zip(turns, each, strict=False):
             sample, draft = turn.sample, turn.draft
             output = self._outputs[sample]
-            request, reason = output.request, self._append(sample, output, latest)
+            request, reason = output.request, output.append(sample, latest, self.stats)
             if draft:
                 for guess, after in zip(draft, list(itertools.islice(each, len(draft))), strict=True):
                     if reason or guess != latest.token:
                         break
                     self.stats.accepted += 1
-                    reason, latest = self._append(sample, output, after), after
+                    reason, latest = output.append(sample, after, self.stats), after
                 self.stats.proposed += len(draft)
             if not turn.reading:
                 decoded += len(output.tokens)
@@ -406,57 +357,12 @@ class Engine:
             output.text, output.tokens = "", []
         self.stats.decode_tokens += decoded
 
-    def _append(self, sample: Sample, output: _Output, drawn: Drawn) -> str | None:
-        """Add a token; why the continuation ends with it, or None."""
-        token, logprob, top = drawn
-        if token == NOT_DRAWN:
-            return "error"
-        if output.first_token is None:
-            output.first_token, request = time.perf_counter(), output.request
-            if request.first_token is None:
-                request.first_token = output.first_token
-                self.stats.first_token_seconds.append(request.first_token - request.submitted)
-        if token in output.stop_tokens:
-            return "stop"
-        sample.tokens.append(token)
-        output.tokens.append(token)
-        if logprob is not None and output.logprobs is not None:
-            output.logprobs.append((logprob, top or []))
-        if detokenizer := output.detokenizer:
-            output.text += detokenizer.push(token)
-            if detokenizer.stopped:
-                return "stop"
-        return "length" if len(sample.tokens) >= output.length else None
-
-    def _finish(self, request: _Request, sample: Sample, reason: str) -> None:
+    def _finish(self, request: Request, sample: Sample, reason: str) -> None:
         self.scheduler.drop(sample)
-        output, now = self._outputs[sample], time.perf_counter()
-        if output.detokenizer:
-            output.text += output.detokenizer.finish()
-        if output.first_token is not None and sample.generated > 1:
-            self.stats.token_seconds.append((now - output.first_token) / (sample.generated - 1))
-        completion = Completion(
-            request.index,
-            sample.order[1],
-            request.prompt,
-            output.detokenizer.text if output.detokenizer else "",
-            sample.tokens[sample.prompt_length :],
-            reason,
-            request.timings(now),
-            not_numbers(len(sample.tokens)) if reason == "error" else None,
-            logprobs=output.logprobs,
-        )
-        request.sink.pieces.append(Piece(request.index, sample.order[1], output.text, output.tokens, completion))
-        request.sink.open -= 1
+        self._outputs[sample].finish(sample, reason, self.stats)
         del self._outputs[sample]
-        del request.samples[sample]
         if not request.samples:
             del self._requests[request.number]
-
-    def _refusal(self, request: _Request, sample: int, error: str) -> Piece:
-        waited = Timings(None, None, time.perf_counter() - request.submitted)
-        completion = Completion(request.index, sample, request.prompt, "", [], "error", waited, error)
-        return Piece(request.index, sample, "", [], completion)
 
     def _check(self, tokens: Sequence[int], params: SamplingParams) -> None:
         """Raises `UsageError` for a request that can never run, even alone."""

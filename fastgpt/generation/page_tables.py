@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from fastgpt.generation.scheduler import Sample
+from fastgpt.generation.plan import Sample
 from fastgpt.model.pages import BlockTable
 from fastgpt.system.device import send
 

@@ -6,8 +6,8 @@ import torch
 
 from fastgpt.config.generation import SamplingParams
 from fastgpt.errors import UsageError
+from fastgpt.generation.plan import Chunk, Plan, Sample
 from fastgpt.generation.runner import Runner
-from fastgpt.generation.scheduler import Chunk, Plan, Sample
 from fastgpt.model.gpt import GPT
 from fastgpt.model.kv_cache import PagedCache, page_bytes
 from fastgpt.model.pages import BlockTable

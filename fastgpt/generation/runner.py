@@ -15,7 +15,7 @@ import torch
 from fastgpt.generation.compiled_decoder import CompiledDecoder
 from fastgpt.generation.cuda_graphs import GraphPool
 from fastgpt.generation.page_tables import PageTables
-from fastgpt.generation.scheduler import Chunk, LastToken, Plan
+from fastgpt.generation.plan import Chunk, LastToken, Plan
 from fastgpt.model.gpt import GPT
 from fastgpt.model.kv_cache import PagedBatch, PagedCache, Part
 from fastgpt.ops.table import Ops

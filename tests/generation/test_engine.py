@@ -12,6 +12,7 @@ from fastgpt.config.generation import SamplingParams
 from fastgpt.errors import UsageError
 from fastgpt.generation.engine import Engine
 from fastgpt.generation.generator import TextGenerator
+from fastgpt.generation.in_flight import Output
 from fastgpt.generation.request import Completion
 from fastgpt.generation.runner import Runner
 from fastgpt.generation.sampler import Sampled, Sampler
@@ -400,7 +401,7 @@ FAILURES = [
     (Scheduler, "plan", 1, True),
     (Scheduler, "plan", 3, True),
     (Scheduler, "_chunk", 2, False),
-    (Engine, "_append", 2, False),
+    (Output, "append", 2, False),
 ]
 
 

@@ -6,7 +6,8 @@ import pytest
 
 from fastgpt.config.generation import SamplingParams
 from fastgpt.generation.ngram import NgramProposer
-from fastgpt.generation.scheduler import Sample, Scheduler
+from fastgpt.generation.plan import Sample
+from fastgpt.generation.scheduler import Scheduler
 from fastgpt.model.kv_cache import PagedCache
 from tests.helpers.engines import BLOCK, CONFIG, P, check, check_plan, watched
 from tests.helpers.untrained import fresh

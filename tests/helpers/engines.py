@@ -9,9 +9,10 @@ import torch
 from fastgpt.config.generation import SamplingParams
 from fastgpt.config.model import ModelConfig
 from fastgpt.generation.engine import Engine
+from fastgpt.generation.plan import Plan
 from fastgpt.generation.request import Completion, Piece, Prompt
 from fastgpt.generation.runner import Runner
-from fastgpt.generation.scheduler import Plan, Scheduler
+from fastgpt.generation.scheduler import Scheduler
 from fastgpt.model.kv_cache import PagedBatch, page_bytes
 
 P, BLOCK = 4, 32
