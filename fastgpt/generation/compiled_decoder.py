@@ -1,15 +1,15 @@
-"""The next token of one sequence on a CPU, in machine code made for it: a decode step that waits for memory alone.
+"""Computes the next token of one sequence on a CPU in machine code that is compiled for the model.
 
     decoder = CompiledDecoder(model)       # compiles, or loads what an earlier run compiled
     logits = decoder(token, slots, keys, values)
 
-A layer is compiled once, as one function of its weights, and called for each layer of the model, so that a deep model
-takes no longer to compile than a shallow one; the embedding and the output layer are two more such functions. They are
-what `GPT.embed`, `Block.forward` and `GPT.logits` say, exported with `torch.export` and compiled by AOTInductor, and
-are kept in the cache folder by what they depend on. The products are `fastgpt_kernels.row_product`.
+One function computes a layer from its weights. It is compiled once and called for each layer of the model, so a deep
+model compiles as fast as a shallow one. The embedding and the output layer are two more such functions. All three are
+`GPT.embed`, `Block.forward` and `GPT.logits`, exported with `torch.export` and compiled by AOTInductor. They are kept
+in the cache folder, under a hash of what they depend on. The products are `fastgpt_kernels.row_product`.
 
-Nothing else is computed in a step: reading the weights empties the processor's caches of everything, so that even a
-small operation of PyTorch costs several times what it costs in a loop of its own.
+The speed limit is that of reading the weights. Nothing else is computed between them: they fill the processor's caches,
+so that even a small operation of PyTorch costs several times what it costs in a loop of its own.
 """
 
 import hashlib
@@ -37,9 +37,9 @@ from fastgpt_kernels import row_product
 
 OPTIONS = {
     "cpp.enable_floating_point_contract_flag": "fast",
-    "aot_inductor.compile_wrapper_opt_level": "O0",  # of what calls the kernels, which is most of the text
+    "aot_inductor.compile_wrapper_opt_level": "O0",  # for the code that calls the kernels, which is most of the code
 }
-# What the compiled code depends on, beside shapes, compiler and processor.
+# The sources that the compiled code depends on, beside shapes, compiler and processor.
 PARTS = ("gpt", "positions", "gelu", "linear", "int8")
 KERNELS = ("row_product", "float32_product", "torch_ops", "reference")
 SOURCES = [Path(__file__), *(Path(gpt.__file__).with_name(f"{name}.py") for name in PARTS)]
@@ -47,16 +47,16 @@ SOURCES += [Path(row_product.__file__).with_name(f"{name}.py") for name in KERNE
 
 
 class CannotCompile(UsageError):
-    """This machine, or this model, has no compiled decode step."""
+    """This machine or this model cannot have a compiled decoder."""
 
 
 @dataclass(frozen=True)
 class _OneLayer:
-    """The cache of one layer as the compiled function sees it: keys and values (slots, Hkv, D)."""
+    """The cache of one layer, as the compiled function sees it: keys and values (slots, Hkv, D)."""
 
     keys: torch.Tensor
     values: torch.Tensor
-    slots: torch.Tensor  # int64 (S,): where the sequence's positions are; the last is the token's own
+    slots: torch.Tensor  # int64 (S,): the slots of the sequence's positions, the new token's last
 
     def positions(self, T: int) -> torch.Tensor:
         raise AssertionError("the token is embedded before the layers")
@@ -77,13 +77,13 @@ class _OneLayer:
 
 
 class _Part(nn.Module):
-    """A part of the step. `reads`: how the names of the weights begin that it reads."""
+    """A part of the model's computation. `reads`: prefixes of the names of the weights that it reads."""
 
     reads: tuple[str, ...]
 
 
 class _Embedding(_Part):
-    """The stream of a token, what is added to it in the first layer, and the rotation of rotary positions."""
+    """The residual stream of a token, the branch that the first layer adds to it, and the rotation, if rotary."""
 
     reads = ("model.wte.", "model.wpe.", "model.table")
 
@@ -123,7 +123,7 @@ class _Head(_Part):
 
 
 class _Pure(nn.Module):
-    """A part as a function of its inputs and its weights, which are no parameters here and so stay out of the code."""
+    """A part as a function of its inputs and weights. The weights are no parameters, so the code does not hold them."""
 
     def __init__(self, part: _Part):
         super().__init__()
@@ -134,30 +134,32 @@ class _Pure(nn.Module):
 
 
 def _weights(part: _Part) -> dict[str, torch.Tensor]:
-    """What a part reads of its model, by name."""
+    """The weights that a part reads, by name."""
     named = {**dict(part.named_parameters()), **dict(part.named_buffers())}
     return {name: tensor for name, tensor in named.items() if name.startswith(part.reads)}
 
 
 class CompiledDecoder:
-    """The compiled step of a model in evaluation mode.
+    """The compiled forward pass of a model in evaluation mode, for one token of one sequence.
 
     Attributes:
         embedding, layer, head: the compiled functions, from a list of tensors to a list of tensors.
-        seconds: what compiling took; 0.0 where it was found compiled.
+        seconds: spent compiling; 0.0 where an earlier run had compiled it.
     """
 
     def __init__(self, model: GPT, announce: Callable[[str], None] | None = None):
-        """Compile, or load. `announce` is called with a sentence before compiling begins.
+        """Compile the model, or load what an earlier run compiled.
+
+        `announce` is called with a sentence before compiling begins.
 
         Raises:
-            CannotCompile: the model is not on a CPU, runs kernels that are no PyTorch, or there is no compiler.
+            CannotCompile: the model is not on a CPU or runs Triton kernels, or there is no compiler.
         """
         self.model, self._announce = model, announce
         if model.device.type != "cpu":
-            raise CannotCompile(f"`compile`: the compiled decode step is for a CPU, and the model is on {model.device}")
+            raise CannotCompile(f"`compile`: the compiled decoder is for a CPU, and the model is on {model.device}")
         if others := set(model.ops.backends.values()) - {"torch", "reference"}:
-            raise CannotCompile(f"`compile`: the decode step is PyTorch alone, without kernels of {others.pop()}")
+            raise CannotCompile(f"`compile`: the compiled decoder is PyTorch alone, without kernels of {others.pop()}")
         store_by_rows(model)
         embedding, layers, head = _Embedding(model), [_Layer(block) for block in model.h], _Head(model)
         self._embedding_weights, self._head_weights = (list(_weights(part).values()) for part in (embedding, head))
@@ -178,8 +180,8 @@ class CompiledDecoder:
         """The logits (1, V) of what follows the token.
 
         Args:
-            token: int64 (1,), whose position is the last of the slots.
-            slots: int64 (S,), S >= 2: where the sequence's positions stand in keys and values, the token's own last.
+            token: int64 (1,), at the last position of the sequence.
+            slots: int64 (S,), S >= 2: the slots of the sequence's positions in keys and values, the token's last.
             keys, values: of each layer, (slots, Hkv, D); the token's are written to its slot.
         """
         x, branch, *rotation = self.embedding([token, slots, *self._embedding_weights])
@@ -190,26 +192,26 @@ class CompiledDecoder:
     def _function(
         self, name: str, part: _Part, inputs: list[torch.Tensor | None], free: dict[int, str]
     ) -> Callable[[list], list]:
-        """The part as machine code: a list of its inputs, None left out, and then its weights, to its outputs.
+        """The part as machine code: from a list of its inputs, without None, and its weights to its outputs.
 
-        `free`: which inputs may have any length from 2 on, and what it is called.
+        `free`: the inputs that may have any length from 2 on, and the name of that length.
         """
         weights = list(_weights(part).values())
         path = cache_folder() / f"{name}-{self._key(name, [*inputs, *weights])}.pt2"
         if path.exists():
             try:
                 return torch_private.load_package(path)
-            except RuntimeError:  # damaged: it is made anew
+            except RuntimeError:  # damaged
                 path.unlink()
         if self._announce and not self.seconds:
-            self._announce("compiling the decode step for a model of this shape: up to a minute, once")
+            self._announce("compiling the decoder for a model of this shape: up to a minute, once")
         began = time.perf_counter()
         _compile(_Pure(part), (inputs, weights), free, path)
         self.seconds += time.perf_counter() - began
         return torch_private.load_package(path)
 
     def _key(self, name: str, inputs: Sequence[torch.Tensor | None]) -> str:
-        """What the code depends on, as one word: sizes, settings, sources, compiler and processor."""
+        """A hash of all that the code depends on: sizes, settings, sources, compiler and processor."""
         model = self.model
         tensors = [None if t is None else (tuple(t.shape), t.stride(), t.dtype) for t in inputs]
         says = [name, model.config, dict(model.ops.backends), tensors, torch.__version__, torch.get_num_threads()]
@@ -218,7 +220,7 @@ class CompiledDecoder:
 
 
 class DenseDecoder:
-    """A `CompiledDecoder` on the only sequence of a dense cache."""
+    """Runs a `CompiledDecoder` on the only sequence of a dense cache."""
 
     def __init__(self, decoder: CompiledDecoder, cache: DenseCache):
         self.decoder, self.cache = decoder, cache
@@ -226,7 +228,7 @@ class DenseDecoder:
         self.keys, self.values = ([t[0] for t in layers] for layers in (cache.keys, cache.values))
 
     def __call__(self, token: torch.Tensor) -> torch.Tensor:
-        """The logits (1, V) of what follows the next token (1,) of the sequence, which is not empty."""
+        """Append a token (1,) to the sequence, which is not empty; the logits (1, V) of what follows it."""
         end = self.cache.positions(1).stop
         logits = self.decoder(token, self.slots[:end], self.keys, self.values)
         self.cache.advance(1)
@@ -234,7 +236,7 @@ class DenseDecoder:
 
 
 def cache_folder() -> Path:
-    """Where compiled steps are kept. May not exist."""
+    """The folder of compiled functions. May not exist."""
     return caches.cache_dir() / "compiled"
 
 
@@ -249,7 +251,7 @@ def _compile(module: _Pure, given: tuple[list, list], free: dict[int, str], path
             torch.no_grad(),
             warnings.catch_warnings(),
         ):
-            warnings.simplefilter("ignore", FutureWarning)  # PyTorch's, about its own code
+            warnings.simplefilter("ignore", FutureWarning)  # PyTorch warns of its own code
             exported = torch.export.export(module, given, dynamic_shapes=(sizes, [None] * len(weights)), strict=False)
             package = Path(folder) / "part.pt2"
             torch_private.compile_to_package(exported, package, OPTIONS)
@@ -266,7 +268,7 @@ def _compile(module: _Pure, given: tuple[list, list], free: dict[int, str], path
 
 
 def _processor() -> str:
-    """What machine code for this processor may use."""
+    """The instructions that machine code for this processor may use."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line for line in lines if line.startswith(("flags", "Features")))

@@ -1,4 +1,4 @@
-"""Capturing calls as CUDA graphs that share their memory."""
+"""Captures calls as CUDA graphs that share their memory."""
 
 import contextlib
 from collections.abc import Callable
@@ -13,9 +13,9 @@ WARM_UP = 3  # runs before a capture: they compile kernels and let libraries all
 class GraphPool:
     """Captures calls of which only one runs at a time, and whose result is read before the next one runs.
 
-    They share one memory pool and one stream. A pool alone would not do: PyTorch's allocator sorts a pool's free blocks
-    by the stream that they were allocated for and gives a block to no other (`get_free_block` in
-    CUDACachingAllocator.cpp), so that graphs captured on streams of their own would each have memory of their own.
+    The graphs share one memory pool and one stream. A shared pool is not enough: PyTorch's allocator gives a free block
+    of a pool only to the stream that it was allocated for (`get_free_block` in CUDACachingAllocator.cpp). So graphs
+    that were captured on different streams would share no memory.
     """
 
     def __init__(self, device: torch.device):
@@ -28,22 +28,22 @@ class GraphPool:
     def capture(self, run: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         """A graph of what `run` launches, and its result, which each replay overwrites.
 
-        `run` is called a few times before, to warm up, and must never wait for the device.
+        `run` is first called a few times to warm up. It must never wait for the device.
 
         Raises:
-            whatever `run` raises, also out of memory inside the capture: the current stream is then as before, and
-            the allocator has left the pool. No other capture may follow in this pool.
+            whatever `run` raises, also out of memory inside the capture: the current stream is as before then, and
+            the allocator has left the pool. This pool must not capture again.
         """
         with torch.cuda.device(self.device):
             current = torch.cuda.current_stream()
             self.stream.wait_stream(current)
-            with torch.cuda.stream(self.stream):  # unlike torch.cuda.graph, put back even where capture_end fails
+            with torch.cuda.stream(self.stream):  # torch.cuda.graph does not put it back where capture_end fails
                 for _ in range(WARM_UP):
                     run()
                 torch.cuda.synchronize()
-                torch.cuda.empty_cache()  # the pool takes its memory from the driver alone
+                torch.cuda.empty_cache()  # the pool takes memory from the driver only
                 graph = torch.cuda.CUDAGraph()
-                # Other threads may go on allocating meanwhile.
+                # Other threads may allocate meanwhile.
                 graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
                 try:
                     result = run()
@@ -55,7 +55,7 @@ class GraphPool:
         return graph, result
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
-        """End a capture that failed, without an error of its own, which would hide the first."""
+        """End a capture that failed, without raising an error that would hide the first one."""
         with contextlib.suppress(RuntimeError):
             graph.capture_end()
         graph.reset()

@@ -1,12 +1,13 @@
-"""Many prompts at once: requests in, continuations out, over one paged cache.
+"""Continues many prompts at once, over one paged cache.
 
     engine = Engine(generator.model, generator.tokenizer)
     for completion in engine.generate(["The ", "A "], SamplingParams(max_new_tokens=50)):
         print(completion.text)
 
-Each step, the `Scheduler` says which tokens to compute, the `Runner` computes them, the `Sampler` draws the next ones,
-and the `Engine` gives them to their requests. What a request draws depends on its own prompt, settings and seed, and
-not on what runs beside it; only equal prompts with equal seeds, given together, are numbered and draw apart.
+In each iteration the `Scheduler` chooses the tokens to compute, the `Runner` computes them in one forward pass, the
+`Sampler` draws the next tokens, and the `Engine` gives them to their requests. What a request draws depends on its own
+prompt, settings and seed, and not on what runs beside it. Equal prompts with equal seeds that are given together are
+numbered, so that they draw different texts.
 """
 
 import itertools
@@ -42,7 +43,7 @@ class Engine:
 
     Attributes:
         stats: counts and times so far.
-        scheduler: who waits and who runs; `scheduler.allocator` knows the pages.
+        scheduler: holds the waiting and the running sequences; `scheduler.allocator` holds the pages.
     """
 
     def __init__(
@@ -64,19 +65,20 @@ class Engine:
         """
         Args:
             model: in evaluation mode, on any device.
-            tokenizer: for prompts that are text; without one prompts are token ids, and completions have no text.
+            tokenizer: for prompts that are text. Without one, prompts are token ids, and completions have no text.
             max_batch: sequences that run at once.
             max_batch_tokens: tokens of one forward pass; longer prompts are read in chunks.
             page_size: positions in a page.
             kv_memory: bytes for pages, of which there are at most 262,144; default: 80% of the free memory of a GPU,
                 25% elsewhere.
-            prefix_cache: compute prompts that begin alike once, and keep them as long as there is room.
-            speculate: "ngram" guesses tokens from the text itself and checks them all in one pass; outputs stay.
-            slide: go on past block_size with the last block_size tokens, each token at the cost of a prefill;
-                otherwise a request ends there, and a longer prompt is an error.
+            prefix_cache: compute the common beginning of prompts once, and keep it as long as there is room.
+            speculate: "ngram" guesses tokens from the text itself and checks them in one forward pass. The
+                continuations stay the same.
+            slide: go on past block_size with the last block_size tokens, each token at the cost of a prefill.
+                Otherwise a request ends there, and a longer prompt is an error.
             compile: torch.compile the forward pass.
-            decoder: the compiled model (CPU only), for a single sequence.
-            cuda_graphs: capture decode steps on CUDA.
+            decoder: the compiled model (CPU only), used while a single sequence runs.
+            cuda_graphs: on CUDA, capture forward passes that only decode.
 
         Raises:
             UsageError: a setting outside its limits, memory for less than one page, or more than is free.
@@ -104,19 +106,19 @@ class Engine:
         self.sampler = Sampler(max_batch, self.vocab_size, device)
         self.stats = Stats()
         self._submitted = 0
-        self._requests: dict[int, Request] = {}  # those that are not finished
-        self._outputs: dict[Sample, Output] = {}  # of those that are not finished
-        self._slots: list[Sample | None] = [None] * max_batch  # whose settings the sampler holds
-        self._ready = Sink()  # of what was submitted
+        self._requests: dict[int, Request] = {}  # those that are not finished, by number
+        self._outputs: dict[Sample, Output] = {}  # of all samples that are not finished
+        self._slots: list[Sample | None] = [None] * max_batch  # the sample whose settings the sampler holds, by slot
+        self._ready = Sink()  # for requests of `submit`
 
     @property
     def busy(self) -> bool:
-        """Whether `step` has anything to do or to tell."""
+        """Whether `step` has anything to compute or to return."""
         return bool(self._requests or self._ready.pieces)
 
     @property
     def queued(self) -> int:
-        """How many continuations have no place in the batch yet."""
+        """How many continuations wait for a place in the batch."""
         return len(self._outputs) - len(self.scheduler.running)
 
     def generate(
@@ -136,19 +138,19 @@ class Engine:
         *,
         wanted: Sequence[Sequence[int]] | None = None,
     ) -> Iterator[Piece]:
-        """The pieces of all continuations, as they come; `index` is the prompt's place among these.
+        """The pieces of all continuations, as they come; `index` is the prompt's place in `prompts`.
 
         Closing the iterator cancels what is not finished. Several streams may be read in turns.
 
         Args:
             prompts: text or token ids.
             params: for all prompts, or for each.
-            wanted: the numbers of the continuations to make of each prompt; default all. A prompt of which none is
-                wanted still counts among equal ones, so that the others draw what they would beside it.
+            wanted: the numbers of the continuations to make of each prompt; default all. A prompt without any still
+                counts among equal ones, so that the others draw the same as beside it.
 
         Raises:
-            UsageError: settings outside their limits, or not as many of them as prompts, at once; the prompts are
-                submitted when the iterator is asked for its first piece.
+            UsageError: settings outside their limits, or not as many settings as prompts. That is checked at once; the
+                prompts are submitted when the iterator is asked for its first piece.
         """
         if isinstance(prompts, str):
             raise UsageError("prompts must be a list; pass [prompt] for a single one")
@@ -183,10 +185,10 @@ class Engine:
                 self._cancel(request)
 
     def submit(self, prompt: Prompt, params: SamplingParams | None = None) -> int:
-        """Put a request at the end of the queue; its number, which `step` gives its pieces.
+        """Put a request at the end of the queue; returns its number, which is the `index` of its pieces.
 
         A prompt that cannot be continued ends at once with "error" (unknown characters or token ids, longer than
-        block_size, more pages than there are), and no other request is touched by that.
+        block_size, more pages than there are). Other requests are not affected.
 
         Raises:
             UsageError: settings outside their limits.
@@ -205,7 +207,7 @@ class Engine:
         wanted: Sequence[int],
         equal: Occurrences,
     ) -> Request:
-        """`index`: what its pieces are called, which go to `sink`; `equal`: numbers it among those given together."""
+        """`index`: of its pieces, which go to `sink`; `equal`: numbers equal prompts that are given together."""
         request = Request(self._submitted, index, sink, prompt, params, time.perf_counter())
         self._submitted += 1
         try:
@@ -220,7 +222,7 @@ class Engine:
         if not wanted:
             return request
         if self.slide and not params.penalizes:
-            # Nothing reads what is before the window, and each continuation would copy it.
+            # Nothing reads the tokens before the window, and each continuation would copy them.
             tokens = tokens[-self.block_size :]
         length = len(tokens) + params.max_new_tokens
         if not self.slide:
@@ -228,7 +230,7 @@ class Engine:
         for number in wanted:
             key = stream_key(digest, params.seed, occurrence, number)
             sample = Sample((request.number, number), tokens, len(tokens), params, key=key)
-            if self.speculate == "ngram" and not params.penalizes:  # a guess is made without regard to them
+            if self.speculate == "ngram" and not params.penalizes:  # guesses ignore penalties
                 sample.proposer = NgramProposer()
             request.samples[sample] = None
             sink.open += 1
@@ -245,9 +247,9 @@ class Engine:
         return request
 
     def cancel(self, number: int) -> None:
-        """End the continuations of a request that was submitted; nothing happens to one that is finished or unknown.
+        """End the continuations of a request of `submit`; one that is finished or unknown is ignored.
 
-        Those of a stream end when it is closed.
+        To cancel the requests of a stream, close it.
         """
         if request := self._requests.get(number):
             self._cancel(request)
@@ -257,9 +259,9 @@ class Engine:
             self._finish(request, sample, "cancelled")
 
     def step(self) -> list[Piece]:
-        """One forward pass, and what it and everything before it has to tell.
+        """Run one forward pass; returns all pieces since the last call.
 
-        After an exception (out of memory, Ctrl-C) every request is still there, and computed anew.
+        After an exception (out of memory, Ctrl-C) every request is still there and is computed again.
         """
         self._advance()
         return self._ready.take()
@@ -274,17 +276,17 @@ class Engine:
                 self._accept(turns, drawn)
         except BaseException:
             self.scheduler.start_over()
-            self._slots = [None] * len(self._slots)  # the sampler may have counted what nobody was given
+            self._slots = [None] * len(self._slots)  # the sampler may have counted tokens that were not given out
             raise
 
     def _compute(self, plan: Plan, now: float) -> tuple[Sequence[Chunk | LastToken], Sequence[Drawn]]:
-        """Run a step: the chunks that predict, and what was drawn after the last token and each guess of each."""
+        """Run a forward pass: the chunks that predict, and what was drawn after each one's last token and guesses."""
         logits = self.runner(plan)
         if plan.batch:
             return plan.chunks, self.sampler(logits, plan.batch.slots, plan.batch.generated).to_host()
         turns, logits = self._begin_turns(plan, logits, now)
         if not turns:
-            synchronize(self.runner.device)  # so that the step's time is its own
+            synchronize(self.runner.device)  # so that the measured time is that of this forward pass
             return [], []
         for turn in turns:
             if self._slots[turn.sample.slot] is not turn.sample:
@@ -296,7 +298,7 @@ class Engine:
     def _begin_turns(
         self, plan: Plan, logits: torch.Tensor, now: float
     ) -> tuple[list[Chunk | LastToken], torch.Tensor]:
-        """The chunks that predict, with one for each continuation that forks from one of them, and their logits."""
+        """The chunks that predict, with one for each continuation that forks from them, and their logits."""
         turns: list[Chunk | LastToken] = []
         begins, end = [], 0
         for chunk in plan.chunks:
@@ -317,7 +319,7 @@ class Engine:
         return turns, logits
 
     def _start_siblings(self, leader: Sample) -> list[Sample]:
-        """Fork the continuations that waited for this one; those without a place go to the front of the queue."""
+        """Fork the continuations that waited for this one; those without a free slot go to the front of the queue."""
         forked = []
         while leader.siblings and self.scheduler.fork(leader, leader.siblings[0]):
             forked.append(leader.siblings.pop(0))
@@ -326,13 +328,13 @@ class Engine:
         return forked
 
     def _give_slot(self, sample: Sample) -> None:
-        """Tell the sampler whose slot it is, which was another's."""
+        """Give the sampler the settings of the sample that has got a slot."""
         self._slots[sample.slot] = sample
         end = sample.prompt_length
         self.sampler.begin(sample.slot, sample.params, sample.tokens[:end], sample.tokens[end:], key=sample.key)
 
     def _accept(self, turns: Sequence[Chunk | LastToken], drawn: Sequence[Drawn]) -> None:
-        """Give each sequence its new tokens: up to the first that was guessed wrong, or that ends it."""
+        """Give each sequence its new tokens, up to the first wrong guess or the token that ends it."""
         decoded, each = 0, iter(drawn)
         new = tuple.__new__  # as Piece(...), in a fraction of its time
         for turn, latest in zip(turns, each, strict=False):
@@ -383,7 +385,7 @@ class Engine:
             )
 
     def _count(self, plan: Plan, seconds: float) -> None:
-        """Count a step whose forward pass is done and whose tokens are on the host."""
+        """Count a forward pass whose tokens have arrived on the host."""
         self.stats.steps += 1
         self.stats.prefill_tokens += plan.read
         self.stats.prefill_seconds += seconds * plan.read / plan.tokens

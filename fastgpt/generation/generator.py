@@ -29,12 +29,12 @@ class TextGenerator:
     def __init__(self, model: GPT, tokenizer: Tokenizer):
         self.model, self.tokenizer = model, tokenizer
         self.decoder: CompiledDecoder | None = None
-        self._idle: list[PagedText] = []  # of streams that have ended
+        self._idle: list[PagedText] = []  # paged caches of streams that have ended
 
     def compile(self, announce: Callable[[str], None] | None = None) -> None:
-        """Decode with a `CompiledDecoder`, `decoder`, from now on; where a run before compiled it, that is loaded.
+        """Decode with a `CompiledDecoder` from now on: it is compiled, or loaded where an earlier run compiled it.
 
-        For single continuations on a CPU: by the dense cache, and by engines while they have only one.
+        It serves single continuations on a CPU: with the dense cache, and in engines while only one is running.
 
         Args:
             announce: called with a sentence before compiling begins.
@@ -61,8 +61,9 @@ class TextGenerator:
 
         Args:
             prompt: any text, or token ids; an empty one starts at the tokenizer's start token.
-            cache: "dense" keeps keys and values in a buffer, "paged" in pages, "none" computes them anew for every
-                token; "auto" is paged on CUDA, where a token is then a replayed graph, and dense elsewhere.
+            cache: "dense" keeps keys and values in a buffer, "paged" in pages, "none" computes them again for every
+                token. "auto" is "paged" on CUDA, where each token is then the replay of a CUDA graph, and "dense"
+                elsewhere.
             settings: fields of `SamplingParams`.
 
         Raises:

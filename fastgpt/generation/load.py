@@ -1,10 +1,9 @@
-"""Makes a generator of a trained run."""
+"""Loads a trained run into a generator."""
 
 import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,6 +12,7 @@ from fastgpt.config.fields import validate_fields
 from fastgpt.config.generation import QUANTIZATION, GenerateConfig
 from fastgpt.config.model import ModelConfig
 from fastgpt.errors import CorruptCheckpoint, UsageError
+from fastgpt.generation.generator import TextGenerator
 from fastgpt.model import memory
 from fastgpt.model.gpt import GPT
 from fastgpt.model.int8 import quantize_model
@@ -22,11 +22,7 @@ from fastgpt.system.device import resolve_device, resolve_weights_dtype
 from fastgpt.system.units import counted
 from fastgpt.tokenizer import saved
 
-if TYPE_CHECKING:
-    pass
-from fastgpt.generation.generator import TextGenerator
-
-TIMED_TOKENS = 1 << 16  # in all contexts together: kernels are timed for no more, which would take too much memory
+TIMED_TOKENS = 1 << 16  # of all contexts together; timing kernels at more would take too much memory
 
 
 def load(
@@ -45,9 +41,9 @@ def load(
 
     Args:
         quantize: "int8" keeps matrices in 8 bits; see `fastgpt.model.int8`.
-        batch, compile: continuations that will run side by side, and whether the engine will compile; `kernels` "auto"
-            takes what is fastest on a GPU then.
-        threads: on a CPU, with which PyTorch computes from now on in the whole process; None leaves that as it is.
+        batch, compile: the number of continuations that will run at once, and whether the engine will compile. With
+            `kernels` "auto", a GPU's fastest backends for that are chosen.
+        threads: CPU threads that PyTorch uses from now on in the whole process; None leaves their number as it is.
 
     Raises:
         UsageError: no run there, a corrupt checkpoint, an unknown device, or no such number of threads.
@@ -60,7 +56,7 @@ def load(
     out_dir, where = Path(out_dir), resolve_device(device)
     step_dir = store.find(out_dir, checkpoint_name)
     config, about = run_folder.load(out_dir)
-    # What auto found fastest for training need not be so for generation, so only backends that were asked for are kept.
+    # The fastest backends for training may not be the fastest for generation, so only those that a flag named are kept.
     kept = about.get("columns") if config.kernels != "auto" and about.get("device") == where.type else None
     resolve = functools.partial(table.resolve, kernels, where, recorded=kept)
     weights_dtype = resolve_weights_dtype(dtype, where, interpreted=resolve().interpreted)
@@ -82,7 +78,7 @@ def load(
 
 
 def _check_size(out_dir: Path, step_dir: Path, config: ModelConfig, weights: Mapping[str, torch.Tensor]) -> None:
-    """Raise `CorruptCheckpoint` for a configuration of another size than the weights, before a model is built of it."""
+    """Raise `CorruptCheckpoint` if the configuration has another size than the weights; no model is built then."""
     described, held = config.num_parameters, sum(tensor.numel() for tensor in weights.values())
     if described != held:
         raise CorruptCheckpoint(

@@ -1,13 +1,13 @@
-"""Guesses at the next tokens that cost nothing: what followed the last time that the text read like this.
+"""Guesses the next tokens from the text itself, without a model.
 
-Prompt lookup decoding (Saxena, 2023): the end of the text is looked up in the text itself, and the tokens that followed
-are proposed. The model then checks them all in one forward pass (Leviathan et al., 2023): it goes on after the first
-wrong one as if it had never been proposed.
+Prompt lookup decoding (Saxena, 2023): the last few tokens are looked up earlier in the text, and the tokens that
+followed there are proposed. The model then checks all of them in one forward pass (Leviathan et al., 2023). After the
+first wrong guess it continues as if nothing had been proposed.
 """
 
 
 class NgramProposer:
-    """Remembers where each run of `shortest` to `longest` tokens of one text last stood."""
+    """Remembers the last place of each run of `shortest` to `longest` tokens of one text."""
 
     def __init__(self, longest: int = 4, shortest: int = 2):
         self.lengths = range(longest, shortest - 1, -1)
@@ -15,7 +15,7 @@ class NgramProposer:
         self._read = 0
 
     def propose(self, tokens: list[int], most: int) -> list[int]:
-        """Up to `most` tokens that may follow `tokens`, which begin with those of the call before; often none."""
+        """Up to `most` tokens that may follow `tokens`, often none. `tokens` must begin with those of the last call."""
         if most < 1:
             return []
         for end in range(self._read, len(tokens)):
@@ -26,6 +26,6 @@ class NgramProposer:
         for n in self.lengths:
             place = self._next.get(tuple(tokens[-n:]))
             if place is not None and len(tokens) >= n:
-                period = len(tokens) - place  # what would follow the text's own end is what was proposed before it
+                period = len(tokens) - place  # past its own end the text is taken to repeat
                 return [tokens[place + i % period] for i in range(most)]
         return []

@@ -1,4 +1,4 @@
-"""The block tables of running sequences on the device, kept from step to step."""
+"""Keeps the block tables of running sequences on the device."""
 
 from collections.abc import Iterable
 
@@ -13,12 +13,12 @@ from fastgpt.system.device import send
 class PageTables:
     """A row of pages for each slot of the scheduler, int32 (slots, M).
 
-    A row is its sequence's from its first step to its last, so that a step sends only entries that have changed: all of
-    a new sequence's, a page that was added, the copy that took the place of a shared page. Which those are, each block
-    table counts for itself, so it may belong to one slot of one `PageTables` alone.
+    A sequence keeps its row as long as it runs. So a forward pass sends only entries that have changed: all pages of a
+    new sequence, a page that was added, the copy of a shared page. Each block table counts how many of its entries were
+    sent, so it may belong to one slot of one `PageTables` only.
 
     Attributes:
-        pages: the rows on the device; what lies behind a sequence's pages is of no meaning.
+        pages: the rows on the device; entries behind a sequence's pages have no meaning.
         host: the same on the host.
     """
 
@@ -46,7 +46,7 @@ class PageTables:
         entries = np.array([places, pages])
         self._entries[entries[0]] = entries[1]
         self.launch(entries)
-        for table in changed:  # only now, as sending may fail
+        for table in changed:  # last, because sending may fail
             table.copied = len(table.pages)
 
     def launch(self, entries: np.ndarray) -> None:

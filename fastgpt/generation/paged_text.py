@@ -1,4 +1,4 @@
-"""One text at a time over pages, so that on a GPU each of its tokens is a CUDA graph's replay."""
+"""Runs one text at a time over pages, so that on a GPU each of its tokens is the replay of a CUDA graph."""
 
 from collections.abc import Sequence
 
@@ -17,9 +17,9 @@ PAGE_SIZE = 16
 
 
 class PagedText:
-    """The logits after a growing text, and after another one when that has ended; its pages hold one context.
+    """The logits after a growing text, and then after another one. Its pages hold one context.
 
-    Nobody else shares them, so they are taken once and stay.
+    No other sequence uses these pages, so they are reserved once.
 
     Raises:
         UsageError: the pages are larger than the free memory.
@@ -40,13 +40,13 @@ class PagedText:
         self.sample = Sample((0, 0), [], 0, SamplingParams(), slot=0, table=self.table)
 
     def begin(self) -> None:
-        """Forget the text before."""
+        """Forget the previous text."""
         self.table.length = 0
 
     def __call__(self, text: Sequence[int]) -> torch.Tensor:
-        """The logits (1, V) of what follows the text, which is the one before with one or more tokens behind it.
+        """The logits (1, V) of what follows the text: that of the last call, continued by one or more tokens.
 
-        Past block_size its last block_size tokens count, and are read anew.
+        Of a text longer than block_size the last block_size tokens count, and all of them are computed again.
         """
         window = text[-self.block_size :]
         if len(window) < len(text):

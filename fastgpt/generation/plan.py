@@ -21,9 +21,9 @@ class Sample:
         tokens: prompt and continuation.
         start: the first token of the window; 0 until the window slides.
         slot: its place in the batch, -1 while it waits.
-        decoding: its chunk in every step that decodes it.
-        granted: positions below it have a place of its own, and only decoding goes on there: nothing is to be asked.
-        siblings: continuations of the same prompt that wait for this one to have read it.
+        decoding: its chunk in every iteration that decodes it.
+        granted: positions below it lie in pages that it shares with nobody, so decoding goes on there without a check.
+        siblings: continuations of the same prompt that wait until this one has read it.
         key: of its random stream.
     """
 
@@ -47,19 +47,19 @@ class Sample:
 
 @dataclass(slots=True)
 class Chunk:
-    """Tokens that a step computes for one sequence; `draft` ends them with tokens that are only guessed."""
+    """Tokens that a forward pass computes for one sequence; the last ones, `draft`, are guesses."""
 
     sample: Sample
     first: int  # position of the first one in the window
     tokens: list[int]
     draft: list[int]
-    reading: bool  # of a prompt, or again after a preemption
-    rows: int  # how many of its last tokens predict: none before the end of a prompt, else one and one a guess
+    reading: bool  # a prompt, or the text so far after a preemption
+    rows: int  # of its last tokens that predict: 0 before the end of a prompt, else 1 and one for each guess
 
 
 @dataclass(eq=False, slots=True)
 class LastToken:
-    """The chunk of a sequence that decodes, good for all its steps: it reads where the sequence stands."""
+    """The chunk of a sequence that decodes, for all of its iterations: it reads the sequence's present end."""
 
     sample: Sample
     draft: list[int] = field(default_factory=list)
@@ -77,20 +77,20 @@ class LastToken:
 
 
 class DecodeBatch:
-    """Running sequences that all decode, kept from step to step until one comes or goes.
+    """Running sequences that all decode, kept from one iteration to the next until a sequence comes or goes.
 
-    Each step is the one before, one position on, so only a sequence at the end of its pages is visited by itself.
+    Each iteration is the one before, moved by one position. So only sequences at the end of their pages need a look.
 
     Attributes:
         chunks, samples, tables, slots: one of each for each sequence, oldest first.
-        longs: int64 (3, B): the tokens that the step computes, their positions and their places in the pages.
-        ints: int32 (2, B): slots, and lengths with the step's token.
-        step: how many steps lie behind it.
-        full: by step, the numbers of the sequences whose pages are full when it begins.
+        longs: int64 (3, B): the tokens of the forward pass, their positions and their places in the pages.
+        ints: int32 (2, B): slots, and lengths with the token of this forward pass.
+        iteration: counts them from 0.
+        full: by iteration, the indices of the sequences whose pages are full when it begins.
     """
 
     def __init__(self, chunks: list[LastToken], page_size: int):
-        """The first step, which the block tables already count."""
+        """The first iteration, whose tokens the block tables already count."""
         self.chunks = chunks
         self.samples = [chunk.sample for chunk in chunks]
         self.tables = [sample.table for sample in self.samples if sample.table is not None]
@@ -102,22 +102,22 @@ class DecodeBatch:
         self.longs, self.ints = np.array([pages, lengths, pages], np.int64), np.array([self.slots, lengths], np.int32)
         self.longs[1] -= 1
         self.longs[2] = self.longs[2] * page_size + self.longs[1] % page_size
-        self.step = 0
+        self.iteration = 0
         self.full: defaultdict[int, list[int]] = defaultdict(list)
         for i, (sample, length) in enumerate(zip(self.samples, lengths, strict=True)):
             self.full[sample.granted - length + 1].append(i)
         self._read()
 
     def advance(self) -> None:
-        """Move to the next step, but for the places in pages that are new."""
-        self.step += 1
+        """Move to the next iteration; the places in new pages are left to the caller."""
+        self.iteration += 1
         self.longs[1:] += 1
         self.ints[1] += 1
         self._read()
 
     @property
     def generated(self) -> list[int]:
-        """`Sample.generated` of each, before the step."""
+        """`Sample.generated` of each, before this forward pass."""
         return (self.ints[1] - self._prompts).tolist()
 
     def _read(self) -> None:
@@ -126,14 +126,14 @@ class DecodeBatch:
 
 @dataclass(slots=True)
 class Plan:
-    """One step. It is good until the next is planned, which may use its chunks again.
+    """One forward pass. It is valid until the next plan, which may use its chunks again.
 
     Attributes:
-        chunks: those of one token first, then the longer ones; each kind oldest first.
-        decoding: how many of them are of one token.
+        chunks: first those of one token, then the longer ones; each kind oldest first.
+        decoding: how many chunks have one token.
         rows: how many tokens predict.
-        tokens, read: how many tokens are computed, and how many of them are of prompts, or of a preempted sequence.
-        changed: the sequences whose pages may have changed since the step before, and all that have just got a slot.
+        tokens, read: how many tokens are computed, and how many of those belong to prompts or preempted sequences.
+        changed: the sequences whose pages may have changed since the plan before, and all that have just got a slot.
         batch: all chunks, where every running sequence decodes.
     """
 

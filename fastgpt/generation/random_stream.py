@@ -1,9 +1,9 @@
-"""The random numbers of a continuation, from a hash of what tells it apart from every other one.
+"""Gives each continuation its own random numbers, which do not depend on what is computed beside it.
 
-Counter-based, as in Salmon et al. (2011), "Parallel Random Numbers: As Easy as 1, 2, 3", section 2: the number of a
-token is a hash (BLAKE2b, RFC 7693) of the continuation's key and the token's place. The key is a hash of the prompt's
-tokens, the seed, the prompt's number among equal ones, and the number of the continuation. So a continuation draws the
-same numbers wherever and beside whatever it is computed, and two continuations draw independent ones.
+They are counter-based, as in Salmon et al. (2011), "Parallel Random Numbers: As Easy as 1, 2, 3", section 2. The number
+of a token is a hash (BLAKE2b, RFC 7693) of the continuation's key and the token's place. The key is a hash of the
+prompt's tokens, the seed, the prompt's number among equal ones, and the number of the continuation. So two
+continuations draw independent numbers.
 """
 
 import struct
@@ -17,7 +17,7 @@ DIGEST_BYTES = 16
 
 
 def prompt_digest(tokens: Sequence[int]) -> bytes:
-    """The hash of a prompt's tokens: all that were given, also where a window slides over them."""
+    """The hash of all tokens of a prompt, also of those that a sliding window leaves behind."""
     return blake2b(np.asarray(tokens, dtype="<i8").tobytes(), digest_size=DIGEST_BYTES).digest()
 
 
@@ -45,6 +45,6 @@ class Occurrences:
         self._given: Counter[tuple[bytes, int]] = Counter()
 
     def number(self, prompt: bytes, seed: int) -> int:
-        """How many equal ones came before; `prompt` is its `prompt_digest`."""
+        """How many equal prompts came before; `prompt` is a `prompt_digest`."""
         self._given[prompt, seed] += 1
         return self._given[prompt, seed] - 1

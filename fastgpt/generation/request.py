@@ -1,4 +1,4 @@
-"""What an engine takes and gives: prompts, checked, and their continuations with the times they took."""
+"""What an engine takes and returns: prompts, which are checked, and continuations with their times."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ Prompt = str | Sequence[int]  # text, or token ids
 class Timings:
     """Seconds from the submission of a request; None for what did not happen."""
 
-    started: float | None  # its first tokens were computed
+    started: float | None  # when its first tokens were computed
     first_token: float | None
     finished: float
 
@@ -27,8 +27,9 @@ class Completion:
     Attributes:
         index: the prompt's place among those given together; of `Engine.submit`, the number of the request.
         sample: number of the continuation, below `SamplingParams.num_samples`.
-        text: the continuation, without the prompt, the stop text and all behind it; empty without a tokenizer.
-        tokens: the generated tokens, with the one that completed a stop text, without a stop token.
+        text: the continuation, without the prompt and without the stop text and what follows it; empty without a
+            tokenizer.
+        tokens: the generated tokens; the one that completed a stop text is among them, a stop token is not.
         finish_reason: "stop" (a stop text or token), "length" (max_new_tokens, or the end of block_size),
             "cancelled" or "error".
         error: with "error", what is wrong and what to do. A prompt that cannot be continued has one completion; logits
@@ -65,15 +66,18 @@ class Piece(NamedTuple):
 
 @dataclass
 class Stats:
-    """Counts and times so far. A step's seconds are shared between prefill and decode by the tokens it computed."""
+    """Counts and times so far.
 
-    steps: int = 0
-    prefill_tokens: int = 0  # computed to read prompts, or to read again after a preemption
+    The seconds of a forward pass are shared between prefill and decode in proportion to the tokens of each.
+    """
+
+    steps: int = 0  # forward passes
+    prefill_tokens: int = 0  # computed to read prompts, or to read a text again after a preemption
     prefill_seconds: float = 0.0
-    decode_tokens: int = 0  # generated, but for those that a prefill yields: the first, and one after a preemption
+    decode_tokens: int = 0  # generated; not those that a prefill yields: the first, and one after a preemption
     decode_seconds: float = 0.0
     proposed: int = 0  # guesses
-    accepted: int = 0  # right ones
+    accepted: int = 0  # guesses that were right
     first_token_seconds: list[float] = field(default_factory=list)  # of each request, from its submission
     token_seconds: list[float] = field(default_factory=list)  # of each continuation, a token's average after the first
 
@@ -82,8 +86,8 @@ def prompt_tokens(prompt: Prompt, tokenizer: Tokenizer | None, vocab_size: int) 
     """The ids of a prompt, at least one: an empty one begins with the tokenizer's start token.
 
     Raises:
-        UsageError: neither text nor ids, an id outside the vocabulary, a character that the tokenizer does not know,
-            or text, or nothing, without a tokenizer.
+        UsageError: neither text nor ids, an id outside the vocabulary, or a character that the tokenizer does not
+            know; without a tokenizer also text, or an empty prompt.
     """
     if isinstance(prompt, str):
         if tokenizer is None:

@@ -1,7 +1,7 @@
-"""One forward pass over the chunks of many sequences: their tokens in, the logits that are asked for out.
+"""Runs forward passes over the chunks of many sequences: their tokens in, the logits that are asked for out.
 
-On CUDA a step in which every sequence brings one token is a CUDA graph, captured once for each of a few batch sizes
-and replayed on buffers that stay where they are; smaller batches are padded.
+On CUDA a forward pass with one token of each sequence is a CUDA graph. A graph is captured once for each of a few batch
+sizes, and replayed on buffers that stay where they are; smaller batches are padded.
 """
 
 import bisect
@@ -23,14 +23,11 @@ from fastgpt.system.device import send
 from fastgpt.system.out_of_memory import is_out_of_memory
 from fastgpt.system.torch_private import compile_up_to, equal_sizes_apart
 
-RECOMPILE_LIMIT = 256  # of all engines of a process; each compiles a few kinds of steps
+RECOMPILE_LIMIT = 256  # for all engines of a process; each compiles a few kinds of forward passes
 
 
 class Runner:
     """Runs a model over the chunks that a `Scheduler` plans.
-
-    `decoder`: for one token of one sequence (CPU only). `graphs`: capture decode steps (CUDA only; without them where
-    FASTGPT_DEBUG=1 has kernels check their inputs, for which they wait).
 
     Attributes:
         tables: the pages of the running sequences, on the device.
@@ -48,6 +45,12 @@ class Runner:
         decoder: CompiledDecoder | None = None,
         graphs: bool = True,
     ):
+        """
+        Args:
+            decoder: for one token of one sequence (CPU only).
+            graphs: capture forward passes that only decode (CUDA only). None are captured where FASTGPT_DEBUG=1 makes
+                kernels check their inputs, because those checks wait for the GPU.
+        """
         self.model, self.cache = model, cache
         self.device = model.device
         self.compile = compile
@@ -64,7 +67,7 @@ class Runner:
     def __call__(self, plan: Plan) -> torch.Tensor:
         """The logits (R, V) after the last `rows` tokens of each chunk, in the chunks' order.
 
-        The result is overwritten by the next call, before which the caller waits for it.
+        The next call overwrites the result, so the caller must have read it by then.
         """
         self.tables.update(plan.changed)
         chunks, decoding = plan.chunks, plan.decoding
@@ -75,10 +78,10 @@ class Runner:
         if self.single and pure and decoding == 1 and chunks[0].first > 0:
             return self.single(chunks[0], self.tables)
         if self.compile and not pure:
-            decoding = 0  # so that there are only two kinds of steps to compile
+            decoding = 0  # so that there are only two kinds of forward passes to compile
         counts = None if plan.tokens == len(chunks) else np.array([len(chunk.tokens) for chunk in chunks])
         reading = len(chunks) - decoding
-        B = decoding + (self._size(reading) if reading else 0)  # perhaps with an empty sequence behind
+        B = decoding + (self._size(reading) if reading else 0)  # one more than there are sequences where `_size` pads
         longs, ints = np.empty((3, plan.tokens), np.int64), np.zeros((3, B + 1), np.int32)
         self._fill(longs, ints[:2], plan, counts)
         if reading:
@@ -104,7 +107,7 @@ class Runner:
         return self.model.logits(hidden if rows is None else hidden[rows])
 
     def _fill(self, longs: np.ndarray, ints: np.ndarray, plan: Plan, counts: np.ndarray | None) -> None:
-        """Write what a step reads, on the host.
+        """Write the inputs of a forward pass, on the host.
 
         Args:
             longs: (3, N): the plan's tokens, their positions and their slots in the pages.
@@ -127,11 +130,11 @@ class Runner:
         longs[2] += at % P
 
     def _size(self, count: int) -> int:
-        """`count`, but never 1 where the model is compiled: that would be compiled apart."""
+        """`count`, but never 1 where the model is compiled: torch.compile makes a version of its own for 1."""
         return max(count, 2) if self.compile else count
 
     def _asked(self, plan: Plan) -> torch.Tensor | None:
-        """Which tokens' logits are asked for, and perhaps some behind them that are not; None for all."""
+        """The indices of the tokens whose logits are asked for, padded if the model is compiled; None for all."""
         if not self.compile and plan.rows == plan.tokens:
             return None
         rows, end = [], 0
@@ -142,7 +145,7 @@ class Runner:
         return send(torch.tensor(rows, dtype=torch.int64), self.device)
 
     def _graph(self, B: int) -> "DecodeGraph | None":
-        """The graph of the least size that holds B sequences; None where there is none, or no memory for it."""
+        """The graph of the smallest size that holds B sequences; None where there is none, or no memory for it."""
         at = bisect.bisect_left(self.graph_sizes, B)
         if at == len(self.graph_sizes):
             return None
@@ -159,13 +162,13 @@ class Runner:
                     stacklevel=2,
                 )
             if size not in self.graphs:
-                torch.cuda.empty_cache()  # now that nothing of the failed capture is referred to
+                torch.cuda.empty_cache()  # now that nothing refers to the failed capture
                 return None
         return self.graphs[size]
 
 
 def can_be_captured(ops: Ops) -> bool:
-    """Whether nothing in a decode step waits for the GPU, which a capture forbids."""
+    """Whether a forward pass that only decodes never waits for the GPU, which a capture forbids."""
     if "reference" in ops.backends.values():  # readable math reads lengths on the host
         return False
     if "triton" in ops.backends.values():
@@ -178,7 +181,7 @@ def can_be_captured(ops: Ops) -> bool:
 
 
 def _compiled(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """torch.compile for any sizes: equal ones are no reason to compile again, nor is a second engine to give up."""
+    """torch.compile for any sizes: equal sizes are not compiled again, and a second engine does not make it give up."""
     function = torch.compile(forward, dynamic=True)
 
     def run(*args: Any) -> torch.Tensor:
@@ -203,11 +206,11 @@ class _SingleDecoder:
 
 
 class DecodeGraph:
-    """A decode step of up to `size` sequences as a CUDA graph. Its inputs come in one copy.
+    """A forward pass over one token of each of up to `size` sequences, as a CUDA graph. One copy brings all inputs.
 
     Attributes:
-        longs, ints: as `Runner._fill` takes them, on the host. What a step does not fill is padding: token 0 in slot
-            -1, of a sequence of length 0.
+        longs, ints: as `Runner._fill` takes them, on the host. Entries that it does not fill are padding: token 0 in
+            slot -1, of a sequence of length 0.
     """
 
     def __init__(self, runner: Runner, size: int):
@@ -221,14 +224,14 @@ class DecodeGraph:
         rows, lengths = self.inputs[3].view(torch.int32).view(2, size)
         keys, values, tables = runner.cache.keys, runner.cache.values, runner.tables.pages
 
-        def step() -> torch.Tensor:
+        def decode() -> torch.Tensor:
             part = Part(tables.index_select(0, rows), lengths)
             return runner.forward(tokens[None], PagedBatch(keys, values, at, slots, part, None), None)
 
-        self.graph, self.logits = runner.graph_pool.capture(step)  # on padding alone: nothing is written
+        self.graph, self.logits = runner.graph_pool.capture(decode)  # on padding only, so nothing is written
 
     def replay(self, B: int) -> torch.Tensor:
-        """The logits (B, V) of the first B sequences. The host may write the next inputs once they are there."""
+        """The logits (B, V) of the first B sequences. Once the host has read them, it may write the next inputs."""
         if self.filled > B:
             self.longs[:2, B:], self.longs[2, B:], self.ints[:, B:] = 0, -1, 0
         self.filled = B

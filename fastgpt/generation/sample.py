@@ -1,4 +1,4 @@
-"""The sample that a training run shows of its model."""
+"""Draws the sample that a training run shows of its model."""
 
 from collections.abc import Iterator
 

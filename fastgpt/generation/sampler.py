@@ -1,15 +1,16 @@
-"""Logits to tokens, on the device: one vectorised draw for many requests, each with its own settings.
+"""Draws tokens from logits, on the device: one vectorised draw for many requests, each with its own settings.
 
-`Sampler` holds the requests' settings and penalties by slot, `Sampled` is what a call drew and brings it to the
-host in one copy as `Drawn`. `penalize`, `ranks`, `least_kept` and `draw` are its steps.
+`Sampler` holds the requests' settings and penalties by slot. `Sampled` is what one call drew; its `to_host` brings the
+tokens to the host in one copy, as `Drawn`. `penalize`, `ranks`, `least_kept` and `draw` do the arithmetic.
 
-Among equal scores the lowest id comes first, in every step: top-k keeps exactly k tokens, top-k of 1 draws the greedy
-token, and `torch.topk`, which leaves the order of equals open, is given numbers of which no two are equal. Min-p is
-a threshold on probabilities, which all tokens of the same score pass or fail together.
+Among equal scores the lowest id always comes first. So top-k keeps exactly k tokens, and top-k of 1 draws the greedy
+token. `torch.topk` leaves the order of equal numbers open, so it is given distinct ones. Min-p is a threshold on
+probabilities, which all tokens of the same score pass or fail together.
 
-A row's token depends on its logits, its settings and one number in [0, 1), which its continuation's key and the
-token's place alone determine (`random_stream`). All rows walk the vocabulary in the same order, whichever filters are
-on. So a request draws the same tokens whatever else is in the batch, after a preemption, and under speculation.
+A row's token depends on its logits, its settings and one number in [0, 1). That number depends only on the key of the
+continuation and the token's place in it (`random_stream`). All rows walk the vocabulary in the same order, whichever
+filters are on. So a request draws the same tokens whatever else is in the batch, after a preemption, and under
+speculation.
 """
 
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ NOT_DRAWN = -1  # the token of a row from which none can be drawn
 
 
 class Drawn(NamedTuple):
-    """A token on the host. `top`: (id, log-probability) of the likeliest tokens, the likeliest first."""
+    """A token on the host. `top`: (id, log-probability) of the likeliest tokens, in that order."""
 
     token: int  # NOT_DRAWN where the logits are not numbers
     logprob: float | None = None
@@ -37,7 +38,7 @@ class Drawn(NamedTuple):
 
 @dataclass(frozen=True)
 class Sampled:
-    """What a call drew, on the device; K is the most log-probabilities that one of the rows asks for."""
+    """The tokens that one call drew, on the device; K is the most log-probabilities that a row asks for."""
 
     tokens: torch.Tensor  # int64 (R,), NOT_DRAWN where the logits are not numbers
     logprobs: torch.Tensor | None  # float32 (R,); None where no row asks
@@ -46,7 +47,7 @@ class Sampled:
     asked: tuple[int | None, ...]  # `SamplingParams.logprobs` of each row
 
     def to_host(self) -> list[Drawn]:
-        """Each row's token and what it asked for, in one copy. Of a vocabulary below `asked`, `top` is all of it."""
+        """Each row's token and the log-probabilities that it asks for, in one copy; `top` is at most the vocabulary."""
         if self.logprobs is None or self.top_logprobs is None or self.top_ids is None:
             return [Drawn(token) for token in self.tokens.cpu().tolist()]
         columns = (self.tokens[:, None], self.top_ids, self.logprobs[:, None], self.top_logprobs)
@@ -62,22 +63,22 @@ class Sampled:
 
 @dataclass(frozen=True)
 class _Request:
-    """What the host knows of a slot's request."""
+    """The settings of a slot's request, on the host."""
 
     key: bytes  # of its random stream
     logprobs: int | None
     greedy: bool
     penalized: bool
-    columns: int  # how many of the likeliest tokens its filters must see in order; 0: none
+    columns: int  # how many of the likeliest tokens its filters need in order; 0: none
     top_p: bool
     min_p: bool
     settings: tuple[float, ...]  # the first of `_Settings.NAMES`, in their order
 
 
 class _Settings:
-    """The settings of R rows on the device by name, float32 (R, 1) each, of which one copy brings all.
+    """The settings of R rows on the device by name, float32 (R, 1) each. One copy brings all of them.
 
-    They are looked up as they are needed: for a small vocabulary, looking up all would take longer than the draw.
+    Each is looked up when it is needed: for a small vocabulary, looking up all would take longer than the draw.
     """
 
     NAMES = (
@@ -96,7 +97,7 @@ class _Settings:
 
 @dataclass(frozen=True)
 class _Texts:
-    """What the penalties know of each slot's text."""
+    """The tokens in each slot's text, for the penalties."""
 
     counts: torch.Tensor  # float32 (slots, V): how often its request generated a token
     prompted: torch.Tensor  # bool (slots, V): its prompt holds the token
@@ -113,7 +114,7 @@ class _Texts:
         self.counts.view(-1).index_add_(0, place * self.counts.shape[1] + tokens, (place == slot).float())
 
     def _slots(self, s: _Settings) -> tuple[torch.Tensor, torch.Tensor]:
-        """Each row's slot, int64 (R,), and the same if it has a text, else the last: unpenalized rows may have none."""
+        """Each row's slot, int64 (R,), and its row in `counts`: the last where the slot has none, being unpenalized."""
         slot = s["slot"][:, 0].long()
         return slot, slot.clamp(max=len(self.counts) - 1)
 
@@ -140,11 +141,11 @@ class Sampler:
         *,
         key: bytes | None = None,
     ) -> None:
-        """Give a slot to a request, and forget the one before.
+        """Give a slot to a request; the request before is forgotten.
 
         Args:
-            said: the tokens that it generated already, where it was preempted or forked.
-            key: of its random stream; default that of the first continuation of this prompt.
+            said: the tokens that it has generated already, after a preemption or a fork.
+            key: of its random stream; default: that of the first continuation of this prompt.
 
         Raises:
             IndexError: the sampler does not have the slot.
@@ -161,7 +162,7 @@ class Sampler:
         self._texts.prompted[slot] = self._send(self._count(prompt) > 0)
 
     def _make_room(self, slot: int) -> None:
-        """Have texts up to a slot: twice as many whenever they run out, as a large batch may never be full."""
+        """Have texts up to a slot. Their number doubles when they run out, because a large batch may never be full."""
         known = 0 if self._texts is None else len(self._texts.counts)
         if slot < known:
             return
@@ -176,10 +177,10 @@ class Sampler:
     def __call__(self, logits: torch.Tensor, slots: Sequence[int], indices: Sequence[int]) -> Sampled:
         """Row r of logits (R, V) draws token number indices[r] (0: the first new one) of the request in slots[r].
 
-        Log-probabilities are the model's: log_softmax of the logits in float32, before penalties, temperature and
-        filters. A slot may hold several rows, unless its request has penalties: they count what is drawn here.
-        Any float dtype is computed in float32. A row that holds NaN or +inf, or nothing but -inf, draws NOT_DRAWN.
-        Raises `ValueError` on another shape, `KeyError` on a slot that no request began.
+        Log-probabilities are those of the model: log_softmax of the logits in float32, before penalties, temperature
+        and filters. Several rows may have the same slot, unless its request has penalties, which count the tokens that
+        are drawn here. Any float dtype is computed in float32. A row that holds NaN or +inf, or only -inf, draws
+        NOT_DRAWN. Raises `ValueError` on another shape, `KeyError` on a slot without a request.
         """
         if logits.shape != (len(slots), self.vocab_size) or len(indices) != len(slots):
             raise ValueError(
@@ -192,7 +193,7 @@ class Sampler:
         if greedy and texts is None:
             return self._with_logprobs(logits.argmax(-1), logits, requests)
 
-        # A full sort is dear: rows that have a top-k, and need only its columns, go apart from those that have not.
+        # Full sorts are slow, so rows with top-k, which need only its columns in order, are handled separately.
         short = [r for r, q in enumerate(requests) if 0 < q.columns < self.vocab_size]
         whole = [r for r, q in enumerate(requests) if q.columns == self.vocab_size]
         s = self._settings(requests, indices, short + whole)
@@ -202,7 +203,7 @@ class Sampler:
         if greedy:
             tokens = scores.argmax(-1)
         else:
-            # Only differences count, and from the top they cannot overflow however low the temperature.
+            # Only differences count. Those from the maximum cannot overflow, however low the temperature.
             weights = scores - scores.amax(-1, keepdim=True)
             weights.div_(s["temperature"]).exp_()  # (R, V), 1 for the likeliest
             if short or whole:
@@ -224,9 +225,9 @@ class Sampler:
         short: list[int],
         whole: list[int],
     ) -> torch.Tensor:
-        """`least_kept` of each row, (R, 1); below every rank where a row needs no order.
+        """`least_kept` of each row, (R, 1); a number below every rank where a row has neither top-k nor top-p.
 
-        `ranked`: the `ranks` of the scores. `short`, `whole`: the rows that need an order, of some columns or of all,
+        `ranked`: the `ranks` of the scores. `short`, `whole`: the rows that need some or all of their columns in order,
         as in s["order"].
         """
         groups = [group for group in (short, whole) if group]
@@ -245,7 +246,7 @@ class Sampler:
     def _with_logprobs(self, tokens: torch.Tensor, logits: torch.Tensor, requests: list[_Request]) -> Sampled:
         asked = tuple(q.logprobs for q in requests)
         most = max((n for n in asked if n is not None), default=None)
-        # NaN is taken for the largest, and a token of -inf is drawn only where there is no other.
+        # argmax and topk take NaN for the largest number, and -inf is drawn only where there is nothing else.
         drawn = tokens.where(logits.gather(1, tokens[:, None])[:, 0].isfinite(), NOT_DRAWN)
         if most is None:
             return Sampled(drawn, None, None, None, asked)
@@ -260,7 +261,7 @@ class Sampler:
         top_p = INF if params.top_p is None or params.top_p >= 1 else params.top_p
         min_p = params.min_p or 0.0
         repetition, presence, frequency = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
-        # Within float32's limits, and so that no score times or by them becomes infinite or NaN.
+        # Within float32's limits, so that no score multiplied or divided by them becomes infinite or NaN.
         repetition = min(max(repetition, 1e-30), 1e30)
         temperature = min(max(params.temperature, FLOAT32.tiny), FLOAT32.max)
         return _Request(
@@ -287,16 +288,16 @@ class Sampler:
         return torch.bincount(torch.tensor(tokens, dtype=torch.int64), minlength=self.vocab_size)
 
     def _send(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A host tensor on the device; the host does not wait, and pinned memory stays until the copy is done."""
+        """A host tensor on the device. The host does not wait, and pinned memory stays until the copy is done."""
         if self.device.type == "cpu":
-            return tensor  # as `to` would, a few microseconds later
+            return tensor  # `to` would return the same, and take a few microseconds
         if self.device.type != "cuda":
             return tensor.to(self.device)
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
 
 def not_numbers(tokens: int) -> str:
-    """What is wrong where no token can be drawn after so many tokens of prompt and continuation."""
+    """The error message where no token can be drawn after so many tokens of prompt and continuation."""
     return (
         f"the model's logits after {tokens:,} tokens are not numbers (NaN or infinite); "
         "check the weights with python -m fastgpt.verify, and in 16 bits try `dtype` float32"
@@ -314,7 +315,7 @@ def penalize(
     """Scores (R, V) after the three penalties, each (R, 1).
 
     Repetition divides a positive score and multiplies a negative one, for each token of prompt and output (Keskar
-    et al., 2019). Presence and frequency are subtracted for output tokens alone, as OpenAI's API defines them.
+    et al., 2019). Presence and frequency are subtracted for output tokens only, as OpenAI's API defines them.
     counts: float32 (R, V), of the output; prompted: bool (R, V).
     """
     said = counts > 0
@@ -323,23 +324,24 @@ def penalize(
 
 
 def ranks(scores: torch.Tensor, falling: torch.Tensor) -> torch.Tensor:
-    """Distinct numbers in the order of the scores, among equal scores the lowest id's the largest: int64 (R, V).
+    """Distinct numbers in the order of the scores, int64 (R, V). Among equal scores the lowest id has the largest rank.
 
-    scores: float32 (R, V); falling: int64 (V,), V - 1 to 0. The upper half of a rank is the score's bits as an integer:
-    those of a positive float rise with it, those of a negative one fall until all but the sign are flipped.
+    scores: float32 (R, V); falling: int64 (V,), V - 1 to 0. The upper half of a rank is the bits of the score as an
+    integer. For positive floats their order is that of the floats. For negative floats it is the reverse, so all their
+    bits but the sign are flipped. The lower half is `falling`.
     """
-    bits = (scores + 0.0).view(torch.int32)  # of -0.0 and 0.0 the same
+    bits = (scores + 0.0).view(torch.int32)  # adding 0.0 makes -0.0 and 0.0 the same
     return torch.add(falling, (bits >> 31).bitwise_and_(INT32.max).bitwise_xor_(bits), alpha=1 << 32)
 
 
 def least_kept(
     ranked: torch.Tensor, weights: torch.Tensor, columns: int, top_k: torch.Tensor | None, top_p: torch.Tensor | None
 ) -> torch.Tensor:
-    """The least rank that top-k, and then top-p, keep in each row, int64 (R, 1).
+    """The smallest rank that top-k, and then top-p, keep in each row, int64 (R, 1).
 
     ranked: the `ranks` of the scores, (R, V). weights: (R, V), not normalised. top_k: int64 (R, 1), V where off, or
-    None where it is `columns` in every row; top_p: (R, 1), inf where off, or None. `columns`: the largest top_k, all
-    that has to be ordered.
+    None where it is `columns` in every row; top_p: (R, 1), inf where off, or None. `columns`: the largest top_k; no
+    more columns are sorted.
     """
     ordered, ids = ranked.topk(columns)  # (R, columns)
     least = ordered[:, -1:] if top_k is None else ordered.gather(1, top_k - 1)
@@ -348,7 +350,7 @@ def least_kept(
     total = weights.masked_fill(ranked < least, 0).sum(-1, keepdim=True)
     shares = weights.gather(1, ids)
     before = shares.cumsum(-1) - shares
-    # A token is out where those before it hold top_p; the likeliest always stays.
+    # A token is dropped if the tokens before it hold top_p; the likeliest always stays.
     kept = ordered.where(before < top_p * total, ordered[:, :1])
     return kept.amin(-1, keepdim=True).maximum(least)
 
@@ -359,7 +361,7 @@ def draw(scores: torch.Tensor, weights: torch.Tensor, number: torch.Tensor) -> t
     scores, weights: (R, V), the weights not normalised; number: (R, 1) in [0, 1), or inf for the highest score.
     """
     mass = weights.cumsum(-1)
-    # A parallel scan rounds each sum apart, so a sum can pass at a token without weight: it is skipped. Where no
-    # other is left, or the weights are not numbers, the highest score is drawn.
+    # A parallel scan rounds each sum differently, so a sum can pass at a token without weight. Such a token is skipped.
+    # Where no other is left, or the weights are not numbers, the highest score is drawn.
     reached = (mass > number * mass[:, -1:]) & (weights > 0)
     return scores.masked_fill(reached, INF).argmax(-1)  # the first of equals

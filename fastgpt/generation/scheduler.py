@@ -1,9 +1,10 @@
-"""Which tokens of which requests the next forward pass computes: continuous batching over a paged cache.
+"""Plans forward passes: continuous batching over a paged cache.
 
-Every step gives each running sequence what it lacks, oldest first: one token while it is decoded, a chunk while its
-prompt is read, both in the same step, up to `max_batch_tokens`. A finished sequence's place is taken in the next step
-(Yu et al., 2022, "Orca", section 4.1). Where pages run out, the youngest sequence gives up its own and is computed anew
-later (recomputation: Kwon et al., 2023, section 4.5), so the oldest always goes on.
+Every iteration gives each running sequence the tokens that it lacks, oldest first: one token while it decodes, a chunk
+while its prompt is read, both in the same forward pass, up to `max_batch_tokens`. When a sequence finishes, a waiting
+one takes its place in the next iteration (Yu et al., 2022, "Orca", section 4.1). When pages run out, the youngest
+sequence gives up its pages and is computed again later (recomputation: Kwon et al., 2023, section 4.5), so the oldest
+always makes progress.
 """
 
 import bisect
@@ -16,10 +17,10 @@ from fastgpt.model.pages import BlockAllocator, BlockTable, OutOfPages
 
 
 class Scheduler:
-    """The queue, and the sequences that run; see the module.
+    """Holds the queue and the running sequences; see the module.
 
     Attributes:
-        hits: tokens of prompts that were found in cached pages instead of being computed.
+        hits: tokens of prompts that were found in cached pages and not computed.
         preemptions: how many times a sequence lost its pages.
     """
 
@@ -35,19 +36,19 @@ class Scheduler:
         """`drafts`: tokens that a guess has at most."""
         self.cache, self.block_size, self.drafts = cache, block_size, drafts
         self.max_batch, self.max_batch_tokens = max_batch, max_batch_tokens
-        self.waiting: OrderedDict[Sample, None] = OrderedDict()  # by their order; out of it at once, wherever it is
+        self.waiting: OrderedDict[Sample, None] = OrderedDict()  # in order; any of them is removed in constant time
         self.running: list[Sample] = []  # oldest first
         self.hits, self.preemptions = 0, 0
         self._slots = list(reversed(range(max_batch)))
-        self._batch: DecodeBatch | None = None  # what the last step computed, if no sequence has come or gone since
-        self._refused: tuple[Sample, int] | None = None  # who was not let in, and with how many free pages
+        self._batch: DecodeBatch | None = None  # of the last plan, if no sequence has come or gone since
+        self._refused: tuple[Sample, int] | None = None  # the sequence that did not fit, and the free pages then
 
     @property
     def allocator(self) -> BlockAllocator:
         return self.cache.allocator
 
     def most_positions(self, prompt: int, new: int) -> int:
-        """The cached positions that a continuation comes to need: its last token is never an input."""
+        """The positions that a continuation needs in the cache at most: its last token is never an input."""
         return min(prompt + new - 1, self.block_size)
 
     def add(self, sample: Sample) -> None:
@@ -55,9 +56,10 @@ class Scheduler:
         self.waiting[sample] = None
 
     def plan(self) -> Plan:
-        """The next step; without chunks when nothing waits or runs. Pages are reserved, and tables count new tokens.
+        """The next forward pass; it has no chunks when nothing waits or runs.
 
-        All that predicted in the step before have got a token since, or were dropped.
+        Pages are reserved, and block tables count the new tokens. Every sequence that predicted in the plan before must
+        have got a token since, or have been dropped.
         """
         budget, one, many, asked, changed = self.max_batch_tokens, [], [], [], []
         batch, self._batch = self._batch, None
@@ -70,7 +72,7 @@ class Scheduler:
                 if budget == 0:
                     break
                 table, chunk = sample.table, sample.decoding
-                if table is None:  # it has just lost its pages to an older one
+                if table is None:  # it has just lost its pages to an older sequence
                     continue
                 if (
                     chunk is not None
@@ -97,27 +99,27 @@ class Scheduler:
         chunks, spent = one + many, self.max_batch_tokens - budget
         rows = len(chunks) + sum(chunk.rows - 1 for chunk in asked)
         read = sum(len(chunk.tokens) for chunk in asked if chunk.reading)
-        # One that was given a page in this step may have lost all of them since, to an older one.
+        # A sequence that was given a page in this plan may have lost all its pages since, to an older sequence.
         changed = [sample for sample in changed if sample.table] + [chunk.sample for chunk in asked]
         return Plan(chunks, len(one), rows, spent, read, changed, self._batch)
 
     def _advance(self, batch: DecodeBatch, changed: list[Sample]) -> bool:
-        """Move to the batch's next step; False, with no token counted, where a sequence can get no page."""
+        """Move to the batch's next iteration; False, with no token counted, where a sequence can get no page."""
         batch.advance()
-        for i in batch.full.pop(batch.step, ()):
+        for i in batch.full.pop(batch.iteration, ()):
             sample, table = batch.samples[i], batch.tables[i]
             if not self._grant(sample, table, changed):
                 return False
             batch.longs[2, i] = table.pages[-1] * self.allocator.page_size
-            batch.full[batch.step + sample.granted - table.length].append(i)
+            batch.full[batch.iteration + sample.granted - table.length].append(i)
         for table in batch.tables:
             table.length += 1
-        for i in batch.full.get(batch.step + 1, ()):
+        for i in batch.full.get(batch.iteration + 1, ()):
             self.allocator.publish(batch.tables[i], batch.samples[i].tokens)
         return True
 
     def _grant(self, sample: Sample, table: BlockTable, changed: list[Sample]) -> bool:
-        """Give a sequence that decodes its next page, if its pages are full and one is free."""
+        """Give a decoding sequence its next page, if its pages are full and a page is free; whether it got one."""
         allocator, length = self.allocator, table.length
         if sample.granted != length or length % allocator.page_size or length == self.block_size:
             return False
@@ -128,7 +130,7 @@ class Scheduler:
         return True
 
     def fork(self, sample: Sample, sibling: Sample) -> bool:
-        """Start a continuation of the same prompt on the same pages; False without a free place for it."""
+        """Start a continuation of the same prompt on the same pages; False where the batch has no free slot."""
         assert sample.table is not None
         if not self._slots:
             return False
@@ -138,7 +140,7 @@ class Scheduler:
         return True
 
     def put_back(self, samples: Iterable[Sample]) -> None:
-        """Put sequences into the queue where they belong by their order, which is before all that never ran."""
+        """Put sequences back into the queue by their order, which is before all that never ran."""
         front = sorted(samples, key=lambda sample: sample.order)
         while front and self.waiting and (first := next(iter(self.waiting))).order < front[-1].order:
             del self.waiting[first]
@@ -148,23 +150,27 @@ class Scheduler:
             self.waiting.move_to_end(sample, last=False)
 
     def drop(self, sample: Sample) -> None:
-        """Take a sequence out, wherever it is: it is finished, or cancelled."""
+        """Remove a sequence that is finished or cancelled, whether it runs or waits."""
         if sample.slot >= 0:
             self._stop(sample)
         else:
             self.waiting.pop(sample, None)
 
     def start_over(self) -> None:
-        """Preempt all, and forget all pages: after a step that failed, nobody knows what they hold."""
+        """Preempt all sequences and forget all pages: after a forward pass that failed, their content is unknown."""
         for sample in self.running.copy():
-            sample.siblings = [sibling for sibling in sample.siblings if sibling.slot < 0]  # one may just have started
+            # A sibling may just have started.
+            sample.siblings = [sibling for sibling in sample.siblings if sibling.slot < 0]
         for sample in self.running.copy():
             self._preempt(sample)
         self.waiting = OrderedDict.fromkeys(sorted(self.waiting, key=lambda sample: sample.order))
         self.allocator.forget()
 
     def _next_chunk(self, sample: Sample, budget: int) -> Chunk | None:
-        """What a running sequence lacks, its pages reserved at the cost of younger ones; None where it lost its own."""
+        """The tokens that a running sequence lacks, with pages reserved for them.
+
+        Younger sequences are preempted for that. None where it was preempted itself.
+        """
         assert sample.table is not None
         if self._slid(sample):
             self.allocator.release(sample.table)
@@ -177,7 +183,7 @@ class Scheduler:
                 self.cache.reserve(sample.table, target)
                 return self._chunk(sample, budget, draft)
             except OutOfPages:
-                if draft:  # nobody is preempted for a guess
+                if draft:  # no sequence is preempted for a guess
                     target, draft = sample.table.length + 1, []
                     continue
                 victim = self.running[-1]
@@ -186,10 +192,10 @@ class Scheduler:
                     return None
 
     def _admit(self, sample: Sample) -> bool:
-        """Start a waiting sequence if there are pages for all its tokens, and one more for each that runs already."""
+        """Start a waiting sequence if pages are free for all its tokens, and one more for each running sequence."""
         self._slid(sample)
         if self.running and self._refused == (sample, self.allocator.free):
-            return False  # as a moment ago, without hashing the prompt again
+            return False  # nothing has changed since, so the prompt is not hashed again
         length = len(sample.tokens) - sample.start
         table = self.allocator.open([] if sample.start else sample.tokens)
         try:
@@ -223,28 +229,31 @@ class Scheduler:
         return Chunk(sample, first, tokens, draft, reading, rows)
 
     def _publish(self, sample: Sample) -> None:
-        """Let others find its full pages, also who comes later in this step: keys are written before any is read."""
+        """Let others find its full pages, even in the same forward pass, which writes all keys before it reads any."""
         table = sample.table
         assert table is not None
         if not sample.start and table.length // self.allocator.page_size > len(table.digests):
             self.allocator.publish(table, sample.tokens)
 
     def _slid(self, sample: Sample) -> bool:
-        """Move the window of a sequence that has outgrown it: then all positions, and all that is cached, change."""
+        """Move the window of a sequence that has outgrown it; whether it moved.
+
+        All positions have changed then, and nothing that is cached is valid.
+        """
         start = max(0, len(sample.tokens) - self.block_size)
         moved, sample.start = start > sample.start, start
         return moved
 
     def _draft(self, sample: Sample, budget: int) -> list[int]:
-        if sample.proposer is None or sample.start or sample.siblings:  # siblings take over its pages as they are
+        if sample.proposer is None or sample.start or sample.siblings:  # siblings share its pages, without guesses
             return []
-        left = sample.params.max_new_tokens - sample.generated - 1  # a guess is of use if a token follows it
+        left = sample.params.max_new_tokens - sample.generated - 1  # the last token is not worth a guess
         most = min(self.drafts, left, budget - 1, self.block_size - len(sample.tokens))
         return sample.proposer.propose(sample.tokens, most)
 
     def _run(self, sample: Sample) -> None:
         if not sample.generated:
-            sample.tokens = list(sample.tokens)  # from here on it grows apart from its siblings'
+            sample.tokens = list(sample.tokens)  # its siblings hold the same list until they run
         sample.slot, self._batch = self._slots.pop(), None
         bisect.insort(self.running, sample, key=lambda other: other.order)
 

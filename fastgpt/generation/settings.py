@@ -1,4 +1,4 @@
-"""Settings as they are given by name: typed for checkers such as pyright, and checked when the program runs."""
+"""Checks settings that are given by name; their types are for checkers such as pyright."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -43,7 +43,7 @@ class EngineOptions(TypedDict, total=False):
 
 
 def sampling(given: Mapping[str, Any], defaults: SamplingParams | None = None) -> SamplingParams:
-    """The settings that change the defaults. Raises `UsageError` for an unknown name or a value outside its limits."""
+    """The defaults with the given settings. Raises `UsageError` for an unknown name or a value outside its limits."""
     check_names(given, [field.name for field in dataclasses.fields(SamplingParams)])
     params = dataclasses.replace(defaults or SamplingParams(), **given)
     validate(params)

@@ -1,4 +1,4 @@
-"""One continuation at a time, on a cache of its own or none: nothing between the model and its tokens but a loop."""
+"""Generates one continuation at a time, with its own cache or none, in a plain loop over the model."""
 
 import time
 from collections.abc import Iterator
@@ -18,13 +18,13 @@ from fastgpt.tokenizer.detokenizer import Detokenizer
 
 
 class Generation(Iterator[str]):
-    """One continuation under way: an iterator of its pieces of text, whose attributes are right at every moment.
+    """One continuation under way: an iterator of its pieces of text. Its attributes are up to date at every piece.
 
-    Past block_size the window slides: the last block_size tokens are read anew for every token.
+    Past block_size the window slides: every further token costs a prefill of the last block_size tokens.
 
     Attributes:
-        prefill_tokens, prefill_seconds: of the prompt, or of its end that fits in block_size.
-        decode_tokens, decode_seconds: of the new tokens after the first, which the prefill yields.
+        prefill_tokens, prefill_seconds: for the prompt, or for its last block_size tokens.
+        decode_tokens, decode_seconds: for the new tokens after the first, which the prefill yields.
         drawn: the new tokens with their log-probabilities, without a stop token.
         finish_reason, error: as in `Completion`, once it has ended.
     """
@@ -46,7 +46,7 @@ class Generation(Iterator[str]):
         Args:
             cache: "dense", "paged" or "none".
             decoder: the compiled model, for the dense cache.
-            idle: paged caches that no continuation uses: one is taken from them, or made, and put back at the end.
+            idle: paged caches that no continuation uses. One is taken, or made where there is none, and put back later.
             occurrence, sample: which of the random streams of this prompt and seed; see `random_stream.stream_key`.
         """
         self.decoder, self.idle, self.paged = decoder, [] if idle is None else idle, cache == "paged"
@@ -66,12 +66,12 @@ class Generation(Iterator[str]):
         return next(self._pieces)
 
     def tokens(self) -> Iterator[int]:
-        """The new tokens, one by one, up to a stop token, without regard to stop texts."""
+        """The new tokens, one by one, up to a stop token; stop texts are ignored."""
         for one in self._draw():
             yield one.token
 
     def completion(self, index: int, sample: int, waited: float = 0.0) -> Completion:
-        """The whole continuation, once its rest is made; `waited`: seconds from its submission to its beginning."""
+        """Generate the rest, and return the whole continuation; `waited`: seconds from its submission to its start."""
         for _ in self:
             pass
         spent = self.prefill_seconds + self.decode_seconds
@@ -132,12 +132,12 @@ class Generation(Iterator[str]):
         cache: DenseCache | PagedText | None,
         decoder: DenseDecoder | None,
     ) -> torch.Tensor:
-        """The next token's logits (1, V), from the last block_size tokens; `latest` (1,) is the last new one."""
+        """The next token's logits (1, V), from the last block_size tokens; `latest` (1,) is the newest of them."""
         if isinstance(cache, PagedText):
             return cache(text)
         block = self.model.config.block_size
         if cache is None or latest is None or cache.length == block:
-            if cache is not None:  # every token's position changes as the window slides, and with it all that is cached
+            if cache is not None:  # as the window slides every token's position changes, so nothing cached is valid
                 cache.clear()
             window = torch.tensor([text[-block:]], device=self.model.device)
             return self.model(window, cache=cache, last_only=True)[:, -1]
@@ -153,7 +153,7 @@ class Generation(Iterator[str]):
             self.decode_seconds += seconds
 
     def _read(self) -> Iterator[str]:
-        """The text, as whole characters come, up to a stop text."""
+        """The text in whole characters, up to a stop text."""
         detokenizer = self._detokenizer
         for token in self.tokens():
             if piece := detokenizer.push(token):

@@ -1,4 +1,4 @@
-"""The compiled decode step computes what the model does, from what an earlier run compiled too."""
+"""The compiled decoder computes what the model does, also where an earlier run compiled it."""
 
 import dataclasses
 import subprocess
@@ -165,7 +165,7 @@ def test_it_says_before_it_compiles(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(compiled_decoder, "_compile", lambda *args: said.append("compiled"))
     monkeypatch.setattr(torch_private, "load_package", lambda path: path)
     CompiledDecoder(fresh(block_size=16, n_embd=24).model, said.append)
-    assert said == ["compiling the decode step for a model of this shape: up to a minute, once", *["compiled"] * 3]
+    assert said == ["compiling the decoder for a model of this shape: up to a minute, once", *["compiled"] * 3]
 
 
 def test_kernels_that_are_no_pytorch_are_refused():

@@ -1,4 +1,4 @@
-"""The forward pass over chunks: block tables that stay on the device, and decode steps as CUDA graphs, on stand-ins."""
+"""The forward pass over chunks: block tables that stay on the device, and decoding as CUDA graphs, on stand-ins."""
 
 import dataclasses
 import random
