@@ -19,6 +19,7 @@ from bench.tools.generation import engine_facts, generator_of, random_tokens, un
 from bench.tools.kernel_cases import Case
 from fastgpt.config.generation import SamplingParams
 from fastgpt.config.training import PRESETS
+from fastgpt.model.facts import count_parameters
 from fastgpt.ops import table
 from fastgpt.ops.autotune import checker
 from fastgpt.ops.workload import Workload
@@ -83,7 +84,7 @@ def test_training_step(against, benchmark, device: torch.device, sequences: int)
         rounds=5,
         in_a_row=3,
         units=config.tokens_per_step,
-        flops=flops_per_token(config, config.num_parameters) * config.tokens_per_step,
+        flops=flops_per_token(config, count_parameters(config)) * config.tokens_per_step,
         arithmetic=DTYPE,
     )
     benchmark.extra_info["ms_a_step"] = benchmark.stats.stats.median * 1e3

@@ -39,21 +39,11 @@ class ModelConfig(Settings):
     @property
     def padded_vocab(self) -> int:
         """vocab_size rounded up to a multiple of 128, the width of the embedding inside the model."""
-        return -(-self._known_vocab // 128) * 128
+        return -(-self.known_vocab // 128) * 128
 
     @property
-    def num_parameters(self) -> int:
-        """`GPT.num_parameters` without a model: the vocabulary's padding does not count."""
-        C, biases = self.n_embd, int(self.bias)
-        norm = C + biases * C
-        heads = (self.n_head + 2 * self.kv_heads) * self.head_size
-        attention = (C + biases) * heads + (C + biases) * C
-        mlp = (C + biases) * 4 * C + (4 * C + biases) * C
-        positions = self.block_size if self.position == "learned" else 0
-        return (self._known_vocab + positions) * C + self.n_layer * (2 * norm + attention + mlp) + norm
-
-    @property
-    def _known_vocab(self) -> int:
+    def known_vocab(self) -> int:
+        """vocab_size. Raises `UsageError` where it is not set."""
         if self.vocab_size is None:
             raise UsageError("vocab_size is not set: take it from the tokenizer, or pass one")
         return self.vocab_size

@@ -14,6 +14,7 @@ from fastgpt.config.model import ModelConfig
 from fastgpt.errors import CorruptCheckpoint, UsageError
 from fastgpt.generation.generator import TextGenerator
 from fastgpt.model import memory
+from fastgpt.model.facts import count_parameters
 from fastgpt.model.gpt import GPT
 from fastgpt.model.int8 import quantize_model
 from fastgpt.ops import autotune, table
@@ -79,7 +80,7 @@ def load(
 
 def _check_size(out_dir: Path, step_dir: Path, config: ModelConfig, weights: Mapping[str, torch.Tensor]) -> None:
     """Raise `CorruptCheckpoint` if the configuration has another size than the weights; no model is built then."""
-    described, held = config.num_parameters, sum(tensor.numel() for tensor in weights.values())
+    described, held = count_parameters(config), sum(tensor.numel() for tensor in weights.values())
     if described != held:
         raise CorruptCheckpoint(
             f"{out_dir / 'config.json'} describes {counted(described, 'parameter')}, and "

@@ -8,6 +8,7 @@ import torch
 from fastgpt.config.model import ModelConfig
 from fastgpt.config.training import TrainConfig
 from fastgpt.errors import UsageError
+from fastgpt.model.facts import count_parameters, position_table_bytes
 from fastgpt.system.device import free_memory
 from fastgpt.system.units import counted
 
@@ -24,7 +25,7 @@ def check_training(config: TrainConfig, device: torch.device) -> None:
     each sequence of a step begins, which the loader draws at once.
     """
     L, C, T, B = config.n_layer, config.n_embd, config.block_size, config.batch_size
-    count = config.num_parameters
+    count = count_parameters(config)
     model = TRAINED_PARAMETER * count + position_table_bytes(config)
     _check(
         model,
@@ -48,12 +49,6 @@ def lacking(where: str, config: ModelConfig, error: BaseException | str) -> str:
 def check_position_table(config: ModelConfig, device: torch.device) -> None:
     """Raise `UsageError` for a context whose table of positions cannot fit: no weight tells that it is so long."""
     _check(position_table_bytes(config), device, f"`block_size` {config.block_size} takes")
-
-
-def position_table_bytes(config: ModelConfig) -> int:
-    """Of `model.position_table`."""
-    width = {"sinusoidal": config.n_embd, "rotary": config.head_size}.get(config.position, 0)
-    return 4 * config.block_size * width
 
 
 def _check(need: int, device: torch.device, what: str) -> None:

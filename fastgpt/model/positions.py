@@ -6,13 +6,21 @@ from fastgpt.config.model import ModelConfig
 
 
 def position_table(config: ModelConfig) -> torch.Tensor | None:
-    """What the fixed kinds of position add or turn by, float32; None for learned and none.
+    """The fixed positions, float32; None where positions are learned or left out.
 
-    sinusoidal: (block_size, C), sines in the even channels, cosines in the odd ones (Vaswani et al., 2017, 3.5).
-    rotary: (block_size, D / 2, 2), cosine and sine of each pair's angle (Su et al., 2021, 3.4.2).
+    sinusoidal: (block_size, C), to be added: sines in the even channels, cosines in the odd ones (Vaswani et al., 2017,
+        3.5).
+    rotary: (block_size, D / 2, 2), to turn pairs by: the cosine and sine of each pair's angle (Su et al., 2021, 3.4.2).
     """
     if config.position not in ("sinusoidal", "rotary"):
         return None
+    device = torch.get_default_device()
+    # On the meta device PyTorch's arange would first import its compiler, for seconds.
+    with torch.device("cpu" if device.type == "meta" else device):
+        return _computed_table(config).to(device)
+
+
+def _computed_table(config: ModelConfig) -> torch.Tensor:
     width = config.n_embd if config.position == "sinusoidal" else config.head_size
     frequency = 10000.0 ** (-torch.arange(0, width, 2) / width)
     angle = torch.arange(config.block_size)[:, None] * frequency

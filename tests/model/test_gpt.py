@@ -252,7 +252,7 @@ def test_dropout_acts_on_embedding_attention_and_both_residual_branches(column, 
         shapes.append((tuple(x.shape), training))
         return x
 
-    monkeypatch.setattr("fastgpt.model.F.dropout", noted)
+    monkeypatch.setattr("fastgpt.model.gpt.F.dropout", noted)
     model = GPT(dataclasses.replace(tiny().config, dropout=0.25), ops)
     model(*batch())
     attention = [arguments for op, arguments in calls if op == "causal_attention"]

@@ -1,0 +1,44 @@
+"""What a configuration makes a model hold, counted on models without memory (PyTorch's meta device)."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import torch
+
+from fastgpt.config.model import ModelConfig
+from fastgpt.model.gpt import GPT
+
+# Each layer, position and token of the vocabulary adds the same. So the smallest models are counted, and the count
+# goes on in a straight line: a model of a billion layers, which cannot even be described, is counted as fast.
+SIZES = ("n_layer", "block_size", "vocab_size")
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """`GPT.num_parameters` without building the model. Raises `UsageError` where the vocabulary's size is not known."""
+    return _count(dataclasses.replace(config.architecture(), vocab_size=config.known_vocab), GPT.num_parameters)
+
+
+def position_table_bytes(config: ModelConfig) -> int:
+    """Bytes of `GPT.table`, which is all that a model holds beside its parameters."""
+    return _count(dataclasses.replace(config.architecture(), vocab_size=1), _buffer_bytes)
+
+
+def _buffer_bytes(model: GPT) -> int:
+    return sum(buffer.nbytes for buffer in model.buffers())
+
+
+@functools.lru_cache
+def _count(config: ModelConfig, measure: Callable[[GPT], int]) -> int:
+    smallest = dataclasses.replace(config, **dict.fromkeys(SIZES, 1))
+    first = _measured(smallest, measure)
+    total = first
+    for name in SIZES:
+        one_more = _measured(dataclasses.replace(smallest, **{name: 2}), measure)
+        total += (getattr(config, name) - 1) * (one_more - first)
+    return total
+
+
+def _measured(config: ModelConfig, measure: Callable[[GPT], int]) -> int:
+    with torch.device("meta"):
+        return measure(GPT(config))
