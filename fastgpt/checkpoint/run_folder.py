@@ -34,7 +34,8 @@ RUN_FILES = ("tokenizer.json", "metrics.jsonl", "latest", "best", "config.json")
 PICTURE = "plots/loss.png"
 DATA_PATHS = ("corpus_file", "data_dir", "gpt2_vocab")  # with the dataset, which may be a name
 COMMANDS = ("init_from", "overwrite", "allow_data_change")  # of one start, not of the run
-FIXED = ("block_size", "n_layer", "n_head", "kv_heads", "n_embd", "bias", "position", "tokenizer")
+# Of the model's settings those that a resume may change; the vocabulary itself is compared instead of its size.
+CHANGEABLE = ("vocab_size", "dropout")
 
 
 @contextmanager
@@ -240,11 +241,12 @@ def check_resume(out_dir: Path, config: TrainConfig, data: Corpus) -> None:
         UsageError: one of them changed.
     """
     saved, about = load(out_dir)
-    for name in FIXED:
-        asked, had = getattr(config, name), getattr(saved, name)
-        if asked != had:
-            flag = "n_kv_head" if name == "kv_heads" else name
-            raise UsageError(f"--{flag} {asked}: the run in {out_dir} has {had}, and a resume keeps it; leave it out")
+    has = _kept_settings(saved)
+    for name, asked in _kept_settings(config).items():
+        if asked != has[name]:
+            raise UsageError(
+                f"`{name}` {asked}: the run in {out_dir} has {has[name]}, and a resume keeps it; leave it out"
+            )
     ways_out = "" if config.allow_data_change else "go on with it by `allow_data_change=True`, "
     if data.tokenizer != vocabulary(out_dir):
         raise UsageError(
@@ -260,6 +262,12 @@ def check_resume(out_dir: Path, config: TrainConfig, data: Corpus) -> None:
                 f"restore it, {ways_out}or start another `out_dir`"
             )
         print(f"going on with a text that changed since the run began {change}", file=sys.stderr)
+
+
+def _kept_settings(config: TrainConfig) -> dict[str, Any]:
+    """The settings that a resume keeps: the model's, and the kind of its tokenizer."""
+    model = dataclasses.asdict(dataclasses.replace(config.architecture(), n_kv_head=config.kv_heads))
+    return {name: value for name, value in model.items() if name not in CHANGEABLE} | {"tokenizer": config.tokenizer}
 
 
 def anchored(config: TrainConfig) -> TrainConfig:
