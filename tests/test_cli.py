@@ -319,6 +319,7 @@ def test_a_room_knows_arguments_and_no_flags(path):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and not node.value.startswith(" --"):
             text = re.sub(r"python -m fastgpt\.\w+( --\w+ \S*)*", "", node.value)
             assert [flag for flag in flags if flag in text] == [], node.value
+            assert not re.search(r"(^|[^-])--$", text), "a flag whose name is filled in"
 
 
 def test_run_returns_what_main_returns_and_passes_the_arguments(capsys):

@@ -291,8 +291,8 @@ def relocated(out_dir: Path, config: TrainConfig) -> TrainConfig:
         path = getattr(config, name)
         if path is not None and path == getattr(saved, name) and not _leads_somewhere(name, path, config.data_dir):
             raise UsageError(
-                f"--{name} {path}: the run in {out_dir} recorded this path, and nothing is there; put it back, or pass "
-                f"--{name} with the path where it is now: a text with the same sha256 goes on"
+                f"`{name}` {path}: the run in {out_dir} recorded this path, and nothing is there; put it back, or pass "
+                f"`{name}` with the path where it is now: a text with the same sha256 goes on"
             )
     return config
 

@@ -85,7 +85,7 @@ class Engine:
         """
         for name, value in (("max_batch", max_batch), ("max_batch_tokens", max_batch_tokens), ("page_size", page_size)):
             if value < 1:
-                raise UsageError(f"--{name} {value} must be at least 1")
+                raise UsageError(f"`{name}` {value} must be at least 1")
         if speculate not in SPECULATION:
             raise UsageError(f"`speculate` {speculate!r} is not one of {', '.join(SPECULATION)}")
         self.model, self.tokenizer, self.slide, self.speculate = model, tokenizer, slide, speculate

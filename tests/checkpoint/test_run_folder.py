@@ -70,7 +70,7 @@ class TestOwnership:
     @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="needs a folder that may not be written")
     def test_a_folder_that_cannot_be_written_is_refused(self, tmp_path: Path):
         (tmp_path / "out").mkdir(mode=0o500)
-        said = r"--out_dir .*out cannot be written: .*; name another"
+        said = r"`out_dir` .*out cannot be written: .*; name another"
         with pytest.raises(UsageError, match=said), run_folder.locked(tmp_path / "out"):
             pass
 
@@ -133,8 +133,8 @@ class TestClaim:
     def test_a_folder_that_holds_a_run_is_refused_and_stays_as_it_was(self):
         run()
         error = refused("--max_iters 9")
-        assert error.startswith("--out_dir out already holds a run")
-        assert all(way in error for way in ("--init_from resume", "another --out_dir", "--overwrite"))
+        assert error.startswith("`out_dir` out already holds a run")
+        assert all(way in error for way in ("`init_from` resume", "another `out_dir`", "`overwrite=True`"))
 
     @pytest.mark.parametrize(
         "mistake", ["--dataset nowhere.txt", "--block_size 100000", "--tokenizer bpe --vocab_size 3"]

