@@ -124,7 +124,7 @@ def test_a_turn_that_the_pool_has_no_room_for_is_told(talk, generator):
     """A page holds 4 tokens: the second turn needs more pages than the 4 there are."""
     out, shown = talk("abc\nabcdefghij\n", kv_memory=pages(generator, 4, 4))
     assert out.startswith(replies(generator, "", ["abc"])[0] + "\n")
-    assert any(line.startswith("error: ") and "--kv_memory" in line for line in shown)
+    assert any(line.startswith("error: ") and "`kv_memory`" in line for line in shown)
 
 
 def test_a_text_that_outgrows_the_context_goes_on_from_its_last_half(talk, generator):
