@@ -28,9 +28,6 @@ PEAK_FLOPS = {
 }
 
 
-# oneDNN, which multiplies matrices on a CPU, names what it could not make: a scratchpad, or the code of a product.
-
-
 def resolve_device(name: str) -> torch.device:
     """The device that `device` names; auto takes CUDA, then mps, then the CPU.
 
