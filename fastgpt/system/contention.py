@@ -40,16 +40,12 @@ class Watcher:
         self.thread = threading.Thread(target=self._watch, name="contention", daemon=True)
 
     def __enter__(self) -> "Watcher":
-        try:
-            self.thread.start()
-        except RuntimeError:  # the system has no thread left
-            self.over.set()
+        self.thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self.over.is_set():
-            self.over.set()
-            self.thread.join()
+        self.over.set()
+        self.thread.join()
 
     @property
     def slept(self) -> float:

@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import TypedDict
@@ -51,18 +51,14 @@ def temporary_sibling(path: Path, purpose: str = "") -> Path:
 
 
 def write(path: Path, parts: Iterable[Block]) -> Identity:
-    """Write a file and sync it; its identity, hashed on a second core while the first one writes."""
-    digest, size, beside = hashlib.sha256(), 0, True
+    """Write a file and sync it; its identity, hashed in a second thread while the first one writes."""
+    digest, size = hashlib.sha256(), 0
     with path.open("wb") as file, ThreadPoolExecutor(1) as hasher:
-        hashing: Future[None] | None
         for block in _blocks(parts):
-            try:
-                hashing = hasher.submit(digest.update, block) if beside else None
-            except RuntimeError:  # the system has no thread left
-                beside, hashing = False, None
+            hashing = hasher.submit(digest.update, block)
             sys.audit("fastgpt.write", str(path), len(block))
             file.write(block)
-            hashing.result() if hashing else digest.update(block)
+            hashing.result()
             size += len(block)
     sync(path)
     return {"size": size, "sha256": digest.hexdigest()}
