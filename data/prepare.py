@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fastgpt import cli
 from fastgpt.config.fields import option
 from fastgpt.data import corpus
-from fastgpt.data.corpus import Corpus
+from fastgpt.data.prepared import Corpus
 from fastgpt.tokenizer.saved import KINDS
 
 

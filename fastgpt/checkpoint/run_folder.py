@@ -19,7 +19,8 @@ from fastgpt.checkpoint import store
 from fastgpt.config.fields import MOST, validate
 from fastgpt.config.training import TrainConfig
 from fastgpt.data import corpus
-from fastgpt.data.corpus import READING, Corpus
+from fastgpt.data.corpus import READING
+from fastgpt.data.prepared import Corpus
 from fastgpt.errors import CorruptCheckpoint, UsageError, shown
 from fastgpt.system import lock
 from fastgpt.system.files import absolute, recover, temporary_sibling, write, write_atomic

@@ -1,9 +1,8 @@
-"""Corpora: text becomes train.bin, val.bin and meta.json, once.
+"""Prepares corpora: a text becomes a folder with train.bin, val.bin and meta.json, once.
 
-`prepare` finds the text, tokenizes it in two streaming passes and returns a `Corpus`; a folder that is
-already there and whose source has not changed is reused. `load` opens a prepared folder, ours or nanoGPT's, and
-checks every token in it. In a corpus of several documents, the files of a folder, the vocabulary's end-of-text follows
-each; char has none, and its vocabulary stays that of the characters.
+`prepare` finds the text, tokenizes it in two streaming passes and returns a `Corpus`. A folder that is already there
+and whose source has not changed is reused. In a corpus of several documents, the files of a folder, each document is
+followed by the vocabulary's end-of-text. A char vocabulary has none, and holds the characters only.
 """
 
 import dataclasses
@@ -17,13 +16,13 @@ from pathlib import Path
 import numpy as np
 
 from fastgpt.data import sources, token_file
+from fastgpt.data.prepared import FORMAT, TOKEN_FILES, Corpus, load
 from fastgpt.data.sources import Source, TextFiles
 from fastgpt.errors import UsageError, nearest, shown
-from fastgpt.interchange import nanogpt_vocabulary
 from fastgpt.system import files
 from fastgpt.system.scratch_folder import scratch_folder
-from fastgpt.system.units import counted, format_seconds
-from fastgpt.tokenizer import base, bpe, saved
+from fastgpt.system.units import counted
+from fastgpt.tokenizer import bpe, saved
 from fastgpt.tokenizer.base import Tokenizer
 from fastgpt.tokenizer.bpe import BpeTokenizer
 from fastgpt.tokenizer.byte import ByteTokenizer
@@ -33,66 +32,14 @@ from fastgpt.tokenizer.gpt2 import Gpt2Tokenizer
 NAMES = ("pydocs", "shakespeare")
 DEFAULT_BPE = 1024
 TRAIN_SHARE = 0.9
-OPENING_TOKENS, OPENING_WITHIN = 16, 4096  # tokens of `Corpus.opening`, and of the text in which it is looked for
-FORMAT = 1  # of meta.json
-# How text is read, which a run keeps: 1, up to version 0.1.0: byte order marks are text, linked folders are left out,
-# documents end in no more than a newline, and generation starts from a token that may be in no text. 2: as it is now.
+# The way text is read; a run keeps its own. 1, up to version 0.1.0: byte order marks are text, linked folders are left
+# out, documents end in a newline at most, and generation starts from a token that may be in no text. 2: the way of now.
 READING = 2
-TOKEN_FILES = ("train.bin", "val.bin")
-STALE_SECONDS = 60  # by which val.bin may be older than train.bin
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """A prepared folder.
-
-    Attributes:
-        dtype: of the token files, "uint16" or "uint32".
-        source_sha256: of the UTF-8 text, with the ends of its documents; for a folder that nanoGPT prepared, of its two
-            token files.
-        val_bytes: UTF-8 bytes of the val text, for bits per byte; like `characters` and `bytes`, which are
-            those of the whole text, None for a folder that nanoGPT prepared.
-    """
-
-    path: Path
-    name: str
-    tokenizer: Tokenizer
-    dtype: str
-    source_sha256: str
-    train_tokens: int
-    val_tokens: int
-    val_bytes: int | None
-    characters: int | None
-    bytes: int | None
-
-    def train(self) -> np.memmap:
-        """The training tokens, (train_tokens,) of `dtype`, as a read-only memory map."""
-        return np.memmap(self.path / "train.bin", dtype=self.dtype, mode="r")
-
-    def val(self) -> np.memmap:
-        """The validation tokens, (val_tokens,) of `dtype`, as a read-only memory map."""
-        return np.memmap(self.path / "val.bin", dtype=self.dtype, mode="r")
-
-    def opening(self) -> str:
-        """A few words of the val split for a model to continue: how its first whole line that is not blank begins.
-
-        A line begins after a line break or the end of a document; where no line does, the split's beginning is taken.
-        """
-        ids, end = self.val()[:OPENING_WITHIN].tolist(), self.tokenizer.end_token
-        pieces = [self.tokenizer.token_bytes(id) for id in ids]
-        for start in [*(i + 1 for i, id in enumerate(ids) if id == end or pieces[i].endswith(b"\n")), 0]:
-            part = pieces[start : start + OPENING_TOKENS]
-            if end in ids[start : start + OPENING_TOKENS]:
-                part = part[: ids[start:].index(end)]
-            text = b"".join(part).decode("utf-8", errors="ignore")  # without a character that is cut
-            if text.partition("\n")[0].strip():
-                return text
-        return ""
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What the first pass over a text finds: `chars` are its distinct characters in code point order."""
+    """The results of the first pass over a text; `chars` are its distinct characters in code point order."""
 
     sha256: str
     characters: int
@@ -129,7 +76,7 @@ def prepare(
         quiet: do not say on stderr what was prepared.
 
     Raises:
-        UsageError: anything about the arguments, the text or the folder that a user can mend.
+        UsageError: an argument, the text or the folder is wrong in a way that a user can mend.
     """
     _check_arguments(dataset, tokenizer, vocab_size, corpus_file)
     if dataset == "pydocs":
@@ -168,8 +115,10 @@ def prepare(
 
 
 def _started(corpus: Corpus, vocabulary: Tokenizer | None, reading: int) -> Corpus:
-    """The corpus with a vocabulary that knows a token to start from which is trained: a document's end, if the train
-    split holds one, else its first token. A given vocabulary, and one of a run that reads as before, stay as they are.
+    """The corpus with a vocabulary that starts from a trained token.
+
+    That is the end of a document if the train split holds one, else the first token of the split. A given vocabulary
+    stays as it is, and so does that of a run with `reading` 1.
     """
     if vocabulary is not None:
         return dataclasses.replace(corpus, tokenizer=vocabulary)
@@ -178,86 +127,6 @@ def _started(corpus: Corpus, vocabulary: Tokenizer | None, reading: int) -> Corp
     train, end = corpus.train(), corpus.tokenizer.end_token
     start = end if end is not None and token_file.holds(train, end) else int(train[0])
     return dataclasses.replace(corpus, tokenizer=corpus.tokenizer.starting_from(start))
-
-
-def load(path: str | Path, gpt2_vocab: str | None = None) -> Corpus:
-    """Open a prepared folder: train.bin, val.bin and meta.json, or nanoGPT's own with or without meta.pkl.
-
-    Raises:
-        UsageError: a file is missing, empty, of the wrong size or malformed.
-    """
-    path = Path(path)
-    if (path / "meta.json").exists():
-        return _load_ours(path)
-    for file in TOKEN_FILES:
-        if not (path / file).is_file():
-            raise UsageError(f"{path} has no {file}; prepare the text itself with `dataset` PATH")
-    meta = path / "meta.pkl"
-    vocabulary = nanogpt_vocabulary.vocabulary(meta) if meta.exists() else Gpt2Tokenizer.from_files(gpt2_vocab)
-    _warn_of_stale_val(path)
-    digest = hashlib.sha256()
-    train, val = (
-        token_file.scan(path / file, nanogpt_vocabulary.DTYPE, vocabulary.vocab_size, digest) for file in TOKEN_FILES
-    )
-    return Corpus(
-        path=path,
-        name=path.resolve().name,
-        tokenizer=vocabulary,
-        dtype=nanogpt_vocabulary.DTYPE,
-        source_sha256=digest.hexdigest(),
-        train_tokens=train,
-        val_tokens=val,
-        val_bytes=None,
-        characters=None,
-        bytes=None,
-    )
-
-
-def _warn_of_stale_val(path: Path) -> None:
-    """Say so where val.bin is older than train.bin, which nanoGPT writes before it: it may be of another text.
-
-    Times of change are all that its folder tells of that, and copying may change them, so this is no error. A folder of
-    ours has the hash of both.
-    """
-    train, val = ((path / file).stat().st_mtime for file in TOKEN_FILES)
-    if train - val > STALE_SECONDS:
-        print(
-            f"warning: {path / 'val.bin'} is {format_seconds(train - val)} older than train.bin; if it is of another "
-            "text, the val loss tells nothing: prepare both again (if not, touch val.bin)",
-            file=sys.stderr,
-        )
-
-
-def _load_ours(path: Path) -> Corpus:
-    try:
-        meta = base.read_json(path / "meta.json")
-        if meta["format"] != FORMAT:
-            raise ValueError(f"its format is {meta['format']!r}, this fastgpt reads {FORMAT}")
-        corpus = Corpus(
-            path=path,
-            name=str(meta["dataset"]),
-            tokenizer=saved.from_json(meta["tokenizer"]),
-            dtype=token_file.dtype_of(meta["vocab_size"]),
-            source_sha256=str(meta["source_sha256"]),
-            train_tokens=int(meta["train"]["tokens"]),
-            val_tokens=int(meta["val"]["tokens"]),
-            val_bytes=int(meta["val"]["bytes"]),
-            characters=int(meta["characters"]),
-            bytes=int(meta["bytes"]),
-        )
-        if (corpus.tokenizer.vocab_size, corpus.dtype) != (meta["vocab_size"], meta["dtype"]):
-            raise ValueError("vocab_size and dtype are not the tokenizer's")
-        hashes = str(meta["train"]["sha256"]), str(meta["val"]["sha256"])
-    except OSError as error:
-        raise UsageError(f"{path / 'meta.json'} cannot be read: {error.strerror}") from None
-    except UsageError as error:
-        raise UsageError(f"{path / 'meta.json'}: {error}") from None
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else error
-        raise UsageError(f"{path / 'meta.json'} is damaged: {reason}; delete {path} and prepare it again") from None
-    for file, tokens, sha256 in zip(TOKEN_FILES, (corpus.train_tokens, corpus.val_tokens), hashes, strict=True):
-        token_file.check(path / file, corpus.tokenizer.vocab_size, tokens, sha256)
-    return corpus
 
 
 def _check_arguments(dataset: str, kind: str, vocab_size: int | None, corpus_file: str | None) -> None:
@@ -289,7 +158,7 @@ def _check_prepared(corpus: Corpus, kind: str, vocab_size: int | None) -> None:
 
 
 def _find(dataset: str, data_dir: Path) -> Path:
-    """The file or folder that `dataset` means, when it is none of `NAMES`."""
+    """The file or folder that `dataset` names, if it is none of `NAMES`."""
     prepared = data_dir / dataset
     try:
         if dataset and Path(dataset).exists():
@@ -307,7 +176,7 @@ def _find(dataset: str, data_dir: Path) -> Path:
 
 
 def located(dataset: str, data_dir: str) -> str:
-    """The dataset as it is found from any working folder: a known name as it is, else an absolute path.
+    """The dataset by a name that is valid in any working folder: one of `NAMES`, or an absolute path.
 
     Raises:
         UsageError: there is none.
@@ -332,9 +201,9 @@ def _announced(verb: str, corpus: Corpus, quiet: bool) -> Corpus:
 
 
 def _measure(source: Source) -> Statistics:
-    """The first pass. Raises `UsageError` when the text is too short to have a training and a val part.
+    """The first pass. Raises `UsageError` if the text is too short for a train and a val split.
 
-    The hash is that of the text; the end of a document counts as a byte that UTF-8 has not.
+    The hash is that of the text. The end of a document counts as a byte that never occurs in UTF-8.
     """
     digest, characters, length = hashlib.sha256(), 0, 0
     seen = np.zeros(sys.maxunicode + 1, dtype=bool)
@@ -370,7 +239,7 @@ def _vocabulary(kind: str, size: int | None, source: Source, statistics: Statist
 
 
 def _reusable(target: Path, sha256: str, vocabulary: Tokenizer | None) -> Corpus | None:
-    """The corpus at `target`; None when it is missing, damaged, or of another text or given vocabulary."""
+    """The corpus at `target`; None if it is missing or damaged, or has another text or vocabulary than the given."""
     if not target.exists():
         return None
     try:
@@ -382,7 +251,7 @@ def _reusable(target: Path, sha256: str, vocabulary: Tokenizer | None) -> Corpus
 
 
 def _write(target: Path, source: Source, statistics: Statistics, vocabulary: Tokenizer) -> Corpus:
-    """The second pass, into a hidden sibling of `target` that takes its place when it is whole."""
+    """The second pass. It writes to a hidden sibling of `target`, which is renamed when it is complete."""
     train_end = int(TRAIN_SHARE * statistics.characters)
     try:
         with scratch_folder(target) as temporary:
@@ -412,7 +281,7 @@ def _write(target: Path, source: Source, statistics: Statistics, vocabulary: Tok
 
 
 def _publish(temporary: Path, target: Path, sha256: str, vocabulary: Tokenizer) -> None:
-    """Rename `temporary` to `target`; what another process has finished there meanwhile is kept."""
+    """Rename `temporary` to `target`, unless another process has finished the same corpus there meanwhile."""
     try:
         temporary.rename(target)
     except OSError:

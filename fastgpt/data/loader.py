@@ -1,4 +1,4 @@
-"""Batches out of a token file. Which tokens a step sees is a pure function of (seed, step)."""
+"""Draws batches from a token file. The tokens of a step are a pure function of (seed, step)."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -7,20 +7,20 @@ import numpy as np
 import torch
 
 from fastgpt.config.training import TrainConfig
-from fastgpt.data.corpus import Corpus
+from fastgpt.data.prepared import Corpus
 from fastgpt.errors import UsageError
 from fastgpt.system.units import counted
 
-IGNORED = -100  # the target of a position that does not count
+IGNORED = -100  # the target at positions without a loss
 Batch = tuple[torch.Tensor, torch.Tensor]
-Counted = tuple[torch.Tensor, torch.Tensor, int]  # a batch, and how many of its targets count
+Counted = tuple[torch.Tensor, torch.Tensor, int]  # a batch, and the number of its targets that are not `IGNORED`
 
 
 class Loader:
     """Draws (inputs, targets), each int64 (B, block_size), from a one-dimensional array of tokens.
 
-    Step s of seed r always sees the same global batch, into however many micro-batches it is cut, so a resumed
-    run sees what the uninterrupted one would have seen.
+    A seed and a step always give the same global batch, into however many micro-batches it is divided. So a resumed
+    run sees the same batches as an uninterrupted one.
 
     Raises:
         UsageError: fewer than block_size + 1 tokens; in a batch: a token outside the vocabulary.
@@ -44,7 +44,7 @@ class Loader:
             )
         self.tokens, self.block_size, self.vocab_size = tokens, block_size, vocab_size
         self.seed, self.device, self.name = seed, device, name
-        self.drawn = (-1, 0, np.empty(0, np.int64))  # the last step, its sequences and where they begin
+        self.drawn = (-1, 0, np.empty(0, np.int64))  # the last step, its number of sequences, and their first positions
 
     def batch(self, step: int, micro: int, micro_batches: int, batch_size: int) -> Batch:
         """Micro-batch number `micro` of the `micro_batches` that make up the step's global batch."""
@@ -55,17 +55,17 @@ class Loader:
         return self._gather(self.drawn[2][micro * batch_size : (micro + 1) * batch_size])
 
     def windows(self, count: int, batch_size: int) -> Iterator[Counted]:
-        """`count` windows at even distances from the first to the last, in batches; the last batch may be smaller."""
-        last = len(self.tokens) - self.block_size - 1  # where the last window begins
+        """`count` windows, evenly spaced from the first to the last, in batches. The last batch may be smaller."""
+        last = len(self.tokens) - self.block_size - 1  # the beginning of the last window
         for first in range(0, count, batch_size):
             numbers = range(first, min(first + batch_size, count))
             starts = np.array([number * last // max(1, count - 1) for number in numbers])
             yield *self._gather(starts), len(numbers) * self.block_size
 
     def whole(self, batch_size: int) -> Iterator[Counted]:
-        """Every token but the first as a target exactly once, in windows laid end to end.
+        """Windows laid end to end, in which every token but the first is a target exactly once.
 
-        The last window may be short and the last batch may lack rows; targets there are `IGNORED`.
+        The last window may be short, and the last batch may lack rows. Targets there are `IGNORED`.
         """
         T, count = self.block_size, len(self.tokens) - 1
         for first in range(0, count, T * batch_size):
@@ -92,7 +92,7 @@ class Loader:
 
 @dataclass(frozen=True)
 class StepBatches(Sequence[Batch]):
-    """The micro-batches of one step, each gathered when its turn comes."""
+    """The micro-batches of one step. Each is gathered when it is asked for."""
 
     loader: Loader
     step: int
@@ -109,17 +109,17 @@ class StepBatches(Sequence[Batch]):
 
 
 class MicroBatches:
-    """The batches of a step: `count` micro-batches of `batch_size` sequences, which can be divided further."""
+    """Divides the batch of each step into `count` micro-batches of `batch_size` sequences, and further on request."""
 
     def __init__(self, loader: Loader, batch_size: int, count: int):
         self.loader, self.batch_size, self.count = loader, batch_size, count
 
     def of_step(self, step: int) -> "StepBatches":
-        """The same sequences for a step, however they are divided."""
+        """The micro-batches of a step, which hold the same sequences however they are divided."""
         return StepBatches(self.loader, step, self.batch_size, self.count)
 
     def divide(self) -> bool:
-        """Halve the micro-batches, or divide them by their next factor, for good; False where they are single ones."""
+        """Divide the micro-batches by their smallest factor, for good; False if each is a single sequence."""
         if self.batch_size == 1:
             return False
         factor = next(n for n in range(2, self.batch_size + 1) if self.batch_size % n == 0)
@@ -131,7 +131,7 @@ def loaders(data: Corpus, config: TrainConfig, device: torch.device) -> tuple[Lo
     """Loaders of the train and the val split.
 
     Raises:
-        UsageError: a split is shorter than the context and the token that follows.
+        UsageError: a split is shorter than block_size + 1 tokens.
     """
     needed, shortest = config.block_size + 1, min(data.train_tokens, data.val_tokens)
     if shortest < needed:

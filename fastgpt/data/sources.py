@@ -1,9 +1,8 @@
-"""Where a corpus's text comes from: Python's manual, tiny Shakespeare, a file, a folder of files.
+"""Reads the texts of corpora: Python's manual, tiny Shakespeare, a file, a folder of files.
 
-A `Source` yields its text piece by piece, as often as asked, so that a text larger than memory can be read
-twice. `pydocs`, `shakespeare` and `text_files` make one; `read_text` is the strict UTF-8 reader beneath;
-`span` and `chunks` take a part of a text, and cut it where tokens end. The end of one of several documents is
-None where the vocabulary has a token for it, and otherwise a newline.
+A `Source` yields its text in pieces, as often as asked, so that a text larger than memory can be read twice. `pydocs`,
+`shakespeare` and `text_files` make one, and `read_text` reads UTF-8 strictly. `span` takes a part of a text, and
+`chunks` cuts it where tokens end. Between documents stands None if the vocabulary has a token for that, else a newline.
 """
 
 import codecs
@@ -55,10 +54,10 @@ class Text:
 
 @dataclass(frozen=True)
 class TextFiles:
-    """The files' text one after another, with a newline between two where the first does not end in one.
+    """The texts of files, one after another. A newline is added between two if the first does not end in one.
 
     Args:
-        ended: files are documents: each that is not empty is followed by None, and no newline is put between them.
+        ended: files are documents: None follows each that is not empty, and no newline is added.
         keep_bom: a byte order mark is part of the text.
     """
 
@@ -81,7 +80,7 @@ class TextFiles:
 
 
 def pydocs() -> Text:
-    """The topics of Python's own manual, about 465,000 characters; the text differs by Python version."""
+    """The topics of Python's own manual, about 465,000 characters. The text depends on the Python version."""
     try:
         from pydoc_data.topics import topics
     except ImportError:
@@ -92,7 +91,7 @@ def pydocs() -> Text:
 
 
 def shakespeare(corpus_file: str | Path | None = None, *, quiet: bool = False) -> TextFiles:
-    """Tiny Shakespeare from `corpus_file`, else the cache, else its public address (then cached).
+    """Tiny Shakespeare from `corpus_file`, else from the cache, else from its public address, and then cached.
 
     Raises:
         UsageError: the file is missing, its checksum is not tiny Shakespeare's, or there is no network.
@@ -115,14 +114,14 @@ def shakespeare(corpus_file: str | Path | None = None, *, quiet: bool = False) -
 def text_files(path: Path, skip: Path | None = None, *, as_before: bool = False) -> TextFiles:
     """A file, or every file below a folder in the order of their relative paths.
 
-    Links are followed; a folder that several paths lead to is read once, by the path without links if there is one.
-    Hidden files and folders, folders of prepared tokens (they hold a train.bin) and the folder `skip` are left out.
+    Links are followed. A folder that several paths lead to is read once, by the path without links if there is one.
+    Hidden files and folders, folders of prepared tokens (with a train.bin) and the folder `skip` are left out.
 
     Args:
         as_before: leave linked folders out and keep byte order marks, as version 0.1.0 did.
 
     Raises:
-        UsageError: neither a file nor a folder, a folder without files or one that cannot be read, or a broken link.
+        UsageError: neither a file nor a folder, a folder that has no files or cannot be read, or a broken link.
     """
     name = path.resolve().stem if path.is_file() else path.resolve().name
     if path.is_file():
@@ -143,7 +142,7 @@ def text_files(path: Path, skip: Path | None = None, *, as_before: bool = False)
 
 
 def _files_below(root: Path, skip: Path | None, as_before: bool) -> Iterator[Path]:
-    """The files in a folder and those below it. Raises `OSError`, and `UsageError` for a link to nothing."""
+    """The files in a folder and below it. Raises `OSError`, and `UsageError` for a broken link."""
     folders, linked, seen = [root], [], set()
     while folders or linked:
         folder = folders.pop() if folders else linked.pop(0)
@@ -169,11 +168,11 @@ def _is_left_out(folder: Path, skip: Path | None) -> bool:
 
 
 def read_text(path: Path, *, keep_bom: bool = False) -> Iterator[str]:
-    """A file's text in non-empty pieces, without the byte order mark that it may begin with; line ends are kept.
+    """A file's text in non-empty pieces, without a byte order mark at its beginning. Line ends are kept.
 
     Raises:
-        UsageError: the file cannot be read, is not UTF-8, or holds a NUL byte and so is no text; byte offset (from 0)
-            and line (from 1) are named.
+        UsageError: the file cannot be read, is not UTF-8, or holds a NUL byte and so is no text. The message names byte
+            offset (from 0) and line (from 1).
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     position = newlines = 0
@@ -210,7 +209,7 @@ def read_text(path: Path, *, keep_bom: bool = False) -> Iterator[str]:
 
 
 def span(pieces: Iterable[Piece], start: int, end: int = sys.maxsize) -> Iterator[Piece]:
-    """Characters start .. end - 1 of a text that comes in pieces, with the ends of documents among them."""
+    """Characters start .. end - 1 of a text in pieces, with the ends of documents between them."""
     position = 0
     for piece in pieces:
         if piece is None:
@@ -226,10 +225,10 @@ def span(pieces: Iterable[Piece], start: int, end: int = sys.maxsize) -> Iterato
 
 
 def chunks(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """The same text in chunks of at most `CHUNK` characters, whose ends depend on nothing but the text.
+    """The same text in chunks of at most `CHUNK` characters, whose ends depend on the text only.
 
-    A chunk ends with its document, or before the last newline, else the last space, that follows a word. GPT-2's
-    pattern never joins a word to the space after it, so chunks give the tokens that a document in one piece would give.
+    A chunk ends with its document, or before the last newline that follows a word, else before the last such space.
+    GPT-2's pattern never joins a word to the space after it, so chunks give the same tokens as the whole document.
     """
     rest = ""
     for piece in pieces:
@@ -257,7 +256,7 @@ def _chunk_end(text: str) -> int:
 
 
 def _download(path: Path, quiet: bool) -> None:
-    """Fetch tiny Shakespeare into the cache: checked, then put in place in one step."""
+    """Download tiny Shakespeare, check it, and put it into the cache whole."""
     import http.client
     import urllib.error
     import urllib.request

@@ -1,4 +1,4 @@
-"""Token files: the ids of a text one after another, as uint16 or uint32, and nothing else."""
+"""Writes and checks token files: the ids of a text one after another, as uint16 or uint32, and nothing else."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -25,7 +25,7 @@ def dtype_of(vocab_size: int) -> str:
 
 
 def write(path: Path, pieces: Iterable[Piece], vocabulary: Tokenizer) -> dict[str, Any]:
-    """Encode a text that comes in pieces: how many tokens and UTF-8 bytes it has, and the file's sha256.
+    """Encode a text in pieces; returns its numbers of tokens and UTF-8 bytes, and the file's sha256.
 
     The end of a document becomes the vocabulary's end_token.
     """
@@ -44,12 +44,12 @@ def write(path: Path, pieces: Iterable[Piece], vocabulary: Tokenizer) -> dict[st
 
 
 def holds(tokens: np.ndarray, token: int) -> bool:
-    """Whether a token is among those of a file, (T,), which is read only as far as it takes to find one."""
+    """Whether tokens (T,) hold a token. Reading stops where it is found."""
     return any(bool((tokens[at : at + READ_BYTES] == token).any()) for at in range(0, len(tokens), READ_BYTES))
 
 
 def scan(path: Path, dtype: str, vocab_size: int, *digests: "_Hash") -> int:
-    """How many tokens a file holds; every one is in the vocabulary, and every byte went through the digests.
+    """The number of tokens in a file, all of which are in the vocabulary. Every byte updates the digests.
 
     Raises:
         UsageError: the file cannot be read, is empty or cut within a token, or holds an id beyond the vocabulary.
@@ -78,7 +78,7 @@ def scan(path: Path, dtype: str, vocab_size: int, *digests: "_Hash") -> int:
 
 
 def check(path: Path, vocab_size: int, tokens: int, sha256: str) -> None:
-    """Raise `UsageError` where a file is not as it was written: `scan`, with as many tokens and the same hash."""
+    """`scan`, and raise `UsageError` also if the number of tokens or the hash is another."""
     digest = hashlib.sha256()
     found = scan(path, dtype_of(vocab_size), vocab_size, digest)
     if found != tokens:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from fastgpt.config.training import TrainConfig
-from fastgpt.data.corpus import Corpus
 from fastgpt.data.loader import IGNORED, Counted, Loader
+from fastgpt.data.prepared import Corpus
 from fastgpt.model.gpt import GPT
 from fastgpt.system import out_of_memory
 from fastgpt.system.units import counted

@@ -255,7 +255,8 @@ class _Text:
         self.stream = stream
 
     def write(self, line: str) -> None:
-        print(line, file=self.stream, flush=True)
+        self.stream.write(line + "\n")
+        self.stream.flush()
 
     def close(self) -> None:
         pass

@@ -1,14 +1,13 @@
-"""What generation prints: continuations on stdout, progress and speed on stderr."""
+"""All that generation prints: continuations on stdout; notes, progress and speed on stderr."""
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
-from rich.live import Live
-from rich.text import Text
+from rich.progress import Progress, TextColumn
 
 from fastgpt.config.generation import SamplingParams
 from fastgpt.errors import RunFailed, UsageError
@@ -24,123 +23,151 @@ if TYPE_CHECKING:
 LIVE_INTERVAL, PLAIN_INTERVAL = 0.1, 5.0  # seconds between lines of progress, on a terminal and elsewhere
 
 
-def print_heading(sample: int, samples: int) -> None:
-    if samples > 1:
-        print(f"--- sample {sample + 1} of {samples}")
+def note(text: str) -> None:
+    """A remark about what happens, in brackets on stderr."""
+    print(f"[{text}]", file=sys.stderr, flush=True)
 
 
-def _warn_of_sliding(prompt_tokens: int, params: SamplingParams, block: int) -> None:
-    if prompt_tokens + params.max_new_tokens - 1 > block:
-        print(
-            f"[past {counted(block, 'token')} the window slides, and each token costs a prefill of {block}]",
-            file=sys.stderr,
-        )
+def error(text: str) -> None:
+    """An error after which the command goes on, on stderr."""
+    print(f"error: {text}", file=sys.stderr)
+
+
+def show(piece: str) -> None:
+    """A piece of a continuation on stdout, at once."""
+    print(piece, end="", flush=True)
+
+
+def end_line() -> None:
+    """The end of a continuation on stdout."""
+    print(flush=True)
+
+
+# One prompt
 
 
 def print_samples(engine: "Engine", prompt: str, params: SamplingParams) -> None:
-    """The continuations to stdout, one after the other, the first as it comes; how it went to stderr."""
+    """Print the engine's continuations one after the other, the first as it comes; then their speed.
+
+    Raises:
+        UsageError: the prompt cannot be continued.
+        RunFailed: the model's logits are not numbers.
+    """
     tokens = prompt_tokens(prompt, engine.tokenizer, engine.vocab_size)
     _warn_of_sliding(len(tokens), params, engine.block_size)
     texts, shown = ["" for _ in range(params.num_samples)], 0
     ended, errors = [False for _ in range(params.num_samples)], {}
-
-    def begin(sample: int) -> None:
-        print_heading(sample, params.num_samples)
-        print(prompt, end="", flush=True)
-
-    begin(0)
+    _begin(0, params.num_samples, prompt)
     for piece in engine.stream([tokens], params):
         if piece.completion and piece.completion.refused:
-            print(flush=True)
+            end_line()
             raise UsageError(piece.completion.error)
         if piece.completion and piece.completion.error:
             errors[piece.sample] = piece.completion.error
         texts[piece.sample] += piece.text
         ended[piece.sample] = piece.completion is not None
         while shown < params.num_samples:
-            print(texts[shown], end="", flush=True)
+            show(texts[shown])
             texts[shown] = ""
             if not ended[shown]:
                 break
-            print(flush=True)
+            end_line()
             shown += 1
             if shown < params.num_samples:
-                begin(shown)
-    stats = engine.stats
-    line = speed_line(stats.prefill_tokens, stats.prefill_seconds, stats.decode_tokens, stats.decode_seconds)
-    guesses = f", {acceptance(stats)}" if engine.speculate != "none" else ""
-    print(f"[{line}{guesses}]", file=sys.stderr)
+                _begin(shown, params.num_samples, prompt)
+    guesses = f", {acceptance(engine.stats)}" if engine.speculate != "none" else ""
+    note(f"{speed_line(engine.stats)}{guesses}")
     if errors:
         raise RunFailed(errors[min(errors)])
 
 
-def print_sample(generation: Generation, prompt: str) -> None:
-    """Stream one continuation to stdout, and its speed to stderr."""
-    _warn_of_sliding(len(generation.prompt), generation.params, generation.model.config.block_size)
-    print(prompt, end="", flush=True)
-    for piece in generation:
-        print(piece, end="", flush=True)
-    print(flush=True)
-    synchronize(generation.model.device)
-    line = speed_line(
-        generation.prefill_tokens, generation.prefill_seconds, generation.decode_tokens, generation.decode_seconds
-    )
-    print(f"[{line}]", file=sys.stderr)
+def print_one_by_one(generations: Iterable[Generation], prompt: str, params: SamplingParams) -> None:
+    """Print `num_samples` continuations, each as it comes, with its speed.
+
+    Raises:
+        RunFailed: the model's logits are not numbers.
+    """
+    errors = []
+    for sample, generation in enumerate(generations):
+        _print_heading(sample, params.num_samples)
+        _warn_of_sliding(len(generation.prompt), params, generation.model.config.block_size)
+        show(prompt)
+        for piece in generation:
+            show(piece)
+        end_line()
+        synchronize(generation.model.device)
+        note(speed_line(generation))
+        errors += [generation.error] if generation.error is not None else []
+    if errors:
+        raise RunFailed(errors[0])
 
 
-def speed_line(prefill: int, prefill_seconds: float, decode: int, decode_seconds: float) -> str:
-    """Tokens and tokens/s of prefill and decode, apart."""
-    parts = [f"prefill {counted(prefill, 'token')}"]
-    if prefill_seconds:
-        parts[0] += f" at {prefill / prefill_seconds:,.0f} tokens/s"
-    if decode:
-        parts.append(f"decode {counted(decode, 'token')} at {decode / decode_seconds:,.0f} tokens/s")
-    return ", ".join(parts)
+def _begin(sample: int, samples: int, prompt: str) -> None:
+    _print_heading(sample, samples)
+    show(prompt)
 
 
-class Progress:
-    """Running, waiting and done on stderr: a live line on a terminal, now and then a plain one elsewhere."""
+def _print_heading(sample: int, samples: int) -> None:
+    if samples > 1:
+        print(f"--- sample {sample + 1} of {samples}")
+
+
+def _warn_of_sliding(prompt_tokens: int, params: SamplingParams, block: int) -> None:
+    if prompt_tokens + params.max_new_tokens - 1 > block:
+        note(f"past {counted(block, 'token')} the window slides, and each token costs a prefill of {block}")
+
+
+# Many prompts
+
+
+class PromptsDisplay:
+    """Shows how many continuations run, wait and are done, on stderr.
+
+    On a terminal that is a live line, elsewhere a plain line every few seconds.
+    """
 
     def __init__(self, answers: "Answers", engine: "Engine | None", *, live: bool = True):
         self.answers, self.engine = answers, engine
         self.console = Console(stderr=True)
-        self.live = Live(console=self.console, transient=True) if live and self.console.is_terminal else None
+        self.live = live and self.console.is_terminal
+        line = TextColumn("{task.description}", markup=False)
+        self.progress = Progress(line, console=self.console, transient=True, disable=not self.live)
+        self.task = self.progress.add_task("")
         self.began = self.shown = time.perf_counter()
 
-    def __enter__(self) -> "Progress":
-        if self.live:
-            self.live.start()
+    def __enter__(self) -> "PromptsDisplay":
+        self.progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.live:
-            self.live.stop()
+        self.progress.stop()
 
     def show(self) -> None:
+        """Bring the display up to date, if that is due."""
         now = time.perf_counter()
         if now - self.shown < (LIVE_INTERVAL if self.live else PLAIN_INTERVAL):
             return
         self.shown = now
         if self.live:
-            self.live.update(Text(self._line(now)))
+            self.progress.update(self.task, description=self._line(now))
         else:
             self.console.print(self._line(now), highlight=False, soft_wrap=True)
 
     def _line(self, now: float) -> str:
-        told = f"{self.answers.done:,} of {self.answers.total:,} done"
+        done = f"{self.answers.done:,} of {self.answers.total:,} done"
         if self.engine is None:
-            return told
+            return done
         scheduler, stats = self.engine.scheduler, self.engine.stats
         allocator = scheduler.allocator
         speed = (stats.prefill_tokens + stats.decode_tokens) / (now - self.began)
         return (
-            f"{len(scheduler.running):,} running, {self.engine.queued:,} waiting, {told}  "
+            f"{len(scheduler.running):,} running, {self.engine.queued:,} waiting, {done}  "
             f"{speed:,.0f} tokens/s  {allocator.used:,} of {counted(allocator.pages, 'page')}"
         )
 
 
-def summary(engine: "Engine") -> str:
-    """What the engine did, a line each."""
+def print_summary(engine: "Engine") -> None:
+    """Print the engine's counts and times, a line each."""
     stats, scheduler = engine.stats, engine.scheduler
     facts: Mapping[str, str] = {
         "prefill": _speed(stats.prefill_tokens, stats.prefill_seconds),
@@ -154,7 +181,26 @@ def summary(engine: "Engine") -> str:
     if engine.speculate != "none":
         facts = {**facts, "speculation": acceptance(stats)}
     width = max(map(len, facts))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in facts.items())
+    for name, value in facts.items():
+        print(f"{name:<{width}}  {value}", file=sys.stderr)
+
+
+def print_outcome(answers: "Answers", prompts: int, stopped: bool) -> None:
+    """Print how many prompts could not be continued, and how many answers are written where a signal stopped it."""
+    if failed := len(answers.failed):
+        print(f"{failed:,} of {counted(prompts, 'prompt')} could not be continued; see their error", file=sys.stderr)
+    if stopped:
+        more = "" if answers.on_stdout else "; `resume=True` goes on"
+        print(f"stopped with {answers.done:,} of {counted(answers.total, 'answer')} written{more}", file=sys.stderr)
+
+
+# Figures
+
+
+def speed_line(spent: Stats | Generation) -> str:
+    """Tokens and tokens/s of prefill, and of decode if there was any."""
+    line = f"prefill {_speed(spent.prefill_tokens, spent.prefill_seconds)}"
+    return f"{line}, decode {_speed(spent.decode_tokens, spent.decode_seconds)}" if spent.decode_tokens else line
 
 
 def acceptance(stats: Stats) -> str:

@@ -1,16 +1,16 @@
-"""Makes the OpenMP threads of this process sleep at barriers instead of spinning, and back, while it computes.
+"""Switches the OpenMP threads of this process between sleeping and spinning at barriers, while it computes.
 
     barriers = Barriers(threads=2)
     barriers.sleep()  # ... a busy machine
     barriers.spin()  # ... an idle one
 
 Every parallel operation ends in a barrier. libgomp, the OpenMP of PyTorch's Linux builds, spins there for some
-milliseconds before it sleeps. That is fast where each thread has a CPU of its own; where another program has one of
-them, the threads that spin keep the one they wait for from running. How long it spins is read from GOMP_SPINCOUNT when
-it is loaded, and cannot be set later. But it spins for a hundred rounds only while a process has more OpenMP threads
-than CPUs (`do_spin` in libgomp's config/linux/wait.h, `gomp_throttled_spin_count_var` in its env.c). A second team
-makes it so, and all of its threads sleep. The threads that compute stay as many as they are, and so does every bit of
-their results.
+milliseconds before it sleeps. That is fast if each thread has a CPU of its own. If another program uses one of the
+CPUs, the spinning threads keep the thread that they wait for from running. libgomp reads its spinning time from
+GOMP_SPINCOUNT when it is loaded, and it cannot be set later. But while a process has more OpenMP threads than CPUs,
+libgomp spins for only a hundred rounds (`do_spin` in its config/linux/wait.h, `gomp_throttled_spin_count_var` in its
+env.c). A second team of idle threads has that effect. The number of computing threads stays the same, and so does every
+bit of their results.
 """
 
 import ctypes
@@ -22,17 +22,17 @@ from pathlib import Path
 
 from fastgpt.system import cpus
 
-SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # a user's own, which count
-BLOCKTIME = "KMP_BLOCKTIME"  # milliseconds for which LLVM's and Intel's OpenMP spin
-BUSY = 0.5  # CPUs that other programs hold
-BRIEFEST = 0.03  # seconds; Linux counts CPU time in hundredths
+SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # a user's settings, which are respected
+BLOCKTIME = "KMP_BLOCKTIME"  # milliseconds that LLVM's and Intel's OpenMP spin
+BUSY = 0.5  # CPUs that other programs use on a busy machine
+BRIEFEST = 0.03  # seconds of measuring; Linux counts CPU time in hundredths
 
 
 def choose(argv: Sequence[str]) -> None:
-    """Let threads sleep at barriers from the start if the machine is busy, for an OpenMP that cannot switch later.
+    """Let threads sleep at barriers from the start if the machine is busy, with an OpenMP that cannot switch later.
 
-    That is LLVM's or Intel's, as on macOS, on Windows and from conda; libgomp does not know the variable. A command
-    calls this before PyTorch is imported. The load is measured while NumPy is, which is needed anyway.
+    That is LLVM's or Intel's, as on macOS, on Windows and from conda; libgomp ignores the variable. A command calls
+    this before PyTorch is imported. The load is measured while NumPy is imported, which is needed anyway.
     """
     if {"--help", "-h"} & set(argv) or any(name in os.environ for name in (*SETTINGS, BLOCKTIME)):
         return
@@ -48,10 +48,10 @@ def choose(argv: Sequence[str]) -> None:
 
 
 class Barriers:
-    """The barriers of this process's OpenMP threads, which spin until told otherwise.
+    """The barriers of this process's OpenMP threads, which spin until `sleep` is called.
 
     Args:
-        threads: how many compute.
+        threads: the number of computing threads.
     """
 
     def __init__(self, threads: int):
@@ -60,20 +60,20 @@ class Barriers:
         self.over = threading.Event()
 
     def sleep(self) -> bool:
-        """Let threads that wait sleep; False where the system has no room for the second team."""
+        """Let waiting threads sleep; False if the system has no room for the second team."""
         assert self.team is None
         libraries = [(library, max(2, library.omp_get_num_procs() - self.threads + 2)) for library in _libraries()]
         self.over = threading.Event()
         self.team = threading.Thread(target=_keep_team, args=(libraries, self.over), daemon=True)
         try:
-            _try_threads(sum(threads for _, threads in libraries))  # libgomp ends a process whose system has no more
+            _try_threads(sum(threads for _, threads in libraries))  # else libgomp would end the process
             self.team.start()
         except RuntimeError:
             self.team = None
         return self.team is not None
 
     def spin(self) -> None:
-        """Let threads that wait spin for a while before they sleep."""
+        """Let waiting threads spin for a while before they sleep."""
         if self.team is not None:
             self.over.set()
             self.team.join()
@@ -81,12 +81,12 @@ class Barriers:
 
 
 def can_sleep() -> bool:
-    """Whether `Barriers` has any effect here: with libgomp, and where no variable of the user's says how to wait."""
+    """Whether `Barriers` has any effect: it needs libgomp, and no variable of the user that sets the way of waiting."""
     return not any(name in os.environ for name in SETTINGS) and bool(_libraries())
 
 
 def _libraries() -> list[ctypes.CDLL]:
-    """The copies of libgomp that this process has loaded, but for one whose file has been replaced since."""
+    """The copies of libgomp that this process has loaded, without those whose file was replaced since."""
     try:
         lines = Path("/proc/self/maps").read_text(errors="replace").splitlines()
     except OSError:
@@ -96,15 +96,15 @@ def _libraries() -> list[ctypes.CDLL]:
 
 
 def _keep_team(libraries: Sequence[tuple[ctypes.CDLL, int]], over: threading.Event) -> None:
-    """Keep teams of so many idle threads until `over`; libgomp ends them with the thread that runs this."""
-    nothing = ctypes.CDLL(None).free  # what each thread calls, with NULL: it does nothing
+    """Keep teams of that many idle threads until `over`. libgomp ends them with the thread that runs this."""
+    nothing = ctypes.CDLL(None).free  # each thread calls it with NULL, which does nothing
     for library, threads in libraries:
         library.GOMP_parallel(nothing, None, threads, 0)
     over.wait()
 
 
 def _try_threads(count: int) -> None:
-    """Raise RuntimeError where the system cannot start so many more threads."""
+    """Raise RuntimeError if the system cannot start that many more threads."""
     over, started = threading.Event(), []
     try:
         for _ in range(count):

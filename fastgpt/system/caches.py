@@ -1,4 +1,4 @@
-"""The folder where downloads, timing choices and compiled code are cached."""
+"""Names the folder where downloads, timing choices and compiled code are cached."""
 
 import os
 from pathlib import Path
@@ -7,10 +7,10 @@ from fastgpt.errors import UsageError
 
 
 def cache_dir() -> Path:
-    """The folder for downloads and vocabulary files: $FASTGPT_CACHE, else ~/.cache/fastgpt. May not exist.
+    """$FASTGPT_CACHE, else ~/.cache/fastgpt. The folder may not exist.
 
     Raises:
-        UsageError: it lies in a home folder, and the system knows none.
+        UsageError: it lies in the home folder, and the system knows none.
     """
     folder = os.environ.get("FASTGPT_CACHE") or "~/.cache/fastgpt"
     try:

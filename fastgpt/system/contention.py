@@ -1,9 +1,9 @@
-"""Reacts to other programs that take the CPUs from this one: its threads wait differently, and its user is told.
+"""Reacts when other programs use the CPUs that this one needs: its threads wait differently, and its user gets advice.
 
-`Watcher` looks at the time for which the threads of this process had work and no CPU. Little of it: threads spin at
-barriers, which is fastest. Much: they sleep there (`fastgpt.system.barriers`), which costs some of the speed of an idle
-machine and keeps most of what a busy one has to give, for as long as other programs use CPUs that this one's threads
-need. `Slowness` gives advice where steps have become far slower.
+`Watcher` measures the time in which the threads of this process had work and no CPU. While that is little, threads spin
+at barriers, which is fastest. When it is much, they sleep there (`fastgpt.system.barriers`) as long as other programs
+use CPUs that these threads need. On an idle machine sleeping costs some speed; on a busy one it keeps most of the
+speed that is left. `Slowness` gives advice when steps have become far slower.
 """
 
 import math
@@ -15,52 +15,48 @@ from fastgpt.system import cpus
 from fastgpt.system.barriers import Barriers, can_sleep
 from fastgpt.system.units import counted
 
-LOOK = 0.1  # seconds over which the waiting is measured
+LOOK = 0.1  # seconds of one measurement
 CONTENDED = 0.3  # seconds of waiting in a second; measured: up to 0.2 on an idle machine, 0.4 and more on a busy one
-SHORTEST, LONGEST = 1.0, 8.0  # seconds for which threads sleep at barriers at least, before spinning is tried again
-HELD = 0.5  # CPUs that threads need and other programs use: spinning is not tried
+SHORTEST, LONGEST = 1.0, 8.0  # seconds of sleeping at barriers before spinning is tried again
+HELD = 0.5  # CPUs: while other programs use more of those that threads need, spinning is not tried
 
 SLOW = 3.0  # times the best step
-ROW, ROW_SECONDS = 5, 10.0  # what is slow for fewer steps or less time is not worth advice
+ROW, ROW_SECONDS = 5, 10.0  # slow steps in a row, and their seconds, that are worth advice
 
 
 def watching(threads: int) -> "AbstractContextManager[Watcher | None]":
-    """A `Watcher` for so many computing threads, where the machine has what it needs and they have barriers at all."""
+    """A `Watcher` for that many computing threads; None if it cannot measure, or threads have no barriers."""
     if threads > 1 and can_sleep() and cpus.waited() is not None:
         return Watcher(Barriers(threads))
     return nullcontext()
 
 
 class Watcher:
-    """Between `with` and its end, chooses anew ten times a second how threads wait at barriers."""
+    """Within its `with` block, chooses ten times a second whether threads sleep or spin at barriers."""
 
     def __init__(self, barriers: Barriers):
         self.barriers, self.over = barriers, threading.Event()
-        self.asleep, self.since = 0.0, math.inf  # seconds until the last time that threads spun, and since when not
+        self.asleep, self.since = 0.0, math.inf  # seconds of sleeping so far, and when the present sleep began
         self.thread = threading.Thread(target=self._watch, name="contention", daemon=True)
 
     def __enter__(self) -> "Watcher":
-        try:
-            self.thread.start()
-        except RuntimeError:  # the system has no thread left
-            self.over.set()
+        self.thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self.over.is_set():
-            self.over.set()
-            self.thread.join()
+        self.over.set()
+        self.thread.join()
 
     @property
     def slept(self) -> float:
-        """Seconds so far in which threads slept at barriers."""
+        """Seconds so far in which threads slept at barriers, instead of spinning."""
         return self.asleep + max(0.0, time.monotonic() - self.since)
 
     def _watch(self) -> None:
-        """Spin until threads wait for CPUs, then sleep for a while and try again, each time later if that is no use.
+        """Spin until threads wait for CPUs, sleep for a while, and try again; later each time that spinning fails.
 
-        While threads sleep, their waiting says little: it grows by each time that one is woken. What other programs
-        use says enough to put the next try off.
+        While threads sleep, their waiting time says little, because it grows whenever one is woken. So the next try is
+        put off as long as other programs use CPUs.
         """
         rest = 0.0
         while not self.over.is_set():
@@ -80,7 +76,7 @@ class Watcher:
             self.barriers.spin()
 
     def _share(self) -> float:
-        """Seconds that threads wait for a CPU in a second, measured over LOOK seconds."""
+        """Seconds in a second that threads wait for a CPU, measured over LOOK seconds."""
         before, began = cpus.waited(), time.monotonic()
         self.over.wait(LOOK)
         return _rate(before, began)
@@ -94,10 +90,10 @@ class Watcher:
 
 
 class Slowness:
-    """Notices that the steps of a run take far longer than its best ones because other programs hold the CPUs.
+    """Notices that the steps of a run have become far slower because other programs use the CPUs.
 
     Args:
-        threads: how many compute.
+        threads: the number of computing threads.
     """
 
     def __init__(self, threads: int):
@@ -105,7 +101,7 @@ class Slowness:
         self.row, self.told = 0, False
 
     def advice(self, seconds: float) -> str | None:
-        """What to do, once in a run, after a step of so many seconds; None where there is nothing to say."""
+        """Advice after a step of that many seconds, at most once in a run; else None."""
         if self.told:
             return None
         if seconds <= SLOW * self.best:
@@ -129,7 +125,7 @@ class Slowness:
 
 
 def _rate(before: float | None, began: float) -> float:
-    """Seconds of waiting in a second since `began`, when it was `before`; 0 where that is not known."""
+    """Seconds of waiting in a second since `began`, when their sum was `before`; 0 if a sum is unknown."""
     now = cpus.waited()
     if now is None or before is None:
         return 0.0

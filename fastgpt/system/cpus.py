@@ -1,4 +1,4 @@
-"""The CPUs that this process may use, and the time that it and other programs take of them; imports no PyTorch."""
+"""Counts the CPUs that this process may use, and the CPU time of it and of other programs; imports no PyTorch."""
 
 import os
 import sys
@@ -13,22 +13,22 @@ STATISTICS = Path("/proc/stat")
 
 
 def usable() -> int:
-    """The CPUs that this process may keep busy: those of its affinity, and no more than its cgroup's quota pays for."""
+    """The CPUs that this process may keep busy: those of its affinity, limited by its cgroup's quota."""
     return max(1, int(min(allowed(), quota())))
 
 
 def allowed() -> int:
-    """The CPUs of this process's affinity: those on which it may run, all at once or in turns."""
+    """The number of CPUs in this process's affinity."""
     return len(_affinity())
 
 
 def quota(process: Path = PROCESS, cgroups: Path = CGROUPS) -> float:
-    """The CPUs' worth of time that the limits of this process's cgroup and those above it allow; no limit: infinity."""
+    """The CPU time per second that this process's cgroup and those above it allow; infinity without a limit."""
     return min(_limits(process, cgroups), default=float("inf"))
 
 
 def waited(process: Path = PROCESS) -> float | None:
-    """Seconds for which this process's threads had work and no CPU, summed over its living threads.
+    """Seconds in which this process's threads had work and no CPU, summed over its living threads.
 
     From Linux's /proc/self/task/*/schedstat (Documentation/scheduler/sched-stats.rst); None elsewhere.
     """
@@ -44,7 +44,7 @@ def waited(process: Path = PROCESS) -> float | None:
 
 @dataclass(frozen=True)
 class Moment:
-    """Seconds so far: by the clock, of this process on CPUs, and of all processes on the CPUs that this one may use."""
+    """Seconds so far: by the clock, of this process's CPU time, and of all processes' on the CPUs that it may use."""
 
     clock: float
     own: float
@@ -52,21 +52,22 @@ class Moment:
 
     @classmethod
     def now(cls, statistics: Path = STATISTICS) -> "Moment | None":
-        """Read from Linux's /proc/stat, which counts in hundredths of a second; None elsewhere."""
+        """From Linux's /proc/stat, which counts in hundredths of a second; None elsewhere."""
         ours, ticks = _affinity(), 0
         try:
             for line in statistics.read_text().splitlines():
                 name, *counts = line.split()
                 if name.startswith("cpu") and name[3:].isdigit() and int(name[3:]) in ours:
                     user, nice, system, _idle, _waiting, *interrupts = map(int, counts[:8])
-                    ticks += user + nice + system + sum(interrupts)  # with what the host of a virtual machine took
+                    # Interrupts include the time that the host of a virtual machine took.
+                    ticks += user + nice + system + sum(interrupts)
             used = os.times()
             return cls(time.monotonic(), used.user + used.system, ticks / os.sysconf("SC_CLK_TCK"))
         except (OSError, ValueError):
             return None
 
     def taken_since(self, before: "Moment") -> float:
-        """The CPUs that other programs kept busy in between, on average."""
+        """The average number of CPUs that other programs kept busy in between."""
         return max(0.0, (self.all - before.all) - (self.own - before.own)) / max(self.clock - before.clock, 1e-9)
 
 
@@ -85,7 +86,7 @@ def _limits(process: Path, cgroups: Path) -> Iterator[float]:
     for entry in entries:
         if len(entry) != 3 or not (entry[0] == "0" or "cpu" in entry[1].split(",")):
             continue
-        # In a container the path may be the host's, and its own cgroup then lies at the root.
+        # In a container the path may be the host's; the container's own cgroup lies at the root then.
         root = cgroups if entry[0] == "0" else cgroups / "cpu"
         folder = Path(entry[2].lstrip("/"))
         for place in (folder, *folder.parents):

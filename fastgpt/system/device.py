@@ -1,4 +1,4 @@
-"""The machine: which device, which arithmetic, its peak and its memory."""
+"""Chooses device and arithmetic, and measures the device: its peak FLOP/s and its memory."""
 
 import os
 import re
@@ -28,11 +28,8 @@ PEAK_FLOPS = {
 }
 
 
-# oneDNN, which multiplies matrices on a CPU, names what it could not make: a scratchpad, or the code of a product.
-
-
 def resolve_device(name: str) -> torch.device:
-    """The device that `device` names; auto takes CUDA, then mps, then the CPU.
+    """The device that `device` names; auto takes CUDA, else mps, else the CPU.
 
     Raises:
         UsageError: an unknown name, or a device that this machine does not have.
@@ -58,7 +55,7 @@ def resolve_device(name: str) -> torch.device:
 def resolve_dtype(name: str, device: torch.device, *, interpreted: bool = False) -> torch.dtype:
     """The arithmetic that `dtype` names; auto takes bfloat16 where the chip multiplies it fast, else float32.
 
-    Triton's interpreter (`interpreted`) computes bfloat16 wrongly, so there auto is float32.
+    In Triton's interpreter (`interpreted`), which computes bfloat16 wrongly, auto is float32.
 
     Raises:
         UsageError: an unknown name, or bfloat16 in the interpreter.
@@ -79,9 +76,10 @@ def resolve_dtype(name: str, device: torch.device, *, interpreted: bool = False)
 
 
 def resolve_weights_dtype(name: str, device: torch.device, *, interpreted: bool = False) -> torch.dtype:
-    """The dtype of the weights for generation: as `resolve_dtype`, but auto keeps float32 on a CPU.
+    """The dtype of the weights for generation: as `resolve_dtype`, but auto is float32 on a CPU.
 
-    There one row at a time is a matter of memory, and float32 gives the same tokens with and without a cache.
+    With one row at a time, speed there is limited by memory, and float32 gives the same tokens with and without a
+    cache.
     """
     return resolve_dtype(
         "float32" if name == "auto" and device.type == "cpu" else name, device, interpreted=interpreted
@@ -94,26 +92,26 @@ def cpu_has_bfloat16() -> bool:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
-    """Matrix products in `dtype`; weights, the residual stream and the loss stay float32."""
+    """A context in which matrix products are in `dtype`; weights, the residual stream and the loss stay float32."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 def describe(device: torch.device) -> str:
-    """One phrase for people: the GPU's name, or the number of CPU threads."""
+    """A phrase for messages: the GPU's name, or the number of CPU threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {counted(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else "Apple GPU"
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """The chip's dense peak in FLOP/s, or None where it is not known."""
+    """The chip's dense peak in FLOP/s; None if it is unknown."""
     if device.type != "cuda" or dtype == torch.float32:
         return None
     return PEAK_FLOPS.get(torch.cuda.get_device_name(device))
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """The most memory used so far, in bytes: allocated on the GPU, resident on a CPU; None where unknown."""
+    """The most memory used so far, in bytes: allocated on the GPU, resident on a CPU; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type != "cpu" or sys.platform == "win32":
@@ -126,9 +124,9 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process can still have: of the GPU, or of the machine and within the limit of its cgroup.
+    """Bytes that this process can still allocate: on the GPU, or on the machine within the limit of its cgroup.
 
-    What PyTorch's allocator keeps for later, and the system its copies of files, is there to be had.
+    Memory that PyTorch's allocator keeps for later counts as free, and so do the system's copies of files.
     """
     if device.type == "cuda":
         (free, total), used = torch.cuda.mem_get_info(device), torch.cuda.memory_allocated(device)
@@ -140,7 +138,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def parse_memory(text: str, device: torch.device) -> int:
-    """Bytes from "2GiB", "500 MB", "1000000" or "30%", which is of the free memory.
+    """Bytes from "2GiB", "500 MB", "1000000" or "30%" of the free memory.
 
     Raises:
         UsageError: none of these.
@@ -157,7 +155,7 @@ def parse_memory(text: str, device: torch.device) -> int:
 
 
 def _machine_memory() -> int:
-    """What Linux says is available; elsewhere half of the machine's memory, or 4 GiB where even that is unknown."""
+    """Linux's available memory; elsewhere half of the machine's memory, or 4 GiB if that is unknown."""
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         sizes = dict(line.split(":") for line in meminfo.read_text().splitlines())
@@ -169,7 +167,7 @@ def _machine_memory() -> int:
 
 
 def _cgroup_memory() -> int:
-    """What the limit of a container leaves (cgroup v2, then v1); a very large number without one."""
+    """The bytes that a container's limit leaves (cgroup v2, else v1); a very large number without a limit."""
     v2 = Path("/sys/fs/cgroup")
     for folder, limit, used, files in (
         (v2, "memory.max", "memory.current", "inactive_file"),
@@ -184,7 +182,7 @@ def _cgroup_memory() -> int:
 
 
 def _count(path: Path, name: str) -> int:
-    """The number behind a name in a file of such lines; 0 where there is none."""
+    """The number after a name, in a file with a name and a number in each line; 0 if there is none."""
     try:
         numbers = dict(line.split() for line in path.read_text().splitlines())
         return int(numbers.get(name, 0))
@@ -193,7 +191,7 @@ def _count(path: Path, name: str) -> int:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -201,7 +199,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the host's on the device; the host does not wait for the copy."""
+    """A host tensor on the device. The host does not wait for the copy."""
     if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)  # what is pinned stays until it is copied
+        return tensor.pin_memory().to(device, non_blocking=True)  # pinned memory stays until it is copied
     return tensor.to(device)

@@ -1,8 +1,8 @@
-"""Files that are whole or absent, and known by their hash.
+"""Writes files that are whole or absent, and identified by their hash.
 
-Every step that reaches the disk raises an audit event (PEP 578) beforehand: `fastgpt.write` and `fastgpt.sync` here,
-`open`, `os.mkdir`, `os.rename` and `os.remove` by Python itself. Tests hook into them to kill the process, or to fill
-the disk, at any of these steps.
+Every operation that reaches the disk raises an audit event (PEP 578) first: `fastgpt.write` and `fastgpt.sync` are
+raised here, `open`, `os.mkdir`, `os.rename` and `os.remove` by Python itself. Tests hook into these events to kill the
+process, or to fill the disk, at any operation.
 """
 
 import errno
@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import TypedDict
@@ -20,56 +20,52 @@ from fastgpt.errors import UsageError
 from fastgpt.system import text_encoding
 
 TEMPORARY = ".fastgpt-tmp-"
-ASIDE, DOOMED = "aside-", "doomed-"  # after TEMPORARY: what was moved out of the way, to be deleted
-BLOCK = 8 << 20  # bytes that are written, and hashed meanwhile, at once
+ASIDE, DOOMED = "aside-", "doomed-"  # follow TEMPORARY in names of folders that are to be deleted
+BLOCK = 8 << 20  # bytes that are written at once, while they are hashed
 SMALL = 1 << 18  # bytes below which parts are joined
 Block = bytes | memoryview
 
 
 class Identity(TypedDict):
-    """How a file is recognized: its size in bytes, and its hash in hexadecimal."""
+    """Identifies a file by its size in bytes and its hash in hexadecimal."""
 
     size: int
     sha256: str
 
 
 def regular(path: Path) -> Path:
-    """The same path. Raises `OSError` where it is that of a pipe or a device, which might never end."""
+    """The same path. Raises `OSError` for a pipe or a device, whose content might never end."""
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise OSError(errno.EINVAL, f"{path.name} is no regular file")
     return path
 
 
 def absolute(path: Path) -> str:
-    """The path from the root on; links stay, except where a `..` follows one and would lead elsewhere without it."""
+    """The absolute path. Links stay, unless the path holds `..`, which after a link leads elsewhere."""
     return str(path.resolve() if ".." in path.parts else path.absolute())
 
 
 def temporary_sibling(path: Path, purpose: str = "") -> Path:
-    """A name in the same folder, for what is renamed to `path` once it is whole."""
+    """A name in the same folder, for a file that is renamed to `path` once it is complete."""
     return path.with_name(f"{TEMPORARY}{purpose}{path.name}-{os.getpid()}")
 
 
 def write(path: Path, parts: Iterable[Block]) -> Identity:
-    """Write a file and sync it; its identity, hashed on a second core while the first one writes."""
-    digest, size, beside = hashlib.sha256(), 0, True
+    """Write a file and sync it; its identity, hashed in a second thread while the first one writes."""
+    digest, size = hashlib.sha256(), 0
     with path.open("wb") as file, ThreadPoolExecutor(1) as hasher:
-        hashing: Future[None] | None
         for block in _blocks(parts):
-            try:
-                hashing = hasher.submit(digest.update, block) if beside else None
-            except RuntimeError:  # the system has no thread left
-                beside, hashing = False, None
+            hashing = hasher.submit(digest.update, block)
             sys.audit("fastgpt.write", str(path), len(block))
             file.write(block)
-            hashing.result() if hashing else digest.update(block)
+            hashing.result()
             size += len(block)
     sync(path)
     return {"size": size, "sha256": digest.hexdigest()}
 
 
 def write_atomic(path: Path, content: bytes | str) -> Identity:
-    """Write a file by way of a synced temporary sibling, so that `path` is never half written."""
+    """Write a file to a synced temporary sibling and rename that, so that `path` is never half written."""
     temporary = temporary_sibling(path)
     identity = write(temporary, [content.encode("utf-8") if isinstance(content, str) else content])
     temporary.replace(path)
@@ -78,9 +74,9 @@ def write_atomic(path: Path, content: bytes | str) -> Identity:
 
 
 def replace_folder(temporary: Path, path: Path) -> None:
-    """Put a whole and synced folder in the place of another, or of none.
+    """Move a complete and synced folder to `path`, and replace a folder there.
 
-    A process that dies in between leaves the other one aside, from where `recover` puts it back.
+    If the process dies in between, the old folder is left aside, and `recover` puts it back.
     """
     aside = temporary_sibling(path, ASIDE)
     if path.exists():
@@ -96,17 +92,17 @@ def replace_folder(temporary: Path, path: Path) -> None:
 
 
 def delete_folder(path: Path) -> None:
-    """Delete a folder in a way that leaves no half of it under its name, wherever the process dies."""
+    """Delete a folder. If the process dies meanwhile, no half of it is left under its name."""
     doomed = temporary_sibling(path, DOOMED)
     path.rename(doomed)
     doomed.unlink() if doomed.is_symlink() else shutil.rmtree(doomed)
 
 
 def recover(parent: Path) -> None:
-    """Mend what a process that died left behind in a folder, which nobody else is writing to.
+    """Clean up after a process that died while it wrote to a folder. No other process may be writing there.
 
-    Folders that had been put aside are put back, unless they were replaced; all else that is temporary is deleted, or
-    left where it cannot be.
+    Folders that were put aside are put back, unless they were replaced. All other temporary files and folders are
+    deleted if possible.
     """
     for path in sorted(parent.glob(f"{TEMPORARY}*")):
         name = path.name.removeprefix(TEMPORARY)
@@ -121,7 +117,7 @@ def recover(parent: Path) -> None:
 
 
 def sha256(*paths: Path) -> str:
-    """The hash of files laid end to end, in hexadecimal."""
+    """The hash of files, one after another, in hexadecimal."""
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:
@@ -131,13 +127,13 @@ def sha256(*paths: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Force a file, or a folder's entries, to the disk."""
+    """Force a file, or the entries of a folder, to the disk."""
     if path.is_dir():
         if os.name == "nt":
-            return  # Windows syncs no folders
+            return  # Windows cannot sync folders
         descriptor = os.open(path, os.O_RDONLY)
     else:
-        descriptor = os.open(path, os.O_RDWR)  # Windows syncs only what is open for writing
+        descriptor = os.open(path, os.O_RDWR)  # Windows syncs only files that are open for writing
     try:
         sys.audit("fastgpt.sync", str(path))
         os.fsync(descriptor)
@@ -146,7 +142,7 @@ def sync(path: Path) -> None:
 
 
 def decode_utf8(content: bytes, name: str) -> str:
-    """The text of a file called `name`, without a byte order mark. Raises `UsageError` for what is not UTF-8."""
+    """The text of a file called `name`, without a byte order mark. Raises `UsageError` if it is not UTF-8."""
     try:
         return text_encoding.without_bom(content.decode("utf-8"))
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""Hidden folders to write in. Where a process died in one, the next process deletes it."""
+"""Makes hidden folders to write in. If a process dies, the next one deletes its folder."""
 
 import secrets
 import shutil
@@ -13,9 +13,9 @@ SUFFIX, LOCK = ".scratch", ".lock"
 
 @contextmanager
 def scratch_folder(target: Path) -> Iterator[Path]:
-    """A new folder beside `target`, to be renamed to it or deleted at the end of the block.
+    """A new folder beside `target`. At the end of the block it is deleted, unless it was renamed to `target`.
 
-    What begins with its name belongs to it. A lock beside it tells others that its process lives.
+    Files and folders whose names begin with its name belong to it. A lock beside it shows that its process is alive.
 
     Raises:
         OSError: it cannot be made.
@@ -30,23 +30,23 @@ def scratch_folder(target: Path) -> Iterator[Path]:
             try:
                 stack.enter_context(lock.held(folder.with_name(folder.name + LOCK)))
                 break
-            except lock.Locked:  # by a process that looked for leftovers before this one had its new lock
+            except lock.Locked:  # another process tries whether this new lock is a leftover
                 continue
         folder.mkdir()
         yield folder
 
 
 def _delete_if_left(path: Path) -> None:
-    """Delete a folder whose lock this is, unless somebody holds it."""
+    """Delete the folder of a lock, unless a process holds the lock."""
     try:
-        with lock.held(path, make=False):  # made anew, it could be the one that its owner is about to make
+        with lock.held(path, make=False):  # its owner may be about to make it
             _delete(path.with_name(path.name.removesuffix(LOCK)))
-    except (lock.Locked, OSError):  # in use, or somebody else's
+    except (lock.Locked, OSError):  # in use, or of another user
         return
 
 
 def _delete(folder: Path) -> None:
-    """Delete a folder and all that begins with its name; its lock last, which tells of the rest."""
+    """Delete a folder and all whose names begin with its name; the lock last, which leads to the others."""
     for path in sorted(folder.parent.iterdir(), key=lambda path: path.name.endswith(LOCK)):
         if path.name.startswith(folder.name):
             path.unlink(missing_ok=True) if path.is_file() else shutil.rmtree(path, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Stopping and saving without losing anything: a signal is noted, and the loop acts where it can save."""
+"""Notes signals, so that a loop can stop or save at a point where nothing is lost."""
 
 import os
 import signal
@@ -11,14 +11,14 @@ SAVING = "SIGUSR1"
 
 
 class Signals:
-    """Between `with` and its end, signals are noted: SIGINT, SIGTERM and SIGHUP to stop, SIGUSR1 to save and go on.
+    """Within its `with` block, notes signals: SIGINT, SIGTERM and SIGHUP to stop, SIGUSR1 to save and go on.
 
-    A second signal to stop does so at once, and so does the first while there is nothing to save. One that is ignored,
-    as SIGHUP is under nohup, stays ignored.
+    A second signal to stop stops at once, and so does the first while there is nothing to save. A signal that was
+    ignored before, as SIGHUP is under nohup, stays ignored.
 
     Attributes:
         caught: the number of the signal to stop, or None.
-        save_asked: a checkpoint is wanted; whoever saves sets it back.
+        save_asked: a checkpoint is wanted; the code that saves sets it back.
         patient: whether there is something to save.
     """
 
@@ -57,9 +57,9 @@ class Signals:
 
 @contextmanager
 def noted(*names: str, notice: str | None = None) -> Iterator[list[int]]:
-    """Collects the numbers of signals instead of acting on them, so that a step is never left half done.
+    """Collects the numbers of signals, so that the block can act on them where nothing is left half done.
 
-    `notice`: what is said at the first one; a second one then ends at once, as `Signals` has it.
+    `notice`: printed at the first signal; a second signal then stops at once, as with `Signals`.
     """
     caught: list[int] = []
 
@@ -85,13 +85,13 @@ def noted(*names: str, notice: str | None = None) -> Iterator[list[int]]:
 
 
 def ignore_saving() -> None:
-    """Ignore SIGUSR1 from here on, where no run listens: there is nothing to save, and it would kill the process."""
+    """Ignore SIGUSR1 from now on: while no run listens to it, it would kill the process."""
     if hasattr(signal, SAVING):
         with suppress(ValueError):  # not in the main thread
             signal.signal(getattr(signal, SAVING), signal.SIG_IGN)
 
 
 def _say(text: str) -> None:
-    with suppress(OSError):  # a closed terminal, which is what SIGHUP tells
+    with suppress(OSError):  # the terminal is closed, as after a SIGHUP
         # Not print: the signal may have come while the buffer of stderr was being written.
         os.write(2, f"\n{text}\n".encode())

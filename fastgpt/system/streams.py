@@ -1,4 +1,4 @@
-"""Standard streams that were closed from the start, were closed by their reader, or lead to a full disk."""
+"""Handles standard streams that were closed from the start, or by their reader, or lead to a full disk."""
 
 import io
 import os
@@ -8,11 +8,11 @@ from typing import Any
 
 
 class StreamLost(OSError):
-    """A standard stream takes no more; `strerror` says why."""
+    """A standard stream cannot be written to; `strerror` says why."""
 
 
 class _Wrapped:
-    """A stream whose failures are caught; what is written after one leads nowhere."""
+    """A stream whose failures are caught. Text that is written after a failure is dropped."""
 
     def __init__(self, stream: Any):
         self.stream = stream
@@ -41,13 +41,13 @@ class _Wrapped:
 
 
 class Lasting(_Wrapped):
-    """A standard stream whose loss stops nothing."""
+    """A standard stream whose failure stops nothing."""
 
 
 class Product(_Wrapped):
-    """Stdout where it takes a command's product: its loss is an error, told once.
+    """A stdout that takes the product of a command, so that its failure is an error. The error is raised once.
 
-    The first call that fails raises `StreamLost`, and no later one does, nor does Python's own at exit.
+    The first call that fails raises `StreamLost`. Later calls do not, nor does Python's flush at exit.
     """
 
     def __init__(self, stream: Any, closed: bool = False):
@@ -56,7 +56,7 @@ class Product(_Wrapped):
         self.closed_before = closed
 
     def check(self) -> None:
-        """Raises `StreamLost` where the stream was closed, for who writes to its descriptor, or wants to know early."""
+        """Raise `StreamLost` if the stream was closed: for code that writes to its descriptor, or must know early."""
         if self.closed_before:
             self.closed_before = False
             raise StreamLost(0, "it is closed")
@@ -72,9 +72,9 @@ class Product(_Wrapped):
 
 
 def open_missing() -> set[str]:
-    """Let the standard streams that were closed before this process began (by >&-, say) lead nowhere; their names.
+    """Open the null device for standard streams that were closed before this process began, as by >&-; their names.
 
-    Their numbers are taken first, or a file that is opened later would get what is meant for people.
+    Their numbers must be taken, or a file that is opened later would get one, and with it the text for that stream.
     """
     missing = set()
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):

@@ -1,4 +1,4 @@
-"""The CPU threads that PyTorch computes with: how many, and what a run remembers of that."""
+"""Sets the number of CPU threads that PyTorch computes with."""
 
 import os
 from collections.abc import Iterator
@@ -8,18 +8,18 @@ import torch
 
 from fastgpt.system import cpus
 
-SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # a user's own, which count
+SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # a user's settings, which are respected
 
 
 def use(asked: int | None, recorded: int | None = None) -> int:
-    """Compute with as many threads as `threads` says from now on, in this whole process; returns the number.
+    """Set the number of threads for the whole process to `asked`, the value of `threads`; returns the number.
 
-    Auto, None, is the number that a resumed run had before, if there are as many CPUs, else PyTorch's own (a thread
-    for each core), or as many as there are CPUs in this process's affinity and its cgroup's quota, if these are fewer.
-    OMP_NUM_THREADS and MKL_NUM_THREADS come before both.
+    None is auto. That is the number that a resumed run had, if there are as many CPUs. Else it is PyTorch's own (a
+    thread for each core), or the number of CPUs that this process may use, if that is less. OMP_NUM_THREADS and
+    MKL_NUM_THREADS take precedence over both.
 
     Args:
-        recorded: of the run that is resumed.
+        recorded: the number of the run that is resumed.
     """
     count = asked or _automatic(recorded)
     if count != torch.get_num_threads():
@@ -37,7 +37,7 @@ def _automatic(recorded: int | None) -> int:
 
 @contextmanager
 def restored() -> Iterator[None]:
-    """Set the number of threads back at the end of the block, for a program that trains between other work."""
+    """Set the number of threads back at the end of the block, for a program that also does other work."""
     before = torch.get_num_threads()
     try:
         yield

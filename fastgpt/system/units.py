@@ -1,8 +1,8 @@
-"""Amounts as people read them."""
+"""Formats amounts for people."""
 
 
 def counted(number: int, noun: str) -> str:
-    """A number and what it counts, a plural unless it is one: "1 thread", "2,000 threads", "3 batches"."""
+    """A number and a noun, in the plural unless the number is 1: "1 thread", "2,000 threads", "3 batches"."""
     ending = "es" if noun.endswith(("ch", "sh", "s", "x")) else "s"
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}{ending}"
 

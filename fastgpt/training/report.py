@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from fastgpt.config.training import TrainConfig
-from fastgpt.data.corpus import Corpus
+from fastgpt.data.prepared import Corpus
 from fastgpt.errors import UsageError
 from fastgpt.evaluation.loss import EvaluationSet
 from fastgpt.loggers.logger import Record

@@ -17,8 +17,8 @@ from fastgpt.checkpoint import run_folder, store
 from fastgpt.checkpoint.progress import Progress
 from fastgpt.config.training import TrainConfig
 from fastgpt.data import corpus, loader
-from fastgpt.data.corpus import Corpus
 from fastgpt.data.loader import Loader, MicroBatches
+from fastgpt.data.prepared import Corpus
 from fastgpt.errors import UsageError
 from fastgpt.evaluation import loss as evaluation_loss
 from fastgpt.evaluation.loss import EvaluationSet

@@ -9,7 +9,7 @@ from fastgpt.checkpoint import progress, store
 from fastgpt.checkpoint.progress import Progress
 from fastgpt.checkpoint.store import Snapshot
 from fastgpt.config.training import TrainConfig
-from fastgpt.data.corpus import Corpus
+from fastgpt.data.prepared import Corpus
 from fastgpt.errors import CorruptCheckpoint
 from fastgpt.interchange import nanogpt_weights
 from fastgpt.model.gpt import GPT

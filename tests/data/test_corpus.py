@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fastgpt import cli
-from fastgpt.data import corpus, sources
+from fastgpt.data import corpus, prepared, sources
 from fastgpt.errors import UsageError
 from fastgpt.tokenizer import gpt2
 from fastgpt.tokenizer.byte import ByteTokenizer
@@ -329,7 +329,7 @@ class TestPreparedFolders:
         first = prepare(text_file, tmp_path)
         assert prepare(first.path, tmp_path) == first
         assert prepare(first.path.name, tmp_path) == first
-        assert corpus.load(first.path) == first
+        assert prepared.load(first.path) == first
 
     def test_ours_keeps_its_tokenizer(self, text_file: Path, tmp_path: Path):
         first = prepare(text_file, tmp_path, tokenizer="byte")

@@ -11,7 +11,7 @@ import pytest
 import fastgpt
 from fastgpt import cli, generate, train, verify
 from fastgpt.checkpoint import run_folder
-from fastgpt.data import corpus
+from fastgpt.data.prepared import Corpus
 from fastgpt.tokenizer.bpe import BpeTokenizer
 from fastgpt.tokenizer.byte import ByteTokenizer
 from fastgpt.tokenizer.char import CharTokenizer
@@ -38,7 +38,7 @@ def folder(tmp_path: Path) -> Path:
     return root
 
 
-def tokens(prepared: corpus.Corpus) -> list[int]:
+def tokens(prepared: Corpus) -> list[int]:
     return [*prepared.train().tolist(), *prepared.val().tolist()]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastgpt.data import corpus, token_file
+from fastgpt.data import prepared, token_file
 from fastgpt.errors import UsageError
 from fastgpt.system.units import counted
 from fastgpt.tokenizer.byte import ByteTokenizer
@@ -55,7 +55,7 @@ def test_an_id_beyond_the_vocabulary_is_refused(file: str, index: int, folder: P
     assert f"{folder / file} holds token {vocab_size}, and its vocabulary has {vocab_size} tokens" in message
     change(folder / file, index, vocab_size - 1)
     rehash(folder, file)
-    corpus.load(folder)
+    prepared.load(folder)
 
 
 @pytest.mark.parametrize("file", ["train.bin", "val.bin"])
@@ -146,7 +146,7 @@ class TestGivenVocabulary:
         assert second.tokenizer == given
         assert second.path.name == f"text-char-of-{given.sha256()[:8]}-{first.source_sha256[:8]}"
         assert second.source_sha256 == first.source_sha256
-        assert text_of(second) == text_of(corpus.load(first.path)) == TEXT
+        assert text_of(second) == text_of(prepared.load(first.path)) == TEXT
         assert prepare(tmp_path / "text.txt", tmp_path, vocabulary=given) == second
         other = CharTokenizer("".join(sorted(set(TEXT) | set("?#"))))
         assert prepare(tmp_path / "text.txt", tmp_path, vocabulary=other).path not in (first.path, second.path)

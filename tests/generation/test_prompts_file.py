@@ -15,7 +15,7 @@ from fastgpt import cli, generate
 from fastgpt.config.generation import SamplingParams
 from fastgpt.errors import UsageError
 from fastgpt.generation import answers as answers_module
-from fastgpt.generation import prompts_file, terminal, writing
+from fastgpt.generation import many_prompts, prompts_file, terminal, writing
 from fastgpt.generation.answers import Answers
 from fastgpt.generation.generator import TextGenerator
 from tests.helpers import runs
@@ -238,13 +238,13 @@ def test_a_line_is_written_as_soon_as_all_before_it_are(generator: TextGenerator
     seen = []
 
     def completions(wanted: list[list[int]]):
-        for done in prompts_file.all_at_once(engine, jobs, wanted=wanted):
+        for done in many_prompts.all_at_once(engine, jobs, wanted=wanted):
             if done is not None:
                 seen.append((done.index, len(answers(Path("o").read_text()))))
             yield done
 
     with Answers("o", jobs) as written:
-        assert prompts_file.run(completions(written.wanted), written, engine) is None
+        assert many_prompts.answer(completions(written.wanted), written, engine) is None
     assert (written.failed, written.done) == (set(), 5)
     assert seen == [(1, 0), (2, 0), (0, 0), (4, 3), (3, 3)]
     assert [len(line["tokens"]) for line in answers(Path("o").read_text())] == lengths

@@ -194,6 +194,6 @@ def test_a_prompt_of_a_file_or_stdin_has_line_breaks_of_one_kind_and_no_mark(
     monkeypatch, tmp_path: Path, content: bytes
 ):
     (tmp_path / "p.txt").write_bytes(content)
-    assert writing.read_prompt(f"FILE:{tmp_path / 'p.txt'}") == "abc\ndef"
+    assert prompts_file.read_prompt(f"FILE:{tmp_path / 'p.txt'}") == "abc\ndef"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
-    assert writing.read_prompt("-") == "abc\ndef"
+    assert prompts_file.read_prompt("-") == "abc\ndef"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fastgpt.data import corpus
-from fastgpt.data.corpus import Corpus
+from fastgpt.data.prepared import Corpus
 from fastgpt.errors import UsageError
 from tests.helpers.places import SHAKESPEARE
 

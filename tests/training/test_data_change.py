@@ -8,7 +8,7 @@ import pytest
 
 from fastgpt import cli, train
 from fastgpt.checkpoint import run_folder, store
-from fastgpt.data import corpus
+from fastgpt.data import corpus, prepared
 from fastgpt.evaluation import loss
 from fastgpt.tokenizer import saved
 from tests.helpers import runs
@@ -66,7 +66,7 @@ def test_the_new_text_is_what_it_then_learns(out: Path):
     write("The fox " * 300)
     assert runs.resume(CHANGE) == 0
     folder = next(Path("data").glob("text-char-of-*"))
-    loaded = corpus.load(folder)
+    loaded = prepared.load(folder)
     assert loaded.tokenizer == saved.load(out / "tokenizer.json")
     assert loaded.tokenizer.decode(np.asarray(loaded.train()[:16])) == "The fox The fox "
 
