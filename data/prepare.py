@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastgpt import cli
-from fastgpt.config.fields import option
+from fastgpt.config.fields import Settings, option
 from fastgpt.data import corpus
 from fastgpt.data.prepared import Corpus
 from fastgpt.tokenizer.saved import KINDS
 
 
 @dataclass(frozen=True)
-class PrepareConfig:
+class PrepareConfig(Settings):
     """What to prepare, and where."""
 
     dataset: str = option("pydocs", "pydocs, shakespeare, or a path: a text file, a folder of text, tokens", path=True)

@@ -97,7 +97,7 @@ def conclude(summary: RunSummary, config: TrainConfig, picture: str, data: Corpu
     where = "" if config.out_dir == "out" else f" --out_dir {shlex.quote(config.out_dir)}"
     lines = [_lines(facts)]
     if not summary.finished:
-        what = "stopped" if summary.stopped_by is not None else f"`max_minutes` {config.max_minutes} are over: stopped"
+        what = "stopped" if summary.stopped_by is not None else f"max_minutes {config.max_minutes} are over: stopped"
         if summary.steps == 0:
             return f"{what} before the first step"
         saved = "saved" if summary.saved_step == summary.steps else f"and step {summary.saved_step} is the last saved"

@@ -42,25 +42,25 @@ def test_the_table_of_positions_has_the_size_that_is_told(position: str):
 
 
 @pytest.mark.parametrize(
-    ("changes", "flags"),
+    ("changes", "words"),
     [
-        ({"n_layer": 10**9}, ["--n_layer 1000000000"]),
-        ({"n_layer": 2**63 - 1, "n_embd": 65536}, ["--n_layer", "--n_embd 65536"]),
-        ({"n_layer": 1000, "n_embd": 65536}, ["--n_layer 1000", "--n_embd 65536"]),
-        ({"block_size": 10**10}, ["--block_size 10000000000"]),
-        ({"block_size": 10**10, "position": "rotary"}, ["--block_size 10000000000"]),
-        ({"block_size": 10**12, "position": "none"}, ["--block_size 1000000000000"]),
-        ({"batch_size": 10**12}, ["--batch_size 1000000000000"]),
-        ({"gradient_accumulation_steps": 10**12}, ["--gradient_accumulation_steps 1000000000000"]),
+        ({"n_layer": 10**9}, ["`n_layer` 1000000000"]),
+        ({"n_layer": 2**63 - 1, "n_embd": 65536}, ["`n_layer`", "`n_embd` 65536"]),
+        ({"n_layer": 1000, "n_embd": 65536}, ["`n_layer` 1000", "`n_embd` 65536"]),
+        ({"block_size": 10**10}, ["`block_size` 10000000000"]),
+        ({"block_size": 10**10, "position": "rotary"}, ["`block_size` 10000000000"]),
+        ({"block_size": 10**12, "position": "none"}, ["`block_size` 1000000000000"]),
+        ({"batch_size": 10**12}, ["`batch_size` 1000000000000"]),
+        ({"gradient_accumulation_steps": 10**12}, ["`gradient_accumulation_steps` 1000000000000"]),
     ],
 )
-def test_what_cannot_fit_is_refused_with_the_need_and_what_is_free(changes: dict, flags: list[str]):
+def test_what_cannot_fit_is_refused_with_the_need_and_what_is_free(changes: dict, words: list[str]):
     began = time.perf_counter()
     with pytest.raises(UsageError) as error:
         memory.check_training(dataclasses.replace(SMALL, **changes), CPU)
     assert time.perf_counter() - began < 0.5
     message = str(error.value)
-    assert [word for word in (*flags, "GiB of memory", "GiB free", "pass less") if word not in message] == [], message
+    assert [word for word in (*words, "GiB of memory", "GiB free", "pass less") if word not in message] == [], message
     assert "\n" not in message
 
 

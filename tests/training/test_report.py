@@ -87,7 +87,7 @@ def test_a_run_that_stopped_says_why_and_how_to_go_on(tmp_path: Path):
     ]
     lines = concluded(tmp_path, finished=False)
     assert lines[4:6] == [
-        "--max_minutes 0.5 are over: stopped at step 6 of 9, saved in out",
+        "max_minutes 0.5 are over: stopped at step 6 of 9, saved in out",
         "go on:  python -m fastgpt.train --init_from resume",
     ]
     assert lines[6].startswith("next:  python -m fastgpt.generate")
@@ -105,7 +105,7 @@ def test_max_minutes_stops_evaluates_saves_says_so_and_a_resume_goes_on(capsys):
     assert store.find(out, "latest").name == "step-000001"
     assert list(records(out)) == list(records(out, "val_loss")) == [1]
     text = capsys.readouterr().out
-    assert "--max_minutes 1e-09 are over: stopped at step 1 of 1000, saved in out" in text
+    assert "max_minutes 1e-09 are over: stopped at step 1 of 1000, saved in out" in text
     (command,) = re.findall(r"^go on:  python -m fastgpt\.train (.*)$", text, re.M)
     assert cli.run(train.main, [*shlex.split(command), "--max_minutes", "none", "--max_iters", "4"]) == 0
     assert list(records(out)) == [1, 2, 3, 4]
