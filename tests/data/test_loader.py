@@ -99,7 +99,7 @@ def test_the_whole_split_has_every_token_but_the_first_as_a_target_once(count: i
     assert targets == list(range(1, count))
 
 
-@pytest.mark.parametrize(("count", "fix"), [(8, "--block_size 7"), (2, "--block_size 1"), (1, "a longer text")])
+@pytest.mark.parametrize(("count", "fix"), [(8, "`block_size` 7"), (2, "`block_size` 1"), (1, "a longer text")])
 def test_a_short_text_is_refused_with_a_way_out(count: int, fix: str):
     with pytest.raises(UsageError, match=f"the text holds {count} tokens?, .*`block_size` 8.*try {fix}"):
         make(count=count)

@@ -105,16 +105,10 @@ def test_others_on_cpus_that_threads_do_not_need_are_no_reason_to_sleep(monkeypa
     assert watcher.slept == pytest.approx(1)
 
 
-def test_a_watcher_whose_system_has_no_thread_left_gives_up(monkeypatch: pytest.MonkeyPatch):
-    def fail(self: object) -> None:
-        raise RuntimeError("can't start new thread")
-
+def test_a_watcher_whose_system_has_no_room_for_a_second_team_gives_up(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Noted, "sleep", lambda self: False)
     machine, barriers, _ = watched(monkeypatch, [BUSY] * 5)
     assert machine.rests == barriers.told == []
-    monkeypatch.setattr(contention.threading.Thread, "start", fail)
-    with Watcher(Noted()):
-        pass
 
 
 def test_a_watcher_looks_in_its_own_thread_and_ends_with_its_block(monkeypatch: pytest.MonkeyPatch):
