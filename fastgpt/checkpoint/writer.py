@@ -21,7 +21,7 @@ Describe = Callable[[], None]  # writes what else a checkpoint needs in the run'
 
 
 class NoBackground(Exception):
-    """There is no memory for the copy of a checkpoint, or no thread to write it."""
+    """There is no memory for the copy of a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,4 @@ class BackgroundWriter(Writer):
             self._memory.clear()
             raise NoBackground
         write = self._begin()
-        try:
-            Thread(target=write, args=(snapshot, best_step, describe), name="checkpoint", daemon=True).start()
-        except RuntimeError:  # the limit on threads, such as a container's, is reached
-            self._pending = None
-            raise NoBackground from None
+        Thread(target=write, args=(snapshot, best_step, describe), name="checkpoint", daemon=True).start()

@@ -59,7 +59,7 @@ class Checkpoints:
         try:
             self.writer.save(snapshot, progress.best_step, self.describe)
         except NoBackground:
-            self.say("no memory or thread for `async_save`: training waits for its checkpoints from here on")
+            self.say("no memory for `async_save`: training waits for its checkpoints from here on")
             self.writer = Writer(self.setup.out_dir, self.setup.config.keep_last)
             self.writer.save(snapshot, progress.best_step, self.describe)
         self.poll()
