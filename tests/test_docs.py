@@ -124,7 +124,7 @@ def check_python(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
             check_fastgpt(rest, monkeypatch)
         elif module.startswith("fastgpt."):
             flags_of(importlib.import_module(module).main, rest, monkeypatch)
-        elif module == "fastgpt_kernels.aot":
+        elif module.startswith("fastgpt_kernels."):
             flags_of_tool(importlib.import_module(module).main, rest, monkeypatch)
         else:
             assert importlib.util.find_spec(module), module
