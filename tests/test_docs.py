@@ -80,13 +80,19 @@ def test_quoted_output_was_printed(document: Path):
 
 def flags_of(main: Callable[[Sequence[str]], Any], words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Call a command of fastgpt up to the point where its flags are read. Raises `UsageError`."""
-    read = cli.read
+    read, parse = cli.read, cli.parse
 
     def stop(*args: Any, **named: Any) -> Any:
         read(*args, **named)
         raise Parsed
 
+    def stop_later(*args: Any, **named: Any) -> Any:
+        monkeypatch.setattr(cli, "read", read)  # which `parse` calls before it checks the whole configuration
+        parse(*args, **named)
+        raise Parsed
+
     monkeypatch.setattr(cli, "read", stop)
+    monkeypatch.setattr(cli, "parse", stop_later)
     saving = getattr(signal, "SIGUSR1", None)  # train ignores it from its first line on
     before = saving and signal.getsignal(saving)
     try:
