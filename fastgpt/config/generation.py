@@ -86,7 +86,7 @@ class GenerateConfig(SamplingParams):
         "machine code for the model, made once for its shape; auto: for `interactive` and `prompts`, if it pays",
         auto=True,
     )
-    kernels: str = option("auto", "the table's column: see fastgpt/ops/table.py", choices=KERNELS)
+    kernels: str = option("auto", "backend of each operation", choices=KERNELS)
 
     def sampling(self) -> SamplingParams:
         """The part that says how to draw. Raises `UsageError` for an escape in a stop text that is none."""

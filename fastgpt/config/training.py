@@ -94,7 +94,7 @@ class TrainConfig(ModelConfig):
     )
     dtype: str = option("auto", "arithmetic; auto: bfloat16 where the chip has it", choices=DTYPES)
     compile: bool = option(False, "compile the model with torch.compile")
-    kernels: str = option("auto", "the table's column: see fastgpt/ops/table.py", choices=KERNELS)
+    kernels: str = option("auto", "backend of each operation", choices=KERNELS)
 
     @property
     def resuming(self) -> bool:
