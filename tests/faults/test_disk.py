@@ -312,7 +312,8 @@ class TestDuringTraining:
     def test_a_limit_on_the_size_of_files(self, flags: str, raised: bool):
         """As a program: the kernel itself refuses, in the middle of a file, and cuts a line of metrics short."""
         code = (
-            "import resource, sys; from fastgpt import cli, train; step = Run._train_step\n"
+            "import resource, sys; from fastgpt import cli, train; from fastgpt.training.run import Run\n"
+            "step = Run._train_step\n"
             "def limit(size): resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))\n"
             "def stepped(self):\n"
             "    self.checkpoints.wait()\n"
@@ -612,7 +613,8 @@ class TestSmallDisk:
 
     def test_a_disk_that_somebody_else_fills_during_training(self):
         code = (
-            "import os, sys; from fastgpt import cli, train; step = Run._train_step\n"
+            "import os, sys; from fastgpt import cli, train; from fastgpt.training.run import Run\n"
+            "step = Run._train_step\n"
             "def stepped(self):\n"
             "    if self.progress.step == 4:\n"
             "        with open('out/filler', 'wb', buffering=0) as file:\n"
