@@ -10,6 +10,7 @@ from fastgpt import cli
 from fastgpt.config.fields import Settings, option
 from fastgpt.data import corpus
 from fastgpt.data.prepared import Corpus
+from fastgpt.tokenizer.bpe import DEFAULT_BPE
 from fastgpt.tokenizer.saved import KINDS
 
 
@@ -18,8 +19,8 @@ class PrepareConfig(Settings):
     """What to prepare, and where."""
 
     dataset: str = option("pydocs", "pydocs, shakespeare, or a path: a text file, a folder of text, tokens", path=True)
-    tokenizer: str = option("char", "characters, UTF-8 bytes, GPT-2's, or a BPE trained here", choices=KINDS)
-    vocab_size: int | None = option(None, f"tokens of a bpe, {corpus.DEFAULT_BPE} where it is not given", low=1)
+    tokenizer: str = option("char", "characters, UTF-8 bytes, GPT-2's, or a BPE trained here", choices=tuple(KINDS))
+    vocab_size: int | None = option(None, f"tokens of a bpe, {DEFAULT_BPE} where it is not given", low=1)
     corpus_file: str | None = option(None, "a local copy of tiny Shakespeare for --dataset shakespeare", path=True)
     gpt2_vocab: str | None = option(None, "folder with GPT-2's vocab.bpe and encoder.json", path=True)
     data_dir: str = option("data", "where prepared corpora are kept", path=True)

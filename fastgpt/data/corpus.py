@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,15 +23,11 @@ from fastgpt.errors import UsageError, nearest, shown
 from fastgpt.system import files
 from fastgpt.system.scratch_folder import scratch_folder
 from fastgpt.system.units import counted
-from fastgpt.tokenizer import bpe, saved
-from fastgpt.tokenizer.base import Tokenizer
-from fastgpt.tokenizer.bpe import BpeTokenizer
-from fastgpt.tokenizer.byte import ByteTokenizer
-from fastgpt.tokenizer.char import CharTokenizer
+from fastgpt.tokenizer import saved
+from fastgpt.tokenizer.base import Text, Tokenizer
 from fastgpt.tokenizer.gpt2 import Gpt2Tokenizer
 
 NAMES = ("pydocs", "shakespeare")
-DEFAULT_BPE = 1024
 TRAIN_SHARE = 0.9
 # The way text is read; a run keeps its own. 1, up to version 0.1.0: byte order marks are text, linked folders are left
 # out, documents end in a newline at most, and generation starts from a token that may be in no text. 2: the way of now.
@@ -91,15 +88,16 @@ def prepare(
             own = vocabulary if vocabulary == corpus.tokenizer else None
             return _announced("opened", _started(corpus, own, reading), quiet)
         source = sources.text_files(path, skip=Path(data_dir), as_before=reading == 1)
-    can_end = vocabulary.end_token is not None if vocabulary else tokenizer != "char"
+    kind = saved.KINDS[tokenizer]
+    can_end = vocabulary.end_token is not None if vocabulary else kind.can_end
     ends = can_end and reading > 1 and isinstance(source, TextFiles) and len(source.paths) > 1
     if ends:
         source = dataclasses.replace(source, ended=True)
-    if tokenizer == "byte" and vocab_size not in (None, 256 + ends):
-        raise _own_size(tokenizer, vocab_size)
+    if vocab_size is not None:
+        kind.check_size(vocab_size, ends)
 
     own, statistics = vocabulary, _measure(source)
-    size = (vocab_size or DEFAULT_BPE) if tokenizer == "bpe" else None
+    size = (vocab_size or kind.default_size) if kind.default_size else None
     label = [_file_name(source.name), tokenizer, *([str(size)] if size else []), statistics.sha256[:8]]
     if vocabulary is not None:
         label = [_file_name(source.name), vocabulary.kind, f"of-{vocabulary.sha256()[:8]}", statistics.sha256[:8]]
@@ -109,7 +107,7 @@ def prepare(
     if corpus := _reusable(target, statistics.sha256, vocabulary):
         verb = "reused"
     else:
-        vocabulary = vocabulary or _vocabulary(tokenizer, size, source, statistics, ends)
+        vocabulary = vocabulary or kind.made_from(_text(source, statistics, size, ends))
         verb, corpus = "prepared", _write(target, source, statistics, vocabulary)
     return _announced(verb, _started(corpus, own, reading), quiet)
 
@@ -132,19 +130,13 @@ def _started(corpus: Corpus, vocabulary: Tokenizer | None, reading: int) -> Corp
 def _check_arguments(dataset: str, kind: str, vocab_size: int | None, corpus_file: str | None) -> None:
     if kind not in saved.KINDS:
         raise UsageError(f"`tokenizer` {kind!r} is not one of {', '.join(saved.KINDS)}")
-    if vocab_size is not None and kind != "bpe" and vocab_size not in saved.FIXED_SIZES.get(kind, ()):
-        raise _own_size(kind, vocab_size)
-    if vocab_size is not None and kind == "bpe":
-        bpe.check_bpe_size(vocab_size)
+    if vocab_size is not None:
+        saved.KINDS[kind].check_size(vocab_size)
     if corpus_file is not None and dataset != "shakespeare":
         raise UsageError(
             f"`corpus_file` {corpus_file} is a copy of tiny Shakespeare, and `dataset` is {dataset}; "
             f"for your own text use `dataset` {corpus_file}"
         )
-
-
-def _own_size(kind: str, vocab_size: int | None) -> UsageError:
-    return UsageError(f"`vocab_size` {vocab_size} is for `tokenizer` bpe; `tokenizer` {kind} has its own, leave it out")
 
 
 def _check_prepared(corpus: Corpus, kind: str, vocab_size: int | None) -> None:
@@ -226,16 +218,15 @@ def _measure(source: Source) -> Statistics:
     return Statistics(digest.hexdigest(), characters, length, chars)
 
 
-def _vocabulary(kind: str, size: int | None, source: Source, statistics: Statistics, ends: bool) -> Tokenizer:
-    if kind == "char":
-        return CharTokenizer(statistics.chars)
-    if kind == "byte":
-        return ByteTokenizer(ends)
-    if kind == "gpt2":
-        return Gpt2Tokenizer.from_files()
+def _text(source: Source, statistics: Statistics, vocab_size: int | None, ends: bool) -> Text:
+    """What a vocabulary is made from."""
     train_end = int(TRAIN_SHARE * statistics.characters)
-    pieces = sources.chunks(sources.span(source.texts(), 0, train_end))
-    return BpeTokenizer.train((text for text in pieces if text is not None), size or DEFAULT_BPE, ends)
+
+    def train() -> Iterator[str]:
+        pieces = sources.chunks(sources.span(source.texts(), 0, train_end))
+        return (text for text in pieces if text is not None)
+
+    return Text(statistics.chars, train, vocab_size, ends)
 
 
 def _reusable(target: Path, sha256: str, vocabulary: Tokenizer | None) -> Corpus | None:

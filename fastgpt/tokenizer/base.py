@@ -8,7 +8,8 @@ import copy
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -22,11 +23,32 @@ ENDOFTEXT = "<|endoftext|>"
 LARGEST_JSON = 64 << 20  # bytes; GPT-2's vocabulary takes less than 1 MiB
 
 
-class Tokenizer(ABC):
-    """What the four kinds share: a table of each token's bytes, and decoding by it.
+@dataclass(frozen=True)
+class Text:
+    """What a vocabulary can be made from.
 
     Attributes:
-        kind: "char", "byte", "gpt2" or "bpe".
+        chars: the distinct characters of the whole text, in code point order.
+        train: opens the train split, in pieces; may be called several times.
+        vocab_size: the largest vocabulary that was asked for, or `Tokenizer.default_size`.
+        ends: a token of its own ends each document.
+    """
+
+    chars: str
+    train: Callable[[], Iterable[str]]
+    vocab_size: int | None
+    ends: bool
+
+
+class Tokenizer(ABC):
+    """What every kind shares: a table of each token's bytes, and decoding by it.
+
+    A subclass is one kind. `saved.KINDS` lists them, and all other code asks there.
+
+    Attributes:
+        kind: its name in settings and files.
+        can_end: whether its vocabulary can have a token that ends a document.
+        default_size: tokens of a vocabulary that is trained to a size; None for a kind that has a size of its own.
         vocab_size: number of tokens; ids are 0 .. vocab_size - 1.
         end_token: the id that ends a document, to which no text is encoded; None where there is none.
         start_token: the id that generation starts from when the prompt is empty. That of `starting_from`, which was
@@ -34,12 +56,42 @@ class Tokenizer(ABC):
     """
 
     kind: ClassVar[str]
+    can_end: ClassVar[bool] = True
+    default_size: ClassVar[int | None] = None
 
     def __init__(self, tokens: Sequence[bytes], start_token: int, end_token: int | None = None):
         self._tokens = tuple(tokens)
         self.vocab_size = len(self._tokens)
         self.start_token, self.end_token = start_token, end_token
         self._start_is_trained = False
+
+    @classmethod
+    @abstractmethod
+    def made_from(cls, text: Text) -> Self:
+        """The vocabulary of a text. Raises `UsageError` where a file or a library is missing."""
+
+    @classmethod
+    @abstractmethod
+    def from_json(cls, description: dict[str, Any]) -> Self:
+        """The tokenizer that `to_json` described, its trained `start_token` aside.
+
+        Raises:
+            AttributeError, KeyError, TypeError, ValueError: the description is not one of this kind.
+            UsageError: a library is missing.
+        """
+
+    @classmethod
+    def fixed_size(cls, ends: bool) -> int | None:
+        """The size of every vocabulary of this kind, with or without an end; None where the text decides."""
+        return None
+
+    @classmethod
+    def check_size(cls, vocab_size: int, ends: bool | None = None) -> None:
+        """Raise `UsageError` for a size that no vocabulary of this kind has; `ends` None: with or without an end."""
+        if vocab_size not in {cls.fixed_size(with_end) for with_end in ((False, True) if ends is None else (ends,))}:
+            raise UsageError(
+                f"`vocab_size` {vocab_size} is for `tokenizer` bpe; `tokenizer` {cls.kind} has its own, leave it out"
+            )
 
     def starting_from(self, token: int) -> Self:
         """The same vocabulary with another `start_token`, which is saved with it. Raises ValueError for no token."""
@@ -98,8 +150,16 @@ class Tokenizer(ABC):
 
 
 def ending(ends: bool) -> dict[str, Any]:
-    """What the description of a vocabulary says of a token of its own that ends a document."""
+    """The entry of a description that says that a token of its own ends a document."""
     return {"end_of_text": True} if ends else {}
+
+
+def has_end(description: dict[str, Any]) -> bool:
+    """Whether a description has the entry of `ending`. Raises ValueError for another value of it."""
+    ends = description.get("end_of_text", False)
+    if type(ends) is not bool:
+        raise ValueError(f"end_of_text {ends!r:.20} is neither true nor false")
+    return ends
 
 
 def read_json(path: Path) -> Any:

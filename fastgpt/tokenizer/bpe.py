@@ -2,14 +2,15 @@
 
 import json
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from fastgpt.errors import UsageError
-from fastgpt.tokenizer.base import ENDOFTEXT, Tokenizer, encoded, ending
+from fastgpt.tokenizer.base import ENDOFTEXT, Text, Tokenizer, encoded, ending, has_end
 from fastgpt.tokenizer.byte_pairs import PIECES, bytes_of
 
+DEFAULT_BPE = 1024  # tokens
 SMALLEST_BPE = 257
 LARGEST_BPE = 1 << 20  # tokens; the library makes room for as many as are asked for at once
 
@@ -27,6 +28,7 @@ class BpeTokenizer(Tokenizer):
     """
 
     kind = "bpe"
+    default_size = DEFAULT_BPE
 
     def __init__(self, description: dict[str, Any], ends: bool = False):
         library = _tokenizers()
@@ -46,7 +48,26 @@ class BpeTokenizer(Tokenizer):
         super().__init__([*tokens, *([ENDOFTEXT.encode()] if ends else [])], start_token=newline, end_token=end)
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int, ends: bool = False) -> "BpeTokenizer":
+    def made_from(cls, text: Text) -> Self:
+        return cls.train(text.train(), text.vocab_size or DEFAULT_BPE, text.ends)
+
+    @classmethod
+    def from_json(cls, description: dict[str, Any]) -> Self:
+        return cls(description["tokenizer"], has_end(description))
+
+    @classmethod
+    def check_size(cls, vocab_size: int, ends: bool | None = None) -> None:
+        """Raise `UsageError` for a size that would not hold the 256 bytes and one merge, or is absurd."""
+        if vocab_size > LARGEST_BPE:
+            raise UsageError(f"`vocab_size` {vocab_size} is too large for `tokenizer` bpe; use at most {LARGEST_BPE}")
+        if vocab_size < SMALLEST_BPE:
+            raise UsageError(
+                f"`vocab_size` {vocab_size} is too small for `tokenizer` bpe, which starts from 256 bytes; "
+                f"use at least {SMALLEST_BPE}"
+            )
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int, ends: bool = False) -> Self:
         """Learn a vocabulary of at most `vocab_size` tokens, the 256 bytes, and with `ends` an end, among them.
 
         The same text gives the same vocabulary. A small text may hold fewer merges than asked for.
@@ -54,7 +75,7 @@ class BpeTokenizer(Tokenizer):
         Raises:
             UsageError: `vocab_size` is below 257 or above 2**20, or the tokenizers library is not installed.
         """
-        check_bpe_size(vocab_size)
+        cls.check_size(vocab_size)
         library = _tokenizers()
         trained = library.Tokenizer(library.models.BPE())
         trained.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -76,17 +97,6 @@ class BpeTokenizer(Tokenizer):
 
     def _describe(self) -> dict[str, Any]:
         return {"kind": self.kind, "tokenizer": self._description} | ending(self.ends)
-
-
-def check_bpe_size(vocab_size: int) -> None:
-    """Raise `UsageError` for a BPE vocabulary that would not hold the 256 bytes and one merge, or is absurd."""
-    if vocab_size > LARGEST_BPE:
-        raise UsageError(f"`vocab_size` {vocab_size} is too large for `tokenizer` bpe; use at most {LARGEST_BPE}")
-    if vocab_size < SMALLEST_BPE:
-        raise UsageError(
-            f"`vocab_size` {vocab_size} is too small for `tokenizer` bpe, which starts from 256 bytes; "
-            f"use at least {SMALLEST_BPE}"
-        )
 
 
 def _check_plain_bpe(description: dict[str, Any]) -> None:

@@ -1,10 +1,10 @@
 """One token per byte of UTF-8."""
 
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
-from fastgpt.tokenizer.base import ENDOFTEXT, Tokenizer, encoded, ending
+from fastgpt.tokenizer.base import ENDOFTEXT, Text, Tokenizer, encoded, ending, has_end
 
 
 class ByteTokenizer(Tokenizer):
@@ -16,6 +16,18 @@ class ByteTokenizer(Tokenizer):
         self.ends = ends
         tokens = [*(bytes([value]) for value in range(256)), *([ENDOFTEXT.encode()] if ends else [])]
         super().__init__(tokens, start_token=ord("\n"), end_token=256 if ends else None)
+
+    @classmethod
+    def made_from(cls, text: Text) -> Self:
+        return cls(text.ends)
+
+    @classmethod
+    def from_json(cls, description: dict[str, Any]) -> Self:
+        return cls(has_end(description))
+
+    @classmethod
+    def fixed_size(cls, ends: bool) -> int:
+        return 256 + ends
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(encoded(text), dtype=np.uint8).astype(np.int64)

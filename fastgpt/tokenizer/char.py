@@ -2,19 +2,20 @@
 
 import unicodedata
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from fastgpt.errors import UsageError
 from fastgpt.system.units import counted
-from fastgpt.tokenizer.base import Tokenizer, encoded
+from fastgpt.tokenizer.base import Text, Tokenizer, encoded
 
 
 class CharTokenizer(Tokenizer):
     """One token per character; id i is `chars[i]`. Raises ValueError for an empty or repeating `chars`."""
 
     kind = "char"
+    can_end = False
 
     def __init__(self, chars: str):
         if not chars or len(set(chars)) != len(chars):
@@ -25,6 +26,14 @@ class CharTokenizer(Tokenizer):
         # One entry per code point, and a last one, -1, on which all higher code points land.
         self._ids = np.full(int(codes.max()) + 2, -1, dtype=np.int64)
         self._ids[codes] = np.arange(len(chars))
+
+    @classmethod
+    def made_from(cls, text: Text) -> Self:
+        return cls(text.chars)
+
+    @classmethod
+    def from_json(cls, description: dict[str, Any]) -> Self:
+        return cls(description["chars"])
 
     def encode(self, text: str) -> np.ndarray:
         codes = np.frombuffer(encoded(text, "utf-32-le"), dtype="<u4")  # (T,)

