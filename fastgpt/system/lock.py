@@ -1,4 +1,9 @@
-"""Locks that a process holds until it ends, however it ends: the system frees them."""
+"""Locks on files. The system frees a lock when its process ends, however it ends.
+
+The file holds the owner's process number, which the message of a refused lock names. The filelock library (seen: 4.3)
+does not replace this module: its lock names no owner, always makes the file, which `check` must not, and cannot lock a
+file that is already open, as `claim` does.
+"""
 
 import errno
 import os
@@ -10,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-PATIENCE_SECONDS = 2.0  # for the owner to write down who it is
+PATIENCE_SECONDS = 2.0  # for a new owner to write its number
 
 
 class Locked(Exception):
@@ -23,10 +28,10 @@ class Locked(Exception):
 
 @contextmanager
 def held(path: Path, *, make: bool = True) -> Iterator[None]:
-    """Hold the lock that is the file `path` until the end of the block; the file holds this process's number.
+    """Lock the file `path` until the end of the block, and write this process's number to it.
 
     Args:
-        make: make the file where there is none.
+        make: make the file if it is missing.
 
     Raises:
         Locked: another process holds it.
@@ -41,14 +46,14 @@ def held(path: Path, *, make: bool = True) -> Iterator[None]:
 
 
 def check(path: Path) -> None:
-    """Raise `Locked` where another process holds the lock; nothing is made or changed."""
+    """Raise `Locked` if another process holds the lock. Makes and changes nothing."""
     if path.is_file():
         with open(path, "r+", encoding="utf-8", opener=_open_regular) as file:
             _take_or_name_owner(file)
 
 
 def claim(descriptor: int) -> bool:
-    """Lock an open file until it is closed; False where another process has it, True also where nothing can."""
+    """Lock an open file until it is closed. False if another process holds it; True also if its disk has no locks."""
     with open(descriptor, "rb", buffering=0, closefd=False) as file:
         try:
             return _take(file)
@@ -58,7 +63,7 @@ def claim(descriptor: int) -> bool:
 
 @contextmanager
 def _opened(path: Path, mode: str) -> Iterator[IO[str]]:
-    """The file `path`, opened and locked; who waited for a file that its owner then deleted opens the next one."""
+    """Open and lock the file `path`. If its owner deleted it between the two, try again with the new file."""
     while True:
         with open(path, mode, encoding="utf-8", opener=_open_regular) as file:
             _take_or_name_owner(file)
@@ -68,7 +73,7 @@ def _opened(path: Path, mode: str) -> Iterator[IO[str]]:
 
 
 def _open_regular(path: str, flags: int) -> int:
-    """Open a file, but no link, behind which may lie a file that is not to be overwritten, nor a pipe."""
+    """Open a regular file. Symbolic links and pipes are refused: a link may lead to a file that must not be changed."""
     descriptor = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -84,9 +89,11 @@ def _is_still(path: Path, file: IO[str]) -> bool:
 
 
 def _take_or_name_owner(file: IO[str]) -> None:
-    """Lock an open file, or raise `Locked` with the number of a living process.
+    """Lock an open file, or raise `Locked` with the owner's number.
 
-    An owner that has just taken the lock has not yet written its number, and who only checks holds it for a moment.
+    Retries for a while, for two reasons. A new owner writes its number after it took the lock: of starts that race, the
+    losers would otherwise name nobody, or the last owner. And `check` holds the lock for a moment, which must refuse
+    nobody. TestNameOfTheOwner in tests/system/test_lock.py holds both.
     """
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not _take(file):
@@ -99,7 +106,7 @@ def _take_or_name_owner(file: IO[str]) -> None:
 
 
 def _take(file: IO) -> bool:
-    """Lock an open file for this process, without waiting. Raises `OSError` where nothing can be locked."""
+    """Lock an open file without waiting; False if it is locked. Raises `OSError` if the file system has no locks."""
     try:
         if os.name == "nt":
             import msvcrt
