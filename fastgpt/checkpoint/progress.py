@@ -1,4 +1,4 @@
-"""How far a run is: what `state.json` says beside the weights."""
+"""The progress of a run, as `state.json` keeps it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -15,13 +15,13 @@ class Progress:
 
     step: int = option(0, "optimizer steps done", low=0)
     tokens: int = option(0, "tokens seen", low=0)
-    val_loss: float | None = option(None, "of the last evaluation, if that was a number")
-    evaluated_step: int = option(0, "the step of that evaluation", low=0)
-    val_set: str | None = option(None, "identity of the evaluation set that the losses are of")
+    val_loss: float | None = option(None, "val loss of the last evaluation, if it was a number")
+    evaluated_step: int = option(0, "the step of the last evaluation", low=0)
+    val_set: str | None = option(None, "identity of the evaluation set of these losses")
     best_val_loss: float | None = option(None, "the lowest val loss")
-    best_step: int = option(0, "the step of that", low=0)
-    rollbacks: int = option(0, "how often the run came back to this step's checkpoint", low=0)
-    skipped_batches: int = option(0, "batches of the data that were left out: step s takes batch s + this", low=0)
+    best_step: int = option(0, "the step of the lowest val loss", low=0)
+    rollbacks: int = option(0, "rollbacks to the checkpoint of this step", low=0)
+    skipped_batches: int = option(0, "batches that were skipped: step s takes batch s + this", low=0)
 
     def forget_best(self) -> None:
         """Let the next evaluation be the best so far."""
@@ -29,9 +29,9 @@ class Progress:
 
 
 def read(state: Mapping[str, Any], path: Path) -> Progress:
-    """The progress in the content of a state.json, which is at `path`. Raises `CorruptCheckpoint`."""
+    """The progress in the content of the state.json at `path`. Raises `CorruptCheckpoint`."""
     saved = state.get("progress")
-    values: dict[str, Any] = {"val_set": None}  # which older versions did not save
+    values: dict[str, Any] = {"val_set": None}  # older versions did not save it
     try:
         if isinstance(saved, dict):
             values |= saved

@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, what the run was made from, and what a resume must find unchanged.
+"""The folder of a run: its lock, its configuration, and the settings that a resume keeps.
 
 out/  config.json  tokenizer.json  metrics.jsonl  .lock  latest  best  step-000500/  plots/loss.png
 """
@@ -30,20 +30,20 @@ from fastgpt.tokenizer.saved import load as load_tokenizer
 
 FORMAT = 1
 LOCK = ".lock"
-# Deleted in this order: config.json, by which `claim` knows that the others are a run's, goes last.
+# In the order of deletion. config.json goes last: by it, `claim` knows that the others belong to a run.
 RUN_FILES = ("tokenizer.json", "metrics.jsonl", "latest", "best", "config.json")
 PICTURE = "plots/loss.png"
-DATA_PATHS = ("corpus_file", "data_dir", "gpt2_vocab")  # with the dataset, which may be a name
-COMMANDS = ("init_from", "overwrite", "allow_data_change")  # of one start, not of the run
-# Of the model's settings those that a resume may change; the vocabulary itself is compared instead of its size.
+DATA_PATHS = ("corpus_file", "data_dir", "gpt2_vocab")  # beside the dataset, which may also be a name
+COMMANDS = ("init_from", "overwrite", "allow_data_change")  # they concern one start, not the run
+# The model's settings that a resume may change. Instead of vocab_size the vocabulary itself is compared.
 CHANGEABLE = ("vocab_size", "dropout")
 
 
 @contextmanager
 def locked(out_dir: Path) -> Iterator[None]:
-    """Own the folder until the end of the block; the system frees it when the process dies.
+    """Lock the folder until the end of the block; the system frees it when the process dies.
 
-    What a process that died left half done is mended first.
+    What a dead process left half done is repaired first.
 
     Raises:
         UsageError: another process owns it, or it cannot be made or written.
@@ -57,7 +57,7 @@ def locked(out_dir: Path) -> Iterator[None]:
 
 
 def mend(out_dir: Path) -> None:
-    """Put back a checkpoint that a process put aside and died, before a resume looks at what there is.
+    """Put back a checkpoint that a dead process had put aside, before a resume reads the folder.
 
     Raises:
         UsageError: another process owns the folder, or it cannot be written.
@@ -68,14 +68,14 @@ def mend(out_dir: Path) -> None:
 
 
 def check_free(out_dir: Path) -> None:
-    """Raise `UsageError` where another process owns the folder; nothing is made or changed."""
+    """Raise `UsageError` if another process owns the folder. Makes and changes nothing."""
     with explained(out_dir):
         lock.check(out_dir / LOCK)
 
 
 @contextmanager
 def explained(out_dir: Path) -> Iterator[None]:
-    """Raise `UsageError` for what the system says against writing to the folder."""
+    """Turn the errors of locking and writing into a `UsageError` that names the folder."""
     try:
         yield
     except lock.Locked as error:
@@ -90,7 +90,7 @@ def named_step(out_dir: Path, init_from: str) -> Path | None:
     """The checkpoint of this run that `init_from` names by its path, or None for "resume".
 
     Raises:
-        UsageError: it is none of this run's.
+        UsageError: it is not a checkpoint of this run.
     """
     if init_from == "resume":
         return None
@@ -101,7 +101,7 @@ def named_step(out_dir: Path, init_from: str) -> Path | None:
 
 
 def check_disk(out_dir: Path, config: TrainConfig, parameters: int, step: int) -> None:
-    """Make sure that the disk takes the checkpoints to come, as far as that can be known beforehand.
+    """Check that the disk has room for the checkpoints to come.
 
     Raises:
         UsageError: the folder cannot be written, or there is no room.
@@ -141,7 +141,7 @@ def _largest_file() -> int:
 
 
 def claim(out_dir: Path, overwrite: bool) -> None:
-    """Make sure that the folder holds no run, and no file of somebody else's, that a new run would replace.
+    """Check that a new run would replace neither a run nor somebody else's file.
 
     Raises:
         UsageError: it holds one.
@@ -159,8 +159,8 @@ def claim(out_dir: Path, overwrite: bool) -> None:
 
 
 def _is_ours(out_dir: Path) -> bool:
-    if any((step / store.MANIFEST).is_file() for step in store.folders(out_dir)):
-        return True  # though its configuration may be damaged
+    if any((folder / store.MANIFEST).is_file() for folder in store.folders(out_dir)):
+        return True  # even if its configuration is damaged
     try:
         return load(out_dir)[1]["format"] == FORMAT
     except UsageError:
@@ -168,23 +168,23 @@ def _is_ours(out_dir: Path) -> bool:
 
 
 def delete(out_dir: Path) -> None:
-    """Delete a run's own files and folders, and nothing else that its folder may hold.
+    """Delete the files and folders of a run, and nothing else.
 
     Raises:
-        UsageError: one of them cannot be deleted; those after it are still there.
+        UsageError: one of them cannot be deleted; the rest is still there.
     """
     with explained(out_dir):
-        (out_dir / PICTURE).unlink(missing_ok=True)  # first, as it lies in a folder of its own and is drawn again
+        (out_dir / PICTURE).unlink(missing_ok=True)  # first, because it can be drawn again
         store.delete(out_dir)
         recover(out_dir)
         for name in RUN_FILES:
             (out_dir / name).unlink(missing_ok=True)
-    with suppress(OSError):  # it holds something else, or is not there
+    with suppress(OSError):  # it holds something else, or is missing
         (out_dir / "plots").rmdir()
 
 
 def save(out_dir: Path, config: TrainConfig, vocabulary: base.Tokenizer, about: Mapping[str, Any]) -> None:
-    """Write `config.json`, with the configuration and what was resolved, and `tokenizer.json`."""
+    """Write `tokenizer.json`, and `config.json` with the configuration and `about`, which was resolved from it."""
     asked = {name: value for name, value in dataclasses.asdict(config).items() if name not in COMMANDS}
     content = {"format": FORMAT, "fastgpt": __version__, "config": asked, **about}
     content["sha256"] = _sha256(content)
@@ -225,18 +225,18 @@ def load(out_dir: Path) -> tuple[TrainConfig, dict[str, Any]]:
 
 
 def _version(content: Mapping[str, Any]) -> str:
-    """The version that wrote a `config.json`; the first ones did not say."""
+    """The version that wrote a `config.json`. The first versions wrote none into it."""
     return f"fastgpt {content['fastgpt']!s:.20}" if "fastgpt" in content else "fastgpt 0.1.0 or one before it"
 
 
 def _sha256(content: Mapping[str, Any]) -> str:
-    """The hash of what a `config.json` says, its own hash left out."""
+    """The hash of a `config.json` without the hash in it."""
     rest = {name: value for name, value in content.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def check_resume(out_dir: Path, config: TrainConfig, data: Corpus) -> None:
-    """A resumed run keeps its shape, its vocabulary and its text; with `allow_data_change=True` only the first two.
+    """Check that a resumed run keeps its model, its vocabulary and, without `allow_data_change`, its text.
 
     Raises:
         UsageError: one of them changed.
@@ -272,16 +272,16 @@ def _kept_settings(config: TrainConfig) -> dict[str, Any]:
 
 
 def anchored(config: TrainConfig) -> TrainConfig:
-    """The configuration with absolute paths, by which a resume from another working folder finds the data."""
+    """The configuration with absolute paths, so that a resume from another working folder finds the data."""
     paths = {name: absolute(Path(path)) for name in DATA_PATHS if (path := getattr(config, name)) is not None}
     return dataclasses.replace(config, dataset=corpus.located(config.dataset, config.data_dir), **paths)
 
 
 def relocated(out_dir: Path, config: TrainConfig) -> TrainConfig:
-    """The configuration of a resume, whose data is where it says; prepared data, which can be made again, may be gone.
+    """The configuration of a resume, whose data was found. A missing `data_dir` is replaced: it is made again.
 
     Raises:
-        UsageError: a path that the run recorded leads to nothing, and no flag gives another one.
+        UsageError: a path that the run recorded is gone, and no other one was given.
     """
     saved, _ = load(out_dir)
     if config.data_dir == saved.data_dir and not Path(config.data_dir).absolute().parent.is_dir():
@@ -308,10 +308,10 @@ def _leads_somewhere(name: str, path: str, data_dir: str) -> bool:
 
 
 def reading(about: Mapping[str, Any]) -> int:
-    """How the run of a `config.json` reads its text: `corpus.READING` when it began.
+    """The `corpus.READING` of the version that began the run: its rules for reading text.
 
     Raises:
-        CorruptCheckpoint: by rules that this version does not know.
+        CorruptCheckpoint: this version does not know the rules.
     """
     number = about.get("corpus", {}).get("reading", 1)
     if number not in range(1, READING + 1):
@@ -323,5 +323,5 @@ def reading(about: Mapping[str, Any]) -> int:
 
 
 def vocabulary(out_dir: Path) -> base.Tokenizer:
-    """The vocabulary of a run. Raises `UsageError` where its tokenizer.json is missing or damaged."""
+    """The vocabulary of a run. Raises `UsageError` if its tokenizer.json is missing or damaged."""
     return load_tokenizer(out_dir / "tokenizer.json")

@@ -1,7 +1,7 @@
-"""safetensors files, written in one pass: eight bytes of length, a JSON header, and the tensors' bytes as they lie.
+"""Writes and reads safetensors files: eight bytes of length, a JSON header, and the tensors' bytes.
 
-The safetensors library reads them. It does not write them here, because it neither hashes what it writes nor stops
-between two blocks, and would hold a second copy of all tensors in memory.
+The safetensors library reads them. It does not write them: it can neither hash what it writes nor stop between two
+blocks, and it would hold a second copy of all tensors in memory.
 (https://github.com/huggingface/safetensors, "Format".)
 """
 
@@ -21,9 +21,9 @@ ALIGNMENT = 8  # of the first tensor's byte in the file
 
 
 def parts(tensors: Mapping[str, torch.Tensor]) -> Iterator[Block]:
-    """The bytes of a file that holds the tensors, in their order, for `fastgpt.system.files.write`.
+    """The bytes of a file with these tensors, in their order, for `fastgpt.system.files.write`.
 
-    A tensor on another device, or not contiguous, is copied when its turn comes.
+    One tensor at a time is copied, and only if it is on another device or not contiguous.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -3,10 +3,9 @@
     out/step-000500/  model.safetensors  optim.safetensors  state.json  manifest.json
     out/latest, out/best                 one line each: the name of a step's folder
 
-A checkpoint is written into a temporary sibling, synced and renamed, and then `best` and, last of all, `latest` are
-replaced, so whenever the process dies they name whole checkpoints, and a resume goes on from one before which all was
-done. `manifest.json` holds every file's size and sha256.
-What is to be written is a `Snapshot`, so that another thread can write it while training goes on.
+A checkpoint is written to a temporary folder beside its own, synced and renamed. Then `best` is replaced, and `latest`
+last. So both name whole checkpoints whenever the process dies. `manifest.json` holds every file's size and sha256.
+A `Snapshot` is what is written, so that another thread can write it while training goes on.
 """
 
 import json
@@ -50,14 +49,14 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a checkpoint is made of: `state` is what JSON can hold, `tensors` those of MODEL and of OPTIMIZER."""
+    """The content of a checkpoint: `state` for STATE, as JSON values, and the `tensors` of MODEL and of OPTIMIZER."""
 
     step: int
     state: Mapping[str, Any]
     tensors: Mapping[str, Mapping[str, torch.Tensor]]
 
     def copied(self, memory: dict[str, torch.Tensor]) -> "Snapshot":
-        """The same, in memory of the host that training does not change: in `memory`, kept for the next time."""
+        """A copy on the host that training does not change. Its tensors are in `memory`, which the next copy reuses."""
         copies: dict[str, dict[str, torch.Tensor]] = {}
         device = torch.device("cpu")
         for file, tensors in self.tensors.items():
@@ -72,10 +71,10 @@ class Snapshot:
 
 
 def capture(step: int, model: GPT, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> Snapshot:
-    """The model, the optimizer's moments and the state as they are now; tensors are shared, not copied.
+    """The model, the optimizer's moments and the state of now. Tensors are shared, not copied.
 
     Args:
-        state: what JSON can hold; `step` and the format are added.
+        state: JSON values; `step` and the format are added.
     """
     content = {"format": FORMAT, "step": step, **state}
     return Snapshot(step, content, {MODEL: model.weights(), OPTIMIZER: _moments(model, optimizer)})
@@ -85,7 +84,7 @@ def save(out_dir: Path, snapshot: Snapshot, best_step: int = 0) -> Path:
     """Write `out_dir/step-NNNNNN`, point `best` at the best step's, if any, and `latest` at it. Returns the folder.
 
     Raises:
-        OSError: the disk does not take it; what `latest` and `best` name is whole.
+        OSError: the disk refuses it; `latest` and `best` still name whole checkpoints.
     """
     final = folder_of(out_dir, snapshot.step)
     temporary = temporary_sibling(final)
@@ -106,7 +105,7 @@ def save(out_dir: Path, snapshot: Snapshot, best_step: int = 0) -> Path:
 
 
 def point_best(out_dir: Path, step: int) -> None:
-    """Make `best` name the checkpoint of a step; where that is not there, none is the best."""
+    """Make `best` name the checkpoint of a step. If its folder is missing, delete `best`."""
     folder = folder_of(out_dir, step)
     if step and folder.is_dir():
         point(out_dir, "best", folder)
@@ -115,21 +114,22 @@ def point_best(out_dir: Path, step: int) -> None:
 
 
 def point(out_dir: Path, name: str, folder: Path) -> None:
-    """Make the one-line file `name` (latest or best) name a step's folder, atomically, if it does not."""
+    """Make the one-line file `name` (latest or best) name a checkpoint's folder, atomically."""
     if _named_by(out_dir / name) != folder:
         write_atomic(out_dir / name, folder.name + "\n")
 
 
 def prune(out_dir: Path, keep_last: int) -> None:
-    """Delete the step folders but the last `keep_last` up to `latest`, and `best`.
+    """Delete all checkpoints but `best` and the last `keep_last` up to `latest`.
 
-    Those beyond `latest` are of a time that was undone: by a resume from an earlier step, or by a rollback.
+    Checkpoints beyond `latest` no longer count: the run was resumed from an earlier step, or rolled back.
     """
     latest, best = (_named_by(out_dir / name) for name in ("latest", "best"))
     if latest is None:
         return
-    undone = [step for step in folders(out_dir) if _number(step) > _number(latest)]
-    for folder in [*undone, *[step for step in folders(out_dir) if step not in undone][:-keep_last]]:
+    stale = [folder for folder in folders(out_dir) if step_of(folder) > step_of(latest)]
+    counted = [folder for folder in folders(out_dir) if folder not in stale]
+    for folder in [*stale, *counted[:-keep_last]]:
         if folder != best:
             delete_folder(folder)
 
@@ -141,25 +141,30 @@ def delete(out_dir: Path) -> None:
 
 
 def folder_of(out_dir: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies, there or not."""
+    """The path of a step's checkpoint, whether it exists or not."""
     return out_dir / f"step-{step:06d}"
 
 
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint folder's name; -1 for another name."""
+    return int(folder.name[5:]) if STEP_NAME.fullmatch(folder.name) else -1
+
+
 def folders(out_dir: Path) -> list[Path]:
-    """The step folders of a run, the earliest first; what only resembles one is not ours."""
-    folders = [path for path in out_dir.glob("step-*") if STEP_NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(folders, key=_number)
+    """The checkpoints' folders of a run, the earliest step first. A similar name is not enough."""
+    found = [path for path in out_dir.glob("step-*") if STEP_NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=step_of)
 
 
 def aside(out_dir: Path) -> list[Path]:
-    """Checkpoints that were about to be replaced when the process died; `files.recover` puts them back."""
+    """Checkpoints that a process put aside to replace them, and died; `files.recover` puts them back."""
     return list(out_dir.glob(f"{TEMPORARY}{ASIDE}step-*"))
 
 
-def size(step_dir: Path) -> int:
-    """Bytes of a checkpoint's files; 0 where they cannot be looked at."""
+def size(folder: Path) -> int:
+    """Bytes of a checkpoint's files; 0 if the folder cannot be read."""
     try:
-        return sum(file.lstat().st_size for file in step_dir.iterdir())
+        return sum(file.lstat().st_size for file in folder.iterdir())
     except OSError:
         return 0
 
@@ -171,7 +176,7 @@ def holds_run(out_dir: Path) -> bool:
 
 
 def require(out_dir: Path) -> None:
-    """Raise `UsageError` where there is no run, or one without a checkpoint."""
+    """Raise `UsageError` if there is no run, or one without a checkpoint."""
     if not holds_run(out_dir):
         raise UsageError(
             f"`out_dir` {out_dir} holds no run; train one first: python -m fastgpt.train --out_dir {out_dir}"
@@ -187,7 +192,7 @@ def require(out_dir: Path) -> None:
 
 
 def find(out_dir: Path, name: str) -> Path:
-    """The folder of checkpoint `name`: latest, best, or a step's own name.
+    """The folder of a checkpoint: latest, best, or a folder's own name.
 
     Raises:
         UsageError: the run or the checkpoint does not exist.
@@ -196,7 +201,7 @@ def find(out_dir: Path, name: str) -> Path:
     if name not in ("latest", "best"):
         folder = out_dir / Path(name).name
         if not STEP_NAME.fullmatch(folder.name) or not folder.is_dir():
-            known = ", ".join(["latest", "best", *(step.name for step in folders(out_dir))])
+            known = ", ".join(["latest", "best", *(folder.name for folder in folders(out_dir))])
             raise UsageError(f"`checkpoint` {name!r} is not in {out_dir}; there are: {known}")
         return folder
     if name == "best" and not (out_dir / name).exists():
@@ -211,7 +216,7 @@ def find(out_dir: Path, name: str) -> Path:
 
 
 def newest_intact(out_dir: Path, tell: Callable[[str], None]) -> Path:
-    """The newest checkpoint that is whole, `latest` or one before it; `tell` hears of each that is not.
+    """The newest whole checkpoint, `latest` or one before it. Each damaged one before that is reported to `tell`.
 
     Raises:
         UsageError: there is no run, or none of its checkpoints is whole.
@@ -220,7 +225,7 @@ def newest_intact(out_dir: Path, tell: Callable[[str], None]) -> Path:
     damaged = []
     try:
         candidates = [find(out_dir, "latest")]
-        candidates += [step for step in reversed(folders(out_dir)) if _number(step) < _number(candidates[0])]
+        candidates += [folder for folder in reversed(folders(out_dir)) if step_of(folder) < step_of(candidates[0])]
     except CorruptCheckpoint as error:  # the pointer itself
         damaged.append(str(error))
         candidates = folders(out_dir)[::-1]
@@ -240,13 +245,13 @@ def newest_intact(out_dir: Path, tell: Callable[[str], None]) -> Path:
 
 
 def newest_good(out_dir: Path, before: int) -> Path | None:
-    """The newest whole checkpoint of a step before `before`, up to `latest`, of those that are good if there are any.
+    """The newest whole checkpoint before step `before`, up to `latest`; a good one if there is one.
 
-    Good is one outside of a row of skipped steps, and whose val loss, if it was measured, is a number.
+    A checkpoint is good if the step before it was not skipped, and its val loss, if it was measured, is a number.
     """
     latest, whole = _named_by(out_dir / "latest"), []
     for folder in reversed(folders(out_dir)):
-        if _number(folder) < before and (latest is None or _number(folder) <= _number(latest)):
+        if step_of(folder) < before and (latest is None or step_of(folder) <= step_of(latest)):
             with suppress(CorruptCheckpoint, KeyError, TypeError):  # damaged, or its state is not of this version
                 verify(folder)
                 state = load_state(folder)
@@ -258,26 +263,26 @@ def newest_good(out_dir: Path, before: int) -> Path | None:
     return whole[0] if whole else None
 
 
-def verify(step_dir: Path | str, names: Sequence[str] = FILES) -> None:
-    """Check a checkpoint's files, all of them or those about to be read, against its manifest, and for finite numbers.
+def verify(folder: Path | str, names: Sequence[str] = FILES) -> None:
+    """Check a checkpoint's files, or those that `names` lists: hashes against the manifest, and numbers for finiteness.
 
     Raises:
-        CorruptCheckpoint: naming the file that is missing, truncated or altered, or the tensor that is not finite.
+        CorruptCheckpoint: names the file that is missing, truncated or altered, or the tensor that is not finite.
     """
-    step_dir = Path(step_dir)
-    manifest = read_json(step_dir / MANIFEST)
+    folder = Path(folder)
+    manifest = read_json(folder / MANIFEST)
     files = manifest.get("files")
     if (
         not isinstance(files, dict)
         or files.keys() != set(FILES)
-        or (step_dir / MANIFEST).read_bytes() != _json({"format": FORMAT, "files": files})
+        or (folder / MANIFEST).read_bytes() != _json({"format": FORMAT, "files": files})
     ):
-        raise CorruptCheckpoint(f"{step_dir / MANIFEST} is not the list of this version's checkpoint files")
-    ways_out = f"put back a copy of {step_dir.name}, or use another checkpoint"
-    if STATE in names and STEP_NAME.fullmatch(step_dir.name) and load_state(step_dir).get("step") != _number(step_dir):
-        raise CorruptCheckpoint(f"{step_dir / STATE} is of another step than its folder; {ways_out}")
+        raise CorruptCheckpoint(f"{folder / MANIFEST} is not the list of this version's checkpoint files")
+    ways_out = f"put back a copy of {folder.name}, or use another checkpoint"
+    if STATE in names and STEP_NAME.fullmatch(folder.name) and load_state(folder).get("step") != step_of(folder):
+        raise CorruptCheckpoint(f"{folder / STATE} is of another step than its folder; {ways_out}")
     for name in names:
-        path = step_dir / name
+        path = folder / name
         if not path.is_file():
             raise CorruptCheckpoint(f"{path} is missing; {ways_out}")
         if not _is(path, files[name]):
@@ -288,51 +293,51 @@ def verify(step_dir: Path | str, names: Sequence[str] = FILES) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let a `CorruptCheckpoint` begin with the file that it is about."""
+    """Put the name of its file before the message of a `CorruptCheckpoint`."""
     try:
         yield
     except CorruptCheckpoint as error:
         raise CorruptCheckpoint(f"{path}: {error}") from None
 
 
-def load_weights(step_dir: Path) -> dict[str, torch.Tensor]:
+def load_weights(folder: Path) -> dict[str, torch.Tensor]:
     """The model's weights by name, for `GPT.load_weights`. Raises `CorruptCheckpoint`."""
-    return safetensors_file.read(step_dir / MODEL)
+    return safetensors_file.read(folder / MODEL)
 
 
-def load_optimizer(step_dir: Path, model: GPT, optimizer: torch.optim.Optimizer) -> None:
-    """Fill the optimizer's moments, by the parameters' names. Raises `CorruptCheckpoint`."""
-    tensors = safetensors_file.read(step_dir / OPTIMIZER)
+def load_optimizer(folder: Path, model: GPT, optimizer: torch.optim.Optimizer) -> None:
+    """Load the optimizer's moments by the parameters' names. Raises `CorruptCheckpoint`."""
+    tensors = safetensors_file.read(folder / OPTIMIZER)
     for name, parameter in model.named_parameters():
         moments = {kind: tensors[key] for kind in MOMENTS if (key := f"{kind}.{name}") in tensors}
         if moments.keys() != set(MOMENTS):
-            raise CorruptCheckpoint(f"{step_dir / OPTIMIZER} has no moments of {name}")
+            raise CorruptCheckpoint(f"{folder / OPTIMIZER} has no moments of {name}")
         shapes = {kind: () if kind == "step" else model.unpad(name, parameter).shape for kind in MOMENTS}
         if any(value.shape != shapes[kind] or value.dtype != parameter.dtype for kind, value in moments.items()):
-            raise CorruptCheckpoint(f"{step_dir / OPTIMIZER} has moments of {name} in another shape or dtype")
-        # A copy: what was read is a map of a file that the next checkpoint deletes.
+            raise CorruptCheckpoint(f"{folder / OPTIMIZER} has moments of {name} in another shape or dtype")
+        # A copy, because the tensors read are views of a mapped file, which may be deleted.
         optimizer.state[parameter] = {
             kind: (value if kind == "step" else model.pad(name, value)).to(parameter.device, copy=True)
             for kind, value in moments.items()
         }
 
 
-def load_state(step_dir: Path) -> dict[str, Any]:
-    """What `save` was given as state, with `step`. Raises `CorruptCheckpoint`."""
-    return read_json(step_dir / STATE)
+def load_state(folder: Path) -> dict[str, Any]:
+    """The content of `state.json`. Raises `CorruptCheckpoint`."""
+    return read_json(folder / STATE)
 
 
-def check_vocabulary(step_dir: Path, vocabulary: Tokenizer) -> None:
-    """Raises `CorruptCheckpoint` where the checkpoint was trained with another vocabulary."""
-    if load_state(step_dir).get("vocabulary") != vocabulary.sha256():
+def check_vocabulary(folder: Path, vocabulary: Tokenizer) -> None:
+    """Raise `CorruptCheckpoint` if the checkpoint was trained with another vocabulary."""
+    if load_state(folder).get("vocabulary") != vocabulary.sha256():
         raise CorruptCheckpoint(
-            f"{step_dir} was trained with another vocabulary than {step_dir.parent / 'tokenizer.json'} holds; "
+            f"{folder} was trained with another vocabulary than {folder.parent / 'tokenizer.json'} holds; "
             "put the run's own tokenizer.json back"
         )
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file of a run holds. Raises `CorruptCheckpoint`."""
+    """The object in a JSON file of a run. Raises `CorruptCheckpoint`."""
     try:
         if regular(path).stat().st_size > LARGEST_JSON:
             raise CorruptCheckpoint(f"{path} is larger than {LARGEST_JSON >> 20} MiB, which no file of a run is")
@@ -347,7 +352,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _named_by(pointer: Path) -> Path | None:
-    """The folder that `latest` or `best` names, there or not; None where nothing is named."""
+    """The folder that `latest` or `best` names, whether it exists or not; None if nothing is named."""
     if not pointer.is_file():
         return None
     with pointer.open("rb") as file:
@@ -355,13 +360,8 @@ def _named_by(pointer: Path) -> Path | None:
     return pointer.parent / name if name else None
 
 
-def _number(step_dir: Path) -> int:
-    """The step of a folder that is named for one; -1 of any other."""
-    return int(step_dir.name[5:]) if STEP_NAME.fullmatch(step_dir.name) else -1
-
-
 def _is(path: Path, identity: Any) -> bool:
-    """Whether a file is what its manifest says; a wrong size says at once what a hash would need all of it for."""
+    """Whether a file has the size and the hash of its manifest. The size is checked first: it needs no reading."""
     try:
         size = path.stat().st_size
         return identity == {"size": size, "sha256": identity["sha256"]} and identity["sha256"] == sha256(path)

@@ -17,7 +17,7 @@ from fastgpt.generation.cuda_graphs import GraphPool
 from fastgpt.generation.page_tables import PageTables
 from fastgpt.generation.plan import Chunk, LastToken, Plan
 from fastgpt.model.gpt import GPT
-from fastgpt.model.kv_cache import PagedBatch, PagedCache, Part
+from fastgpt.model.kv_cache import PagedBatch, PagedCache, Sequences
 from fastgpt.ops.table import Ops
 from fastgpt.system.device import send
 from fastgpt.system.out_of_memory import is_out_of_memory
@@ -90,14 +90,14 @@ class Runner:
             ints[2, reading + 1 :] = plan.tokens - decoding
         tokens, at, slots = send(torch.from_numpy(longs), self.device)
         rows, lengths, starts = send(torch.from_numpy(ints), self.device)
-        parts: list[Part | None] = []
+        parts: list[Sequences | None] = []
         for first, last, own in ((0, decoding, None), (decoding, B, starts[: B - decoding + 1])):
             if first == last:
                 parts.append(None)
                 continue
             M = self._size(self.cache.allocator.pages_for(int(ints[1, first:last].max())))
             table = self.tables.pages[:, :M].index_select(0, rows[first:last])
-            parts.append(Part(table, lengths[first:last], own))
+            parts.append(Sequences(table, lengths[first:last], own))
         batch = PagedBatch(self.cache.keys, self.cache.values, at, slots, *parts)
         logits = self.forward(tokens[None], batch, None if pure else self._asked(plan))
         return logits[: plan.rows]
@@ -225,7 +225,7 @@ class DecodeGraph:
         keys, values, tables = runner.cache.keys, runner.cache.values, runner.tables.pages
 
         def decode() -> torch.Tensor:
-            part = Part(tables.index_select(0, rows), lengths)
+            part = Sequences(tables.index_select(0, rows), lengths)
             return runner.forward(tokens[None], PagedBatch(keys, values, at, slots, part, None), None)
 
         self.graph, self.logits = runner.graph_pool.capture(decode)  # on padding only, so nothing is written

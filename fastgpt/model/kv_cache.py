@@ -1,7 +1,7 @@
-"""Keys and values of the tokens so far, so that a new token costs one step and not the whole context.
+"""Keys and values of the tokens so far, so that a new token is computed without the whole context.
 
-`DenseCache` holds a few sequences of one length, `PagedCache` many of any lengths. The model knows neither: it asks a
-cache where its tokens stand and to attend to all that came before.
+`DenseCache` holds a few sequences of one length, `PagedCache` many of any lengths. The model calls either through the
+protocol `fastgpt.model.gpt.Cache`: it asks for its tokens' positions, and to attend to all tokens so far.
 """
 
 from dataclasses import dataclass
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 MEMORY_SHARE = {"cuda": 0.8}  # of the free memory, for pages
 MEMORY_SHARE_ELSEWHERE = 0.25
-MOST_PAGES = 1 << 18  # more would make the start slow; only a small model in a large memory has so many
+MOST_PAGES = 1 << 18  # more would make the start slow; only a small model in a large memory could have more
 
 
 class DenseCache:
-    """One contiguous buffer a layer, for keys and for values, of B sequences of equal length: (B, S, Hkv, D).
+    """Two contiguous buffers a layer, keys and values of B sequences of equal length: (B, S, Hkv, D).
 
     Raises:
-        UsageError: they are larger than the free memory.
+        UsageError: the buffers are larger than the free memory.
     """
 
     def __init__(self, config: ModelConfig, B: int = 1, *, device: torch.device | str = "cpu", dtype=torch.float32):
@@ -45,14 +45,14 @@ class DenseCache:
         self.length = 0
 
     def positions(self, T: int) -> slice:
-        """Where the next T tokens stand. Raises ValueError for more tokens than slots."""
+        """The positions of the next T tokens. Raises ValueError for more tokens than slots."""
         end = self.length + T
         if end > self.capacity:
             raise ValueError(f"{end} tokens do not fit in a cache of {self.capacity}")
         return slice(self.length, end)
 
     def attend(self, ops: "Ops", layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Append k and v (B, T, Hkv, D) and attend to all so far: q (B, T, H, D) -> the same shape."""
+        """Append k and v (B, T, Hkv, D) and attend to all tokens so far: q (B, T, H, D) -> the same shape."""
         return ops.causal_attention(q, *self.append(layer, k, v))
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,19 +68,19 @@ class DenseCache:
         return keys[:, : here.stop], values[:, : here.stop]
 
     def advance(self, tokens: int) -> None:
-        """Count the tokens that every layer has now appended."""
+        """Move on by the tokens that every layer has appended."""
         self.length += tokens
 
     def clear(self) -> None:
-        """Forget everything; the memory is kept."""
+        """Begin anew in the same memory."""
         self.length = 0
 
 
 class PagedCache:
-    """A pool of pages a layer, for keys and for values, that sequences of any lengths share: (pages, P, Hkv, D).
+    """Two pools of pages a layer, keys and values, that sequences of any lengths share: (pages, P, Hkv, D).
 
-    A sequence's pages need not lie in a row, so nothing is moved when it grows, forks or ends; `allocator` says whose
-    each page is.
+    A sequence's pages need not be neighbours, so nothing is moved when it grows, forks or ends. `allocator` knows which
+    sequences use a page.
     """
 
     def __init__(
@@ -96,27 +96,27 @@ class PagedCache:
         row = -(-config.block_size // page_size)
         self.allocator = BlockAllocator(pages, page_size, row=row, prefix_cache=prefix_cache)
         shape = (pages, page_size, config.kv_heads, config.head_size)
-        # On a CPU, memory is taken as it is written. Each pool has its own storage: torch.compile copies what it must
-        # write to if it shares memory with something else.
+        # On a CPU, memory is taken only as it is written. Each pool has its own storage, because torch.compile copies a
+        # tensor that it writes to if the tensor shares its storage.
         pools = [torch.empty(shape, device=device, dtype=dtype) for _ in range(2 * config.n_layer)]
         self.keys, self.values = tuple(pools[::2]), tuple(pools[1::2])
 
     def reserve(self, table: BlockTable, length: int) -> None:
-        """`BlockAllocator.reserve`, with the copies that it asks for made."""
+        """`BlockAllocator.reserve`, which also makes the copies that it asks for."""
         for source, page in self.allocator.reserve(table, length):
             for pool in (*self.keys, *self.values):
                 pool[page] = pool[source]
 
 
 def page_bytes(config: ModelConfig, page_size: int, dtype: torch.dtype) -> int:
-    """The memory of one page, in all layers, keys and values."""
+    """Bytes of one page: keys and values of all layers."""
     return 2 * config.n_layer * page_size * config.kv_heads * config.head_size * dtype.itemsize
 
 
 def pages_that_fit(
     config: ModelConfig, page_size: int, dtype: torch.dtype, device: torch.device, memory: int | None = None
 ) -> int:
-    """How many pages to make of so many bytes, or by default of a share of what is free.
+    """The number of pages that `memory` bytes hold; by default, a share of the free memory.
 
     Raises:
         UsageError: memory for less than one page, or more than is free.
@@ -135,8 +135,8 @@ def pages_that_fit(
 
 
 @dataclass(frozen=True)
-class Part:
-    """Some sequences of a step, as `reference.paged_attention` takes them."""
+class Sequences:
+    """Some sequences of a batch, in the form that `reference.paged_attention` takes."""
 
     block_table: torch.Tensor  # int32 (B, M)
     lengths: torch.Tensor  # int32 (B,)
@@ -145,14 +145,14 @@ class Part:
 
 @dataclass(frozen=True)
 class PagedBatch:
-    """The tokens of one forward pass, of many sequences one after the other, to the model: a batch of one, (1, N)."""
+    """The cache of one forward pass over many sequences, whose N tokens are one row to the model: (1, N)."""
 
     keys: tuple[torch.Tensor, ...]  # of each layer, (pages, P, Hkv, D)
     values: tuple[torch.Tensor, ...]
     at: torch.Tensor  # int64 (N,): each token's position in its sequence
-    slots: torch.Tensor  # int64 (N,): each token's place in the pages, -1 for padding
-    decoding: Part | None  # the first tokens, one of each of its sequences
-    reading: Part | None  # the other tokens
+    slots: torch.Tensor  # int64 (N,): each token's slot in the pages, -1 for padding
+    decoding: Sequences | None  # one token each; their tokens come first
+    reading: Sequences | None  # any number of prompt tokens each (prefill)
 
     def positions(self, T: int) -> torch.Tensor:
         return self.at
@@ -173,4 +173,4 @@ class PagedBatch:
         return out[None]
 
     def advance(self, tokens: int) -> None:
-        """The block tables count their tokens themselves."""
+        """Nothing to do: the block tables hold the lengths."""

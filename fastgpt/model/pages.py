@@ -1,9 +1,9 @@
-"""Which page of a paged cache belongs to whom: reference counts, copy-on-write, and reuse of shared prefixes.
+"""Allocates the pages of a paged cache: reference counts, copy-on-write, and reuse of shared prefixes.
 
-Bookkeeping alone, without a tensor: `kv_cache.PagedCache` holds the pages themselves. Paging and sharing are
+This module keeps the books, without a tensor; `kv_cache.PagedCache` holds the pages themselves. Paging and sharing are
 those of Kwon et al. (2023), "Efficient Memory Management for Large Language Model Serving with PagedAttention",
-section 4. A page is in one of three states: used (some table refers to it), cached (no table does, but it still holds
-a known prefix and may be taken up again) or empty. Cached and empty pages together are free.
+section 4. A page is in one of three states: used (some table refers to it), cached (no table does, but it holds the
+end of a known prefix and may be used again) or empty. Cached and empty pages together are free.
 """
 
 import struct
@@ -14,7 +14,7 @@ from hashlib import sha256
 
 
 class OutOfPages(Exception):
-    """Fewer pages are free than were asked for. Nothing has changed."""
+    """Too few pages are free. Nothing has changed."""
 
 
 @dataclass(eq=False, slots=True)
@@ -22,10 +22,10 @@ class BlockTable:
     """A sequence's pages in order; position t lies in `pages[t // P]`, at place t % P.
 
     Attributes:
-        length: positions that are written, or will be by the forward pass that is being prepared.
-        digests: for each full page that others may find, the hash of all tokens up to its end.
-        closed: released, and not to be used again.
-        copied: how many of the first entries of `pages` a `PageTables` holds as they are.
+        length: positions that are written, or will be by the next forward pass.
+        digests: for each full page that other sequences can find, the hash of all tokens up to its end.
+        closed: the table was released, and must not be used again.
+        copied: the number of first entries of `pages` that a `PageTables` has copied.
     """
 
     pages: list[int] = field(default_factory=list)
@@ -36,24 +36,24 @@ class BlockTable:
 
 
 class BlockAllocator:
-    """Hands out `pages` pages of `page_size` positions each.
+    """Allocates `pages` pages of `page_size` positions each.
 
-    Full pages are found again by a chain of SHA-256 hashes, each over the hash before it and the page's tokens, so that
-    equal hashes mean equal prefixes and not only equal pages. Of the cached pages the least recently used go first.
+    Full pages are found by a chain of SHA-256 hashes, each over the hash before it and the page's tokens. So equal
+    hashes mean equal prefixes, and not only equal pages. The least recently used of the cached pages are evicted first.
 
     Attributes:
         peak: the most pages that were in use at once.
     """
 
     def __init__(self, pages: int, page_size: int, *, row: int = 1, prefix_cache: bool = True):
-        """`row`: the most pages that a sequence comes to have, for which a place side by side is looked for."""
+        """`row`: the most pages of a sequence; where possible, they are neighbours."""
         if pages < 1 or page_size < 1:
             raise ValueError(f"a cache needs at least 1 page of 1 position, not {pages} of {page_size}")
         self.pages, self.page_size, self.prefix_cache = pages, page_size, prefix_cache
         self.references = [0] * pages
         self.peak = 0
         self._empty: OrderedDict[int, None] = OrderedDict.fromkeys(reversed(range(pages)))  # the last one goes first
-        # Rows of pages: how many of each are not empty, and which rows are empty throughout, the last one first.
+        # For each row of pages, how many are not empty; and the rows whose pages are all empty, the last one first.
         self._row = row
         self._taken = [0] * (pages // row)
         self._empty_rows: OrderedDict[int, None] = OrderedDict.fromkeys(reversed(range(pages // row)))
@@ -65,7 +65,7 @@ class BlockAllocator:
 
     @property
     def free(self) -> int:
-        """Pages that can be had: empty ones, and cached ones that would be given up."""
+        """Pages that can be allocated: the empty ones, and the cached ones, which are then evicted."""
         return len(self._empty) + len(self._cached)
 
     @property
@@ -74,13 +74,13 @@ class BlockAllocator:
         return self.pages - self.free
 
     def pages_for(self, length: int) -> int:
-        """How many pages hold this many positions."""
+        """The number of pages for this many positions."""
         return -(-length // self.page_size)
 
     def open(self, tokens: Sequence[int] = ()) -> BlockTable:
-        """A table for a new sequence that begins with what is cached of these tokens.
+        """A table for a new sequence, which begins with the cached pages of these tokens.
 
-        Only full pages count, and the last token never does, because it must be computed to predict what follows.
+        Only full pages are shared. The last token is never shared: it must be computed to predict the next.
         """
         table = BlockTable()
         if self.prefix_cache:
@@ -90,17 +90,17 @@ class BlockAllocator:
                 page = self._by_digest.get(digest)
                 if page is None:
                     break
-                self._refer(page)
+                self._add_reference(page)
                 table.pages.append(page)
                 table.digests.append(digest)
         table.length = len(table.pages) * self.page_size
         return table
 
     def reserve(self, table: BlockTable, length: int) -> list[tuple[int, int]]:
-        """Make the positions from `table.length` to `length` - 1 writable by this table alone.
+        """Give this table alone the pages of the positions `table.length` to `length` - 1, so that it can write them.
 
         Returns:
-            (from, to) pages whose contents the caller must copy before it writes (copy-on-write).
+            Pairs of pages (source, target) that the caller must copy before it writes (copy-on-write).
 
         Raises:
             OutOfPages: not enough free pages; nothing has changed.
@@ -120,7 +120,7 @@ class BlockAllocator:
             source, page = table.pages[i], self._take(table.pages[i])
             if i * P < table.length:
                 copies.append((source, page))
-            self._drop(source)
+            self._drop_reference(source)
             table.pages[i] = page
             table.copied = min(table.copied, i)
         for _ in range(fresh):
@@ -135,15 +135,15 @@ class BlockAllocator:
         return True
 
     def fork(self, table: BlockTable) -> BlockTable:
-        """A second table over the same positions. Whoever first writes into a shared page gets a copy of it."""
+        """A second table over the same positions. The first to write to a shared page gets a copy of it."""
         self._check_open(table)
         pages = table.pages[: self.pages_for(table.length)]
         for page in pages:
-            self._refer(page)
+            self._add_reference(page)
         return BlockTable(pages, table.length, list(table.digests))
 
     def publish(self, table: BlockTable, tokens: Sequence[int]) -> None:
-        """Let others find the full pages of a sequence whose tokens, from its first on, are these."""
+        """Let other sequences find the full pages of this one; `tokens`: all of its tokens, from the first on."""
         self._check_open(table)
         if not self.prefix_cache:
             return
@@ -160,7 +160,7 @@ class BlockAllocator:
         """Forget the positions from `length` on. The pages stay with the table.
 
         Raises:
-            ValueError: a page that others can find would be written again.
+            ValueError: a page that other sequences can find would be written again.
         """
         self._check_open(table)
         if not len(table.digests) * self.page_size <= length <= table.length:
@@ -171,27 +171,27 @@ class BlockAllocator:
         """Give up a sequence's pages. Raises ValueError for a table that was released before."""
         self._check_open(table)
         table.closed = True
-        for page in reversed(table.pages):  # the end of a prefix is of no use without its beginning: it goes first
-            self._drop(page)
+        for page in reversed(table.pages):  # the end of a prefix is evicted first: it is useless without its beginning
+            self._drop_reference(page)
         table.pages.clear()
 
     def forget(self) -> None:
-        """Empty every cached page, and let nobody find a used one."""
+        """Empty every cached page, and forget the prefixes of the used ones."""
         for page in self._cached:
-            self._give_back(page)
+            self._free_page(page)
         self._cached.clear()
         self._by_digest.clear()
         self._digest_of.clear()
 
     def _digest(self, before: bytes, tokens: Sequence[int], page: int) -> bytes:
-        """The hash of the prefix that ends with this page of the tokens; `before`: that of the page before."""
+        """The hash of the prefix that ends with this page; `before`: the hash of the prefix before this page."""
         first = page * self.page_size
         return sha256(before + self._pack(*tokens[first : first + self.page_size])).digest()
 
     def _take(self, before: int | None) -> int:
-        """A free page: the one behind `before` if it is empty, so that a sequence's pages lie side by side.
+        """Allocate a page: the one after `before` if it is empty, so that a sequence's pages are neighbours.
 
-        A first page begins the empty row that was given back last, whose memory is warm.
+        A first page begins the empty row that was freed last, whose memory is warm.
         """
         if not self._empty:
             self._evict()
@@ -210,8 +210,8 @@ class BlockAllocator:
             self.peak = used
         return page
 
-    def _give_back(self, page: int) -> None:
-        """Count a page as empty."""
+    def _free_page(self, page: int) -> None:
+        """Make a page empty."""
         self._empty[page] = None
         if (row := page // self._row) < len(self._taken):
             self._taken[row] -= 1
@@ -219,29 +219,29 @@ class BlockAllocator:
                 self._empty_rows[row] = None
 
     def _evict(self) -> None:
-        """Empty the least recently used of the cached pages: in a large pool several, which often lie in a row."""
+        """Empty the least recently used cached pages: several in a large pool, as they are often neighbours."""
         count = min(self._evicted_at_once, len(self._cached))
         for page in sorted((self._cached.popitem(last=False)[0] for _ in range(count)), reverse=True):
             self._unpublish(page)
-            self._give_back(page)
+            self._free_page(page)
 
     def _unpublish(self, page: int) -> None:
-        """Let nobody find a page any more, because it is about to be written."""
+        """Forget the prefix that a page holds, because the page is about to be written."""
         if digest := self._digest_of.pop(page, None):
             del self._by_digest[digest]
 
-    def _refer(self, page: int) -> None:
+    def _add_reference(self, page: int) -> None:
         self._cached.pop(page, None)
         self.references[page] += 1
         self.peak = max(self.peak, self.used)
 
-    def _drop(self, page: int) -> None:
+    def _drop_reference(self, page: int) -> None:
         self.references[page] -= 1
         if self.references[page] == 0:
             if page in self._digest_of:
                 self._cached[page] = None
             else:
-                self._give_back(page)
+                self._free_page(page)
 
     def _check_open(self, table: BlockTable) -> None:
         if table.closed:

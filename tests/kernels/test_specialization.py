@@ -23,7 +23,7 @@ from triton import knobs
 
 from fastgpt.ops.table import resolve
 from fastgpt.config.model import ModelConfig
-from fastgpt.model.kv_cache import DenseCache, PagedBatch, Part
+from fastgpt.model.kv_cache import DenseCache, PagedBatch, Sequences
 from fastgpt.model.gpt import GPT
 from fastgpt_kernels import aot, cross_entropy, launch, norm_backward
 from fastgpt_kernels.machine_code import CHIPS
@@ -73,9 +73,10 @@ with torch.inference_mode():
             dense.attend(ops, 0, *torch.zeros(B, 1, 3, 2, 16).unbind(2))
             dense.advance(1)
             if length % P == 1:  # lengths in pages are the device's business, and their number of pages is not
-                paged(Part(*table(B, 8 + length // P)), None)
+                paged(Sequences(*table(B, 8 + length // P)), None)
             if length in BATCHES:
-                paged(Part(*table(B, 16)), Part(*table(3, 17), torch.tensor([0, 1, 1 + length, 3 + length]).int()))
+                starts = torch.tensor([0, 1, 1 + length, 3 + length]).int()
+                paged(Sequences(*table(B, 16)), Sequences(*table(3, 17), starts))
                 ops.linear_int8(torch.zeros(B, length, 32), weight, scale)
         model.hidden(torch.zeros(B, 1, dtype=torch.int64), cache=DenseCache(config, B))
         ops.linear_int8(torch.zeros(B, 1, 32), weight, scale)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastgpt.config.model import ModelConfig
-from fastgpt.model.kv_cache import PagedBatch, PagedCache, Part, page_bytes
+from fastgpt.model.kv_cache import PagedBatch, PagedCache, Sequences, page_bytes
 from fastgpt.model.pages import OutOfPages
 from fastgpt.ops.table import resolve
 
@@ -124,8 +124,8 @@ def test_a_step_agrees_with_dense_attention_and_writes_only_its_slots(decoding, 
     block_table = torch.tensor([table + [0] * (8 - len(table)) for table in tables], dtype=torch.int32)
     lengths = torch.tensor([length for length, _ in sequences], dtype=torch.int32)
     starts = torch.tensor([0, *(new for _, new in reading)]).cumsum(0).to(torch.int32)
-    first = Part(block_table[: len(decoding)], lengths[: len(decoding)]) if decoding else None
-    others = Part(block_table[len(decoding) :], lengths[len(decoding) :], starts) if reading else None
+    first = Sequences(block_table[: len(decoding)], lengths[: len(decoding)]) if decoding else None
+    others = Sequences(block_table[len(decoding) :], lengths[len(decoding) :], starts) if reading else None
     at = [t for length, new in sequences for t in range(length - new, length)]
     whose = [b for b, (_, new) in enumerate(sequences) for _ in range(new)]
     slots = [tables[b][t // P] * P + t % P for b, t in zip(whose, at, strict=True)]
@@ -150,8 +150,8 @@ def test_a_step_agrees_with_dense_attention_and_writes_only_its_slots(decoding, 
 def test_padding_is_not_written_and_gives_zeros(column):
     torch.manual_seed(0)
     cache, ops = random_cache(), resolve(column)
-    decode = Part(torch.tensor([[3, 5], [0, 0]], dtype=torch.int32), torch.tensor([P + 1, 0], dtype=torch.int32))
-    read = Part(
+    decode = Sequences(torch.tensor([[3, 5], [0, 0]], dtype=torch.int32), torch.tensor([P + 1, 0], dtype=torch.int32))
+    read = Sequences(
         torch.tensor([[7, 2], [0, 0]], dtype=torch.int32),
         torch.tensor([2, 0], dtype=torch.int32),
         torch.tensor([0, 2, 2], dtype=torch.int32),
@@ -187,7 +187,7 @@ def test_a_copied_page_reads_the_same_and_then_goes_its_own_way():
         each.length = T + 1
     tables = torch.tensor([table.pages, twin.pages], dtype=torch.int32)
     slots = tables[:, 1].long() * P + T % P
-    part = Part(tables, torch.tensor([T + 1, T + 1], dtype=torch.int32))
+    part = Sequences(tables, torch.tensor([T + 1, T + 1], dtype=torch.int32))
     step = PagedBatch(cache.keys, cache.values, torch.tensor([T, T]), slots, part, None)
     q, k, v = (torch.randn(1, 2, heads, D, dtype=torch.float64) for heads in (H, HKV, HKV))
     out = step.attend(ops, 0, q, k, v)
