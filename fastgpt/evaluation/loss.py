@@ -20,11 +20,11 @@ BATCH_TOKENS = 8192  # in a batch of the whole split, at least: there is no back
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """The part of the val split that the evaluations of a run read, recorded with the run so that losses compare.
+    """The part of the val split that every evaluation of a run reads. A run records it, so that its losses compare.
 
     Attributes:
-        windows: how many windows of `block_size` tokens, at even distances over the split; 0: the whole split.
-        batch_size: windows that are evaluated at once; that of the run's first steps, whatever a resume has.
+        windows: the number of windows of `block_size` tokens, evenly spaced over the split; 0: the whole split.
+        batch_size: the windows in a batch: the batch size that the run began with, also after a resume.
         text: sha256 of the text.
     """
 
@@ -36,7 +36,7 @@ class EvaluationSet:
 
     @classmethod
     def of(cls, config: TrainConfig, data: Corpus, batch_size: int) -> "EvaluationSet":
-        """The set of a run whose first batch size is given: `eval_iters` batches, or the whole split."""
+        """The set of a run that began with this batch size: `eval_iters` batches, or the whole split."""
         return cls(
             plan(config.eval_iters, data.val_tokens) * batch_size,
             batch_size,
@@ -47,12 +47,12 @@ class EvaluationSet:
 
     @property
     def identity(self) -> str:
-        """Equal for two sets if losses on them compare; kept in checkpoints and in metrics.jsonl."""
+        """A text that is equal for two sets if their losses compare; checkpoints and metrics.jsonl keep it."""
         number = counted(self.windows, "window") if self.windows else "all windows"
         return f"{number} of {self.block_size:,} in {self.val_tokens:,} val tokens of text {self.text[:16]}"
 
     def describe(self) -> str:
-        """The set, for people."""
+        """The set in words."""
         if not self.windows:
             return "the whole val split"
         share = self.windows * self.block_size / self.val_tokens
@@ -66,7 +66,7 @@ class EvaluationSet:
 
     @property
     def count(self) -> int:
-        """How many batches there are."""
+        """The number of batches."""
         if self.windows:
             return -(-self.windows // self.batch_size)
         return -(-(self.val_tokens - 1) // (self.block_size * self._whole_batch))
@@ -77,7 +77,7 @@ class EvaluationSet:
 
 
 def plan(eval_iters: int | None, val_tokens: int) -> int:
-    """How many batches of windows an evaluation takes, or 0 for the whole val split."""
+    """The number of batches of windows in an evaluation; 0: the whole val split."""
     if eval_iters is not None:
         return eval_iters
     return 0 if val_tokens <= WHOLE_SPLIT_LIMIT else FIXED_BATCHES
@@ -90,9 +90,9 @@ def mean_loss(
     arithmetic: AbstractContextManager,
     stopping: Callable[[], bool] = lambda: False,
 ) -> float | None:
-    """The mean loss in nats over all targets that count, or None where `stopping`, asked at each batch, says so.
+    """The mean loss in nats over all targets but `IGNORED`. None if `stopping`, asked before each batch, is true.
 
-    A batch that does not fit into the memory is evaluated in halves.
+    A batch that does not fit in memory is evaluated in halves.
     """
     total, count = 0.0, 0
     model.eval()
@@ -110,7 +110,7 @@ def mean_loss(
 
 
 def _loss(model: GPT, x: torch.Tensor, y: torch.Tensor) -> float:
-    """The mean loss of a batch, (B, T) each, in nats over the targets that count."""
+    """The mean loss of a batch in nats: tokens x and targets y, (B, T) each."""
     if len(x) == 1:
         return model(x, y).item()
     with out_of_memory.caught():

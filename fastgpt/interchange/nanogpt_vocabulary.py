@@ -1,4 +1,4 @@
-"""The vocabulary of a folder that nanoGPT prepared: its meta.pkl, read without executing anything.
+"""Reads meta.pkl, the vocabulary of a folder that nanoGPT prepared, without running any code of it.
 
 nanoGPT keeps uint16 tokens in train.bin and val.bin and, for a character corpus, a pickled dictionary with
 vocab_size, itos and stoi. Loading a pickle can run any code, or fill the memory from a few bytes, so
@@ -29,7 +29,7 @@ _PLAIN = frozenset((
 
 
 def vocabulary(meta: Path) -> CharTokenizer:
-    """The characters of a meta.pkl, with exactly its ids.
+    """The tokenizer of a meta.pkl, with the ids of that file.
 
     Raises:
         UsageError: the file is unreadable, larger than 4 MiB, not plain data, or no character vocabulary.

@@ -1,7 +1,7 @@
-"""Weights that another program saved: the ckpt.pt of nanoGPT, from which a run can start.
+"""Reads nanoGPT's ckpt.pt, so that a run can start from its weights.
 
 A .pt file is a zip archive around a pickle, and a pickle can run any code. `torch.load` with `weights_only=True` runs
-none: it knows tensors and plain data, and refuses all else. No other way is ever tried.
+none: it reads tensors and plain data, and refuses everything else. No other way is tried.
 """
 
 import re
@@ -20,11 +20,11 @@ from fastgpt.system.units import counted
 
 LARGEST_PICKLE = 64 << 20  # bytes; that of GPT-2's largest size takes less than one MiB
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")  # nanoGPT's model_args
-BIAS = True  # nanoGPT's default, and what it had before it had the setting
+BIAS = True  # nanoGPT's default; versions before this setting always had biases
 WRAPPERS = ("_orig_mod.", "module.")  # of torch.compile and DistributedDataParallel, in either order
 PREFIX = "transformer."  # of nanoGPT's module
 ESCAPE = re.compile(r"\x1b\[[0-9;]*m")  # by which PyTorch makes parts of a message bold
-GLOBAL = re.compile(r"GLOBAL (\S+)")  # what its messages call a class or a function in a pickle
+GLOBAL = re.compile(r"GLOBAL (\S+)")  # a class or a function in a pickle, in PyTorch's messages
 DERIVED = ("lm_head.weight", ".attn.bias", ".attn.masked_bias")  # tied to the embedding; masks of old versions
 
 
@@ -76,7 +76,7 @@ def load(path: str | Path) -> ForeignModel:
 
 
 def _reason(error: Exception) -> str:
-    """What is wrong with the file, in a line. PyTorch's advice is left out, which is to run what the file holds."""
+    """The fault of the file in one line, without PyTorch's advice, which is to run the code in the file."""
     text = ESCAPE.sub("", str(error)) or type(error).__name__
     if found := GLOBAL.search(text):
         return f"it holds {found[1]}, which is neither a tensor nor plain data"
@@ -91,7 +91,7 @@ def _part(content: Any, name: str) -> dict[str, Any]:
 
 
 def _check_archive(path: Path) -> None:
-    """Raise ValueError for what is no archive, or one whose parts claim more bytes than it has."""
+    """Raise ValueError unless the file is an archive whose parts fit in it."""
     size = path.stat().st_size
     if not path.is_file():
         raise ValueError("it is no file")
@@ -131,7 +131,7 @@ def _tensors(weights: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def _check_stored(name: str, tensor: Any) -> None:
-    """Raise ValueError for a weight that the file does not hold whole, whatever its shape claims."""
+    """Raise ValueError unless the file holds all the numbers of a weight's shape."""
     if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_meta:
         raise ValueError(f"its weight {name} is no plain tensor")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():

@@ -86,7 +86,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a LayerNorm that also adds what the branch before it left over."""
+    """Attention and MLP, each after a LayerNorm that first adds the output of the branch before it."""
 
     def __init__(self, config: ModelConfig, ops: Ops, layer: int):
         super().__init__()
@@ -103,7 +103,7 @@ class Block(nn.Module):
         doc_ids: torch.Tensor | None,
         cache: Cache | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(stream, branch still to be added) -> the same, one block later; each (B, T, C)."""
+        """(residual stream, branch still to be added) -> the same after this block; each (B, T, C)."""
         x, y = add_norm(self.ops, x, branch, self.ln_1)
         branch = F.dropout(self.attn(y, rotation, seed, doc_ids, cache), self.dropout, self.training)
         x, y = self.ops.add_layer_norm(x, branch, self.ln_2.weight, self.ln_2.bias)
@@ -139,7 +139,7 @@ class GPT(nn.Module):
         self.wte.weight[self.config.vocab_size :].zero_()  # padding: never read, and so never trained
 
     def num_parameters(self) -> int:
-        """Trainable numbers, the tied output layer counted once and the vocabulary's padding not at all."""
+        """The number of trained numbers. The tied output layer counts once, the vocabulary's padding not at all."""
         padding = (self.config.padded_vocab - (self.config.vocab_size or 0)) * self.config.n_embd
         return sum(p.numel() for p in self.parameters()) - padding
 
@@ -149,7 +149,7 @@ class GPT(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it computes in, outside of autocast; its matrices may be int8."""
+        """The dtype that it computes in without autocast; its matrices may be int8."""
         return self.ln_f.weight.dtype
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -176,7 +176,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
-        """Copy in what `weights` gave. Raises `CorruptCheckpoint` where a name or a shape differs."""
+        """Copy the weights that the method `weights` gave. Raises `CorruptCheckpoint` if a name or a shape differs."""
         own = self.weights()
         if missing := own.keys() ^ weights.keys():
             raise CorruptCheckpoint(f"the checkpoint's weights are not this model's: {', '.join(sorted(missing))}")
@@ -270,7 +270,7 @@ class GPT(nn.Module):
 
 
 def add_norm(ops: Ops, x: torch.Tensor, branch: torch.Tensor | None, norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
-    """Add the branch to the stream, where there is one, and normalize: (stream, its norm)."""
+    """Add the branch to the residual stream, if there is one, and normalize: (stream, its norm)."""
     if branch is None:
         return x, ops.layer_norm(x, norm.weight, norm.bias)
     return ops.add_layer_norm(x, branch, norm.weight, norm.bias)

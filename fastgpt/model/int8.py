@@ -1,8 +1,8 @@
-"""A model whose matrices are int8, one scale an output channel: a quarter of the bytes that decoding waits for.
+"""A model with int8 matrices, one scale per output channel: decoding reads a quarter of the bytes.
 
 Activations, norms, biases and positions stay as they are. The tied embedding is quantized by its rows, which are the
-output layer's channels. How far off this is, `fastgpt_kernels.quantization` says; products are the table's
-`linear_int8`.
+output layer's channels. `fastgpt_kernels.quantization` says how large the error is. The products are the table's
+operation `linear_int8`.
 """
 
 import torch

@@ -1,8 +1,8 @@
-"""The linear layer, with a path for one row on a CPU: what decoding does for every token.
+"""The linear layer, with a fast path for one row on a CPU: the product of decoding.
 
 PyTorch gives a float32 product with one row to one core, which then waits for memory. Cut into slices, it is a batch
-of products, and a batch is shared out among the cores. Slices of inputs are faster than slices of outputs, but want
-the weight stored by columns: `store_by_columns` turns a model that is only read.
+of products, which all cores share. Slices of inputs are faster than slices of outputs, but need a column-major weight:
+`store_by_columns` stores the weights of a model so.
 """
 
 import functools
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from fastgpt_kernels.float32_product import float32_product
 from fastgpt_kernels.row_product import row_product
 
-FEWEST_WEIGHTS = 1 << 16  # below, the product is too short to share out
+FEWEST_WEIGHTS = 1 << 16  # a smaller product is too short to share
 
 
 class Linear(nn.Linear):
@@ -63,7 +63,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def is_compiled_row(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether this is one row on a CPU, only read, in code that is being compiled."""
+    """Whether this is one row on a CPU, without gradients, in code that is being compiled."""
     return torch.compiler.is_compiling() and not torch.is_grad_enabled() and is_row(x, weight)
 
 
@@ -73,7 +73,7 @@ def is_row(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def one_row_slices(x: torch.Tensor, weight: torch.Tensor) -> int:
-    """How many slices to cut the product into; 1 leaves it to PyTorch."""
+    """The number of slices of the product; 1 leaves it to PyTorch."""
     outputs, inputs = weight.shape
     if torch.is_grad_enabled() or not is_row(x, weight) or weight.numel() < FEWEST_WEIGHTS:
         return 1
@@ -84,14 +84,14 @@ def one_row_slices(x: torch.Tensor, weight: torch.Tensor) -> int:
 
 @functools.cache
 def _slices(length: int, threads: int) -> int:
-    """Two or more for each core, in a power of two that divides the length."""
+    """At least two slices per core: a power of two that divides the length."""
     if threads == 1:
         return 1
     return min(1 << (2 * threads - 1).bit_length(), length & -length)
 
 
 def store_by_columns(model: nn.Module) -> None:
-    """Store the weights of every `Linear` in float32 on a CPU by columns, in place; the values stay."""
+    """Make the float32 weights of every `Linear` on a CPU column-major, in place; their values stay."""
     for module in model.modules():
         if isinstance(module, Linear) and module.weight.device.type == "cpu" and module.weight.dtype == torch.float32:
             module.weight.data = module.weight.data.t().contiguous().t()

@@ -1,6 +1,6 @@
-"""What a model surely takes of the memory, told from its configuration before anything is allocated.
+"""The least memory that a model needs, known from its configuration before anything is allocated.
 
-Only lower bounds count: what is refused could not have run, and what passes may still run out; then `lacking` says so.
+These are lower bounds: a configuration that is refused could not run, and one that passes may still run out of memory.
 """
 
 import torch

@@ -1,10 +1,10 @@
-"""Whether two implementations of an operation compute the same: the rule of the kernels' tests, for use at run time.
+"""Compares two implementations of an operation by the rule of the kernels' tests, at run time.
 
 The truth is the reference in float64. A float32 result may be off by 1e-5, relative to the truth, by either of two
 measures: the norm of the difference, and its largest number. Where something on the way to a result is narrower than
 float32 (16 bits, or TF32 products), what stock PyTorch is off by there sets the limit: twice that. Stock is exact by
 luck now and then in a tensor of few numbers, so half an ulp is always allowed to a result in 16 bits, and to a single
-number that came from such arithmetic. `tests/parity.py` holds the kernels to the same limits, test by test.
+number that came from such arithmetic. `tests/helpers/parity.py` holds the kernels to the same limits, test by test.
 """
 
 import math
@@ -18,10 +18,10 @@ Results = Mapping[str, torch.Tensor]
 
 
 def disagreement(got: Results, stock: Results, truth: Results, arithmetic: torch.dtype, tf32: bool = False) -> str:
-    """What is wrong first, in a few words; empty where all results agree.
+    """The first disagreement in a few words; "" if all results agree.
 
     Args:
-        got, stock: what an implementation gives, and what PyTorch's own does, by name.
+        got, stock: the results of an implementation, and of PyTorch's own, by name.
         truth: the reference's results in float64.
         arithmetic: the narrowest dtype that was computed in.
         tf32: float32 products may be those of TF32.

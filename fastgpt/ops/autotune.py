@@ -1,12 +1,12 @@
-"""Which backend of the table is the fastest here: what `kernels auto` does on a GPU.
+"""Chooses the fastest backend of each operation on a GPU, for `kernels` auto.
 
 `choose` goes through the operations that a workload uses. For each, `contest` checks the candidates on small examples
 against the reference (the rule: `agreement`), times those that agree in turns at the workload's own shape, and
 takes the one with the smallest median; of equals, the first in `CANDIDATES`. A candidate that disagrees or raises is
-left out, and the printed reason says so. The outcome is kept on disk (`timed_choices`), so that it is timed once.
+left out, and the printed reason says so. The choice is cached on disk (`timed_choices`), so that it is timed once.
 
-What is timed is the GPU's own time (`gpu_clock`), and code compiled by torch.compile where the model will be.
-A model so small that its GPU waits for Python is therefore not judged by that waiting.
+The GPU's own time is measured (`gpu_clock`), of compiled code if the model will be compiled. So the time that a small
+model's GPU waits for Python does not decide.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ Stopwatch = Callable[[Callable[[], object], int], float]  # (call, repeats) -> s
 
 @dataclass(frozen=True)
 class Chosen:
-    """The choice of each operation that the workload uses; `seconds`: choosing took, None where all was known."""
+    """The choice of each operation that the workload uses; `seconds`: the time it took, None if all were cached."""
 
     choices: Mapping[str, Choice]
     gpu: str
@@ -70,12 +70,12 @@ def choose(
     settle: Callable[[str, Workload, torch.device], Choice] | None = None,
     folder: Path | None = None,
 ) -> Chosen:
-    """The fastest backend of each operation that the workload uses, from the file of choices where it is known.
+    """The fastest backend of each operation that the workload uses, from the file of choices if it is known.
 
     Args:
         workload: the shapes and the arithmetic.
         device: the GPU.
-        environment: what else the choice depends on; default what is found here.
+        environment: what else the choice depends on; default this machine's.
         settle: makes the choice of one operation; default `contest`.
         folder: of the file; default the project's cache.
     """
@@ -133,7 +133,7 @@ def contest(
 
 
 def checker(op: str, workload: Workload, device: torch.device) -> Callable[[Callable[..., Any]], str]:
-    """A function that says what is wrong with another's results; "" for nothing."""
+    """A function that names the first fault in the results of an implementation; "" if there is none."""
     cases = checked_cases(op, workload, device)
     stock = [case.results(TABLE[op].torch) for case in cases]
     truth = [case.in_float64().results(TABLE[op].reference) for case in cases]
@@ -150,7 +150,7 @@ def checker(op: str, workload: Workload, device: torch.device) -> Callable[[Call
 
 
 def measure(calls: Mapping[str, Callable[[], object]], stopwatch: Stopwatch) -> dict[str, float]:
-    """The median seconds of each call, which take turns so that all meet the same clocks and neighbours."""
+    """The median seconds of each call. The calls take turns, so that clocks and neighbours affect all alike."""
     repeats = {name: repeats_for(stopwatch(call, 1)) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     rounds, spent = 0, 0.0
@@ -170,7 +170,7 @@ def repeats_for(seconds: float) -> int:
 
 @contextlib.contextmanager
 def _borrowed(device: torch.device) -> Iterator[None]:
-    """The GPU made current; afterwards its memory is given back, and does not count in the peak of a run."""
+    """Make the GPU current. Afterwards, free its memory, and leave it out of the run's peak."""
     if device.type != "cuda":
         yield
         return

@@ -16,7 +16,7 @@ FEWEST_CYCLES, MOST_CYCLES = 1 << 20, 1 << 27
 
 
 class GpuClock:
-    """A clock of the current GPU and stream.
+    """Times calls on the current GPU and stream.
 
     Before the first call the GPU is given a wait, in which Python launches all that is timed. If the wait was over too
     soon, everything is timed again behind one four times as long. A call that itself waits for the GPU can never be
@@ -27,7 +27,7 @@ class GpuClock:
         self.cycles = FEWEST_CYCLES
 
     def seconds(self, call: Callable[[], Any], repeats: int = 1) -> float:
-        """The seconds of so many calls, one behind the other."""
+        """The seconds of `repeats` calls, one after the other."""
 
         def calls() -> None:
             for _ in range(repeats):
@@ -36,7 +36,7 @@ class GpuClock:
         return self.laps(calls, 1)[0]
 
     def laps(self, call: Callable[[], Any], count: int, before: Callable[[], Any] = lambda: None) -> list[float]:
-        """The seconds of each of so many calls; `before` comes before each, and is not counted."""
+        """The seconds of each of `count` calls; `before` runs before each, and is not timed."""
         while True:
             laps = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
             torch.cuda.synchronize()

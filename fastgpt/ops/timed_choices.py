@@ -1,4 +1,4 @@
-"""What `fastgpt.ops.autotune` chose, what the choice depends on, and the file that remembers it."""
+"""The choices of `fastgpt.ops.autotune`, the environment that they depend on, and the file that keeps them."""
 
 import hashlib
 import json
@@ -24,9 +24,9 @@ class Choice:
 
     Attributes:
         backend: one of `CANDIDATES`.
-        seconds: of one call, in each backend that was timed.
-        left_out: the backends that were not, and why.
-        lasting: False where the reason may be gone the next time, such as a lack of memory; then it is not kept.
+        seconds: of one call, for each backend that was timed.
+        left_out: the reason for each backend that was not timed.
+        lasting: False if the reason may be gone the next time, such as a lack of memory; then the choice is not kept.
     """
 
     backend: str
@@ -37,7 +37,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Environment:
-    """All that a choice depends on but the workload.
+    """All that a choice depends on beside the workload.
 
     Attributes:
         kernels: a hash of the sources of `fastgpt_kernels`, the launch table among them.
@@ -55,7 +55,7 @@ class Environment:
 
 
 def environment_of(device: torch.device) -> Environment:
-    """What is found here, for a CUDA device."""
+    """The environment of a CUDA device of this machine."""
     import triton
 
     return Environment(
@@ -78,8 +78,8 @@ def source_hash(folder: Path) -> str:
 class ChoiceFile:
     """Choices as JSON: environment -> workload -> operation -> choice.
 
-    A file that cannot be read counts as empty, and one that cannot be written stays as it is, each with a warning. It
-    is always whole: of two processes that write at once, one may lose what it added, which is then timed once more.
+    A file that cannot be read counts as empty, and one that cannot be written stays as it is, each with a warning. The
+    file is always whole. If two processes write at once, one may lose its choices, which are then timed again.
     """
 
     def __init__(self, path: Path):
@@ -117,7 +117,7 @@ class ChoiceFile:
             )
 
     def _content(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """What the file holds; nothing where there is none, or one of another version.
+        """The content of the file; empty if there is none, or one of another version.
 
         Raises:
             OSError, ValueError: it cannot be read, or holds something else.

@@ -1,4 +1,4 @@
-"""The calls that a model makes of the table's operations, which `autotune` checks and times."""
+"""A model's calls of the table's operations, which `autotune` checks and times."""
 
 import dataclasses
 import itertools

@@ -51,8 +51,8 @@ class Tokenizer(ABC):
         default_size: tokens of a vocabulary that is trained to a size; None for a kind that has a size of its own.
         vocab_size: number of tokens; ids are 0 .. vocab_size - 1.
         end_token: the id that ends a document, to which no text is encoded; None where there is none.
-        start_token: the id that generation starts from when the prompt is empty. That of `starting_from`, which was
-            trained; of a vocabulary that was saved without one, a newline or `end_token`.
+        start_token: the id that generation starts from when the prompt is empty. `starting_from` sets one that was
+            trained; a vocabulary that was saved without one has a newline or `end_token`.
     """
 
     kind: ClassVar[str]
@@ -103,7 +103,7 @@ class Tokenizer(ABC):
 
     @property
     def opening(self) -> str:
-        """The text of a trained `start_token`, which an empty prompt stands for; "" where it has none to show."""
+        """The text of a trained `start_token`, which an empty prompt stands for; "" if it has no text to show."""
         if not self._start_is_trained or self.start_token == self.end_token:
             return ""
         try:
@@ -138,11 +138,11 @@ class Tokenizer(ABC):
         write_atomic(Path(path), json.dumps(self.to_json()))
 
     def sha256(self) -> str:
-        """The hash of the vocabulary, by which a checkpoint knows its own."""
+        """The hash of the vocabulary, which a checkpoint keeps to recognize it."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
     def __eq__(self, other: object) -> bool:
-        """Whether it is the same vocabulary, wherever generation starts."""
+        """Whether the vocabularies are the same; the token that generation starts from does not count."""
         return isinstance(other, Tokenizer) and self._describe() == other._describe()
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""A byte-level BPE that is trained on the corpus, by the tokenizers library."""
+"""A byte-level BPE that the tokenizers library trains on the corpus."""
 
 import json
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ LARGEST_BPE = 1 << 20  # tokens; the library makes room for as many as are asked
 
 
 class BpeTokenizer(Tokenizer):
-    """Byte-level BPE by the tokenizers library, as GPT-2's is but trained on the corpus at hand.
+    """A byte-level BPE like GPT-2's, trained on the corpus at hand.
 
     Args:
         description: the library's own JSON, as a dict.
@@ -100,7 +100,7 @@ class BpeTokenizer(Tokenizer):
 
 
 def _check_plain_bpe(description: dict[str, Any]) -> None:
-    """Raise ValueError for what `BpeTokenizer.train` never makes, and could lose text, stall or crash the library."""
+    """Raise ValueError for parts that `BpeTokenizer.train` never makes: they could lose text, or stop the library."""
     model = description["model"]
     extras = {name: description.get(name) for name in ("added_tokens", "truncation", "padding", "normalizer")}
     extras |= {name: model.get(name) for name in ("continuing_subword_prefix", "end_of_word_suffix")}

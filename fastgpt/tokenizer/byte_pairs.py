@@ -1,15 +1,15 @@
-"""What GPT-2's tokenizer and a trained BPE share: how a text is cut, and how files spell bytes."""
+"""Shared by GPT-2's tokenizer and a trained BPE: the cutting of texts, and the spelling of bytes in files."""
 
 import functools
 import re
 
-# How GPT-2 parts a text before it merges bytes: contractions, words, numbers, symbols, spaces.
+# GPT-2 cuts a text by this pattern before it merges bytes: contractions, words, numbers, symbols, spaces.
 # (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.2 and its encoder.)
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
 # The byte-pair libraries get a text in pieces of at most 1,024 words: a run of a million spaces or letters
 # would overflow their stack or turn quadratic, and long texts make them slow. A piece ends after a word,
-# where GPT-2's pattern parts the text anyway, so the tokens are those of the whole text; only a run of spaces
+# where GPT-2's pattern cuts the text anyway, so the tokens are those of the whole text; only a run of spaces
 # or of non-spaces longer than LONGEST_RUN is itself cut.
 LONGEST_RUN = 4096
 _RUN = f"{{1,{LONGEST_RUN}}}"

@@ -1,4 +1,4 @@
-"""One token per character, of those that a text holds."""
+"""One token for each distinct character of a text."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from fastgpt.tokenizer.base import Text, Tokenizer, encoded
 
 
 class CharTokenizer(Tokenizer):
-    """One token per character; id i is `chars[i]`. Raises ValueError for an empty or repeating `chars`."""
+    """One token per character; id i is `chars[i]`. Raises ValueError if `chars` is empty or repeats one."""
 
     kind = "char"
     can_end = False
@@ -50,7 +50,7 @@ class CharTokenizer(Tokenizer):
         return ids
 
     def _normalization(self, text: str, unknown: Sequence[str]) -> str:
-        """Advice for a text whose unknown characters, or some of them, are those of another Unicode normalization."""
+        """Advice for a text with another Unicode normalization, which would remove some of the unknown characters."""
         known = set(self.chars)
         for form in ("NFC", "NFD"):
             left = set(unicodedata.normalize(form, text)) - known

@@ -1,4 +1,4 @@
-"""Tokens to text, piece by piece: whole characters only, and nothing of a stop text."""
+"""Turns tokens into text as they come: whole characters only, and no part of a stop text."""
 
 import codecs
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ LONGEST_CHARACTER = 4  # bytes of a character in UTF-8; a token has at least one
 class Detokenizer:
     """The text of one continuation as its tokens come.
 
-    Where the prompt's tokens end inside a character, the text begins with that character: what the whole characters of
-    the prompt and the text say together is what all tokens say.
+    If the prompt's tokens end inside a character, the text begins with that character. So the prompt's whole characters
+    and the text together are the text of all tokens.
 
     Attributes:
-        text: what was given out so far.
-        stopped: a stop text was met, and nothing more will come.
+        text: all the text so far.
+        stopped: a stop text was found, and no more text will come.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), prompt: Sequence[int] = ()):
@@ -34,7 +34,7 @@ class Detokenizer:
         return "".join(self._given)
 
     def push(self, token: int) -> str:
-        """What can be given out after this token: text that no later token changes."""
+        """The text that this token adds, as far as no later token can change it."""
         if self.stopped:
             return ""
         self._pushed = True
@@ -52,7 +52,7 @@ class Detokenizer:
         return self._give(len(self._pending) - _could_begin(self.stop, self._pending))
 
     def finish(self) -> str:
-        """What was held back, after the last token."""
+        """The text that was held back, after the last token."""
         if self.stopped or not self._pushed:
             return ""
         self._pending += self._bytes.decode("utf-8", "replace")
@@ -65,7 +65,7 @@ class Detokenizer:
 
 
 def _could_begin(stops: Sequence[str], text: str) -> int:
-    """How many last characters of `text` may be the beginning of a stop text."""
+    """The number of last characters of `text` that may begin a stop text."""
     longest = max((len(stop) for stop in stops), default=1) - 1
     for length in range(min(longest, len(text)), 0, -1):
         if any(stop.startswith(text[-length:]) for stop in stops):
