@@ -1,4 +1,4 @@
-"""Settings of generation: how a continuation is drawn, and what `python -m fastgpt.generate` takes."""
+"""Settings of generation: of the sampling, and of the command `python -m fastgpt.generate`."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -15,17 +15,17 @@ QUANTIZATION = ("none", "int8")
 
 @dataclass(frozen=True)
 class SamplingParams(Settings):
-    """How a continuation is drawn, and where it ends.
+    """Settings that say how a continuation is drawn, and where it ends.
 
-    `stop` and `stop_tokens` may be given as one value or as a list, and any number as NumPy's.
+    `stop` and `stop_tokens` take one value or a list of values. Numbers may be NumPy's.
     """
 
     max_new_tokens: int = option(500, "tokens in a continuation", low=0, group="Sampling")
     temperature: float = option(0.8, "0 takes the likeliest token; higher is more varied", low=0)
     top_k: int | None = option(200, "sample among the k likeliest tokens, of equals the lowest ids; 0: all", low=0)
-    top_p: float | None = option(None, "sample among the likeliest tokens that hold this share", above=0, high=1)
-    min_p: float | None = option(None, "drop tokens below this share of the likeliest one's", low=0, high=1)
-    repetition_penalty: float = option(1.0, "above 1: lower the score of what the text holds, prompt included", above=0)
+    top_p: float | None = option(None, "sample among the likeliest tokens of this total probability", above=0, high=1)
+    min_p: float | None = option(None, "drop tokens below this share of the likeliest one's probability", low=0, high=1)
+    repetition_penalty: float = option(1.0, "above 1: lower the scores of tokens in the text, prompt included", above=0)
     presence_penalty: float = option(0.0, "lower the score of each token that was generated", low=-100, high=100)
     frequency_penalty: float = option(0.0, "the same, for each time that it was generated", low=-100, high=100)
     stop: tuple[str, ...] = option((), "end before this text; may be given several times")
@@ -33,12 +33,12 @@ class SamplingParams(Settings):
     logprobs: int | None = option(
         None, "give each token's log-probability, and those of as many of the likeliest", low=0, high=20
     )
-    num_samples: int = option(1, "continuations of a prompt, each drawn for itself", low=1, high=65_536)
-    seed: int = option(1337, "the same seed continues the same prompt by the same text", low=0, high=2**63 - 1)
+    num_samples: int = option(1, "continuations of each prompt, drawn independently", low=1, high=65_536)
+    seed: int = option(1337, "the same seed gives the same prompt the same continuation", low=0, high=2**63 - 1)
 
     @property
     def penalizes(self) -> bool:
-        """Whether the odds of a token depend on those before it in more than the model's own way."""
+        """Whether earlier tokens change the scores that the model gives."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
@@ -58,7 +58,7 @@ class GenerateConfig(SamplingParams):
     )
     output: str | None = option(None, "file for the JSON lines that `prompts` writes; default stdout", path=True)
     resume: bool = option(False, "go on with the answers that the file of `output` holds, given the same flags")
-    order: str = option("input", "order of the answers: that of the prompts, or as they are finished", choices=ORDERS)
+    order: str = option("input", "order of the answers: that of the prompts, or as they finish", choices=ORDERS)
     stop_escapes: bool = option(False, r"read \n, \t, \\, \x41 and \u00e9 in `stop` as the characters they mean")
     interactive: bool = option(False, "write in turns with the model")
     cache: str = option(
@@ -71,16 +71,16 @@ class GenerateConfig(SamplingParams):
         None, "memory of the paged cache, such as 2GiB or 50%; default 80% of a GPU's free memory, 25% elsewhere"
     )
     page_size: int = option(16, "tokens in a page", low=1, high=65_536)
-    prefix_cache: bool = option(True, "compute prompts that begin alike only once")
+    prefix_cache: bool = option(True, "compute the common beginning of prompts only once")
     max_batch: int = option(64, "continuations that run at once", low=1, high=65_536)
     max_batch_tokens: int = option(2048, "tokens of one forward pass; longer prompts are read in chunks", low=1)
-    speculate: str = option("none", "guess tokens from the text itself and check them in one pass", choices=SPECULATION)
+    speculate: str = option("none", "guess tokens from the text itself and check them at once", choices=SPECULATION)
     device: str = option("auto", "auto, cpu, mps, cuda or cuda:N", group="Device")
     threads: int | None = option(
         None, "CPU threads; auto: one for each core that this process may use", low=1, high=4096, auto=True
     )
     dtype: str = option("auto", "weights and arithmetic; auto: float32 on a CPU, else bfloat16", choices=DTYPES)
-    quantize: str = option("none", "weights in 8 bits, one scale a row: less memory, faster", choices=QUANTIZATION)
+    quantize: str = option("none", "weights in 8 bits, a scale for each row: less memory, faster", choices=QUANTIZATION)
     compile: bool | None = option(
         None,
         "machine code for the model, made once for its shape; auto: for `interactive` and `prompts`, if it pays",
@@ -89,7 +89,7 @@ class GenerateConfig(SamplingParams):
     kernels: str = option("auto", "backend of each operation", choices=KERNELS)
 
     def sampling(self) -> SamplingParams:
-        """The part that says how to draw. Raises `UsageError` for an escape in a stop text that is none."""
+        """The settings of sampling. Raises `UsageError` for an unknown escape in a stop text."""
         params = SamplingParams(**{f.name: getattr(self, f.name) for f in dataclasses.fields(SamplingParams)})
         if not self.stop_escapes:
             return params

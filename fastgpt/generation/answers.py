@@ -1,8 +1,8 @@
-"""The answers to many prompts as lines of JSON, each written whole or not at all.
+"""Writes the answers to many prompts as lines of JSON, each whole or not at all.
 
-A line is an object with `index` (the prompt's place among the prompts of its file, from 0), `sample`, `prompt`, `text`,
-`tokens`, `finish_reason` and `timings` (seconds), and where there are some `logprobs` and `error`. A log-probability of
-minus infinity is null, as JSON has no infinity.
+A line is an object with `index` (the place of the prompt in its file, from 0), `sample`, `prompt`, `text`, `tokens`,
+`finish_reason` and `timings` (seconds), and if there are any also `logprobs` and `error`. A log-probability of minus
+infinity is null, because JSON has no infinity.
 """
 
 import codecs
@@ -25,13 +25,13 @@ from fastgpt.generation.request import Completion, Prompt
 from fastgpt.system import lock, streams
 from fastgpt.system.units import counted
 
-BEGINNING = b'{"index": '  # of every line
+BEGINNING = b'{"index": '  # the beginning of every line
 Job = tuple[Prompt, SamplingParams]
-Place = tuple[int, int]  # of an answer: the numbers of prompt and continuation
+Place = tuple[int, int]  # of an answer: the numbers of its prompt and its continuation
 
 
 def check_output(output: str | None, resume: bool = False) -> None:
-    """Raises `UsageError` where the file holds something, or cannot be made, before any work is done."""
+    """Raise `UsageError` if the file is not empty or cannot be made, before any work is done."""
     if output is None:
         return
     path = Path(output)
@@ -55,15 +55,15 @@ def check_output(output: str | None, resume: bool = False) -> None:
 
 
 class Answers:
-    """Takes completions as they are finished, and writes each as a line: `with Answers(...) as answers`.
+    """Takes completions as they finish, and writes each as a line: `with Answers(...) as answers`.
 
-    The end of the block writes what was held back for the order's sake, whatever ended it, and deletes a file without
-    a line, so that the same command can be given again.
+    The end of the block writes the completions that were held back to keep the order, whatever ended it. It deletes a
+    file without a line, so that the same command can be given again.
 
     Attributes:
-        wanted: the numbers of the continuations that are still to be made of each prompt.
-        total, done: continuations, with those of a refused prompt.
-        failed: the places of the prompts that could not be continued to their end.
+        wanted: for each prompt, the numbers of the continuations that are still to be made.
+        total, done: numbers of continuations, with those of refused prompts.
+        failed: the indices of the prompts that could not be continued to their end.
     """
 
     def __init__(
@@ -78,12 +78,12 @@ class Answers:
         Args:
             output: the name of the file; None is stdout.
             jobs: the prompts with their settings.
-            resume: go on behind the lines that the file holds; a last line that is only half there is cut off.
-            order: "input" is that of the prompts, "completion" that in which they are finished.
+            resume: keep the lines that the file holds, and go on after them. A last line that is incomplete is cut off.
+            order: "input" is that of the prompts, "completion" that in which their continuations finish.
 
         Raises:
-            UsageError: the file holds something, and is not to be gone on with; it is not of these prompts; another
-                process is writing it; or it cannot be made.
+            UsageError: the file is not empty and `resume` is not set; its lines are no answers to these prompts;
+                another process is writing it; or it cannot be made.
         """
         self.in_order = order == "input"
         self.prompts, self.samples = [prompt for prompt, _ in jobs], [params.num_samples for _, params in jobs]
@@ -117,10 +117,10 @@ class Answers:
             self.file.close()
 
     def add(self, completion: Completion) -> None:
-        """Write a completion now, or once all before it are written.
+        """Write a completion now, or when all before it are written.
 
         Raises:
-            RunFailed: the file takes no more; it ends with the last whole line.
+            RunFailed: the file cannot be written to; it ends with the last whole line.
         """
         self.done += len(self.wanted[completion.index]) if completion.refused else 1
         if not self.in_order:
@@ -139,10 +139,10 @@ class Answers:
         self.file.write(to_line(completion, escaped=self.file.escaped))
 
     def _read(self, file: "_File") -> set[Place]:
-        """The places of the lines of an earlier run, of which each must be an answer to these prompts."""
+        """The places of an earlier run's answers. Raises `UsageError` for a line that is no answer to these prompts."""
         finished: set[Place] = set()
         *lines, rest = file.path.read_bytes().split(b"\n")
-        half = rest.startswith(BEGINNING[: len(rest)]) and not _is_json(rest)  # an answer that was cut off
+        half = rest.startswith(BEGINNING[: len(rest)]) and not _is_json(rest)  # an incomplete answer
         if not half:
             lines.append(rest)
         for number, line in enumerate(lines, 1):
@@ -165,27 +165,27 @@ class Answers:
             finished.add(place)
             if reason == "error":
                 self.failed.add(index)
-                if began is None:  # there are no others of it
+                if began is None:  # the only answer to its prompt
                     finished.update((index, n) for n in range(self.samples[index]))
         if half:
             file.cut(file.size - len(rest), len(lines))
         else:
             file.cut(file.size, len(lines) - 1)
-            file.write("")  # the end of the line
+            file.write("")  # the missing line break
         return finished
 
 
 class _Refused(RunFailed):
-    """The output takes no more."""
+    """The output cannot be written to."""
 
 
 class _Lines:
-    """A file, or whatever else has a descriptor, that takes lines one by one, each whole or not at all.
+    """Writes lines to a descriptor, each whole or not at all.
 
-    There is no buffer, so that nothing is left to be written when a write has failed.
+    There is no buffer, so that nothing is left to be written after a failure.
 
     Attributes:
-        size: bytes that were there at the start, of a regular file.
+        size: bytes that a regular file held at the start.
         count: lines so far.
     """
 
@@ -193,14 +193,14 @@ class _Lines:
     place = "stdout"  # or a path
 
     def __init__(self, descriptor: int, name: str, way_out: str):
-        """Takes the descriptor over. `name`, `way_out`: for the message when no more can be written."""
+        """Takes over the descriptor. `name`, `way_out`: for the message of a failure."""
         self.descriptor, self.name, self.way_out = descriptor, name, way_out
         self.regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
         self.size = os.fstat(descriptor).st_size if self.regular else 0
         self.count = 0
 
     def write(self, line: str) -> None:
-        # What JSON cannot hold as it is, a lone surrogate, becomes the escape that JSON has for it.
+        # UTF-8 has no lone surrogates, so they become escapes of JSON.
         left = (line + "\n").encode("ascii" if self.escaped else "utf-8", errors="backslashreplace")
         end = os.lseek(self.descriptor, 0, os.SEEK_END) if self.regular else 0
         try:
@@ -209,7 +209,7 @@ class _Lines:
                 left = left[os.write(self.descriptor, left) :]
         except BaseException as error:
             if self.regular:
-                os.ftruncate(self.descriptor, end)  # what was written of the line is taken back
+                os.ftruncate(self.descriptor, end)  # removes the part of the line that was written
             if not isinstance(error, OSError) or error.errno == errno.EPIPE:
                 raise
             whole = counted(self.count, "whole line")
@@ -221,7 +221,7 @@ class _Lines:
 
 
 class _File(_Lines):
-    """The file that `output` names, held against other processes."""
+    """The file that `output` names, locked against other processes."""
 
     def __init__(self, path: str):
         self.path = Path(path)
@@ -236,7 +236,7 @@ class _File(_Lines):
             raise UsageError(f"`output` {path} is being written by another process; wait for its end")
 
     def cut(self, size: int, lines: int) -> None:
-        """Go on behind so many bytes, which are so many lines."""
+        """Keep the first `size` bytes, which are `lines` lines, and go on after them."""
         os.ftruncate(self.descriptor, size)
         self.count = lines
 
@@ -263,7 +263,7 @@ class _Text:
 
 
 def _stdout() -> "_Lines | _Text":
-    """Stdout, in ASCII where it cannot hold all of Unicode. Raises `streams.StreamLost` where it was closed."""
+    """Stdout, in ASCII if it cannot hold all of Unicode. Raises `streams.StreamLost` if it was closed."""
     stream = sys.stdout
     if isinstance(stream, streams.Product):
         stream.check()
@@ -277,7 +277,7 @@ def _stdout() -> "_Lines | _Text":
 
 
 def to_line(completion: Completion, *, escaped: bool = False) -> str:
-    """A completion as a line of JSON; `escaped`: in ASCII alone."""
+    """A completion as a line of JSON; `escaped`: in ASCII."""
     record: dict[str, Any] = {
         "index": completion.index,
         "sample": completion.sample,
