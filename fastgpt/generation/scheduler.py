@@ -22,6 +22,7 @@ class Scheduler:
     Attributes:
         hits: tokens of prompts that were found in cached pages and not computed.
         preemptions: how many times a sequence lost its pages.
+        free_slots: the slots that no running sequence has; the last one is given out next.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class Scheduler:
         self.waiting: OrderedDict[Sample, None] = OrderedDict()  # in order; any of them is removed in constant time
         self.running: list[Sample] = []  # oldest first
         self.hits, self.preemptions = 0, 0
-        self._slots = list(reversed(range(max_batch)))
+        self.free_slots = list(reversed(range(max_batch)))
         self._batch: DecodeBatch | None = None  # of the last plan, if no sequence has come or gone since
         self._refused: tuple[Sample, int] | None = None  # the sequence that did not fit, and the free pages then
 
@@ -88,7 +89,7 @@ class Scheduler:
                     asked.append(chunk)
                     (one if len(chunk.tokens) == 1 else many).append(chunk)
                     budget -= len(chunk.tokens)
-        while budget and self.waiting and self._slots and self._admit(sample := next(iter(self.waiting))):
+        while budget and self.waiting and self.free_slots and self._admit(sample := next(iter(self.waiting))):
             del self.waiting[sample]
             chunk = self._chunk(sample, budget, [])
             asked.append(chunk)
@@ -132,7 +133,7 @@ class Scheduler:
     def fork(self, sample: Sample, sibling: Sample) -> bool:
         """Start a continuation of the same prompt on the same pages; False where the batch has no free slot."""
         assert sample.table is not None
-        if not self._slots:
+        if not self.free_slots:
             return False
         sibling.table = self.allocator.fork(sample.table)
         sample.granted = 0  # its last page is no longer its own
@@ -254,13 +255,13 @@ class Scheduler:
     def _run(self, sample: Sample) -> None:
         if not sample.generated:
             sample.tokens = list(sample.tokens)  # its siblings hold the same list until they run
-        sample.slot, self._batch = self._slots.pop(), None
+        sample.slot, self._batch = self.free_slots.pop(), None
         bisect.insort(self.running, sample, key=lambda other: other.order)
 
     def _stop(self, sample: Sample) -> None:
         assert sample.table is not None
         self.allocator.release(sample.table)
-        self._slots.append(sample.slot)
+        self.free_slots.append(sample.slot)
         sample.table, sample.slot, sample.decoding, sample.granted, self._batch = None, -1, None, 0, None
         self.running.remove(sample)
 

@@ -1,4 +1,4 @@
-"""Planning: who is computed in a step, in what order, within which budget; and that the pages' books always balance."""
+"""Planning: which sequences a forward pass computes, in what order, within which budget; pages are never lost."""
 
 import random
 
@@ -6,7 +6,7 @@ import pytest
 
 from fastgpt.config.generation import SamplingParams
 from fastgpt.generation.ngram import NgramProposer
-from fastgpt.generation.plan import Sample
+from fastgpt.generation.plan import Plan, Sample
 from fastgpt.generation.scheduler import Scheduler
 from fastgpt.model.kv_cache import PagedCache
 from tests.helpers.engines import BLOCK, CONFIG, P, check, check_plan, watched
@@ -30,8 +30,12 @@ def add(planner: Scheduler, *lengths: int, new: int = 8, seed: int = 0) -> list[
 
 
 def advance(planner: Scheduler) -> dict[int, int]:
-    """Plan a step and give every sequence that predicts its next token; how many tokens each request computed."""
-    plan = planner.plan()
+    """Plan a forward pass and carry it out; how many tokens each request computed."""
+    return carry_out(planner, planner.plan())
+
+
+def carry_out(planner: Scheduler, plan: Plan) -> dict[int, int]:
+    """Give every sequence that predicts its next token; how many tokens each request computed."""
     check_plan(planner, plan)
     for chunk in plan.chunks:
         if chunk.rows:
@@ -56,19 +60,26 @@ def test_sequences_that_decode_stay_a_batch_until_one_comes_or_goes():
     """Also where pages end, which only their own sequences notice."""
     planner = scheduler()
     samples = add(planner, 2, 3, 7, new=30)
-    batches = [advance(planner) and planner._batch for _ in range(12)]
+    batches = []
+    for _ in range(12):
+        plan = planner.plan()
+        batches.append(plan.batch)
+        carry_out(planner, plan)
     assert batches[0] is None  # prompts are read
     assert batches[2] is not None
     assert set(batches[2:]) == {batches[2]}
     planner.drop(samples[1])
-    advance(planner)
-    assert planner._batch.samples == [samples[0], samples[2]]
+    plan = planner.plan()
+    assert plan.batch is not None
+    assert plan.batch.samples == [samples[0], samples[2]]
+    carry_out(planner, plan)
     planner.add(Sample((9, 0), [1, 2], 2, SamplingParams(max_new_tokens=9)))
-    assert advance(planner) == {0: 1, 2: 1, 9: 2}
-    assert planner._batch is None
+    plan = planner.plan()
+    assert plan.batch is None
+    assert carry_out(planner, plan) == {0: 1, 2: 1, 9: 2}
 
 
-def test_a_finished_sequences_place_is_taken_in_the_next_step():
+def test_a_finished_sequences_place_is_taken_in_the_next_iteration():
     planner = scheduler(batch=2)
     first, *_ = add(planner, 2, 2, 2, 2, new=3)
     first.params = SamplingParams(max_new_tokens=1)

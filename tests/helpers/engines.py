@@ -20,12 +20,12 @@ CONFIG = ModelConfig(vocab_size=11, block_size=BLOCK, n_layer=1, n_head=1, n_emb
 
 
 def check(scheduler: Scheduler) -> None:
-    """What holds between any two steps."""
+    """What holds between any two iterations."""
     allocator, running = scheduler.allocator, scheduler.running
     page_size = allocator.page_size
     assert len(running) <= scheduler.max_batch
     slots = [sample.slot for sample in running]
-    assert sorted([*slots, *scheduler._slots]) == list(range(scheduler.max_batch))
+    assert sorted([*slots, *scheduler.free_slots]) == list(range(scheduler.max_batch))
     for queue in (running, list(scheduler.waiting)):
         assert [s.order for s in queue] == sorted({s.order for s in queue}), "not in the order in which they came"
     assert all(sample.table is None and sample.slot == -1 for sample in scheduler.waiting)
@@ -50,9 +50,7 @@ def check(scheduler: Scheduler) -> None:
             assert known == digest, "a page stands under another prefix's name"
     assert allocator.references == references
     unused = {page for page, count in enumerate(references) if count == 0}
-    assert set(allocator._empty) | set(allocator._cached) == unused
-    assert not set(allocator._empty) & set(allocator._cached)
-    assert allocator.free + allocator.used == allocator.pages
+    assert allocator.free == len(unused)
     assert allocator.used == allocator.pages - len(unused) <= allocator.peak <= allocator.pages
     for shared in holders.values():
         ends = [written for _, written in shared]
@@ -62,7 +60,7 @@ def check(scheduler: Scheduler) -> None:
 
 
 def check_plan(scheduler: Scheduler, plan: Plan) -> None:
-    """What holds for a step that is about to be computed."""
+    """What holds for a forward pass that is about to run."""
     allocator, chunks = scheduler.allocator, plan.chunks
     assert [len(chunk.tokens) == 1 for chunk in chunks] == [at < plan.decoding for at in range(len(chunks))]
     assert plan.tokens == sum(len(chunk.tokens) for chunk in chunks)
@@ -73,7 +71,7 @@ def check_plan(scheduler: Scheduler, plan: Plan) -> None:
     assert len(scheduler.running) <= scheduler.max_batch
     assert len({chunk.sample.order for chunk in chunks}) == len(chunks)
     if scheduler.running:
-        assert scheduler.running[0] in [chunk.sample for chunk in chunks], "the oldest goes on in every step"
+        assert scheduler.running[0] in [chunk.sample for chunk in chunks], "the oldest goes on in every iteration"
     if batch := plan.batch:
         P = allocator.page_size
         at = [(chunk.first, chunk.sample.table.pages[chunk.first // P]) for chunk in chunks]
@@ -91,13 +89,13 @@ def check_plan(scheduler: Scheduler, plan: Plan) -> None:
         assert chunk.tokens
         assert chunk.tokens == [*window[chunk.first : end], *chunk.draft]
         assert chunk.rows == (1 + len(chunk.draft) if end >= len(window) else 0)
-        # Full pages may be found by others already in the step that writes them; all else is one's own.
+        # Full pages may be found by others already in the forward pass that writes them; all other pages are its own.
         mine = range(chunk.first // allocator.page_size, allocator.pages_for(end))
         for page in (table.pages[i] for i in mine if i >= len(table.digests)):
             assert allocator.references[page] == 1, "a page that is written is another's too"
 
 
-def check_inputs(runner: Runner, plan: Plan, tokens: torch.Tensor, step: PagedBatch) -> None:
+def check_inputs(runner: Runner, plan: Plan, tokens: torch.Tensor, batch: PagedBatch) -> None:
     """What a forward pass reads is what the block tables say, written out anew; all else is padding."""
     P, N = runner.cache.allocator.page_size, plan.tokens
     wanted, at, slots = [], [], []
@@ -105,11 +103,11 @@ def check_inputs(runner: Runner, plan: Plan, tokens: torch.Tensor, step: PagedBa
         wanted += chunk.tokens
         at += (places := range(chunk.first, chunk.first + len(chunk.tokens)))
         slots += [chunk.sample.table.pages[place // P] * P + place % P for place in places]
-    padding = [-1] * (len(step.slots) - N)
-    assert (tokens[0, :N].tolist(), step.at[:N].tolist()) == (wanted, at)
-    assert step.slots.tolist() == slots + padding
+    padding = [-1] * (len(batch.slots) - N)
+    assert (tokens[0, :N].tolist(), batch.at[:N].tolist()) == (wanted, at)
+    assert batch.slots.tolist() == slots + padding
     chunks = list(plan.chunks)
-    for part in (step.decoding, step.reading):
+    for part in (batch.decoding, batch.reading):
         if part is None:
             continue
         lengths = [length for length in part.lengths.tolist() if length]
@@ -126,7 +124,7 @@ def check_inputs(runner: Runner, plan: Plan, tokens: torch.Tensor, step: PagedBa
 
 
 def watched(engine: Engine, most_steps: int = 20_000) -> Engine:
-    """The same engine, checked before, in and after every step; one that goes on for ever fails."""
+    """The same engine, checked before, in and after every forward pass; one that never ends fails."""
     plan, step, forward, steps = engine.scheduler.plan, engine.step, engine.runner.forward, 0
     planned = Plan()
 
@@ -136,10 +134,12 @@ def watched(engine: Engine, most_steps: int = 20_000) -> Engine:
         check_plan(engine.scheduler, planned)
         return planned
 
-    def checked_forward(tokens: torch.Tensor, step: PagedBatch, rows: torch.Tensor | None) -> torch.Tensor:
-        if tokens.device.type == "cpu" and (step.slots >= 0).any():  # a graph is captured on padding, and must not wait
-            check_inputs(engine.runner, planned, tokens, step)
-        return forward(tokens, step, rows)
+    def checked_forward(tokens: torch.Tensor, batch: PagedBatch, rows: torch.Tensor | None) -> torch.Tensor:
+        if (
+            tokens.device.type == "cpu" and (batch.slots >= 0).any()
+        ):  # a graph is captured on padding, and must not wait
+            check_inputs(engine.runner, planned, tokens, batch)
+        return forward(tokens, batch, rows)
 
     def checked_step() -> list[Piece]:
         nonlocal steps
@@ -160,7 +160,7 @@ def answer(
     completions = engine.generate(prompts, params)
     assert not engine.busy
     assert (engine.scheduler.running, list(engine.scheduler.waiting), engine.scheduler.allocator.used) == ([], [], 0)
-    assert not engine._outputs
+    assert engine.queued == 0
     return completions
 
 
