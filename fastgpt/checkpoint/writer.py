@@ -14,7 +14,7 @@ import torch
 
 from fastgpt.checkpoint import store
 from fastgpt.checkpoint.store import Snapshot
-from fastgpt.system.device import is_out_of_memory
+from fastgpt.system import out_of_memory
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,9 @@ class Saver:
         """
         assert self.pending is None
         if self.beside:
-            try:
+            with out_of_memory.caught() as shortage:
                 snapshot = snapshot.copied(self.memory)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
+            if shortage.reason is not None:
                 self.beside = False
                 self.memory.clear()  # what of the copy there was room for
         pending: Future[Outcome] = Future()
@@ -91,13 +89,13 @@ class Saver:
 
     def _write(self, snapshot: Snapshot, best_step: int, describe: Callable[[], None]) -> Outcome:
         folder, saved = store.folder_of(self.out_dir, snapshot.step), False
-        try:
-            describe()
-            store.save(self.out_dir, snapshot, best_step)
-            saved = True
-            store.prune(self.out_dir, self.keep_last)
-        except (OSError, RuntimeError, MemoryError) as error:
-            if not (isinstance(error, OSError) or is_out_of_memory(error)):
-                raise
-            return Outcome(snapshot.step, folder, saved, error)
-        return Outcome(snapshot.step, folder, saved)
+        with out_of_memory.caught() as shortage:
+            try:
+                describe()
+                store.save(self.out_dir, snapshot, best_step)
+                saved = True
+                store.prune(self.out_dir, self.keep_last)
+            except OSError as error:
+                return Outcome(snapshot.step, folder, saved, error)
+            return Outcome(snapshot.step, folder, saved)
+        return Outcome(snapshot.step, folder, saved, MemoryError(shortage.reason))

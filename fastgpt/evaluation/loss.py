@@ -10,7 +10,7 @@ from fastgpt.config.training import TrainConfig
 from fastgpt.data.corpus import Corpus
 from fastgpt.data.loader import IGNORED, Counted, Loader
 from fastgpt.model.gpt import GPT
-from fastgpt.system.device import is_out_of_memory
+from fastgpt.system import out_of_memory
 from fastgpt.system.units import counted
 
 WHOLE_SPLIT_LIMIT = 1_000_000  # tokens, where --eval_iters does not say
@@ -111,12 +111,10 @@ def mean_loss(
 
 def _loss(model: GPT, x: torch.Tensor, y: torch.Tensor) -> float:
     """The mean loss of a batch, (B, T) each, in nats over the targets that count."""
-    try:
+    if len(x) == 1:
         return model(x, y).item()
-    except (RuntimeError, MemoryError) as error:
-        if len(x) == 1 or not is_out_of_memory(error):
-            raise
-    # Not in the except block, where the exception would keep what the batch took.
+    with out_of_memory.caught():
+        return model(x, y).item()
     middle = len(x) // 2
     halves = [(x[part], y[part]) for part in (slice(middle), slice(middle, None))]
     counts = [int((targets != IGNORED).sum()) for _, targets in halves]

@@ -20,7 +20,8 @@ from fastgpt.generation.scheduler import Chunk, LastToken, Plan
 from fastgpt.model.gpt import GPT
 from fastgpt.model.kv_cache import PagedBatch, PagedCache, Part
 from fastgpt.ops.table import Ops
-from fastgpt.system.device import is_out_of_memory, send
+from fastgpt.system import out_of_memory
+from fastgpt.system.device import send
 
 RECOMPILE_LIMIT = 256  # of all engines of a process; each compiles a few kinds of steps
 
@@ -147,18 +148,15 @@ class Runner:
             return None
         size = self.graph_sizes[at]
         if size not in self.graphs:
-            try:
+            with out_of_memory.caught() as shortage:
                 self.graphs[size] = DecodeGraph(self, size)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
+            if shortage.reason is not None:
+                torch.cuda.empty_cache()  # now that nothing of the failed capture is referred to
                 self.graph_sizes = sorted(self.graphs)
                 warnings.warn(
                     f"no memory for CUDA graphs of {size} sequences or more: they decode without; lower --kv_memory",
                     stacklevel=2,
                 )
-            if size not in self.graphs:
-                torch.cuda.empty_cache()  # now that nothing of the failed capture is referred to
                 return None
         return self.graphs[size]
 

@@ -36,9 +36,9 @@ def check_training(config: TrainConfig, device: torch.device) -> None:
     _check(B * steps * TOKEN, CPU, f"--gradient_accumulation_steps {steps} with --batch_size {B} takes")
 
 
-def lacking(where: str, config: ModelConfig, error: BaseException | str) -> str:
+def lacking(where: str, config: ModelConfig, message: str | None) -> str:
     """The message of a run that has no memory left: where, what a smaller one would have less of, what was raised."""
-    reason = next((line for line in str(error).splitlines() if line.strip()), "")
+    reason = next((line for line in (message or "").splitlines() if line.strip()), "")
     return (
         f"out of memory {where}; lower --block_size {config.block_size}, --n_layer {config.n_layer} or "
         f"--n_embd {config.n_embd} in a new run, or free memory{f' ({reason:.120})' if reason else ''}"

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from fastgpt.config.choices import DTYPES
-from fastgpt.errors import RunFailed, UsageError, nearest, shown
+from fastgpt.errors import UsageError, nearest, shown
 from fastgpt.system.units import counted
 
 # Dense 16-bit tensor-core peaks in FLOP/s, by the name that the driver gives; from NVIDIA's data sheets.
@@ -25,13 +25,6 @@ PEAK_FLOPS = {
     "NVIDIA L40S": 362e12,
     "NVIDIA GeForce RTX 4090": 165e12,
 }
-
-
-# oneDNN, which multiplies matrices on a CPU, names what it could not make: a scratchpad, or the code of a product.
-OUT_OF_MEMORY = re.compile(
-    "DefaultCPUAllocator|MPS backend out of memory|CUDA error: out of memory|std::bad_alloc|"
-    "could not (create|execute) a (primitive|memory)"
-)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -140,16 +133,6 @@ def free_memory(device: torch.device) -> int:
     if device.type == "mps":
         return max(0, torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
     return min(_machine_memory(), _cgroup_memory())
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that the device, or the machine, has no memory left."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    if isinstance(error, RunFailed):  # our own message, which may quote one
-        return False
-    # PyTorch has no class of its own for those of CPUs, of Apple GPUs, and of making a CUDA graph ready.
-    return isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def parse_memory(text: str, device: torch.device) -> int:

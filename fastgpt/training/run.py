@@ -35,10 +35,9 @@ from fastgpt.model import memory
 from fastgpt.model.gpt import GPT
 from fastgpt.ops import autotune, table
 from fastgpt.ops.workload import Workload
-from fastgpt.system import contention, finite, threads
+from fastgpt.system import contention, finite, out_of_memory, threads
 from fastgpt.system.device import (
     autocast,
-    is_out_of_memory,
     peak_flops,
     peak_memory,
     resolve_device,
@@ -81,17 +80,13 @@ def train(config: TrainConfig, sample: Sample) -> RunSummary:
     if config.warmup_iters is None:
         config = with_warmup(config)
     run_folder.check_free(Path(config.out_dir))
-    try:
-        with threads.restored(), Signals(patient=False) as noted:
-            run = Run(config, sample)
-            with run_folder.locked(run.out_dir):
-                run.open()
-                return run.train(noted)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        # In an update, for one, and then half of the weights may have changed: nothing is saved.
-        raise RunFailed(memory.lacking("outside of forward and backward passes", config, error)) from None
+    with out_of_memory.caught() as shortage, threads.restored(), Signals(patient=False) as noted:
+        run = Run(config, sample)
+        with run_folder.locked(run.out_dir):
+            run.open()
+            return run.train(noted)
+    # In an update, for one, and then half of the weights may have changed: nothing is saved.
+    raise RunFailed(memory.lacking("outside of forward and backward passes", config, shortage.reason))
 
 
 class Run:
@@ -281,15 +276,10 @@ class Run:
         while True:
             batches = self.micro_batches.of_step(place)
             self.display.begin("micro", self.progress.step, len(batches))
-            try:
+            with out_of_memory.caught() as shortage:
                 loss = self.step.accumulate(self.progress.step, batches, self._is_step_to_stop)
                 break
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                reason = str(error)
-            # Not in the except block, where the exception would keep what the step took.
-            self._divide_micro_batches(reason)
+            self._divide_micro_batches(shortage.reason)
         if loss is None:
             self.step.abandon()
             self.watch.drop()
@@ -309,7 +299,7 @@ class Run:
         with self.watch.paused():
             return self._is_asked_to_stop()
 
-    def _divide_micro_batches(self, reason: str) -> None:
+    def _divide_micro_batches(self, reason: str | None) -> None:
         """After a step ran out of memory: make the micro-batches smaller, or save what is done and give up."""
         self.step.abandon()
         if self.device.type == "cuda":
@@ -394,18 +384,13 @@ class Run:
             self.display.reach(next(done))
             return self._is_asked_to_stop()
 
-        try:
+        with out_of_memory.caught() as shortage:
             return evaluation_loss.mean_loss(
                 self.model, self.evaluation.batches(self.val_loader), autocast(self.device, self.dtype), stopping
             )
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            reason = str(error)
-        # Not in the except block, where the exception would keep what the evaluation took.
         self._save_the_rest()
         where = f"in the evaluation after step {self.progress.step} with one sequence at a time"
-        raise RunFailed(memory.lacking(where, self.config, reason))
+        raise RunFailed(memory.lacking(where, self.config, shortage.reason))
 
     def _is_asked_to_stop(self) -> bool:
         """Do what signals want, between two batches: write a checkpoint of the last step, or stop.
@@ -569,14 +554,12 @@ class Run:
         self.model.eval()
         opening = self.data.opening()
         try:
-            pieces = self.sample(self.model, self.data.tokenizer, opening, self.config.seed)
-            return opening + "".join(itertools.takewhile(lambda _: not stopping(), pieces))
+            with out_of_memory.caught():
+                pieces = self.sample(self.model, self.data.tokenizer, opening, self.config.seed)
+                return opening + "".join(itertools.takewhile(lambda _: not stopping(), pieces))
+            return "(out of memory)"
         except RunFailed as error:
             return f"({error})"
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            return "(out of memory)"
         finally:
             self.model.train()
 

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from fastgpt.evaluation import loss as evaluation_loss
 from fastgpt.generation.generator import TextGenerator
 from fastgpt.model.gpt import GPT
 from fastgpt.system import files
-from fastgpt.system.device import is_out_of_memory
+from fastgpt.system.out_of_memory import caught, is_out_of_memory
 from fastgpt.training import optimizer
 from fastgpt.training.run import Run
 from fastgpt.training.state import TrainingState
@@ -58,6 +59,26 @@ def test_what_says_that_memory_ran_out():
     assert all(is_out_of_memory(error) for error in ERRORS)
     assert not any(is_out_of_memory(kind("could not create a file")) for kind in (RuntimeError, ValueError))
     assert not is_out_of_memory(ValueError("could not create a primitive"))
+
+
+@pytest.mark.parametrize("error", ERRORS[:3], ids=lambda error: type(error).__name__)
+def test_after_the_block_nothing_keeps_what_was_taken_in_it(error: Exception):
+    taken: list[weakref.ref] = []
+
+    def greedy() -> None:
+        tensor = torch.zeros(3)
+        taken.append(weakref.ref(tensor))
+        raise type(error)(str(error))
+
+    with caught() as shortage:
+        greedy()
+    assert taken[0]() is None
+    assert shortage.reason == str(error)
+    with caught() as enough:
+        pass
+    assert enough.reason is None
+    with pytest.raises(ZeroDivisionError), caught():
+        raise ZeroDivisionError
 
 
 @pytest.mark.parametrize("error", ERRORS[:4], ids=lambda error: type(error).__name__)
