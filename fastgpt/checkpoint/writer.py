@@ -1,4 +1,9 @@
-"""Who writes a run's checkpoints: the training loop itself, or a thread beside it.
+"""Writes a run's checkpoints: in the training loop, or in a background thread.
+
+    with BackgroundWriter(out_dir, keep_last=3) as writer:
+        writer.save(snapshot, best_step, describe)
+        ...                                          # train on
+        outcome = writer.poll()                      # None until it is written
 
 The thread only writes and hashes bytes. It computes nothing with PyTorch: on a CPU, where training already has a
 thread on each core, a second one that starts PyTorch's own threads makes every operation of both several times slower.
@@ -19,7 +24,11 @@ from fastgpt.system import out_of_memory
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a save; `error` is why nothing was saved, or checkpoints stayed that should have gone."""
+    """What became of a save.
+
+    Attributes:
+        error: why nothing was saved or, if it was saved, why older checkpoints were not deleted.
+    """
 
     step: int
     folder: Path
@@ -27,67 +36,63 @@ class Outcome:
     error: Exception | None = None
 
 
-class Saver:
-    """Writes the checkpoints of one run, one at a time.
+class NoBackground(RuntimeError):
+    """There is no memory for the copy of a checkpoint, or no thread to write it."""
+
+
+class Writer:
+    """Writes the checkpoints of one run, one at a time; training waits for each.
 
     Args:
-        keep_last: checkpoints that stay beside the best one.
-        beside: write in a thread, from a copy in the host's memory; afterwards, whether it still does.
+        keep_last: checkpoints that are kept beside the best one.
     """
 
-    def __init__(self, out_dir: Path, keep_last: int, *, beside: bool):
-        self.out_dir, self.keep_last, self.beside = out_dir, keep_last, beside
-        self.memory: dict[str, torch.Tensor] = {}
+    def __init__(self, out_dir: Path, keep_last: int):
+        self.out_dir, self.keep_last = out_dir, keep_last
         self.pending: Future[Outcome] | None = None
 
-    def __enter__(self) -> "Saver":
+    def __enter__(self) -> "Writer":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None or issubclass(kind, Exception):  # a second signal does not wait
-            self.outcome(wait=True)
+            self.wait()
 
     def save(self, snapshot: Snapshot, best_step: int, describe: Callable[[], None]) -> None:
-        """Write a checkpoint, or begin to. `outcome` tells what became of it, and is to be asked before the next one.
-
-        Where there is no memory for the copy, or no thread can be had, all are written at once from then on.
+        """Write a checkpoint, or begin to; the outcome of the one before it must have been taken.
 
         Args:
             describe: writes what else the checkpoint needs in the run's folder.
         """
-        assert self.pending is None
-        if self.beside:
-            with out_of_memory.caught() as shortage:
-                snapshot = snapshot.copied(self.memory)
-            if shortage.reason is not None:
-                self.beside = False
-                self.memory.clear()  # what of the copy there was room for
-        pending: Future[Outcome] = Future()
+        self.pending = self._new_pending()
+        self._write(self.pending, snapshot, best_step, describe)
 
-        def write() -> None:
-            try:
-                pending.set_result(self._write(snapshot, best_step, describe))
-            except BaseException as error:
-                pending.set_exception(error)
+    def poll(self) -> Outcome | None:
+        """What became of the last save, once; None if it is under way, or its outcome was taken before."""
+        return self.wait() if self.pending is not None and self.pending.done() else None
 
-        if self.beside:
-            try:
-                Thread(target=write, name="checkpoint", daemon=True).start()
-            except RuntimeError:  # the system has no thread left
-                self.beside = False
-        if not self.beside:
-            write()
-            self.memory.clear()
-        self.pending = pending
+    def wait(self) -> Outcome | None:
+        """What became of the last save, once, and when it is written; None if its outcome was taken before.
 
-    def outcome(self, wait: bool) -> Outcome | None:
-        """What became of the last save, once; None where that was told, or is not known yet."""
-        if self.pending is None or not (wait or self.pending.done()):
-            return None
+        Raises:
+            Exception: a defect; what the disk or the memory refuses is in the outcome.
+        """
         pending, self.pending = self.pending, None
-        return pending.result()
+        return None if pending is None else pending.result()
 
-    def _write(self, snapshot: Snapshot, best_step: int, describe: Callable[[], None]) -> Outcome:
+    def _new_pending(self) -> Future[Outcome]:
+        assert self.pending is None, "the outcome of the save before it was not taken"
+        return Future()
+
+    def _write(
+        self, pending: Future[Outcome], snapshot: Snapshot, best_step: int, describe: Callable[[], None]
+    ) -> None:
+        try:
+            pending.set_result(self._outcome(snapshot, best_step, describe))
+        except BaseException as error:
+            pending.set_exception(error)
+
+    def _outcome(self, snapshot: Snapshot, best_step: int, describe: Callable[[], None]) -> Outcome:
         folder, saved = store.folder_of(self.out_dir, snapshot.step), False
         with out_of_memory.caught() as shortage:
             try:
@@ -99,3 +104,30 @@ class Saver:
                 return Outcome(snapshot.step, folder, saved, error)
             return Outcome(snapshot.step, folder, saved)
         return Outcome(snapshot.step, folder, saved, MemoryError(shortage.reason))
+
+
+class BackgroundWriter(Writer):
+    """Writes in a thread, from a copy in the host's memory, while training goes on."""
+
+    def __init__(self, out_dir: Path, keep_last: int):
+        super().__init__(out_dir, keep_last)
+        self.memory: dict[str, torch.Tensor] = {}  # of the copy, kept for the next one
+
+    def save(self, snapshot: Snapshot, best_step: int, describe: Callable[[], None]) -> None:
+        """Begin to write a checkpoint.
+
+        Raises:
+            NoBackground: nothing was begun; a `Writer` can write it.
+        """
+        pending, copy = self._new_pending(), None
+        with out_of_memory.caught():
+            copy = snapshot.copied(self.memory)
+        if copy is None:
+            self.memory.clear()  # the part of the copy that there was room for
+            raise NoBackground("no memory for a copy of the checkpoint")
+        thread = Thread(target=self._write, args=(pending, copy, best_step, describe), name="checkpoint", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            raise NoBackground("the system has no thread left") from None
+        self.pending = pending

@@ -1,6 +1,6 @@
-"""Progress of a run on stderr: one live line on a terminal, plain lines elsewhere.
+"""Shows the progress of a run on stderr: as one live line on a terminal, as plain lines elsewhere.
 
-The live line is there from the first micro-batch on, and drops whole fields, the least important first, until it fits.
+The live line appears with the first micro-batch. If it is too long it drops whole fields, the least important first.
 """
 
 import sys
@@ -14,90 +14,103 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fastgpt.loggers.jsonl import Record
+from fastgpt.checkpoint.progress import Progress
+from fastgpt.loggers.base import Logger, Record
 from fastgpt.system.streams import Lasting
 from fastgpt.system.units import format_bytes, format_seconds
 
 BAR_WIDTH, BAR_RANK = 10, 6
 GAP = 2  # columns between two fields
 LOSS_RANK = 1
-LONG = 10.0  # seconds of a step, from which on its micro-batches are told of
-SLOW = 1.0  # seconds of a step or an evaluation, after which the live line counts its batches
-SILENCE = 60.0  # seconds after which a plain line tells of micro-batches too
+LONG = 10.0  # seconds of a step from which its micro-batches are reported
+SLOW = 1.0  # seconds of a step or an evaluation after which the live line counts its batches
+SILENCE = 60.0  # seconds after which a plain line reports micro-batches as well
 
 
 @dataclass(frozen=True)
 class Field:
-    """A part of the progress line. Those of the highest rank are dropped first; rank 0 stays."""
+    """A part of the progress line. The highest rank is dropped first; rank 0 is never dropped."""
 
     text: str
     rank: int
 
 
 def fitting(fields: Sequence[Field], width: int) -> list[Field]:
-    """The fields that one line of so many columns has room for."""
+    """The fields that fit into a line of `width` columns."""
     kept = list(fields)
     while sum(len(field.text) + GAP for field in kept) - GAP > width and (last := max(f.rank for f in kept)):
         kept = [field for field in kept if field.rank != last]
     return kept
 
 
-class Display:
+class Display(Logger):
     """Shows how far a run is. Samples go to stdout.
 
     Args:
         total: steps of the run.
         uniform: loss of a guess in which all tokens are alike, shown beside the first loss; None: not shown.
-        settled: micro-batches after which the time of the next ones can be told; 2 where the first one compiles.
+        settled: micro-batches after which the time of the next ones can be estimated; 2 if the first one compiles.
     """
+
+    name = "console"
 
     def __init__(self, console: Console, total: int, uniform: float | None = None, settled: int = 1):
         self.console, self.total, self.uniform, self.settled = console, total, uniform, settled
-        self.record: Record | None = None  # the latest
-        self.val_loss: float | None = None
+        self.progress = Progress()
+        self.record: Record | None = None  # the latest with a training loss
+        self.val_loss: float | None = None  # when that was logged
         self.name, self.step, self.done, self.count = "", 0, 0, 1  # micro-batches of a step, batches of an evaluation
         self.began = self.spoke = time.monotonic()  # when that began, and when the last line was written
-        self.start: int | None = None  # steps done before the first one here
+        self.first_step: int | None = None  # steps that were done before the first one of this process
         self.first = 0.0  # seconds of the first micro-batch
         self.estimate: float | None = None  # seconds of a step, told by the micro-batches of the first one
         self.live: Live | None = None
         if console.is_terminal:
             self.live = Live(console=console, get_renderable=self._line, redirect_stdout=False, redirect_stderr=False)
 
-    def __enter__(self) -> "Display":
-        if self.live:
+    def start(self, progress: Progress) -> None:
+        self.progress = progress
+        if progress.step:  # the next loss is not that of a model which knows nothing
+            self.uniform = None
+        if self.live and not self.live.is_started:
             self.live.start()
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        if self.live:
-            self.live.stop()
-
-    def begin(self, name: str, step: int, count: int) -> None:
-        """Begin the `count` micro-batches ("micro") of the step after `step`, or batches of the evaluation after it."""
-        self.name, self.step, self.done, self.count = name, step, 0, count
-        self.began = time.monotonic()
-        if name == "micro" and self.start is None:
-            self.start = step
-
-    def reach(self, done: int) -> None:
-        """So many of what was begun are done."""
-        self.done, now = done, time.monotonic()
-        if self.name == "micro" and self.step == self.start:
-            self._estimate(now - self.began)
-        if self.live is None and now - self.spoke >= SILENCE and 0 < done < self.count:
-            left = format_seconds((now - self.began) / done * (self.count - done))
-            what = "step" if self.name == "micro" else self.name
-            self.say(f"step {self.step}/{self.total}  {self.name} {done}/{self.count}  {left} left in this {what}")
-
-    def show(self, record: Record, val_loss: float | None) -> None:
-        """Show a training record beside the latest val loss."""
-        self.record, self.val_loss, self.step, self.done = record, val_loss, record["step"], 0
+    def log(self, record: Record) -> None:
+        """Show a training record beside the latest val loss; evaluations and skipped steps have lines of their own."""
+        if "loss" not in record:
+            return
+        self.record, self.val_loss, self.step, self.done = record, self.progress.val_loss, record["step"], 0
         if self.live is None:
             self.say("  ".join(field.text for field in self._fields()))
         elif self.uniform is not None:
             self.say("  ".join(field.text for field in self._fields() if field.rank <= LOSS_RANK))
         self.uniform = None
+
+    def finish(self, error: BaseException | None) -> str | None:
+        if self.live:
+            self.live.stop()
+        return None
+
+    def begin(self, name: str, step: int, count: int) -> None:
+        """Begin `count` batches: the micro-batches ("micro") of the next step, or those of an evaluation.
+
+        Args:
+            step: steps that are done.
+        """
+        self.name, self.step, self.done, self.count = name, step, 0, count
+        self.began = time.monotonic()
+        if name == "micro" and self.first_step is None:
+            self.first_step = step
+
+    def reach(self, done: int) -> None:
+        """Show that `done` of the batches are done."""
+        self.done, now = done, time.monotonic()
+        if self.name == "micro" and self.step == self.first_step:
+            self._estimate(now - self.began)
+        if self.live is None and now - self.spoke >= SILENCE and 0 < done < self.count:
+            left = format_seconds((now - self.began) / done * (self.count - done))
+            what = "step" if self.name == "micro" else self.name
+            self.say(f"step {self.step}/{self.total}  {self.name} {done}/{self.count}  {left} left in this {what}")
 
     def say(self, text: str) -> None:
         """A line that stays."""
@@ -113,7 +126,7 @@ class Display:
             self.live.start()
 
     def _estimate(self, seconds: float) -> None:
-        """Tell the time of a step by its micro-batches so far; the first one is slower, and counts only alone."""
+        """Estimate the time of a step from its micro-batches so far; the first is slower, and is left out if it can."""
         if self.done == 1:
             self.first = seconds
         others = self.done - 1
@@ -151,7 +164,7 @@ class Display:
         return fields
 
     def _line(self) -> Table:
-        """The live line, as wide as the terminal is now."""
+        """The live line, fitted to the terminal's present width."""
         width = self.console.width
         bar = Field(" " * BAR_WIDTH, BAR_RANK)
         fields = fitting([bar, *self._fields()], width)
@@ -167,5 +180,5 @@ class Display:
 
 
 def print_product(text: str) -> None:
-    """Print to stdout, for as long as somebody reads it."""
+    """Print to stdout; once the output was closed, nothing is printed and nothing fails."""
     print(text, file=Lasting(sys.stdout), flush=True)

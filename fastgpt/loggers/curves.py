@@ -1,4 +1,4 @@
-"""The curves of a run, as pictures in its folder."""
+"""Draws the curves of a run into its folder, from what metrics.jsonl says."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -6,12 +6,32 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastgpt.loggers.jsonl import Record, read_metrics
+from fastgpt.checkpoint.progress import Progress
+from fastgpt.loggers.base import Logger, Record
+from fastgpt.loggers.jsonl import NAME, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 LARGEST = 1e15  # steps, tokens, nats
+
+
+class Curves(Logger):
+    """Draws `plots/loss.png` when a run has ended, unless an error ended it."""
+
+    name = "curves"
+
+    def __init__(self, out_dir: Path):
+        self.out_dir = out_dir
+
+    def start(self, progress: Progress) -> None:
+        """Nothing: the picture is drawn from a file."""
+
+    def log(self, record: Record) -> None:
+        """Nothing: the picture is drawn from a file."""
+
+    def finish(self, error: BaseException | None) -> str | None:
+        return str(plot_loss(self.out_dir)) if error is None else None
 
 
 def plot_loss(out_dir: Path) -> Path:
@@ -21,7 +41,7 @@ def plot_loss(out_dir: Path) -> Path:
     """
     from matplotlib.figure import Figure
 
-    found = read_metrics(out_dir / "metrics.jsonl")
+    found = read_metrics(out_dir / NAME)
     records = [record for record in found if all(_is_drawn(record.get(key)) for key in ("step", "tokens"))]
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.subplots()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from fastgpt.checkpoint import safetensors_file, store
 from fastgpt.checkpoint.store import MANIFEST, MODEL, OPTIMIZER, STATE, capture, verify
-from fastgpt.checkpoint.writer import Saver
+from fastgpt.checkpoint.writer import BackgroundWriter, Writer
 from fastgpt.config.training import TrainConfig
 from fastgpt.errors import CorruptCheckpoint, UsageError
 from fastgpt.model.gpt import GPT
@@ -237,8 +237,8 @@ def test_steps_of_a_time_that_was_undone_go_with_the_next_save(tmp_path: Path):
     assert store.find(tmp_path, "latest").name == "step-000002"
 
 
-@pytest.mark.parametrize("beside", [False, True])
-def test_nothing_old_goes_before_the_new_one_is_whole(tmp_path: Path, monkeypatch, beside: bool):
+@pytest.mark.parametrize("kind", [Writer, BackgroundWriter])
+def test_nothing_old_goes_before_the_new_one_is_whole(tmp_path: Path, monkeypatch, kind: type[Writer]):
     parts, fsync = trained(), os.fsync
     for taken in itertools.count():
         run, calls = tmp_path / str(taken), itertools.count()
@@ -252,9 +252,9 @@ def test_nothing_old_goes_before_the_new_one_is_whole(tmp_path: Path, monkeypatc
 
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", full)
-            saver = Saver(run, keep_last=1, beside=beside)
-            saver.save(capture(4, *parts, {}), 4, lambda: None)
-            outcome = saver.outcome(wait=True)
+            writer = kind(run, keep_last=1)
+            writer.save(capture(4, *parts, {}), 4, lambda: None)
+            outcome = writer.wait()
         verify(store.find(run, "latest"))
         verify(store.find(run, "best"))
         if outcome.error is None:

@@ -18,7 +18,7 @@ import torch
 from fastgpt import cli, generate, train
 from fastgpt.checkpoint import store
 from fastgpt.checkpoint.store import capture
-from fastgpt.checkpoint.writer import Saver
+from fastgpt.checkpoint.writer import BackgroundWriter, Writer
 from fastgpt.config.training import TrainConfig
 from fastgpt.evaluation import loss
 from fastgpt.loggers import curves
@@ -88,14 +88,14 @@ class Disk:
 
 def between_steps(patch: pytest.MonkeyPatch, what: Callable[[int], None]) -> None:
     """Let something happen before each step that is taken, and after the save before it; it is given the number."""
-    step = Run._train_step
+    step = Run.take_step
 
     def stepped(self) -> None:
-        self._tell_of_save(wait=True)
-        what(self.progress.step + 1)
+        self.checkpoints.wait()
+        what(self.state.progress.step + 1)
         step(self)
 
-    patch.setattr(Run, "_train_step", stepped)
+    patch.setattr(Run, "take_step", stepped)
 
 
 def whole_run(out: Path = Path("out")) -> None:
@@ -312,14 +312,15 @@ class TestDuringTraining:
     def test_a_limit_on_the_size_of_files(self, flags: str, raised: bool):
         """As a program: the kernel itself refuses, in the middle of a file, and cuts a line of metrics short."""
         code = (
-            "import resource, sys; from fastgpt import cli, train; step = Run._train_step\n"
+            "import resource, sys; from fastgpt import cli, train\n"
+            "from fastgpt.training.run import Run; step = Run.take_step\n"
             "def limit(size): resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))\n"
             "def stepped(self):\n"
-            "    self._tell_of_save(wait=True)\n"
-            "    if self.progress.step == 4: limit(1000)\n"
-            f"    if self.progress.step == 10 and {raised}: limit(resource.RLIM_INFINITY)\n"
+            "    self.checkpoints.wait()\n"
+            "    if self.state.progress.step == 4: limit(1000)\n"
+            f"    if self.state.progress.step == 10 and {raised}: limit(resource.RLIM_INFINITY)\n"
             "    step(self)\n"
-            "Run._train_step = stepped\n"
+            "Run.take_step = stepped\n"
             "sys.exit(cli.run(train.main))"
         )
         whole = run(STEPS, "whole")
@@ -366,7 +367,7 @@ def save_refused_at(moment: int, flags: str, which: int = 2, number: int = errno
         count, saves = itertools.count(), itertools.count(1)
         writer: list[int] = []  # with --async_save the loop goes on to write metrics meanwhile
         disk = Disk("out", lambda event, path: threading.get_ident() in writer and next(count) == moment)
-        write = Saver._write
+        write = Writer._outcome
 
         def watched(self, *arguments):
             writer[:] = [threading.get_ident()]
@@ -382,7 +383,7 @@ def save_refused_at(moment: int, flags: str, which: int = 2, number: int = errno
                     store.verify(store.find(Path("out"), "latest"))
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Saver, "_write", watched)
+            patch.setattr(Writer, "_outcome", watched)
             # With one that does not fail, the next would hide what is lost.
             return train_here(f"--max_iters 6 --eval_interval 3 --dropout 0.1 {flags}")
 
@@ -450,59 +451,59 @@ class TestEveryStepThatReachesTheDisk:
 CONFIG = TrainConfig(vocab_size=11, block_size=8, n_layer=1, n_head=2, n_embd=8)
 
 
-class TestSaver:
+class TestWriter:
     @pytest.fixture
     def parts(self) -> tuple[GPT, torch.optim.Optimizer]:
         model = GPT(CONFIG)
         return model, make_optimizer(model, CONFIG)
 
-    @pytest.fixture(params=[False, True], ids=["here", "beside"])
-    def saver(self, request, tmp_path: Path) -> Saver:
-        return Saver(tmp_path / "run", 2, beside=request.param)
+    @pytest.fixture(params=[Writer, BackgroundWriter])
+    def writer(self, request, tmp_path: Path) -> Writer:
+        return request.param(tmp_path / "run", 2)
 
-    def test_what_is_no_error_of_the_disk_comes_out(self, saver: Saver, parts):
+    def test_what_is_no_error_of_the_disk_comes_out(self, writer: Writer, parts):
         def broken() -> None:
             raise ZeroDivisionError("a defect")
 
-        saver.save(capture(1, *parts, {}), 0, broken)
+        writer.save(capture(1, *parts, {}), 0, broken)
         with pytest.raises(ZeroDivisionError, match="a defect"):
-            saver.outcome(wait=True)
-        assert saver.outcome(wait=True) is None  # it is told once
-        saver.save(capture(2, *parts, {}), 0, lambda: None)
-        assert saver.outcome(wait=True).saved
+            writer.wait()
+        assert writer.wait() is None  # it is told once
+        writer.save(capture(2, *parts, {}), 0, lambda: None)
+        assert writer.wait().saved
 
-    def test_what_is_no_error_of_the_disk_comes_out_at_the_end_at_the_latest(self, saver: Saver, parts):
+    def test_what_is_no_error_of_the_disk_comes_out_at_the_end_at_the_latest(self, writer: Writer, parts):
         def broken() -> None:
             raise ZeroDivisionError
 
-        with pytest.raises(ZeroDivisionError), saver:
-            saver.save(capture(1, *parts, {}), 0, broken)
+        with pytest.raises(ZeroDivisionError), writer:
+            writer.save(capture(1, *parts, {}), 0, broken)
 
-    def test_what_describes_the_run_comes_first_and_is_part_of_the_save(self, saver: Saver, parts):
+    def test_what_describes_the_run_comes_first_and_is_part_of_the_save(self, writer: Writer, parts):
         def full() -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        saver.save(capture(1, *parts, {}), 0, full)
-        outcome = saver.outcome(wait=True)
+        writer.save(capture(1, *parts, {}), 0, full)
+        outcome = writer.wait()
         assert (outcome.step, outcome.saved, outcome.error.errno) == (1, False, errno.ENOSPC)
-        assert not saver.out_dir.exists()
+        assert not writer.out_dir.exists()
 
-    def test_old_checkpoints_that_stay_are_no_lost_save(self, saver: Saver, parts, monkeypatch):
+    def test_old_checkpoints_that_stay_are_no_lost_save(self, writer: Writer, parts, monkeypatch):
         def unable(path: Path) -> None:
             raise OSError(errno.EROFS, "Read-only file system")
 
         for step in (1, 2):
-            saver.save(capture(step, *parts, {}), 0, lambda: None)
-            assert saver.outcome(wait=True).error is None
+            writer.save(capture(step, *parts, {}), 0, lambda: None)
+            assert writer.wait().error is None
         with monkeypatch.context() as patch:
             patch.setattr(store, "delete_folder", unable)
-            saver.save(capture(3, *parts, {}), 0, lambda: None)
-            outcome = saver.outcome(wait=True)
+            writer.save(capture(3, *parts, {}), 0, lambda: None)
+            outcome = writer.wait()
         assert (outcome.saved, outcome.error.errno) == (True, errno.EROFS)
-        assert store.find(saver.out_dir, "latest") == outcome.folder == saver.out_dir / "step-000003"
-        saver.save(capture(4, *parts, {}), 0, lambda: None)  # which makes up for it
-        assert saver.outcome(wait=True).error is None
-        assert [folder.name for folder in store.folders(saver.out_dir)] == ["step-000003", "step-000004"]
+        assert store.find(writer.out_dir, "latest") == outcome.folder == writer.out_dir / "step-000003"
+        writer.save(capture(4, *parts, {}), 0, lambda: None)  # which makes up for it
+        assert writer.wait().error is None
+        assert [folder.name for folder in store.folders(writer.out_dir)] == ["step-000003", "step-000004"]
 
     def test_a_save_at_a_step_that_is_there_already_never_leaves_latest_without_one(self, parts, tmp_path: Path):
         """As after SIGUSR1 in an evaluation, which is saved again after it."""
@@ -558,8 +559,7 @@ class TestBest:
 
         monkeypatch.setattr(store, "save", full)
         if late:  # the disk takes longer than the steps to the next evaluation
-            outcome = Saver.outcome
-            monkeypatch.setattr(Saver, "outcome", lambda self, wait: outcome(self, wait) if wait else None)
+            monkeypatch.setattr(BackgroundWriter, "poll", lambda self: None)
         assert train_here(f"--max_iters 8 --eval_interval 2 {flags}") == 1
         assert (Path("out") / "best").read_text() == "step-000006\n"
         progress = store.load_state(store.find(Path("out"), "latest"))["progress"]
@@ -613,15 +613,16 @@ class TestSmallDisk:
 
     def test_a_disk_that_somebody_else_fills_during_training(self):
         code = (
-            "import os, sys; from fastgpt import cli, train; step = Run._train_step\n"
+            "import os, sys; from fastgpt import cli, train\n"
+            "from fastgpt.training.run import Run; step = Run.take_step\n"
             "def stepped(self):\n"
-            "    if self.progress.step == 4:\n"
+            "    if self.state.progress.step == 4:\n"
             "        with open('out/filler', 'wb', buffering=0) as file:\n"
             "            try:\n"
             "                while True: file.write(bytes(4096))\n"
             "            except OSError: pass\n"
             "    step(self)\n"
-            "Run._train_step = stepped\n"
+            "Run.take_step = stepped\n"
             "sys.exit(cli.run(train.main))"
         )
         flags = shlex.join([*FLAGS, *shlex.split(STEPS)])

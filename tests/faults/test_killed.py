@@ -17,7 +17,7 @@ import torch
 from fastgpt import cli, train
 from fastgpt.checkpoint import store
 from fastgpt.checkpoint.store import capture
-from fastgpt.checkpoint.writer import Saver
+from fastgpt.checkpoint.writer import BackgroundWriter, Writer
 from fastgpt.config.training import TrainConfig
 from fastgpt.evaluation import loss
 from fastgpt.model.gpt import GPT
@@ -105,7 +105,7 @@ def test_killed_at_every_step_that_reaches_the_disk(tmp_path: Path, parts: Parts
             store.save(run, capture(step, *parts, {}), best_step=1)
 
         def save(run: Path = run) -> None:
-            Saver(run, 2, beside=False).save(capture(4, *parts, {}), 4, lambda: None)
+            Writer(run, 2).save(capture(4, *parts, {}), 4, lambda: None)
 
         killed = is_killed_at(survived, save)
         seen.add(whole(run).name)
@@ -149,19 +149,19 @@ def test_killed_before_there_is_any_checkpoint(tmp_path: Path, parts: Parts):
     assert survived > 10
 
 
-@pytest.mark.parametrize("beside", [False, True])
-def test_killed_at_25_random_moments(tmp_path: Path, parts: Parts, beside: bool):
-    draw = random.Random(beside)
+@pytest.mark.parametrize("kind", [Writer, BackgroundWriter])
+def test_killed_at_25_random_moments(tmp_path: Path, parts: Parts, kind: type[Writer]):
+    draw = random.Random(kind is BackgroundWriter)
     lost = []
     for number in range(25):
         run = tmp_path / str(number)
         reading, writing = os.pipe()
 
         def endless(run: Path = run, writing: int = writing) -> None:
-            saver = Saver(run, 2, beside=beside)
+            writer = kind(run, 2)
             for step in range(1, 10**6):
-                saver.save(capture(step, *parts, {}), step - step % 3 or 1, lambda: None)
-                assert saver.outcome(wait=True).saved
+                writer.save(capture(step, *parts, {}), step - step % 3 or 1, lambda: None)
+                assert writer.wait().saved
                 os.write(writing, step.to_bytes(4))
 
         child = start(endless)

@@ -123,14 +123,14 @@ def test_an_odd_micro_batch_is_divided_evenly(monkeypatch):
 
 
 def test_not_even_one_sequence_saves_what_is_done_and_names_the_flags(capsys, monkeypatch):
-    taken = Run._train_step
+    taken = Run.take_step
 
     def step(self):
-        if self.progress.step == 4:
+        if self.state.progress.step == 4:
             with_memory_for(monkeypatch, 0)
         taken(self)
 
-    monkeypatch.setattr(Run, "_train_step", step)
+    monkeypatch.setattr(Run, "take_step", step)
     assert cli.run(train.main, FLAGS) == 1
     err = capsys.readouterr().err
     line = err.splitlines()[-1]

@@ -18,10 +18,9 @@ from fastgpt import cli, train
 from fastgpt.checkpoint import store
 from fastgpt.config.model import ModelConfig
 from fastgpt.errors import UsageError
-from fastgpt.generation.sample import sample
 from fastgpt.interchange import nanogpt_weights
 from fastgpt.model.gpt import GPT
-from fastgpt.training.run import Run
+from fastgpt.training.setup import Setup, prepare
 from tests.helpers.runs import TEXT
 
 pytestmark = [
@@ -82,14 +81,14 @@ def refusal(capsys, flags: str = "", settings: str = START) -> str:
 
 
 class TestStart:
-    def loaded(self, flags: str = "") -> Run:
+    def loaded(self, flags: str = "") -> Setup:
         """The run before its first step, from the flags of a command line."""
         seen = []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train, "train", lambda config, sample: seen.append(config) or pytest.exit)
             with pytest.raises(AttributeError):  # what a run returns is not there
                 train.main(["--init_from", "ckpt.pt", *shlex.split(f"{START} {flags}")])
-        return Run(seen[0], sample)
+        return prepare(seen[0])
 
     @pytest.mark.parametrize("prefix", PREFIXES)
     @pytest.mark.parametrize("bias", [True, False])
@@ -99,26 +98,26 @@ class TestStart:
         run = self.loaded()
         assert {name: getattr(run.config, name) for name in shape} == shape
         theirs = model_of(shape).weights()
-        ours = run.model.weights()
+        ours = run.state.model.weights()
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
         assert ours["h.0.attn.c_attn.weight"].shape == (3 * 16, 16)  # nanoGPT's nn.Linear, not GPT-2's Conv1D
-        assert run.progress.step == 0
-        padding = run.model.wte.weight[LETTERS:]
+        assert run.state.progress.step == 0
+        padding = run.state.model.wte.weight[LETTERS:]
         assert not padding.any()
 
     def test_a_file_from_before_biases_were_a_setting_has_them(self):
         content = content_of(SHAPE)
         del content["model_args"]["bias"]
         write(content)
-        assert self.loaded().model.weights()["h.0.attn.c_attn.bias"].any()
+        assert self.loaded().state.model.weights()["h.0.attn.c_attn.bias"].any()
 
     def test_the_losses_are_those_of_the_same_model(self):
         write(content_of(SHAPE))
         model, tokens = model_of(SHAPE).eval(), torch.randint(LETTERS, (2, 9))
         run = self.loaded()
-        run.model.eval()
-        assert torch.equal(run.model(tokens[:, :-1], tokens[:, 1:]), model(tokens[:, :-1], tokens[:, 1:]))
+        run.state.model.eval()
+        assert torch.equal(run.state.model(tokens[:, :-1], tokens[:, 1:]), model(tokens[:, :-1], tokens[:, 1:]))
 
     @pytest.mark.parametrize("prefix", PREFIXES[:2])
     def test_a_training_goes_its_whole_way(self, capsys, prefix: str):
@@ -140,8 +139,8 @@ class TestStart:
         write(content_of(shape))
         run = self.loaded()
         assert run.config.vocab_size == LETTERS
-        assert torch.equal(run.model.weights()["wte.weight"], model_of(shape).weights()["wte.weight"][:LETTERS])
-        assert not run.model.wte.weight[LETTERS:].any()
+        assert torch.equal(run.state.model.weights()["wte.weight"], model_of(shape).weights()["wte.weight"][:LETTERS])
+        assert not run.state.model.wte.weight[LETTERS:].any()
 
     def test_a_larger_vocabulary_is_refused(self, capsys):
         write(content_of(SHAPE | {"vocab_size": LETTERS - 1}))
@@ -158,7 +157,7 @@ class TestStart:
         run = self.loaded()
         Path("ckpt.pt").write_bytes(bytes(Path("ckpt.pt").stat().st_size))
         theirs = model_of(SHAPE).weights()
-        assert all(torch.equal(tensor, theirs[name]) for name, tensor in run.model.weights().items())
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in run.state.model.weights().items())
 
 
 class Canary:

@@ -1,10 +1,13 @@
 """The progress display: whole fields on every width, a sign of life from the first micro-batch on."""
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from rich.console import Console
 
+from fastgpt.checkpoint.progress import Progress
 from fastgpt.loggers import console
 from fastgpt.loggers.console import Display
 
@@ -30,9 +33,17 @@ def lines(display: Display) -> list[str]:
     return display.console.file.getvalue().splitlines()
 
 
+@contextmanager
+def started(display: Display, val_loss: float | None = None) -> Iterator[Display]:
+    """The display of a run, from its start to its end."""
+    display.start(Progress(val_loss=val_loss))
+    yield display
+    display.finish(None)
+
+
 def shown(record: dict, val_loss: float | None = None, **options) -> str:
-    with piped(**options) as display:
-        display.show(record, val_loss)
+    with started(piped(**options), val_loss) as display:
+        display.log(record)
     (line,) = lines(display)
     return line
 
@@ -77,9 +88,9 @@ def test_a_step_that_was_not_timed_says_nothing_of_time():
 
 
 def test_the_first_loss_alone_stands_beside_that_of_a_uniform_guess():
-    with piped(uniform=4.6347) as display:
-        display.show(FIRST, None)
-        display.show(RECORD, None)
+    with started(piped(uniform=4.6347)) as display:
+        display.log(FIRST)
+        display.log(RECORD)
     first, second = lines(display)
     assert "loss 2.3457 (a uniform guess scores 4.63)  val -" in first
     assert "guess" not in second
@@ -87,9 +98,9 @@ def test_the_first_loss_alone_stands_beside_that_of_a_uniform_guess():
 
 def test_a_terminal_keeps_the_first_loss_as_a_line_of_its_own():
     terminal = Terminal(80, uniform=4.6347)
-    with terminal.display as display:
-        display.show(FIRST, None)
-        display.show(RECORD, None)
+    with started(terminal.display) as display:
+        display.log(FIRST)
+        display.log(RECORD)
     assert display.console.file.getvalue().count("step 30/2000  loss 2.3457 (a uniform guess scores 4.63)\n") == 1
     assert "guess" not in terminal.line
 
@@ -111,8 +122,9 @@ def test_a_terminal_keeps_the_first_loss_as_a_line_of_its_own():
 )
 def test_a_narrow_terminal_drops_whole_fields_the_least_important_first(width: int, line: str):
     terminal = Terminal(width)
-    terminal.display.show(RECORD | {"step": 1510}, 2.5)
-    assert terminal.line == line
+    with started(terminal.display, 2.5) as display:
+        display.log(RECORD | {"step": 1510})
+        assert terminal.line == line
 
 
 def test_a_terminal_has_a_bar_and_counts_micro_batches_from_the_first_on(clock: list[float]):
@@ -126,7 +138,7 @@ def test_a_terminal_has_a_bar_and_counts_micro_batches_from_the_first_on(clock: 
     clock[0] += 16
     display.reach(3)  # those after the first tell more
     assert terminal.line == "step 0/2000  micro 3/40  177:46:40 left"
-    display.show(RECORD | {"step": 10}, None)
+    display.log(RECORD | {"step": 10})
     display.begin("evaluation", 10, 8)
     display.reach(2)
     assert "step 10/2000  loss 2.3457  evaluation 2/8  val -" in terminal.line
@@ -141,7 +153,7 @@ def test_quick_steps_do_not_flicker(clock: list[float]):
 
 
 def test_a_pipe_is_told_of_a_long_step_after_its_first_micro_batch_and_each_minute(clock: list[float]):
-    with piped() as display:
+    with started(piped()) as display:
         for step in (0, 1):
             display.begin("micro", step, 40)
             for done in range(1, 41):
@@ -158,7 +170,7 @@ def test_a_pipe_is_told_of_a_long_step_after_its_first_micro_batch_and_each_minu
 
 
 def test_a_step_that_compiles_first_is_judged_by_its_second_micro_batch(clock: list[float]):
-    with piped(settled=2) as display:
+    with started(piped(settled=2)) as display:
         display.begin("micro", 0, 10)
         for done, seconds in ((1, 50), (2, 2)):
             clock[0] += seconds
@@ -167,7 +179,7 @@ def test_a_step_that_compiles_first_is_judged_by_its_second_micro_batch(clock: l
 
 
 def test_a_pipe_hears_nothing_of_quick_micro_batches(clock: list[float]):
-    with piped() as display:
+    with started(piped()) as display:
         for step in range(9):
             display.begin("micro", step, 2)
             for done in (1, 2):
@@ -178,8 +190,8 @@ def test_a_pipe_hears_nothing_of_quick_micro_batches(clock: list[float]):
 
 def test_a_terminal_gets_a_live_line_and_samples_as_they_are(capsys):
     terminal = Terminal(200, total=90)
-    with terminal.display as display:
-        display.show(RECORD, None)
+    with started(terminal.display) as display:
+        display.log(RECORD)
         display.product("[bold]sampled[/bold]")
     out = display.console.file.getvalue()
     assert "30/90" in out
