@@ -11,7 +11,7 @@ from fastgpt.errors import UsageError
 from fastgpt.system.device import free_memory
 from fastgpt.system.units import counted
 
-TRAINED_PARAMETER = 16  # bytes: a weight, its gradient and AdamW's two moments, in float32
+FLOAT32 = 4  # bytes
 TOKEN = 8  # bytes: int64
 CPU = torch.device("cpu")
 
@@ -25,7 +25,8 @@ def check_training(config: TrainConfig, device: torch.device) -> None:
     """
     L, C, T, B = config.n_layer, config.n_embd, config.block_size, config.batch_size
     count = config.num_parameters
-    model = TRAINED_PARAMETER * count + position_table_bytes(config)
+    values = 2 + config.moments  # for each parameter: its weight, its gradient and the optimizer's moments
+    model = FLOAT32 * values * count + position_table_bytes(config)
     _check(
         model,
         device,
