@@ -20,7 +20,7 @@ from fastgpt.config.training import PRESETS, TrainConfig
 from fastgpt.generation.sample import sample
 from fastgpt.system import signals
 from fastgpt.training.run import train
-from fastgpt.training.start import starting_point, with_warmup
+from fastgpt.training.start import complete
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,12 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     preset, given = cli.read(
         TrainConfig, argv, prog="python -m fastgpt.train", description="Train a GPT on text.", presets=PRESETS
     )
-    start, why = starting_point(preset, given)
-    config = cli.change(start, given)
-    print(why, file=sys.stderr)
-    if not config.resuming and "warmup_iters" not in given:
-        config = with_warmup(config)
-    summary = train(config, sample)
+    summary = train(complete(preset, given), sample)
     if summary.failures:
         return 1
     return 0 if summary.stopped_by is None else 128 + summary.stopped_by

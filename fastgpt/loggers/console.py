@@ -1,12 +1,14 @@
-"""Shows the progress of a run on stderr: as one live line on a terminal, as plain lines elsewhere.
+"""Shows the progress of a run on stderr: as one live line on a terminal or in a notebook, as plain lines elsewhere.
 
 The live line appears with the first micro-batch. If it is too long it drops whole fields, the least important first.
 """
 
+import builtins
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import IO, cast
 
 from rich.console import Console
 from rich.live import Live
@@ -24,7 +26,69 @@ GAP = 2  # columns between two fields
 LOSS_RANK = 1
 LONG = 10.0  # seconds of a step from which its micro-batches are reported
 SLOW = 1.0  # seconds of a step or an evaluation after which the live line counts its batches
+KERNEL = "ZMQInteractiveShell"  # the class of IPython's shell in notebooks, from which others derive theirs
+NOTEBOOK_WIDTH = 100  # columns
+REFRESH = 0.2  # seconds between two drawings of a notebook's line
 SILENCE = 60.0  # seconds after which a plain line reports micro-batches as well
+
+
+def stderr() -> Console:
+    """The console of a run, whose text goes on being computed where nobody reads it any more."""
+    return Console(file=cast(IO[str], Lasting(sys.stderr)), force_jupyter=False)  # or rich would write HTML
+
+
+def in_notebook() -> bool:
+    """Whether what this process prints is shown in a notebook: IPython then gives its kernel's shell to all modules."""
+    get_ipython = getattr(builtins, "get_ipython", None)
+    return get_ipython is not None and any(kind.__name__ == KERNEL for kind in type(get_ipython()).__mro__)
+
+
+class NotebookLine:
+    """A line at the end of a cell's output that is written anew in its place, with the methods of rich's `Live`.
+
+    Of a terminal's control characters a notebook knows the carriage return, which is all that this takes.
+
+    Args:
+        text: makes the line as it is at the moment.
+    """
+
+    def __init__(self, file: IO[str], text: Callable[[], str]):
+        self.file, self.text = file, text
+        self.is_started, self.drawn = False, ""
+        self.refreshed = 0.0  # when
+
+    def start(self) -> None:
+        self.is_started = True
+        self.refresh()
+
+    def stop(self) -> None:
+        """Leave the line as it is, and end it."""
+        if self.is_started:
+            self.refresh()
+            self._write("\n")
+            self.is_started, self.drawn = False, ""
+
+    def refresh(self) -> None:
+        """Draw the line as it is now."""
+        if self.is_started:
+            text = self.text()
+            self._write("\r" + text.ljust(len(self.drawn)))
+            self.drawn, self.refreshed = text, time.monotonic()
+
+    def refresh_soon(self) -> None:
+        """Draw the line, unless that was done a moment ago."""
+        if time.monotonic() - self.refreshed >= REFRESH:
+            self.refresh()
+
+    def clear(self) -> None:
+        """Make room for another line; `refresh` draws this one below it."""
+        if self.drawn:
+            self._write("\r" + " " * len(self.drawn) + "\r")
+            self.drawn = ""
+
+    def _write(self, text: str) -> None:
+        self.file.write(text)
+        self.file.flush()
 
 
 @dataclass(frozen=True)
@@ -64,8 +128,9 @@ class Display(Logger):
         self.first_step: int | None = None  # steps that were done before the first one of this process
         self.first = 0.0  # seconds of the first micro-batch
         self.estimate: float | None = None  # seconds of a step, told by the micro-batches of the first one
-        self.live: Live | None = None
-        if console.is_terminal:
+        self.notebook = NotebookLine(console.file, self._text) if in_notebook() else None
+        self.live: Live | NotebookLine | None = self.notebook
+        if self.live is None and console.is_terminal:
             self.live = Live(console=console, get_renderable=self._line, redirect_stdout=False, redirect_stderr=False)
 
     def start(self, progress: Progress) -> None:
@@ -85,6 +150,8 @@ class Display(Logger):
         elif self.uniform is not None:
             self.say("  ".join(field.text for field in self._fields() if field.rank <= LOSS_RANK))
         self.uniform = None
+        if self.notebook:
+            self.notebook.refresh()
 
     def finish(self, error: BaseException | None) -> str | None:
         if self.live:
@@ -107,6 +174,8 @@ class Display(Logger):
         self.done, now = done, time.monotonic()
         if self.name == "micro" and self.step == self.first_step:
             self._estimate(now - self.began)
+        if self.notebook:  # rich's line has a thread for that
+            self.notebook.refresh_soon()
         if self.live is None and now - self.spoke >= SILENCE and 0 < done < self.count:
             left = format_seconds((now - self.began) / done * (self.count - done))
             what = "step" if self.name == "micro" else self.name
@@ -115,7 +184,11 @@ class Display(Logger):
     def say(self, text: str) -> None:
         """A line that stays."""
         self.spoke = time.monotonic()
+        if self.notebook:
+            self.notebook.clear()
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        if self.notebook:
+            self.notebook.refresh()
 
     def product(self, text: str) -> None:
         """Text for stdout, with the live line out of the way."""
@@ -146,13 +219,13 @@ class Display(Logger):
             guess = "" if self.uniform is None else f" (a uniform guess scores {self.uniform:.2f})"
             fields.append(Field(f"loss {record['loss']:.4f}{guess}", LOSS_RANK))
         slow = (self.estimate or 0) >= LONG or time.monotonic() - self.began >= SLOW
-        if self.console.is_terminal and self.done < self.count and slow:
+        if self.live and self.done < self.count and slow:
             fields.append(Field(f"{self.name} {self.done}/{self.count}", 2))
         if record:
             fields.append(Field("val -" if self.val_loss is None else f"val {self.val_loss:.4f}", 4))
         speed = record["tokens_per_second"] if record else None
         seconds = record["ms"] / 1e3 if record and record["ms"] is not None else self.estimate
-        if seconds is not None and (self.console.is_terminal or speed is not None):  # the first step is not timed
+        if seconds is not None and (self.live or speed is not None):  # the first step is not timed
             fields.append(Field(f"{format_seconds((self.total - self.step) * seconds)} left", 3))
         if record and speed is not None:
             fields += [Field(f"{speed:,.0f} tokens/s", 5), Field(f"{record['ms']:.1f} ms", 7)]
@@ -162,6 +235,10 @@ class Display(Logger):
                 fields.append(Field(f"MFU {record['mfu']:.1%}", 8))
             fields.append(Field(format_bytes(record["memory"]), 8))
         return fields
+
+    def _text(self) -> str:
+        """The live line of a notebook."""
+        return "  ".join(field.text for field in fitting(self._fields(), NOTEBOOK_WIDTH))
 
     def _line(self) -> Table:
         """The live line, fitted to the terminal's present width."""

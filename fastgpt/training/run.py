@@ -8,19 +8,18 @@ disk refused is written with the next checkpoint.
 
 import itertools
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, NoReturn, cast
+from typing import NoReturn
 
 import torch
-from rich.console import Console
 
 from fastgpt.checkpoint import run_folder
 from fastgpt.config.fields import validate, validate_fields
 from fastgpt.config.training import TrainConfig
 from fastgpt.errors import RunFailed
+from fastgpt.loggers import console
 from fastgpt.loggers.base import Logger
 from fastgpt.loggers.console import Display, print_product
 from fastgpt.loggers.registry import LOGGERS
@@ -29,7 +28,6 @@ from fastgpt.model.gpt import GPT
 from fastgpt.system import contention, out_of_memory, threads
 from fastgpt.system.device import peak_flops, peak_memory, synchronize
 from fastgpt.system.signals import Signals
-from fastgpt.system.streams import Lasting
 from fastgpt.tokenizer.base import Tokenizer
 from fastgpt.training import report
 from fastgpt.training.checkpoints import Checkpoints
@@ -81,9 +79,8 @@ def train(config: TrainConfig, sample: Sample, loggers: Sequence[Logger] = ()) -
 
 def _log_of(setup: Setup, loggers: Sequence[Logger]) -> RunLog:
     """The loggers that every run has, those that were given, and the display."""
-    console = Console(file=cast(IO[str], Lasting(sys.stderr)))
     uniform = math.log(setup.data.tokenizer.vocab_size)
-    display = Display(console, setup.config.max_iters, uniform, settled=2 if setup.config.compile else 1)
+    display = Display(console.stderr(), setup.config.max_iters, uniform, settled=2 if setup.config.compile else 1)
     with run_folder.explained(setup.out_dir):
         return RunLog(display, [*(make(setup.out_dir) for make in LOGGERS), *loggers])
 

@@ -1,5 +1,6 @@
 """The progress display: whole fields on every width, a sign of life from the first micro-batch on."""
 
+import builtins
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from rich.console import Console
 from fastgpt.checkpoint.progress import Progress
 from fastgpt.loggers import console
 from fastgpt.loggers.console import Display
+from tests.helpers.notebooks import as_a_notebook_shows
 
 RECORD = {
     "step": 30,
@@ -26,7 +28,7 @@ FIRST = RECORD | {"ms": None, "tokens_per_second": None, "mfu": None}
 
 
 def piped(**options) -> Display:
-    return Display(Console(file=io.StringIO(), width=40), **{"total": 90} | options)
+    return Display(Console(file=io.StringIO(), width=40, force_jupyter=False), **{"total": 90} | options)
 
 
 def lines(display: Display) -> list[str]:
@@ -46,6 +48,14 @@ def shown(record: dict, val_loss: float | None = None, **options) -> str:
         display.log(record)
     (line,) = lines(display)
     return line
+
+
+class ZMQInteractiveShell:
+    """A stand-in for IPython's, by whose name notebooks are known."""
+
+
+class Shell(ZMQInteractiveShell):
+    """Of a notebook that has derived its own, as Colab has."""
 
 
 @pytest.fixture
@@ -197,3 +207,48 @@ def test_a_terminal_gets_a_live_line_and_samples_as_they_are(capsys):
     assert "30/90" in out
     assert "loss 2.3457" in out
     assert capsys.readouterr().out == "[bold]sampled[/bold]\n"
+
+
+@pytest.mark.parametrize("shell", [ZMQInteractiveShell, Shell])
+def test_a_notebook_has_one_line_that_is_written_anew_in_its_place(monkeypatch, capsys, clock: list[float], shell):
+    monkeypatch.setattr(builtins, "get_ipython", shell, raising=False)
+    display = piped(uniform=4.6347, total=300)
+    file = display.console.file
+    with started(display, 2.5):
+        for step in range(200):
+            display.begin("micro", step, 2)
+            clock[0] += 0.05
+            display.reach(1)
+            if step % 10 == 9:
+                display.log((RECORD if step > 9 else FIRST) | {"step": step + 1})
+        assert as_a_notebook_shows(file.getvalue()) == [
+            "step 10/300  loss 2.3457 (a uniform guess scores 4.63)",
+            "step 200/300  loss 2.3457  val 2.5000  0:05 left  12,346 tokens/s  50.0 ms  MFU 42.1%  3 MiB",
+        ]
+        display.say("step 200: saved")
+        assert as_a_notebook_shows(file.getvalue())[1:] == [
+            "step 200: saved",
+            "step 200/300  loss 2.3457  val 2.5000  0:05 left  12,346 tokens/s  50.0 ms  MFU 42.1%  3 MiB",
+        ]
+        display.product("sampled")
+    assert capsys.readouterr().out == "sampled\n"
+    assert file.getvalue().endswith("\n")
+    assert not set(file.getvalue()) - set("\r\n") & set(map(chr, range(32)))  # no other control character
+
+
+def test_a_notebooks_line_is_not_drawn_at_every_step(monkeypatch, clock: list[float]):
+    monkeypatch.setattr(builtins, "get_ipython", ZMQInteractiveShell, raising=False)
+    with started(piped()) as display:
+        for step in range(1000):
+            display.begin("micro", step, 1)
+            clock[0] += 0.001
+            display.reach(1)
+    assert display.console.file.getvalue().count("\r") < 12
+
+
+@pytest.mark.parametrize("shell", [None, type("TerminalInteractiveShell", (), {})])
+def test_ipython_on_a_terminal_is_no_notebook(monkeypatch, shell):
+    if shell:
+        monkeypatch.setattr(builtins, "get_ipython", shell, raising=False)
+    assert not console.in_notebook()
+    assert piped().live is None

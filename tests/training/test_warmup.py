@@ -8,6 +8,7 @@ from fastgpt import cli, train
 from fastgpt.checkpoint import run_folder
 from fastgpt.config.training import PRESETS, TrainConfig
 from fastgpt.training.schedule import learning_rate
+from fastgpt.training.start import with_warmup
 from tests.helpers import runs
 
 pytestmark = pytest.mark.usefixtures("workplace", "no_picture")
@@ -62,5 +63,5 @@ def test_long_runs_warm_up_as_ever():
     assert TrainConfig().warmup == PRESETS["gpt2"].warmup == 2000
     assert learning_rate(2000, TrainConfig()) == pytest.approx(TrainConfig().learning_rate)
     for name in ("mini", "cpu", "baby"):
-        assert train.with_warmup(PRESETS[name]) == PRESETS[name]
+        assert with_warmup(PRESETS[name]) == PRESETS[name]
         assert PRESETS[name].warmup_iters == 100
