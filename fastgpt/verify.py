@@ -1,9 +1,9 @@
-"""Check every checkpoint of a run, byte by byte.
+"""Verify every checkpoint of a run, byte by byte.
 
     python -m fastgpt.verify out
 
-Exit code 0: all are whole; 1: one is not, or `latest` or `best` names none, or config.json is damaged; 2: there is no
-run, or no vocabulary to read it by.
+Exit code 0: all are whole; 1: one is damaged, or `latest` or `best` names none, or config.json is damaged; 2: there is
+no run, or no vocabulary to read it by.
 """
 
 import sys
@@ -16,69 +16,17 @@ from rich.console import Console
 from rich.table import Table
 
 from fastgpt import cli
-from fastgpt.checkpoint import progress, run_folder, safetensors_file, store
+from fastgpt.checkpoint.verification import Verification, verify_run
 from fastgpt.config.fields import Settings, option
-from fastgpt.errors import UsageError
 from fastgpt.system.streams import Lasting
 from fastgpt.system.units import format_bytes
-from fastgpt.tokenizer.base import Tokenizer
 
 
 @dataclass(frozen=True)
 class VerifyConfig(Settings):
-    """The run to check."""
+    """The run to verify."""
 
     out_dir: str = option("out", "folder of the run; the flag's name may be left out", path=True)
-
-
-@dataclass(frozen=True)
-class Report:
-    """What was found about a checkpoint.
-
-    Attributes:
-        size: bytes of its files.
-        damage: what is wrong with them, or None.
-        val_loss: in nats, if it was evaluated.
-        val_set: identity of the evaluation set of that.
-    """
-
-    folder: Path
-    size: int
-    damage: str | None
-    val_loss: float | None = None
-    val_set: str | None = None
-
-
-def check(folder: Path, vocabulary: Tokenizer) -> Report | None:
-    """Read a checkpoint's files, all of them, and compare them with its manifest; None if it is deleted meanwhile."""
-    size = store.size(folder)
-    try:
-        store.verify(folder)
-        store.check_vocabulary(folder, vocabulary)
-        for name in (store.MODEL, store.OPTIMIZER):
-            safetensors_file.read(folder / name)  # which looks at the header alone
-        done = progress.read(store.load_state(folder), folder / store.STATE)
-    except (OSError, UsageError) as error:
-        return Report(folder, size, str(error)) if folder.is_dir() else None
-    return Report(folder, size, None, done.val_loss if done.evaluated_step == done.step else None, done.val_set)
-
-
-def table(reports: Sequence[Report], pointers: dict[str, str]) -> Table:
-    """The reports, a line each; `pointers` says which step is the latest and which the best."""
-    result = Table(box=None, pad_edge=False)
-    for column in ("step", "size", "intact", "val loss"):
-        result.add_column(column, justify="right")
-    result.add_column()
-    val_sets = {report.folder.name: report.val_set for report in reports}
-    now = val_sets.get(pointers.get("latest", ""))
-    for report in reports:
-        notes = [name for name, step in pointers.items() if step == report.folder.name]
-        if report.val_loss is not None and now is not None and report.val_set != now:
-            notes.append("evaluated on another set")
-        loss = "-" if report.val_loss is None else f"{report.val_loss:.4f}"
-        step = f"{int(report.folder.name.removeprefix('step-')):,}"
-        result.add_row(step, format_bytes(report.size), "no" if report.damage else "yes", loss, ", ".join(notes))
-    return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,25 +36,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = cli.parse(
         VerifyConfig, words, prog="python -m fastgpt.verify", description="Check every checkpoint of a run."
     )
-    out_dir = Path(config.out_dir)
-    store.require(out_dir)
-    faults, pointers = [], {}
-    for name in ("latest", "best"):
-        try:
-            pointers[name] = store.find(out_dir, name).name
-        except UsageError as error:
-            faults.append(str(error))
-    try:
-        run_folder.load(out_dir)
-    except UsageError as error:
-        faults.append(str(error))
-    vocabulary = run_folder.vocabulary(out_dir)
-    reports = [report for folder in store.folders(out_dir) if (report := check(folder, vocabulary))]
-    Console(file=cast(IO[str], Lasting(sys.stdout))).print(table(reports, pointers), highlight=False)
-    faults += [report.damage for report in reports if report.damage]
-    for fault in faults:
+    found = verify_run(Path(config.out_dir))
+    Console(file=cast(IO[str], Lasting(sys.stdout))).print(_table(found), highlight=False)
+    for fault in found.faults:
         print(f"damaged: {fault}", file=sys.stderr)
-    return 1 if faults else 0
+    return 1 if found.faults else 0
+
+
+def _table(found: Verification) -> Table:
+    """The checkpoints, a line each, with marks at the latest and the best."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("step", "size", "intact", "val loss"):
+        table.add_column(column, justify="right")
+    table.add_column()
+    val_sets = {report.folder.name: report.val_set for report in found.reports}
+    now = val_sets.get(found.pointers.get("latest", ""))
+    for report in found.reports:
+        notes = [name for name, step in found.pointers.items() if step == report.folder.name]
+        if report.val_loss is not None and now is not None and report.val_set != now:
+            notes.append("evaluated on another set")
+        loss = "-" if report.val_loss is None else f"{report.val_loss:.4f}"
+        step = f"{int(report.folder.name.removeprefix('step-')):,}"
+        table.add_row(step, format_bytes(report.size), "no" if report.damage else "yes", loss, ", ".join(notes))
+    return table
 
 
 if __name__ == "__main__":

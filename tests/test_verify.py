@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastgpt import cli, verify
-from fastgpt.checkpoint import run_folder, store
+from fastgpt.checkpoint import run_folder, store, verification
 from fastgpt.checkpoint.store import MANIFEST, MODEL, OPTIMIZER, STATE
 from fastgpt.system import lock
 from fastgpt.tokenizer.base import Tokenizer
@@ -79,7 +79,7 @@ class TestWhole:
         assert found.cells(8)[4:] == ["latest,best"]
 
     def test_the_sizes_are_those_of_the_files(self, out: Path):
-        report = verify.check(out / "step-000006", run_folder.vocabulary(out))
+        report = verification.verify_checkpoint(out / "step-000006", run_folder.vocabulary(out))
         assert report.size == sum(file.stat().st_size for file in (out / "step-000006").iterdir())
         assert report.damage is None
 
@@ -192,14 +192,14 @@ class TestGone:
     def test_a_checkpoint_that_is_deleted_meanwhile_is_left_out(self, out: Path, verified, monkeypatch, moment: str):
         doomed = out / "step-000003"
         if moment == "before it is listed":
-            check = verify.check
+            check = verification.verify_checkpoint
 
-            def late(folder: Path, vocabulary: Tokenizer) -> verify.Report | None:
+            def late(folder: Path, vocabulary: Tokenizer) -> verification.Report | None:
                 if folder == doomed:
                     store.delete_folder(folder)
                 return check(folder, vocabulary)
 
-            monkeypatch.setattr(verify, "check", late)
+            monkeypatch.setattr(verification, "verify_checkpoint", late)
         else:
             sha256 = store.sha256
 
