@@ -4,7 +4,7 @@
     python -m fastgpt.train --preset baby --dataset shakespeare
     python -m fastgpt.train --init_from resume --max_iters 4000
 
-The run itself is in `fastgpt.training.run`.
+This reads the flags; the training loop is in `fastgpt.training.run`.
 """
 
 import sys

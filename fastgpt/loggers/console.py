@@ -33,43 +33,43 @@ SILENCE = 60.0  # seconds after which a plain line reports micro-batches as well
 
 
 def stderr() -> Console:
-    """The console of a run, whose text goes on being computed where nobody reads it any more."""
+    """A console on stderr that stops nothing when stderr is closed."""
     return Console(file=cast(IO[str], Lasting(sys.stderr)), force_jupyter=False)  # or rich would write HTML
 
 
 def in_notebook() -> bool:
-    """Whether what this process prints is shown in a notebook: IPython then gives its kernel's shell to all modules."""
+    """Whether the output of this process is shown in a notebook. IPython's kernel makes its shell a built-in there."""
     get_ipython = getattr(builtins, "get_ipython", None)
     return get_ipython is not None and any(kind.__name__ == KERNEL for kind in type(get_ipython()).__mro__)
 
 
 class NotebookLine:
-    """A line at the end of a cell's output that is written anew in its place, with the methods of rich's `Live`.
+    """A line at the end of a cell's output that is rewritten in its place, with the methods of rich's `Live`.
 
-    Of a terminal's control characters a notebook knows the carriage return, which is all that this takes.
+    Carriage returns, which notebooks follow, are the only control characters that it uses.
 
     Args:
-        text: makes the line as it is at the moment.
+        text: makes the present line.
     """
 
     def __init__(self, file: IO[str], text: Callable[[], str]):
         self.file, self.text = file, text
         self.is_started, self.drawn = False, ""
-        self.refreshed = 0.0  # when
+        self.refreshed = 0.0  # time of the last drawing
 
     def start(self) -> None:
         self.is_started = True
         self.refresh()
 
     def stop(self) -> None:
-        """Leave the line as it is, and end it."""
+        """End the line, which stays."""
         if self.is_started:
             self.refresh()
             self._write("\n")
             self.is_started, self.drawn = False, ""
 
     def refresh(self) -> None:
-        """Draw the line as it is now."""
+        """Draw the line."""
         if self.is_started:
             text = self.text()
             self._write("\r" + text.ljust(len(self.drawn)))

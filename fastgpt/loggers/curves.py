@@ -37,7 +37,7 @@ class Curves(Logger):
 def plot_loss(out_dir: Path) -> Path:
     """Draw `plots/loss.png`: training and validation loss against steps (below) and tokens (above).
 
-    Where the evaluation set changed, a dotted line says so, and the curve of the val loss begins anew.
+    A dotted line marks a change of the evaluation set, at which the curve of the val loss is interrupted.
     """
     from matplotlib.figure import Figure
 
@@ -75,7 +75,7 @@ def plot_loss(out_dir: Path) -> Path:
 
 
 def _draw(axes: "Axes", pieces: list[list[Record]], key: str, style: str, label: str) -> None:
-    """One curve in several pieces, with one colour and one entry in the legend."""
+    """Draw a curve in several pieces, with one colour and one entry in the legend."""
     color = None
     for piece in pieces:
         points = [(record["step"], record[key]) for record in piece if _is_drawn(record.get(key))]
@@ -83,9 +83,9 @@ def _draw(axes: "Axes", pieces: list[list[Record]], key: str, style: str, label:
             (line,) = axes.plot(
                 *zip(*points, strict=True), style, label=label, color=color, linewidth=1.2, markersize=3.5
             )
-            color, label = line.get_color(), "_"  # the legend leaves out what begins with _
+            color, label = line.get_color(), "_"  # the legend ignores labels that begin with _
 
 
 def _is_drawn(value: Any) -> bool:
-    """Whether it is a number that a picture has room for."""
+    """Whether it is a number of a size that can be drawn."""
     return isinstance(value, int | float) and abs(value) <= LARGEST

@@ -402,7 +402,7 @@ def test_a_kill_while_going_back_loses_no_record(monkeypatch):
 
 
 def test_a_best_checkpoint_that_is_gone_is_none_to_compare_with(monkeypatch, capsys):
-    """Going back in time meets a `best` that was deleted, in the time that is undone, for a better one."""
+    """After a resume from an earlier step, the folder of its best step may have been pruned."""
     losses = iter([2.0, 3.0, 3.0, 1.0, 2.9, 2.5, 2.6])
     monkeypatch.setattr(evaluation_loss, "mean_loss", lambda *rest, **named: next(losses))
     out = start("--max_iters 8 --eval_interval 2")
