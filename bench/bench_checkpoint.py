@@ -10,7 +10,7 @@ is up to twice the time of a save, and hits whoever comes to write next.
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ import torch
 
 from fastgpt.checkpoint import safetensors_file, store
 from fastgpt.checkpoint.store import Snapshot
-from fastgpt.checkpoint.writer import Saver
+from fastgpt.checkpoint.writer import BackgroundWriter, Writer
 from fastgpt.config.training import PRESETS
 from fastgpt.model.gpt import GPT
 from fastgpt.training.optimizer import make_optimizer
@@ -36,17 +36,12 @@ def snapshot(device: torch.device) -> Snapshot:
     return store.capture(1, model, make_optimizer(model, config), {})
 
 
-@pytest.fixture
-def saver(tmp_path: Path) -> Callable[..., Saver]:
-    return lambda beside: Saver(tmp_path / "out", 1, beside=beside)
+def save(writer: Writer, snapshot: Snapshot) -> None:
+    writer.save(snapshot, 1, lambda: None)
 
 
-def save(saver: Saver, snapshot: Snapshot) -> None:
-    saver.save(snapshot, 1, lambda: None)
-
-
-def finish(saver: Saver) -> None:
-    outcome = saver.outcome(wait=True)
+def finish(writer: Writer) -> None:
+    outcome = writer.wait()
     assert outcome is None or outcome.saved
 
 
@@ -79,8 +74,8 @@ def size(snapshot: Snapshot) -> int:
     return sum(map(len, blocks(snapshot)))
 
 
-def test_save(against, tmp_path: Path, saver: Callable[..., Saver], snapshot: Snapshot):
-    ours = saver(beside=False)
+def test_save(against, tmp_path: Path, snapshot: Snapshot):
+    ours = Writer(tmp_path / "out", 1)
     peers = {
         PLAIN: lambda: plain(tmp_path / "plain", snapshot, sync=True),
         "write, hash, without sync": lambda: plain(tmp_path / "unsynced", snapshot, sync=False),
@@ -104,9 +99,9 @@ def test_save(against, tmp_path: Path, saver: Callable[..., Saver], snapshot: Sn
     )
 
 
-def test_async_save_blocks(against, saver: Callable[..., Saver], snapshot: Snapshot):
+def test_async_save_blocks(against, tmp_path: Path, snapshot: Snapshot):
     """How long training waits for a save that is written beside it, against one that is not."""
-    ours, waiting = saver(beside=True), saver(beside=False)
+    ours, waiting = BackgroundWriter(tmp_path / "out", 1), Writer(tmp_path / "out", 1)
 
     def wait() -> None:
         save(waiting, snapshot)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fastgpt.config.model import ModelConfig
     from fastgpt.config.training import PRESETS, TrainConfig
     from fastgpt.errors import CorruptCheckpoint, UsageError
-    from fastgpt.fit import fit
+    from fastgpt.fit import FitSummary, fit
     from fastgpt.generation.engine import Engine
     from fastgpt.generation.generator import TextGenerator
     from fastgpt.generation.load import load
@@ -28,6 +28,7 @@ __all__ = [
     "Completion",
     "CorruptCheckpoint",
     "Engine",
+    "FitSummary",
     "ModelConfig",
     "Piece",
     "SamplingParams",
@@ -43,7 +44,7 @@ _MODULES = {
     "fastgpt.config.model": ("ModelConfig",),
     "fastgpt.config.training": ("PRESETS", "TrainConfig"),
     "fastgpt.errors": ("CorruptCheckpoint", "UsageError"),
-    "fastgpt.fit": ("fit",),
+    "fastgpt.fit": ("FitSummary", "fit"),
     "fastgpt.generation.engine": ("Engine",),
     "fastgpt.generation.generator": ("TextGenerator",),
     "fastgpt.generation.load": ("load",),

@@ -1,74 +1,82 @@
-"""Training from Python: what `python -m fastgpt.train` does, as a function.
+"""Trains from Python what `python -m fastgpt.train` trains from a command line.
 
-summary = fastgpt.fit(preset="mini", dataset="book.txt", out_dir="out-book")
-print(summary.best_val_loss, summary.history[-1])
+import fastgpt
+
+run = fastgpt.fit(preset="mini", dataset="book.txt", max_iters=500, on_log=print)
+print(run.best_val_loss, run.out_dir)
+print(fastgpt.load(run.out_dir).generate("The "))
 """
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fastgpt.checkpoint.progress import Progress
-from fastgpt.config.fields import check_names, validate_fields
-from fastgpt.config.training import TrainConfig
+from fastgpt.config.fields import validate_fields
+from fastgpt.config.training import PRESETS, TrainConfig
+from fastgpt.errors import UsageError, nearest, shown
 from fastgpt.generation.sample import sample
-from fastgpt.loggers.logger import Record
+from fastgpt.loggers import jsonl
+from fastgpt.loggers.base import Record
+from fastgpt.loggers.callback import Callback
 from fastgpt.training.report import RunSummary
 from fastgpt.training.run import train
-from fastgpt.training.start import configure
+from fastgpt.training.start import complete
 
 
-def fit(
-    preset: str | None = None, *, on_record: Callable[[Record], object] | None = None, **settings: Any
-) -> RunSummary:
-    """Train a run, or continue one.
+@dataclass(frozen=True, kw_only=True)
+class FitSummary(RunSummary):
+    """How a run ended, and what it left.
+
+    Attributes:
+        out_dir: the run's folder, for `fastgpt.load`.
+        history: the records of the whole run, as metrics.jsonl has them; numbers that are not finite are None.
+    """
+
+    out_dir: Path
+    history: list[Record]
+
+
+def fit(preset: str | None = None, *, on_log: Callable[[Record], object] | None = None, **settings: Any) -> FitSummary:
+    """Train, or continue, a run; it is saved, logged and shown as by the command.
+
+    Ctrl-C saves and returns, a second one stops at once. `init_from="resume"` goes on with the run in `out_dir`.
 
     Args:
-        preset: a name in `fastgpt.PRESETS`; default the one that fits the device, as on the command line.
-        on_record: called with each record of metrics.jsonl as it is logged.
-        settings: fields of `fastgpt.TrainConfig` that differ from the preset, such as `dataset`, `max_iters`,
-            `out_dir`, `init_from="resume"` or `overwrite=True`.
-
-    Returns:
-        How the run went; its `history` holds the records of this call.
+        preset: the settings to begin with, one of `fastgpt.PRESETS`; None takes the one that fits the device.
+        on_log: called with each record while the run goes on; the keys are those of metrics.jsonl.
+        settings: fields of `fastgpt.TrainConfig` that change the preset, such as `dataset`, `out_dir` or `max_iters`.
 
     Raises:
-        UsageError: an unknown preset or setting, or anything that makes the run impossible; nothing was lost.
-        RunFailed: the run cannot go on; what it had saved is there.
+        UsageError: an unknown or wrong setting, or data or a folder that make the run impossible.
+        RunFailed: the run cannot go on; the checkpoints that it had saved are whole.
     """
-    check_names(settings, [field.name for field in dataclasses.fields(TrainConfig)])
-    validate_fields(TrainConfig, settings)
-    collected = _History(on_record)
-    summary = train(configure(preset, settings), sample, [collected])
-    return dataclasses.replace(summary, history=tuple(collected.records))
+    if preset is not None and preset not in PRESETS:
+        raise UsageError(f"preset {shown(preset)} is not one of {', '.join(PRESETS)}{nearest(str(preset), PRESETS)}")
+    known = [field.name for field in dataclasses.fields(TrainConfig)]
+    for name in settings:
+        if name not in known:
+            raise UsageError(f"unknown setting {name!r}{nearest(name, known)}")
+    paths = {name: os.fspath(value) for name, value in settings.items() if isinstance(value, os.PathLike)}
+    plain = TrainConfig(**settings | paths)  # numbers of NumPy and PyTorch become Python's
+    given = {name: getattr(plain, name) for name in settings}
+    validate_fields(TrainConfig, given)
+    config = complete(preset, given)
+    summary = train(config, sample, [] if on_log is None else [Callback(on_log)])
+    out_dir = Path(config.out_dir)
+    return FitSummary(**vars(summary), out_dir=out_dir, history=jsonl.read_metrics(out_dir / jsonl.NAME))
 
 
-class _History:
-    """A `Logger` that keeps the records that count, and passes each on."""
+class _CallableModule(ModuleType):
+    """`fastgpt.fit` is the function and, as soon as anything imports this module, the module: both train."""
 
-    def __init__(self, on_record: Callable[[Record], object] | None):
-        self.on_record = on_record
-        self.records: list[Record] = []
-
-    def start(self, progress: Progress) -> None:
-        """Forget records of steps that a rollback undid."""
-        self.records = [record for record in self.records if record["step"] <= progress.step]
-
-    def log(self, record: Record) -> None:
-        self.records.append(record)
-        if self.on_record:
-            self.on_record(record)
-
-    def finish(self) -> None:
-        """Nothing is open."""
+    def __call__(self, *arguments: Any, **settings: Any) -> FitSummary:
+        return fit(*arguments, **settings)
 
 
-class _Callable(ModuleType):
-    """This module can be called: `import fastgpt.fit` puts it where `fastgpt.fit` was the function."""
-
-    __call__ = staticmethod(fit)
-
-
-sys.modules[__name__].__class__ = _Callable
+# https://docs.python.org/3/reference/datamodel.html#customizing-module-attribute-access
+sys.modules[__name__].__class__ = _CallableModule

@@ -23,9 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Only now, as they import PyTorch, which takes a second that --help and a mistyped flag do not wait for.
     from fastgpt.generation.sample import sample
     from fastgpt.training.run import train
-    from fastgpt.training.start import configure
+    from fastgpt.training.start import complete
 
-    summary = train(configure(preset, given), sample)
+    summary = train(complete(preset, given), sample)
     if summary.failures:
         return 1
     return 0 if summary.stopped_by is None else 128 + summary.stopped_by

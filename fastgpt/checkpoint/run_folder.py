@@ -107,7 +107,8 @@ def check_disk(out_dir: Path, config: TrainConfig, parameters: int, step: int) -
         UsageError: the folder cannot be written, or there is no room.
     """
     weights = 4 * parameters
-    size = 3 * weights  # AdamW's two moments
+    moments = config.moments * weights
+    size, largest_file = weights + moments, max(weights, moments)
     saves = -(-(config.max_iters - step) // config.eval_interval)
     count = min(saves, config.keep_last + 2)  # the best one, and the one that is being written
     probe = temporary_sibling(out_dir / "probe")
@@ -117,20 +118,20 @@ def check_disk(out_dir: Path, config: TrainConfig, parameters: int, step: int) -
             write(probe, [bytes(1 << 16)])
         finally:
             probe.unlink(missing_ok=True)
-    free, largest = shutil.disk_usage(out_dir).free + held, _largest_file()
+    free, allowed = shutil.disk_usage(out_dir).free + held, _allowed_file()
     if count * size > free:
         raise UsageError(
             f"`out_dir` {out_dir}: room for {counted(count, 'checkpoint')}, {format_bytes(count * size)}, is needed, "
             f"and its disk has {format_bytes(free)}; make room, name a folder elsewhere, or lower `keep_last`"
         )
-    if 2 * weights > largest:
+    if largest_file > allowed:
         raise UsageError(
-            f"`out_dir` {out_dir}: a checkpoint has a file of {format_bytes(2 * weights)}, and this process may write "
-            f"{format_bytes(largest)} into one; raise that with ulimit -f"
+            f"`out_dir` {out_dir}: a checkpoint has a file of {format_bytes(largest_file)}, and this process may write "
+            f"{format_bytes(allowed)} into one; raise that with ulimit -f"
         )
 
 
-def _largest_file() -> int:
+def _allowed_file() -> int:
     """Bytes that this process may write into a file."""
     if os.name == "nt":
         return sys.maxsize

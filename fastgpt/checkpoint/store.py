@@ -44,7 +44,6 @@ LARGEST_JSON = 1 << 20  # bytes; they are a few thousand
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optim.safetensors", "state.json", "manifest.json"
 FILES = (MODEL, OPTIMIZER, STATE)  # what the manifest lists
 STEP_NAME = re.compile(r"step-(\d{6}|[1-9]\d{6,17})", re.ASCII)
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -71,13 +70,13 @@ class Snapshot:
 
 
 def capture(step: int, model: GPT, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> Snapshot:
-    """The model, the optimizer's moments and the state of now. Tensors are shared, not copied.
+    """The model, the optimizer's state and the run's state as they are now; tensors are shared, not copied.
 
     Args:
         state: JSON values; `step` and the format are added.
     """
     content = {"format": FORMAT, "step": step, **state}
-    return Snapshot(step, content, {MODEL: model.weights(), OPTIMIZER: _moments(model, optimizer)})
+    return Snapshot(step, content, {MODEL: model.weights(), OPTIMIZER: _optimizer_state(model, optimizer)})
 
 
 def save(out_dir: Path, snapshot: Snapshot, best_step: int = 0) -> Path:
@@ -306,19 +305,24 @@ def load_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def load_optimizer(folder: Path, model: GPT, optimizer: torch.optim.Optimizer) -> None:
-    """Load the optimizer's moments by the parameters' names. Raises `CorruptCheckpoint`."""
-    tensors = safetensors_file.read(folder / OPTIMIZER)
+    """Replace the optimizer's state, which tells what must be there, by the parameters' names.
+
+    Raises:
+        CorruptCheckpoint: the file lacks a part of the state, or has it in another shape or dtype.
+    """
+    tensors, wanted = safetensors_file.read(folder / OPTIMIZER), _optimizer_state(model, optimizer)
     for name, parameter in model.named_parameters():
-        moments = {kind: tensors[key] for kind in MOMENTS if (key := f"{kind}.{name}") in tensors}
-        if moments.keys() != set(MOMENTS):
+        kinds = optimizer.state[parameter].keys()
+        found = {kind: tensors[key] for kind in kinds if (key := f"{kind}.{name}") in tensors}
+        if found.keys() != kinds:
             raise CorruptCheckpoint(f"{folder / OPTIMIZER} has no moments of {name}")
-        shapes = {kind: () if kind == "step" else model.unpad(name, parameter).shape for kind in MOMENTS}
-        if any(value.shape != shapes[kind] or value.dtype != parameter.dtype for kind, value in moments.items()):
+        shapes = {kind: (wanted[f"{kind}.{name}"].shape, wanted[f"{kind}.{name}"].dtype) for kind in kinds}
+        if any((value.shape, value.dtype) != shapes[kind] for kind, value in found.items()):
             raise CorruptCheckpoint(f"{folder / OPTIMIZER} has moments of {name} in another shape or dtype")
-        # A copy, because the tensors read are views of a mapped file, which may be deleted.
+        # A copy: what was read is a map of a file that the next checkpoint deletes.
         optimizer.state[parameter] = {
-            kind: (value if kind == "step" else model.pad(name, value)).to(parameter.device, copy=True)
-            for kind, value in moments.items()
+            kind: (model.pad(name, value) if value.dim() else value).to(parameter.device, copy=True)
+            for kind, value in found.items()
         }
 
 
@@ -373,9 +377,10 @@ def _json(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
 
 
-def _moments(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def _optimizer_state(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """What the optimizer keeps for each parameter: scalars, and tensors of the parameter's own shape."""
     tensors = {}
     for name, parameter in model.named_parameters():
         for kind, value in optimizer.state[parameter].items():
-            tensors[f"{kind}.{name}"] = value if kind == "step" else model.unpad(name, value)
+            tensors[f"{kind}.{name}"] = model.unpad(name, value) if value.dim() else value
     return tensors

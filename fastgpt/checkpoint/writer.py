@@ -1,4 +1,9 @@
-"""Writes the checkpoints of a run, at once or in a background thread.
+"""Writes a run's checkpoints: in the training loop, or in a background thread.
+
+    with BackgroundWriter(out_dir, keep_last=3) as writer:
+        writer.save(snapshot, best_step, describe)
+        ...                                          # train on
+        outcome = writer.poll()                      # None until it is written
 
 The thread only writes and hashes bytes. It computes nothing with PyTorch: on a CPU, where training already has a
 thread on each core, a second one that starts PyTorch's own threads makes every operation of both several times slower.
@@ -9,7 +14,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
-from typing import Self
 
 import torch
 
@@ -17,16 +21,14 @@ from fastgpt.checkpoint import store
 from fastgpt.checkpoint.store import Snapshot
 from fastgpt.system import out_of_memory
 
-Describe = Callable[[], None]  # writes what else a checkpoint needs in the run's folder
-
-
-class NoBackground(Exception):
-    """There is no memory for the copy of a checkpoint."""
-
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a save; `error`: why nothing was saved, or why old checkpoints were not deleted."""
+    """What became of a save.
+
+    Attributes:
+        error: why nothing was saved or, if it was saved, why older checkpoints were not deleted.
+    """
 
     step: int
     folder: Path
@@ -34,83 +36,94 @@ class Outcome:
     error: Exception | None = None
 
 
+class NoBackground(RuntimeError):
+    """There is no memory for the copy of a checkpoint, or no thread to write it."""
+
+
 class Writer:
-    """Writes one checkpoint at a time, and returns when it is written.
+    """Writes the checkpoints of one run, one at a time; training waits for each.
 
     Args:
-        keep_last: checkpoints that stay beside the best one.
+        keep_last: checkpoints that are kept beside the best one.
     """
 
     def __init__(self, out_dir: Path, keep_last: int):
         self.out_dir, self.keep_last = out_dir, keep_last
-        self._pending: Future[Outcome] | None = None
+        self.pending: Future[Outcome] | None = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Writer":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None or issubclass(kind, Exception):  # a second signal does not wait
             self.wait()
 
-    def save(self, snapshot: Snapshot, best_step: int, describe: Describe) -> None:
-        """Write a checkpoint. Its outcome must be asked for before the next one.
+    def save(self, snapshot: Snapshot, best_step: int, describe: Callable[[], None]) -> None:
+        """Write a checkpoint, or begin to; the outcome of the one before it must have been taken.
 
-        Raises:
-            NoBackground: only by a `BackgroundWriter`; nothing was begun.
+        Args:
+            describe: writes what else the checkpoint needs in the run's folder.
         """
-        self._begin()(snapshot, best_step, describe)
+        self.pending = self._new_pending()
+        self._write(self.pending, snapshot, best_step, describe)
 
-    def finished(self) -> Outcome | None:
-        """The outcome of the last save, once; None if it was given before, or is not known yet."""
-        return self.wait() if self._pending is not None and self._pending.done() else None
+    def poll(self) -> Outcome | None:
+        """What became of the last save, once; None if it is under way, or its outcome was taken before."""
+        return self.wait() if self.pending is not None and self.pending.done() else None
 
     def wait(self) -> Outcome | None:
-        """The outcome of the last save, once, as soon as it is known; None if it was given before."""
-        if self._pending is None:
-            return None
-        pending, self._pending = self._pending, None
-        return pending.result()
+        """What became of the last save, once, and when it is written; None if its outcome was taken before.
 
-    def _begin(self) -> Callable[[Snapshot, int, Describe], None]:
-        """A function that writes a checkpoint and keeps the outcome for `wait`, an unexpected error too."""
-        assert self._pending is None
-        pending: Future[Outcome] = Future()
-        self._pending = pending
+        Raises:
+            Exception: a defect; what the disk or the memory refuses is in the outcome.
+        """
+        pending, self.pending = self.pending, None
+        return None if pending is None else pending.result()
 
-        def write(snapshot: Snapshot, best_step: int, describe: Describe) -> None:
-            try:
-                pending.set_result(self._write(snapshot, best_step, describe))
-            except BaseException as error:
-                pending.set_exception(error)
+    def _new_pending(self) -> Future[Outcome]:
+        assert self.pending is None, "the outcome of the save before it was not taken"
+        return Future()
 
-        return write
-
-    def _write(self, snapshot: Snapshot, best_step: int, describe: Describe) -> Outcome:
-        folder, saved = store.folder_of(self.out_dir, snapshot.step), False
+    def _write(
+        self, pending: Future[Outcome], snapshot: Snapshot, best_step: int, describe: Callable[[], None]
+    ) -> None:
         try:
-            describe()
-            store.save(self.out_dir, snapshot, best_step)
-            saved = True
-            store.prune(self.out_dir, self.keep_last)
-        except (OSError, RuntimeError, MemoryError) as error:
-            if not (isinstance(error, OSError) or out_of_memory.is_out_of_memory(error)):
-                raise
-            return Outcome(snapshot.step, folder, saved, error)
-        return Outcome(snapshot.step, folder, saved)
+            pending.set_result(self._outcome(snapshot, best_step, describe))
+        except BaseException as error:
+            pending.set_exception(error)
+
+    def _outcome(self, snapshot: Snapshot, best_step: int, describe: Callable[[], None]) -> Outcome:
+        folder, saved = store.folder_of(self.out_dir, snapshot.step), False
+        with out_of_memory.caught() as shortage:
+            try:
+                describe()
+                store.save(self.out_dir, snapshot, best_step)
+                saved = True
+                store.prune(self.out_dir, self.keep_last)
+            except OSError as error:
+                return Outcome(snapshot.step, folder, saved, error)
+            return Outcome(snapshot.step, folder, saved)
+        return Outcome(snapshot.step, folder, saved, MemoryError(shortage.reason))
 
 
 class BackgroundWriter(Writer):
-    """Copies each checkpoint to the host's memory, and writes it in a thread."""
+    """Writes in a thread, from a copy in the host's memory, while training goes on."""
 
     def __init__(self, out_dir: Path, keep_last: int):
         super().__init__(out_dir, keep_last)
-        self._memory: dict[str, torch.Tensor] = {}  # kept from one checkpoint to the next
+        self.memory: dict[str, torch.Tensor] = {}  # of the copy, kept for the next one
 
-    def save(self, snapshot: Snapshot, best_step: int, describe: Describe) -> None:
-        with out_of_memory.caught() as lack:
-            snapshot = snapshot.copied(self._memory)
-        if lack:
-            self._memory.clear()
-            raise NoBackground
-        write = self._begin()
-        Thread(target=write, args=(snapshot, best_step, describe), name="checkpoint", daemon=True).start()
+    def save(self, snapshot: Snapshot, best_step: int, describe: Callable[[], None]) -> None:
+        """Begin to write a checkpoint.
+
+        Raises:
+            NoBackground: nothing was begun; a `Writer` can write it.
+        """
+        pending, copy = self._new_pending(), None
+        with out_of_memory.caught():
+            copy = snapshot.copied(self.memory)
+        if copy is None:
+            self.memory.clear()  # the part of the copy that there was room for
+            raise NoBackground("no memory for a copy of the checkpoint")
+        Thread(target=self._write, args=(pending, copy, best_step, describe), name="checkpoint", daemon=True).start()
+        self.pending = pending

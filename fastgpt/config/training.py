@@ -10,6 +10,8 @@ from fastgpt.config.model import ModelConfig
 from fastgpt.errors import UsageError, nearest, shown
 
 USUAL_WARMUP = 2000  # steps
+# Optimizers, and how many float32 values each keeps for a weight: its moments. They count in checkpoints and in memory.
+MOMENTS = {"adamw": 2}
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class TrainConfig(ModelConfig):
     gradient_accumulation_steps: int = option(40, "micro-batches in a step", low=1)
     seed: int = option(1337, "seed of the weights, the data order and dropout", low=0, high=2**63 - 1)
 
+    # Optimizer
+    optimizer = "adamw"  # no field: there is nothing to choose from as long as MOMENTS has one
     learning_rate: float = option(6e-4, "peak learning rate", above=0)
     schedule: str = option("cosine", "shape of the learning rate", choices=("cosine", "linear", "constant", "wsd"))
     decay_lr: bool = option(True, "follow the schedule; off is the same as `schedule` constant")
@@ -105,6 +109,11 @@ class TrainConfig(ModelConfig):
     def imports(self) -> bool:
         """Whether it starts from the weights of another program's file."""
         return self.init_from.endswith(".pt")
+
+    @property
+    def moments(self) -> int:
+        """Values that the optimizer keeps for a weight."""
+        return MOMENTS[self.optimizer]
 
     @property
     def tokens_per_step(self) -> int:

@@ -1,4 +1,4 @@
-"""The curves of a run, as pictures in its folder."""
+"""Draws the curves of a run into its folder, from what metrics.jsonl says."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastgpt.loggers.jsonl import Record, read_metrics
+from fastgpt.checkpoint.progress import Progress
+from fastgpt.loggers.base import Logger, Record
+from fastgpt.loggers.jsonl import NAME, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,14 +16,32 @@ if TYPE_CHECKING:
 LARGEST = 1e15  # steps, tokens, nats
 
 
+class Curves(Logger):
+    """Draws `plots/loss.png` when a run has ended, unless an error ended it."""
+
+    name = "curves"
+
+    def __init__(self, out_dir: Path):
+        self.out_dir = out_dir
+
+    def start(self, progress: Progress) -> None:
+        """Nothing: the picture is drawn from a file."""
+
+    def log(self, record: Record) -> None:
+        """Nothing: the picture is drawn from a file."""
+
+    def finish(self, error: BaseException | None) -> str | None:
+        return str(plot_loss(self.out_dir)) if error is None else None
+
+
 def plot_loss(out_dir: Path) -> Path:
     """Draw `plots/loss.png`: training and validation loss against steps (below) and tokens (above).
 
-    Where the evaluation set changed, a dotted line says so, and the curve of the val loss begins anew.
+    A dotted line marks a change of the evaluation set, at which the curve of the val loss is interrupted.
     """
     from matplotlib.figure import Figure
 
-    found = read_metrics(out_dir / "metrics.jsonl")
+    found = read_metrics(out_dir / NAME)
     records = [record for record in found if all(_is_drawn(record.get(key)) for key in ("step", "tokens"))]
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.subplots()
@@ -55,7 +75,7 @@ def plot_loss(out_dir: Path) -> Path:
 
 
 def _draw(axes: "Axes", pieces: list[list[Record]], key: str, style: str, label: str) -> None:
-    """One curve in several pieces, with one colour and one entry in the legend."""
+    """Draw a curve in several pieces, with one colour and one entry in the legend."""
     color = None
     for piece in pieces:
         points = [(record["step"], record[key]) for record in piece if _is_drawn(record.get(key))]
@@ -63,9 +83,9 @@ def _draw(axes: "Axes", pieces: list[list[Record]], key: str, style: str, label:
             (line,) = axes.plot(
                 *zip(*points, strict=True), style, label=label, color=color, linewidth=1.2, markersize=3.5
             )
-            color, label = line.get_color(), "_"  # the legend leaves out what begins with _
+            color, label = line.get_color(), "_"  # the legend ignores labels that begin with _
 
 
 def _is_drawn(value: Any) -> bool:
-    """Whether it is a number that a picture has room for."""
+    """Whether it is a number of a size that can be drawn."""
     return isinstance(value, int | float) and abs(value) <= LARGEST

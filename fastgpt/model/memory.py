@@ -12,7 +12,7 @@ from fastgpt.model.facts import count_parameters, position_table_bytes
 from fastgpt.system.device import free_memory
 from fastgpt.system.units import counted
 
-TRAINED_PARAMETER = 16  # bytes: a weight, its gradient and AdamW's two moments, in float32
+FLOAT32 = 4  # bytes
 TOKEN = 8  # bytes: int64
 CPU = torch.device("cpu")
 
@@ -26,7 +26,8 @@ def check_training(config: TrainConfig, device: torch.device) -> None:
     """
     L, C, T, B = config.n_layer, config.n_embd, config.block_size, config.batch_size
     count = count_parameters(config)
-    model = TRAINED_PARAMETER * count + position_table_bytes(config)
+    values = 2 + config.moments  # for each parameter: its weight, its gradient and the optimizer's moments
+    model = FLOAT32 * values * count + position_table_bytes(config)
     _check(
         model,
         device,
@@ -37,9 +38,9 @@ def check_training(config: TrainConfig, device: torch.device) -> None:
     _check(B * steps * TOKEN, CPU, f"`gradient_accumulation_steps` {steps} with `batch_size` {B} takes")
 
 
-def lacking(where: str, config: ModelConfig, error: BaseException | str) -> str:
+def lacking(where: str, config: ModelConfig, message: str | None) -> str:
     """The message of a run that has no memory left: where, what a smaller one would have less of, what was raised."""
-    reason = next((line for line in str(error).splitlines() if line.strip()), "")
+    reason = next((line for line in (message or "").splitlines() if line.strip()), "")
     return (
         f"out of memory {where}; lower `block_size` {config.block_size}, `n_layer` {config.n_layer} or "
         f"`n_embd` {config.n_embd} in a new run, or free memory{f' ({reason:.120})' if reason else ''}"

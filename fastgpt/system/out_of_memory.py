@@ -1,48 +1,25 @@
-"""Tells a lack of memory from other errors, and lets a program go on after one."""
+"""Running out of memory: the errors that say so, and a block that may end in one.
+
+    with out_of_memory.caught() as shortage:
+        return model(x, y).item()
+    print(f"out of memory: {shortage.reason}")  # reached only where the memory ran out
+
+What to do instead comes after the block, and not in an except clause: there the exception would keep every tensor of
+the frames that it came through.
+"""
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from types import TracebackType
 
 import torch
 
 from fastgpt.errors import RunFailed
 
+# oneDNN, which multiplies matrices on a CPU, names what it could not make: a scratchpad, or the code of a product.
 MESSAGES = re.compile(
     "DefaultCPUAllocator|MPS backend out of memory|CUDA error: out of memory|std::bad_alloc|"
     "could not (create|execute) a (primitive|memory)"
 )
-
-
-class Lack:
-    """Whether memory ran out, and what was raised then.
-
-    Attributes:
-        reason: the exception's text; None where there was enough.
-    """
-
-    reason: str | None = None
-
-    def __bool__(self) -> bool:
-        return self.reason is not None
-
-
-@contextmanager
-def caught() -> Iterator[Lack]:
-    """End the block where memory runs out; other errors pass.
-
-    with caught() as lack:
-        loss = model(x, y)
-    if lack:
-        ...  # the exception is gone, and with it the tensors that its traceback held
-    """
-    lack = Lack()
-    try:
-        yield lack
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        lack.reason = str(error)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -53,3 +30,25 @@ def is_out_of_memory(error: BaseException) -> bool:
         return False
     # PyTorch has no class of its own for those of CPUs, of Apple GPUs, and of making a CUDA graph ready.
     return isinstance(error, RuntimeError) and MESSAGES.search(str(error)) is not None
+
+
+class caught:
+    """Ends a block that runs out of memory without an exception; other exceptions pass.
+
+    Attributes:
+        reason: the message of the exception, which may be empty; None where the memory was enough.
+    """
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+
+    def __enter__(self) -> "caught":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        if error is None or not is_out_of_memory(error):
+            return False
+        self.reason = str(error)
+        return True

@@ -1,8 +1,8 @@
-"""What keeps a bad step out of the weights: each step is judged on its device, and nothing waits for the verdict.
+"""Keeps bad steps out of the weights. The checks run on the device without synchronizing.
 
-A step whose loss or gradient is not finite changes neither weights nor statistics; neither does, if asked for, one
-whose loss lies far above those before it. Where several in a row are skipped the guard stays shut, and every further
-step is skipped, until the training loop reads the verdicts (when it logs) and goes back to an earlier checkpoint.
+A step whose loss or gradient is not finite changes neither the weights nor the statistics. With `skip_loss_sigma` the
+same holds for a loss far above those before it. After several skipped steps in a row every further step is skipped,
+until the training loop reads the verdicts (when it logs) and goes back to an earlier checkpoint.
 
 Skipping the update where a statistic of the loss or the gradient is an outlier is done by OLMo (OLMo et al., 2024,
 section 3.4) and by llm.c; going back and leaving out the data is what PaLM did (Chowdhery et al., 2022, section 5.1).
@@ -16,8 +16,8 @@ import torch
 
 from fastgpt.system.units import counted
 
-MEMORY = 0.02  # what a new loss counts in the running mean and variance: they look back over about 50 steps
-WARMUP = 50  # good steps before a loss can lie too high
+MEMORY = 0.02  # weight of a new loss in the running mean and variance, which so cover about 50 steps
+WARMUP = 50  # good steps before the first loss that can be too high
 MOST = torch.finfo(torch.float32).max
 COUNTS = ("in_row", "good")
 STATE = (*COUNTS, "mean", "variance")
@@ -25,11 +25,13 @@ STATE = (*COUNTS, "mean", "variance")
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a step: its mean loss, its gradient's norm, and why it was skipped, or None.
+    """What became of a step.
 
     Attributes:
-        scaling: float16's loss scale was too high for the step, which is no fault of the step's.
-        in_row: how many were skipped in a row, this one included; above the guard's patience it was shut before.
+        loss, norm: its mean loss and its gradient's norm.
+        skipped: why it changed nothing, or None.
+        scaling: it was skipped because float16's loss scale was too high, which is no defect of the step.
+        in_row: skipped steps in a row, this one included; above the guard's patience the step was not judged itself.
     """
 
     loss: float
@@ -43,7 +45,7 @@ class Guard:
     """Judges the steps of one model.
 
     Args:
-        patience: skipped steps in a row after which the guard is shut.
+        patience: skipped steps in a row after which all further steps are skipped.
         sigma: skip a step whose loss is this many standard deviations above the running mean; 0: none.
     """
 
@@ -53,11 +55,11 @@ class Guard:
         self.in_row, self.good, self.mean, self.variance = (torch.zeros((), device=device) for _ in range(4))
 
     def judge(self, loss: torch.Tensor, norm: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
-        """Judge a step, for the optimizer: 1 where it is to change nothing, otherwise 0; a float32 scalar.
+        """Judge a step. Returns a float32 scalar for the optimizer: 1 if the step must change nothing, otherwise 0.
 
         Args:
             loss, norm: of the step, float32 scalars on the device.
-            scale: the loss scale of float16; a gradient that is not finite at a scale above 1 is the scaler's to mend.
+            scale: the loss scale of float16; at a scale above 1 the scaler handles gradients that are not finite.
         """
         overflow = ~torch.isfinite(norm)
         bad = ~torch.isfinite(loss) | (overflow if scale is None else overflow & (scale <= 1))
@@ -65,7 +67,7 @@ class Guard:
             bad |= (self.good >= WARMUP) & (loss > self.mean + self.sigma * self.variance.sqrt())
         bad |= self.in_row >= self.patience
         skip = bad | overflow
-        self.in_row = (self.in_row + bad) * skip  # a step that only the scaler skips neither prolongs a row nor ends it
+        self.in_row = (self.in_row + bad) * skip  # a step that only the scaler skips leaves the count as it is
         if self.sigma:
             self._learn(loss, skip)
         found = skip.float()
@@ -103,18 +105,18 @@ class Guard:
         return Verdict(loss, norm, why, in_row=int(in_row))
 
     def open(self) -> None:
-        """Forget the row of skipped steps, after it has led back."""
+        """Forget the row of skipped steps, after a rollback."""
         self.in_row = torch.zeros_like(self.in_row)
 
     def state_dict(self) -> dict[str, float]:
-        """What a resumed run needs to judge as this one would; JSON keeps it exactly. Waits for the device."""
+        """The state that a resumed run needs, exact in JSON; waits for the device."""
         return dict(zip(STATE, torch.stack([getattr(self, name) for name in STATE]).tolist(), strict=True))
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Judge as the guard whose `state_dict` this is; an empty one is that of a new run.
+        """Restore what `state_dict` gave; an empty one is that of a new run.
 
         Raises:
-            TypeError, ValueError: it is none.
+            TypeError, ValueError: it was not made by `state_dict`.
         """
         for name in STATE:
             value = float(state.get(name, 0.0))

@@ -1,5 +1,9 @@
-"""AdamW with its parameter groups, and clipping."""
+"""The optimizers and their parameter groups, and clipping.
 
+A new one derives from `Optimizer`, and is listed in OPTIMIZERS and in `fastgpt.config.training.MOMENTS`.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,22 +12,34 @@ from fastgpt.config.training import TrainConfig
 from fastgpt.system.torch_private import add_to_each, fused_adamw
 
 
-class AdamW(torch.optim.AdamW):
-    """`torch.optim.AdamW` in its fused form, with less Python in a step, which a small model notices.
+class Optimizer(torch.optim.Optimizer):
+    """An optimizer whose steps the guard can skip without waiting for the device.
 
-    Its moments are there from the start, and every parameter needs a gradient in every step.
+    Its state is complete from the start: for each parameter float32 scalars and `MOMENTS` tensors of its own shape.
+    Checkpoints hold these under their names.
 
     Attributes:
         found_inf: a float32 scalar on the device; where it is 1 and not 0, a step changes nothing.
     """
 
+    found_inf: torch.Tensor | None = None
+
+    def reset(self) -> None:
+        """Set the state back to that before the first step."""
+        raise NotImplementedError
+
+
+class AdamW(torch.optim.AdamW, Optimizer):
+    """`torch.optim.AdamW` in its fused form, with less Python in a step, which matters for small models.
+
+    Every parameter needs a gradient in every step.
+    """
+
     def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]):
         super().__init__(groups, lr=lr, betas=betas, fused=True)
-        self.found_inf: torch.Tensor | None = None
         self.reset()
 
     def reset(self) -> None:
-        """Set the moments to zero, as before the first step."""
         for group in self.param_groups:
             for p in group["params"]:
                 self.state[p] = {
@@ -35,7 +51,7 @@ class AdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         if self.found_inf is not None and self.found_inf.device.type == "mps" and self.found_inf.item():
-            return  # PyTorch's kernel for Apple GPUs takes no notice of it, so there it has to be waited for
+            return  # PyTorch's kernel for Apple GPUs ignores it, so the host has to wait for it and skip the step
         taken = 1 if self.found_inf is None else 1 - self.found_inf
         for group in self.param_groups:
             params = group["params"]
@@ -59,15 +75,24 @@ class AdamW(torch.optim.AdamW):
             )
 
 
-def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> AdamW:
-    """AdamW (Loshchilov & Hutter, 2019), fused, with weight decay on matrices and none on vectors."""
+def _adamw(groups: list[dict[str, Any]], config: TrainConfig) -> Optimizer:
+    """AdamW (Loshchilov & Hutter, 2019)."""
+    return AdamW(groups, config.learning_rate, (config.beta1, config.beta2))
+
+
+# By name, as in `fastgpt.config.training.MOMENTS`; made from parameter groups, each with its weight decay.
+OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], TrainConfig], Optimizer]] = {"adamw": _adamw}
+
+
+def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> Optimizer:
+    """The optimizer of the settings, with weight decay on matrices and none on vectors."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return AdamW(groups, config.learning_rate, (config.beta1, config.beta2))
+    return OPTIMIZERS[config.optimizer](groups, config)
 
 
 def clip(parameters: list[torch.nn.Parameter], limit: float) -> torch.Tensor:

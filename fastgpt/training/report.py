@@ -1,31 +1,31 @@
-"""What a run prints for people: before the first step what it is, after the last how it went and what comes next."""
+"""Prints what a run is before its first step; after its last one the result, and the command that comes next."""
 
 import math
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 
 from fastgpt.config.training import TrainConfig
-from fastgpt.data.prepared import Corpus
+from fastgpt.data.corpus import Corpus
 from fastgpt.errors import UsageError
-from fastgpt.evaluation.loss import EvaluationSet
-from fastgpt.loggers.logger import Record
-from fastgpt.model.gpt import GPT
 from fastgpt.system.device import describe
 from fastgpt.system.units import counted, format_bytes, format_seconds
 from fastgpt.tokenizer.base import Tokenizer
+from fastgpt.training.setup import Setup
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """How a run ended. Seconds and tokens/s are of the steps alone, without compiling, evaluating and saving.
+    """How a run ended. Seconds and tokens/s count steps only, not compiling, evaluating and saving.
 
-    `saved_step` is that of the last checkpoint; `failures` counts what the disk did not take: checkpoints, lines of
-    metrics, the picture. `history` holds the records that were logged, where `fastgpt.fit` collected them.
+    Attributes:
+        bits_per_byte: of the best val loss.
+        stopped_by: the number of the signal that stopped it, or None.
+        saved_step: the step of the last checkpoint.
+        failures: checkpoints, lines of metrics and pictures that the disk did not take.
     """
 
     steps: int
@@ -40,39 +40,29 @@ class RunSummary:
     stopped_by: int | None = None
     saved_step: int = 0
     failures: int = 0
-    out_dir: str = "out"
-    history: tuple[Record, ...] = ()
 
 
-def introduce(
-    console: Console,
-    config: TrainConfig,
-    model: GPT,
-    data: Corpus,
-    device: torch.device,
-    dtype: torch.dtype,
-    evaluation: EvaluationSet,
-    step: int,
-) -> None:
-    """Model, data, machine and length of the run that is about to take its next step."""
+def introduce(console: Console, setup: Setup) -> None:
+    """Print the model, the data, the machine and the length of the run that is about to take its next step."""
+    config, data, model, step = setup.config, setup.data, setup.state.model, setup.state.progress.step
     blocks = f"{counted(config.n_layer, 'layer')}, {counted(config.n_head, 'head')}"
     shape = f"{blocks}, width {config.n_embd}, context {config.block_size}"
     tokens = f"{data.train_tokens:,} train and {counted(data.val_tokens, 'val token')}"
-    arithmetic = str(dtype).removeprefix("torch.") + (", compiled" if config.compile else "")
+    arithmetic = str(setup.dtype).removeprefix("torch.") + (", compiled" if config.compile else "")
     steps = f"{counted(config.max_iters - step, 'step')} of {counted(config.tokens_per_step, 'token')}"
     facts = {
         "model": f"{counted(model.num_parameters(), 'parameter')}: {shape}",
         "data": f"{data.name}: {tokens}, vocabulary {data.tokenizer.vocab_size:,} ({data.tokenizer.kind})",
-        "machine": f"{describe(device)}, {arithmetic}",
+        "machine": f"{describe(setup.device)}, {arithmetic}",
         "kernels": str(model.ops),
-        "evaluation": f"{evaluation.describe()}, every {counted(config.eval_interval, 'step')}",
+        "evaluation": f"{setup.evaluation.describe()}, every {counted(config.eval_interval, 'step')}",
         "run": f"{steps}{f', continuing at step {step}' if step else ''} -> {config.out_dir}",
     }
     console.print(_lines(facts, bold=True), highlight=False, soft_wrap=True)
 
 
 def judged(best_val_loss: float | None, val_loss: float | None) -> str:
-    """How good a checkpoint is; `val_loss` is None where it was not evaluated."""
+    """How good a checkpoint is, in words; `val_loss` is None where it was not evaluated."""
     if val_loss is None:
         return "not evaluated"
     if best_val_loss is None:
@@ -81,8 +71,8 @@ def judged(best_val_loss: float | None, val_loss: float | None) -> str:
     return f"val loss {val_loss:.4f}, {best}"
 
 
-def conclude(summary: RunSummary, config: TrainConfig, picture: str, data: Corpus) -> str:
-    """The result, where it lies, and the command that comes next."""
+def conclude(summary: RunSummary, config: TrainConfig, logged: Mapping[str, str], data: Corpus) -> str:
+    """The result, where it was saved, and the command that comes next; `logged` is what the loggers say, by name."""
     facts = {}
     if summary.best_val_loss is not None:
         bits = "" if summary.bits_per_byte is None else f", {summary.bits_per_byte:.4f} bits per byte"
@@ -93,7 +83,7 @@ def conclude(summary: RunSummary, config: TrainConfig, picture: str, data: Corpu
             f"{summary.tokens_per_second:,.0f} tokens/s; {spent} in steps, without compiling and evaluating"
         )
     facts["peak memory"] = format_bytes(summary.peak_memory)
-    facts["curves"] = picture
+    facts |= logged
     where = "" if config.out_dir == "out" else f" --out_dir {shlex.quote(config.out_dir)}"
     lines = [_lines(facts)]
     if not summary.finished:
@@ -112,7 +102,7 @@ def conclude(summary: RunSummary, config: TrainConfig, picture: str, data: Corpu
 
 
 def _opening(tokenizer: Tokenizer) -> str:
-    """The flag of a prompt, where the vocabulary can spell it."""
+    """A prompt as a flag, if the vocabulary can spell it."""
     try:
         tokenizer.encode("The ")
     except UsageError:
@@ -121,7 +111,7 @@ def _opening(tokenizer: Tokenizer) -> str:
 
 
 def bits_per_byte(loss: float | None, data: Corpus) -> float | None:
-    """Nats a token to bits a byte of UTF-8, which tokenizers share; None where loss or bytes are not known."""
+    """Nats per token as bits per byte of UTF-8, which compare across tokenizers; None if loss or bytes are unknown."""
     if loss is None or not data.val_bytes:
         return None
     return loss / math.log(2) * data.val_tokens / data.val_bytes

@@ -1,49 +1,46 @@
 """A training run, from its first step, or its last checkpoint, to its end.
 
-The data flows forward: corpus -> loader -> model -> loss -> optimizer -> checkpoint. What can go wrong on the way does
-not end the run: a bad step changes nothing (`guard`), several in a row roll the run back (`rollback`), a micro-batch
-that is too large is made smaller, a signal waits for the micro-batch, and a full disk is made up for by the next
-checkpoint.
+The data flows forward: corpus -> loader -> model -> loss -> optimizer -> checkpoint. Common failures do not end the
+run: a bad step changes nothing (`guard`), several in a row lead back to the last good checkpoint (`rollback`), a
+micro-batch that does not fit into the memory is divided, a signal is answered after the micro-batch, and what a full
+disk refused is written with the next checkpoint.
 """
 
 import itertools
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, cast
+from typing import NoReturn
 
 import torch
-from rich.console import Console
 
 from fastgpt.checkpoint import run_folder
-from fastgpt.checkpoint.progress import Progress
 from fastgpt.config.fields import validate, validate_fields
 from fastgpt.config.training import TrainConfig
-from fastgpt.errors import RunFailed, shown
-from fastgpt.evaluation import loss as evaluation_loss
+from fastgpt.errors import RunFailed
+from fastgpt.loggers import console
+from fastgpt.loggers.base import Logger
 from fastgpt.loggers.console import Display, print_product
-from fastgpt.loggers.jsonl import MetricsFile
-from fastgpt.loggers.logger import Logger, Record
+from fastgpt.loggers.registry import LOGGERS
 from fastgpt.model import memory
 from fastgpt.model.gpt import GPT
-from fastgpt.system import contention, finite, out_of_memory, threads
-from fastgpt.system.device import autocast, peak_flops, peak_memory, synchronize
+from fastgpt.system import contention, out_of_memory, threads
+from fastgpt.system.device import peak_flops, peak_memory, synchronize
 from fastgpt.system.signals import Signals
-from fastgpt.system.streams import Lasting
 from fastgpt.tokenizer.base import Tokenizer
 from fastgpt.training import report
 from fastgpt.training.checkpoints import Checkpoints
 from fastgpt.training.guard import Verdict
+from fastgpt.training.log import RunLog
 from fastgpt.training.report import RunSummary
-from fastgpt.training.rollback import Rollbacks
-from fastgpt.training.setup import Setup, prepare, take_folder
+from fastgpt.training.rollback import Rollback
+from fastgpt.training.setup import Setup, open_folder, prepare
 from fastgpt.training.speed import Stopwatch, flops_per_token
 from fastgpt.training.start import with_warmup
+from fastgpt.training.validation import Validation
 
-MOST_UNREAD = 1000  # steps whose verdicts may wait on the device
+MOST_UNREAD = 1000  # steps whose verdicts may stay on the device
 
 # How a model continues an opening, piece by piece: (model, tokenizer, opening, seed).
 Sample = Callable[[GPT, Tokenizer, str, int], Iterator[str]]
@@ -53,12 +50,12 @@ def train(config: TrainConfig, sample: Sample, loggers: Sequence[Logger] = ()) -
     """Train, or continue, the run that the configuration describes.
 
     Args:
-        sample: how the model continues a text, for the samples that the run shows.
-        loggers: take the run's records, beside its metrics.jsonl and the console.
+        sample: continues a text, for the samples that the run shows.
+        loggers: get the run's records beside the loggers that every run has.
 
     Raises:
-        UsageError: anything in the settings, the data or the folder that makes the run impossible; nothing was lost.
-        RunFailed: the run cannot go on; what it had saved is there.
+        UsageError: the flags, the data or the folder make the run impossible; nothing was lost.
+        RunFailed: the run cannot go on; the checkpoints that it had saved are whole.
     """
     validate_fields(TrainConfig, vars(config))
     if config.resuming:
@@ -67,339 +64,228 @@ def train(config: TrainConfig, sample: Sample, loggers: Sequence[Logger] = ()) -
     if config.warmup_iters is None:
         config = with_warmup(config)
     run_folder.check_free(Path(config.out_dir))
-    try:
-        with threads.restored(), Signals(patient=False) as signals:
-            setup = prepare(config)
-            with run_folder.locked(setup.out_dir):
-                metrics = take_folder(setup)
-                return Run(setup, metrics, sample, signals, loggers).train()
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory.is_out_of_memory(error):
-            raise
-        # In an update, for one, and then half of the weights may have changed: nothing is saved.
-        raise RunFailed(memory.lacking("outside of forward and backward passes", config, error)) from None
+    with out_of_memory.caught() as shortage, threads.restored(), Signals(patient=False) as signals:
+        setup = prepare(config)
+        with run_folder.locked(setup.out_dir):
+            log = _log_of(setup, loggers)
+            with log:
+                open_folder(setup, log)
+                run = Run(setup, log, signals, sample)
+                run.train()
+            return run.conclude()
+    # In an update, for one, and then half of the weights may have changed: nothing is saved.
+    raise RunFailed(memory.lacking("outside of forward and backward passes", config, shortage.reason))
+
+
+def _log_of(setup: Setup, loggers: Sequence[Logger]) -> RunLog:
+    """The loggers that every run has, those that were given, and the display."""
+    uniform = math.log(setup.data.tokenizer.vocab_size)
+    display = Display(console.stderr(), setup.config.max_iters, uniform, settled=2 if setup.config.compile else 1)
+    with run_folder.explained(setup.out_dir):
+        return RunLog(display, [*(make(setup.out_dir) for make in LOGGERS), *loggers])
 
 
 class Run:
-    """The loop: steps, evaluations, checkpoints and samples, in a folder that belongs to this process."""
+    """The training loop of a run that is prepared and whose folder is open."""
 
-    def __init__(
-        self,
-        setup: Setup,
-        metrics: MetricsFile,
-        sample: Sample,
-        signals: Signals,
-        loggers: Sequence[Logger] = (),
-    ):
+    def __init__(self, setup: Setup, log: RunLog, signals: Signals, sample: Sample):
         self.setup, self.config, self.state = setup, setup.config, setup.state
+        self.log, self.signals, self.sample = log, signals, sample
         self.model, self.step = setup.state.model, setup.state.step
-        self.metrics, self.sample, self.signals = metrics, sample, signals
-        self.console = Console(file=cast(IO[str], Lasting(sys.stderr)))
-        uniform = math.log(setup.data.tokenizer.vocab_size) if self.progress.step == 0 else None
-        settled = 2 if self.config.compile else 1
-        self.display = Display(self.console, self.config.max_iters, uniform, settled)
-        self.loggers: list[Logger] = [metrics, self.display, *loggers]
-        self.checkpoints = Checkpoints(setup, self._describe, self.display.say, self._warn)
-        self.rollbacks = Rollbacks(setup)
+        self.checkpoints = Checkpoints(setup, log, signals)
+        self.validation = Validation(setup, log, self.checkpoints)
+        self.rollback = Rollback(setup, log, self.checkpoints, self.validation)
         self.watch, self.slowness = Stopwatch(setup.device), contention.Slowness(setup.threads)
-        self.rate = 0.0  # the learning rate of the last step
-        self.unfit_step: int | None = None  # whose weights are not finite
-        self.failures = 0
+        self.rate = 0.0  # learning rate of the last step
 
-    @property
-    def progress(self) -> Progress:
-        return self.state.progress
-
-    def train(self) -> RunSummary:
-        """Take the steps that are left, and tell how it went; once there are steps, signals wait for a checkpoint."""
-        setup = self.setup
-        report.introduce(
-            *(self.console, self.config, self.model, setup.data, setup.device, setup.dtype, setup.evaluation),
-            self.progress.step,
-        )
-        with ExitStack() as stack:
-            stack.enter_context(contention.watching(setup.threads if setup.device.type == "cpu" else 1))
-            for logger in self.loggers[2:]:
-                stack.callback(logger.finish)
-            stack.enter_context(self.metrics)
-            stack.enter_context(self.display)
-            stack.enter_context(self.checkpoints)
+    def train(self) -> None:
+        """Take the steps that are left. From here on signals wait for a checkpoint."""
+        report.introduce(self.log.display.console, self.setup)
+        self.log.display.start(self.state.progress)
+        on_cpu = self.setup.device.type == "cpu"
+        with contention.watching(self.setup.threads if on_cpu else 1), self.checkpoints:
             self.signals.patient = True
-            for logger in self.loggers[1:]:  # metrics.jsonl was started when it was opened
-                logger.start(self.progress)
-            self._begin_evaluation_set()
-            self._take_steps()
-            self._save_the_rest()
+            self.validation.announce_set()
+            self.take_steps()
+            self.save_the_rest()
             self.signals.patient = False
-        return self._finish(None if self.state.is_finished() else self.signals.caught)
 
-    def _take_steps(self) -> None:
-        """Steps, evaluations and checkpoints, until the run is finished, its time is over or a signal came."""
-        config, over = self.config, False
+    def take_steps(self) -> None:
+        """Train, evaluate and save until the run is finished, its time is over or a signal came."""
+        config, state, over = self.config, self.state, False
         deadline = time.monotonic() + 60 * (config.max_minutes or math.inf)
-        if self.state.owes_evaluation():
+        if state.owes_evaluation:
             self._evaluate_and_save()
-        while not (self.state.is_finished() or over or self.signals.caught):
+        while not (state.is_finished or over or self.signals.caught):
             with self.watch:
-                if self._train_step():
+                if self.take_step():
                     continue
-                step, over = self.progress.step, time.monotonic() > deadline
+                step, over = state.progress.step, time.monotonic() > deadline
                 due = step % config.eval_interval == 0 or step == config.max_iters or over
                 logged = due or step % config.log_interval == 0
                 asked = self.signals.save_asked
                 read = logged or asked or len(self.step.guard.unread) >= MOST_UNREAD
                 verdicts = self.step.guard.read() if read else []  # waits for the device
             self._advise()
-            if not self._follow(verdicts):
+            if not self.rollback.follow(verdicts):
                 continue
             if logged:
-                self._log(self._record(verdicts[-1]))
+                self._log(verdicts[-1])
             if due:
                 self._evaluate_and_save()
             elif asked:
-                self._save()
+                self.checkpoints.save()
             self.checkpoints.poll()
-            if config.sample_interval and step % config.sample_interval == 0 and not self.state.is_finished():
-                self.display.product(f"--- sample at step {step}\n{self._sample(self._is_asked_to_stop)}\n---")
+            if config.sample_interval and step % config.sample_interval == 0 and not state.is_finished:
+                self.log.display.product(f"--- sample at step {step}\n{self._sample(self._answer_signals)}\n---")
 
-    def _train_step(self) -> bool:
-        """One optimizer step; where its micro-batches do not fit into the memory, they are made smaller for good.
+    def take_step(self) -> bool:
+        """One optimizer step. Micro-batches that do not fit into the memory are made smaller for the rest of the run.
 
         Returns:
-            True where a signal cut it short; it is then as if it had not begun.
+            True where a signal cut it short; the step then was not taken, and can be taken again.
         """
-        place = self.progress.step + self.progress.skipped_batches  # in the order of the data
+        progress = self.state.progress
+        place = progress.step + progress.skipped_batches  # in the order of the data
         while True:
             batches = self.setup.micro_batches.of_step(place)
-            self.display.begin("micro", self.progress.step, len(batches))
-            loss = None
-            with out_of_memory.caught() as lack:
-                loss = self.step.accumulate(self.progress.step, batches, self._is_step_to_stop)
-            if lack.reason is None:
+            self.log.display.begin("micro", progress.step, len(batches))
+            with out_of_memory.caught() as shortage:
+                loss = self.step.accumulate(progress.step, batches, self._is_step_to_stop)
                 break
-            self._divide_micro_batches(lack.reason)
+            self._divide_micro_batches(shortage.reason)
         if loss is None:
             self.step.abandon()
             self.watch.drop()
             return True
-        _, self.rate = self.step.update(self.progress.step, loss)
-        self.progress.step += 1
-        self.progress.tokens += self.config.tokens_per_step
+        _, self.rate = self.step.update(progress.step, loss)
+        progress.step += 1
+        progress.tokens += self.config.tokens_per_step
         return False
 
+    def save_the_rest(self) -> None:
+        """Save the steps since the last checkpoint, if there are any, and wait until it is written."""
+        self.checkpoints.wait()
+        if self.state.progress.step != self.checkpoints.begun:
+            verdicts = self.step.guard.read()
+            if self.rollback.follow(verdicts):
+                if verdicts:
+                    self._log(verdicts[-1])
+                self.checkpoints.save()
+        self.checkpoints.wait()
+
+    def conclude(self) -> RunSummary:
+        """Print a sample and the result, after the loggers have finished."""
+        progress, watch, finished = self.state.progress, self.watch, self.state.is_finished
+        summary = RunSummary(
+            steps=progress.step,
+            finished=finished,
+            best_step=progress.best_step,
+            best_val_loss=progress.best_val_loss,
+            val_loss=progress.val_loss,
+            bits_per_byte=report.bits_per_byte(progress.best_val_loss, self.setup.data),
+            train_seconds=watch.seconds,
+            tokens_per_second=watch.steps * self.config.tokens_per_step / watch.seconds if watch.steps else None,
+            peak_memory=peak_memory(self.setup.device),
+            stopped_by=None if finished else self.signals.caught,
+            saved_step=self.checkpoints.finished,
+            failures=self.log.failures,
+        )
+        if summary.stopped_by is None:
+            print_product(f"--- sample after step {progress.step}\n{self._sample()}\n---")
+        print_product(report.conclude(summary, self.config, self.log.conclusion, self.setup.data))
+        return summary
+
+    def _answer_signals(self) -> bool:
+        """Do what signals ask, between two batches: write a checkpoint of the last step, or stop.
+
+        Returns:
+            True where what is under way must be dropped: a signal stops the run, or it went back to an earlier step.
+        """
+        if self.signals.save_asked and self.state.progress.step != self.checkpoints.begun:
+            if not self.rollback.follow(self.step.guard.read()):
+                return True
+            self.checkpoints.save()
+        return self.signals.caught is not None
+
     def _is_step_to_stop(self, done: int) -> bool:
-        """Show how many micro-batches of a step are done, and do what signals want before the others."""
+        """Show that `done` micro-batches of a step are done, and answer signals before the next one."""
         if self.watch.first:
-            synchronize(self.setup.device)  # so that the time of the first ones tells that of a step
-        self.display.reach(done)
-        if done == self.display.count:
+            synchronize(self.setup.device)  # the time of the first micro-batches predicts that of a step
+        self.log.display.reach(done)
+        if done == self.log.display.count:
             return False
         with self.watch.paused():
-            return self._is_asked_to_stop()
+            return self._answer_signals()
 
-    def _divide_micro_batches(self, reason: str) -> None:
+    def _divide_micro_batches(self, reason: str | None) -> None:
         """After a step ran out of memory: make the micro-batches smaller, or save what is done and give up."""
         self.step.abandon()
         if self.setup.device.type == "cuda":
             torch.cuda.empty_cache()
-        number, micro_batches = self.progress.step + 1, self.setup.micro_batches
+        number, micro_batches = self.state.progress.step + 1, self.setup.micro_batches
         if not micro_batches.divide():
-            self._save_the_rest()
-            where = f"in step {number} with one sequence at a time"
-            raise RunFailed(memory.lacking(where, self.config, reason))
-        self.display.say(
+            self._give_up(f"in step {number} with one sequence at a time", reason)
+        self.log.say(
             f"out of memory in step {number}: going on with `batch_size` {micro_batches.batch_size} "
             f"`gradient_accumulation_steps` {micro_batches.count}, the same sequences in each step"
         )
 
-    def _follow(self, verdicts: Sequence[Verdict]) -> bool:
-        """Tell of the last steps that were skipped; False where they were too many, and the run has gone back."""
-        for step, verdict in enumerate(verdicts, self.progress.step - len(verdicts) + 1):
-            if verdict.skipped is None or verdict.scaling:
-                continue
-            batch = step - 1 + self.progress.skipped_batches
-            self.display.say(f"step {step}: skipped, because {verdict.skipped} (batch {batch} of the data)")
-            tokens = self.progress.tokens - (self.progress.step - step) * self.config.tokens_per_step
-            self._log({"step": step, "tokens": tokens, "skipped": verdict.skipped, "batch": batch})
-            if verdict.in_row >= self.config.rollback_after:
-                self._roll_back(step, verdict.skipped)
-                return False
-        return True
-
-    def _roll_back(self, step: int, why: str) -> None:
-        """Go back to the last good checkpoint. Raises `RunFailed` where that did not help before."""
-        self.checkpoints.wait()
-        made = self.rollbacks.go_back(step, why)
-        self.checkpoints.restart()
-        self.unfit_step = None  # when the run is there again, it has other weights
-        self.display.say(made.message)
-        for logger in self.loggers:
-            try:
-                logger.start(self.progress)
-            except OSError as error:
-                self._warn(f"{logger} keeps the steps that are done again: {error}")
-        self._log(made.record)
-        self._begin_evaluation_set()
-        if made.folder:
-            self.checkpoints.save()  # so that a resume need not find out again
-            self.signals.save_asked = False
-
-    def _begin_evaluation_set(self) -> None:
-        """Say and record that val losses are measured on another evaluation set from here on, if they are."""
-        progress, now = self.progress, self.setup.evaluation.identity
-        if progress.val_set == now:
-            return
-        self.display.say(
-            f"step {progress.step}: evaluations read {now} from here on, and before {shown(progress.val_set)}; "
-            "which checkpoint is best begins anew"
-        )
-        progress.val_set = now
-        self._log({"step": progress.step, "tokens": progress.tokens, "val_set": now})
+    def _give_up(self, where: str, reason: str | None) -> NoReturn:
+        """End a run that lacks memory; what is done is saved."""
+        self.save_the_rest()
+        raise RunFailed(memory.lacking(where, self.config, reason))
 
     def _evaluate_and_save(self) -> None:
         """Measure the val loss, unless a signal cuts that short, and save."""
-        loss = self._evaluate()
-        self.checkpoints.wait()  # one that failed does not hold the best model
-        progress = self.progress
+        loss = None
+        with out_of_memory.caught() as shortage:
+            loss = self.validation.measure(self._answer_signals)
+        if shortage.reason is not None:
+            where = f"in the evaluation after step {self.state.progress.step} with one sequence at a time"
+            self._give_up(where, shortage.reason)
+        self.checkpoints.wait()  # the best model is not in one that failed
         if loss is not None:
-            if bad := finite.first_not_finite(self.model.weights()):
-                self.display.say(f"warning: step {progress.step}: not saved, as its weights are not finite: {bad}")
-                self.unfit_step = progress.step
-            good = math.isfinite(loss) and not bad
-            progress.val_loss, progress.evaluated_step = loss if good else None, progress.step
-            if good and (progress.best_val_loss is None or loss < progress.best_val_loss):
-                progress.best_val_loss, progress.best_step = loss, progress.step
-            self._log({"step": progress.step, "tokens": progress.tokens, "val_loss": loss})
-        self._save()
+            self.validation.take(loss)
+        self.checkpoints.save()
 
-    def _evaluate(self) -> float | None:
-        """The val loss, or None where a signal cut it short; what is done is saved where the memory is too small."""
-        setup, done = self.setup, itertools.count()
-        self.display.begin("evaluation", self.progress.step, setup.evaluation.count)
+    def _log(self, verdict: Verdict) -> None:
+        """Record the last step, and the speed since the last record."""
+        seconds, progress = self.watch.lap(), self.state.progress
+        speed = self.config.tokens_per_step / seconds if seconds else None
+        peak = peak_flops(self.setup.device, self.setup.dtype)
+        flops = flops_per_token(self.config, self.model.num_parameters())
+        self.log.log(
+            {
+                "step": progress.step,
+                "tokens": progress.tokens,
+                "loss": verdict.loss,
+                "lr": self.rate,
+                "grad_norm": verdict.norm,
+                "ms": seconds * 1e3 if seconds else None,
+                "tokens_per_second": speed,
+                "mfu": flops * speed / peak if peak and speed else None,
+                "memory": peak_memory(self.setup.device),
+            }
+        )
 
-        def stopping() -> bool:
-            self.display.reach(next(done))
-            return self._is_asked_to_stop()
-
-        with out_of_memory.caught() as lack:
-            batches = setup.evaluation.batches(setup.val_loader)
-            return evaluation_loss.mean_loss(self.model, batches, autocast(setup.device, setup.dtype), stopping)
-        self._save_the_rest()
-        where = f"in the evaluation after step {self.progress.step} with one sequence at a time"
-        raise RunFailed(memory.lacking(where, self.config, lack.reason or ""))
+    def _advise(self) -> None:
+        """Say once that other programs slow the steps down; a GPU's steps are not timed one by one."""
+        seconds = self.watch.last if self.setup.device.type == "cpu" else None
+        if seconds and (advice := self.slowness.advice(seconds)):
+            self.log.say(advice)
 
     def _sample(self, stopping: Callable[[], bool] = lambda: False) -> str:
         """Some words of the val split and how the model continues them, cut short where `stopping` says so."""
-        opening = self.setup.data.opening()
         self.model.eval()
+        data = self.setup.data
+        opening = data.opening()
         try:
             with out_of_memory.caught():
-                pieces = self.sample(self.model, self.setup.data.tokenizer, opening, self.config.seed)
+                pieces = self.sample(self.model, data.tokenizer, opening, self.config.seed)
                 return opening + "".join(itertools.takewhile(lambda _: not stopping(), pieces))
             return "(out of memory)"
         except RunFailed as error:
             return f"({error})"
         finally:
             self.model.train()
-
-    def _is_asked_to_stop(self) -> bool:
-        """Do what signals want, between two batches: write a checkpoint of the last step, or stop.
-
-        Returns:
-            True where what is under way is to be dropped, also because the run went back to an earlier step.
-        """
-        if self.signals.save_asked and self.progress.step != self.checkpoints.begun:
-            if not self._follow(self.step.guard.read()):
-                return True
-            self._save()
-        return self.signals.caught is not None
-
-    def _save(self) -> None:
-        """Write a checkpoint, or begin to, unless the weights are not finite."""
-        self.checkpoints.wait()
-        if self.progress.step != self.unfit_step:
-            self.progress.rollbacks = 0
-            self.checkpoints.save()
-        self.signals.save_asked = False
-
-    def _save_the_rest(self) -> None:
-        """Write a checkpoint of the steps since the last one, if there are any, and wait for it."""
-        self.checkpoints.wait()
-        if self.progress.step != self.checkpoints.begun:
-            verdicts = self.step.guard.read()
-            if self._follow(verdicts):
-                if verdicts:
-                    self._log(self._record(verdicts[-1]))
-                self._save()
-        self.checkpoints.wait()
-
-    def _describe(self) -> None:
-        """Write what the run is made of into its folder, and what it logged to the disk."""
-        self.metrics.sync()
-        self.setup.save()
-
-    def _log(self, record: Record) -> None:
-        """Give the loggers a record; a disk that does not take it does not stop the run."""
-        for logger in self.loggers:
-            try:
-                logger.log(record)
-            except OSError as error:
-                self._warn(f"{logger} misses a line of step {record['step']}: {error}")
-
-    def _record(self, verdict: Verdict) -> Record:
-        """A record of the training loss, and of the speed since the last one."""
-        seconds = self.watch.lap()
-        speed = self.config.tokens_per_step / seconds if seconds else None
-        peak = peak_flops(self.setup.device, self.setup.dtype)
-        flops = flops_per_token(self.config, self.model.num_parameters())
-        return {
-            "step": self.progress.step,
-            "tokens": self.progress.tokens,
-            "loss": verdict.loss,
-            "lr": self.rate,
-            "grad_norm": verdict.norm,
-            "ms": seconds * 1e3 if seconds else None,
-            "tokens_per_second": speed,
-            "mfu": flops * speed / peak if peak and speed else None,
-            "memory": peak_memory(self.setup.device),
-        }
-
-    def _warn(self, text: str) -> None:
-        """Tell of a failure that does not stop the run, and count it."""
-        self.failures += 1
-        self.display.say(f"warning: {text}")
-
-    def _advise(self) -> None:
-        """Tell once where steps are slow because of other programs; a GPU's are not timed one by one."""
-        seconds = self.watch.last if self.setup.device.type == "cpu" else None
-        if seconds and (advice := self.slowness.advice(seconds)):
-            self.display.say(advice)
-
-    def _finish(self, stopped_by: int | None) -> RunSummary:
-        from fastgpt.loggers.curves import plot_loss  # matplotlib, which the first step need not wait for
-
-        progress, watch, data = self.progress, self.watch, self.setup.data
-        try:
-            picture = str(plot_loss(self.setup.out_dir))
-        except OSError as error:
-            self.failures += 1
-            picture = f"not drawn: {error}"
-        summary = RunSummary(
-            steps=progress.step,
-            finished=self.state.is_finished(),
-            best_step=progress.best_step,
-            best_val_loss=progress.best_val_loss,
-            val_loss=progress.val_loss,
-            bits_per_byte=report.bits_per_byte(progress.best_val_loss, data),
-            train_seconds=watch.seconds,
-            tokens_per_second=watch.steps * self.config.tokens_per_step / watch.seconds if watch.steps else None,
-            peak_memory=peak_memory(self.setup.device),
-            stopped_by=stopped_by,
-            saved_step=self.checkpoints.finished,
-            failures=self.failures,
-            out_dir=self.config.out_dir,
-        )
-        if stopped_by is None:
-            print_product(f"--- sample after step {progress.step}\n{self._sample()}\n---")
-        print_product(report.conclude(summary, self.config, picture, data))
-        return summary

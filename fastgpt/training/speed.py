@@ -1,4 +1,4 @@
-"""The time of a run's steps, and the operations that a token takes."""
+"""Measures the time of a run's steps, and counts the floating-point operations of a token."""
 
 import time
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from fastgpt.system.device import synchronize
 
 
 class Stopwatch:
-    """Seconds spent in steps: `with watch: step()`. The first, which compiles and allocates, is not counted."""
+    """Measures seconds in steps: `with watch: step()`. The first step compiles and allocates, and is not counted."""
 
     def __init__(self, device: torch.device):
         self.device, self.first, self.dropped = device, True, False
@@ -28,7 +28,7 @@ class Stopwatch:
             self.dropped = False
             return
         if self.first:
-            synchronize(self.device)  # or the second step would wait for it
+            synchronize(self.device)  # or its work on the device would be counted as the second step's
             self.first = False
             return
         self.last = time.perf_counter() - self.began
@@ -36,7 +36,7 @@ class Stopwatch:
         self.lap_steps += 1
 
     def drop(self) -> None:
-        """Do not count the step that is under way."""
+        """Do not count the present step."""
         self.dropped = True
 
     @contextmanager
@@ -47,7 +47,7 @@ class Stopwatch:
         self.began += time.perf_counter() - began
 
     def lap(self) -> float | None:
-        """Seconds a step since the last lap, or None where none was counted; call it when the device is idle."""
+        """Mean seconds of a step since the last lap, None if none was counted; call it when the device is idle."""
         average = self.lap_seconds / self.lap_steps if self.lap_steps else None
         self.seconds, self.steps = self.seconds + self.lap_seconds, self.steps + self.lap_steps
         self.lap_seconds, self.lap_steps = 0.0, 0
@@ -55,9 +55,9 @@ class Stopwatch:
 
 
 def flops_per_token(config: ModelConfig, parameters: int) -> float:
-    """Operations that training needs for a token: 6 N + 6 L C T, causal attention counted at half.
+    """Floating-point operations that training needs for a token: 6 N + 6 L C T, with causal attention counted at half.
 
-    N leaves the position embedding out, which is only looked up (Chowdhery et al., 2022, appendix B).
+    N excludes the position embedding, which is only looked up (Chowdhery et al., 2022, appendix B).
     """
     used = parameters - (config.block_size * config.n_embd if config.position == "learned" else 0)
     return 6 * used + 6 * config.n_layer * config.n_embd * config.block_size

@@ -1,4 +1,4 @@
-"""What a run starts from: given settings become its whole configuration."""
+"""Completes the settings of a run: what was given changes a preset, or the settings of the run that is resumed."""
 
 import dataclasses
 import sys
@@ -14,16 +14,15 @@ from fastgpt.interchange import nanogpt_weights
 from fastgpt.system.device import resolve_device
 
 
-def configure(preset: str | None, given: Mapping[str, Any]) -> TrainConfig:
-    """The whole configuration of a run, from a preset or the run that is continued, changed by what was given.
-
-    Says on stderr what it starts from.
+def complete(preset: str | None, given: Mapping[str, Any]) -> TrainConfig:
+    """The whole configuration of a run; says on stderr which settings were chosen, and why.
 
     Args:
-        given: some fields of `TrainConfig`, each within its own limits.
+        preset: its name; None takes the one that fits the device.
+        given: settings that change it, each within its own limits.
 
     Raises:
-        UsageError: an unknown preset, or settings that do not go together.
+        UsageError: the settings do not fit each other, or there is no run to resume.
     """
     start, why = starting_point(preset, given)
     config = dataclasses.replace(start, **given)
@@ -33,9 +32,9 @@ def configure(preset: str | None, given: Mapping[str, Any]) -> TrainConfig:
 
 
 def starting_point(preset: str | None, given: Mapping[str, object]) -> tuple[TrainConfig, str]:
-    """The configuration that the given flags change, and why it is this one.
+    """The configuration that the given settings change, and why it is this one.
 
-    A run that is continued keeps its own settings; otherwise it is the named preset, or the one that fits the device.
+    It is that of the run which is resumed or, for a new run, the named preset or the one that fits the device.
     """
     init_from = str(given.get("init_from", "scratch"))
     asked = TrainConfig(init_from=init_from)
@@ -68,9 +67,9 @@ def starting_point(preset: str | None, given: Mapping[str, object]) -> tuple[Tra
 
 
 def with_warmup(config: TrainConfig) -> TrainConfig:
-    """Cap a warm-up that nobody asked for at a tenth of the run, and say so.
+    """Limit a warm-up that was not asked for to a tenth of the run, and say so.
 
-    The number becomes a part of the run's settings, so that a resume has the same schedule.
+    The number is saved with the run's settings, so that a resume has the same schedule.
     """
     usual = USUAL_WARMUP if config.warmup_iters is None else config.warmup_iters
     steps = min(usual, config.max_iters // 10)

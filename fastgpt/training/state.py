@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a run: the model, what trains it, and how far they are."""
+"""The state of a run, which checkpoints hold: the model, what trains it, and the progress."""
 
 import dataclasses
 from pathlib import Path
@@ -22,11 +22,11 @@ class TrainingState:
 
     Attributes:
         model, step: the same objects for the whole run, whatever is loaded.
-        progress: another one after each loading; its `val_set` is still that of the checkpoint.
+        progress: replaced by `load` and `reset`; after `load` its `val_set` is that of the checkpoint.
 
     Args:
         val_set: identity of the run's evaluation set.
-        unnamed: that of the checkpoints of older versions, which do not name theirs.
+        unnamed: identity of the evaluation set of checkpoints that do not name theirs, which older versions wrote.
     """
 
     def __init__(
@@ -45,8 +45,20 @@ class TrainingState:
         self.step = TrainStep(self.model, config, device, dtype)
         self.progress = Progress(val_set=val_set)
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether all steps are taken, and the last one was evaluated."""
+        return self.progress.step >= self.config.max_iters and not self.owes_evaluation
+
+    @property
+    def owes_evaluation(self) -> bool:
+        """Whether the last step is to be evaluated and was not, because a signal cut that short."""
+        step, config = self.progress.step, self.config
+        due = step == config.max_iters or step % config.eval_interval == 0
+        return due and step > 0 and self.progress.evaluated_step != step
+
     def snapshot(self) -> Snapshot:
-        """All of it as it is now, for a checkpoint; waits for the device."""
+        """The state as it is now, for a checkpoint; waits for the device."""
         state = {
             "progress": dataclasses.asdict(self.progress),
             **self.step.state(),
@@ -56,7 +68,7 @@ class TrainingState:
         return store.capture(self.progress.step, self.model, self.step.optimizer, state)
 
     def load(self, folder: Path) -> None:
-        """Become what was saved there. Raises `CorruptCheckpoint`."""
+        """Take the state that a checkpoint holds. Raises `CorruptCheckpoint`."""
         state = store.load_state(folder)
         store.check_vocabulary(folder, self.data.tokenizer)
         self.progress = progress.read(state, folder / store.STATE)
@@ -74,18 +86,8 @@ class TrainingState:
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise CorruptCheckpoint(f"{folder / store.STATE} is not what a run saves: {error!r:.80}") from None
 
-    def is_finished(self) -> bool:
-        """Whether all steps are done, and the last evaluation too."""
-        return self.progress.step >= self.config.max_iters and not self.owes_evaluation()
-
-    def owes_evaluation(self) -> bool:
-        """Whether the last step calls for an evaluation that has not been, because a signal cut it short."""
-        step, config = self.progress.step, self.config
-        due = step == config.max_iters or step % config.eval_interval == 0
-        return due and step > 0 and self.progress.evaluated_step != step
-
     def reset(self) -> None:
-        """Become what it was before the first step."""
+        """Take the state that it had before the first step."""
         self.model.load_weights(self._make_model().weights())
         self.step.reset()
         self.progress = Progress(val_set=self.val_set)

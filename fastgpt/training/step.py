@@ -1,4 +1,4 @@
-"""One optimizer step: micro-batches forward and backward, clipping, the guard's verdict, AdamW.
+"""One optimizer step: micro-batches forward and backward, clipping, the guard's verdict, the update.
 
     step = TrainStep(model, config, device, torch.bfloat16)
     loss, norm, rate = step(0, [(x, y)])
@@ -27,9 +27,9 @@ COUNTS = ("growth_interval", GROWTH_TRACKER)
 
 
 class TrainStep:
-    """The model with what trains it: AdamW, the guard, the scaler of float16 and, with `compile`, the compiled model.
+    """The model with what trains it: optimizer, guard, float16's loss scaler and, with `compile`, the compiled model.
 
-    Weights, moments and gradients are float32 whatever `dtype` the matrix products are in.
+    Weights, moments and gradients are float32; only matrix products are in `dtype`.
     """
 
     def __init__(self, model: GPT, config: TrainConfig, device: torch.device, dtype: torch.dtype):
@@ -38,9 +38,9 @@ class TrainStep:
         self.optimizer = make_optimizer(model, config)
         self.guard = Guard(device, config.rollback_after, config.skip_loss_sigma)
         self.scaler = self._make_scaler()
-        # On a CPU Inductor's own random numbers are slower than PyTorch's, and are other ones than without `compile`.
+        # On a CPU Inductor's random numbers are slower than PyTorch's, and differ from those without `compile`.
         options: dict[str, Any] = {"fallback_random": device.type == "cpu"}
-        # Nothing changes the modules of PyTorch in the model, so that need not be checked in every step.
+        # Nothing replaces PyTorch's modules in the model, so no step needs to check them.
         options["guard_filter_fn"] = torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe
         self.compiled = torch.compile(model, options=options) if config.compile else model
 
@@ -48,8 +48,8 @@ class TrainStep:
         """Take step `number`, counted from 0, over its micro-batches, each (inputs, targets) int64 (B, T).
 
         Returns:
-            The mean loss of the micro-batches and the gradients' norm before clipping, scalars on the device that
-            nothing has waited for yet, and the learning rate.
+            The mean loss of the micro-batches, the gradients' norm before clipping, and the learning rate. The first
+            two are scalars on the device, which may still be computing them.
 
         Raises:
             UsageError: the model cannot be compiled.
@@ -61,13 +61,13 @@ class TrainStep:
     def accumulate(
         self, number: int, batches: Sequence[Batch], stopping: Callable[[int], bool] = lambda done: False
     ) -> torch.Tensor | None:
-        """The first half of a step, which takes the memory: forward and backward.
+        """The first half of a step, which needs most of the memory: forward and backward.
 
         Args:
-            stopping: asked after each micro-batch, with how many are done, whether to leave out the others.
+            stopping: called after each micro-batch with the number that are done; true leaves out the others.
 
         Returns:
-            The mean loss; None where the step was cut short, and is to be abandoned.
+            The mean loss; None if the step was cut short, and must be abandoned.
         """
         # Dropout is a pure function of (seed, step), so a resumed run repeats it.
         torch.manual_seed((self.config.seed + (number + 1) * 0x9E3779B97F4A7C15) % 2**64)
@@ -95,18 +95,18 @@ class TrainStep:
         return norm, rate
 
     def abandon(self) -> None:
-        """Forget a step whose first half was cut short, so that it can be taken again."""
+        """Drop the gradients of a step that was cut short, so that it can be taken again."""
         self.optimizer.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs beside the weights and moments, as JSON; waits for the device."""
+        """The state that a resumed run needs beside weights and moments, for JSON; waits for the device."""
         return {"guard": self.guard.state_dict(), "scaler": self.scaler.state_dict()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take up what `state` gave. Raises KeyError, TypeError or ValueError for what is not of its making."""
+        """Restore what `state` gave. Raises KeyError, TypeError or ValueError for anything else."""
         self.guard.load_state_dict(state["guard"])
         scaler = state["scaler"]
-        if scaler:  # empty where the run was not in float16 until now
+        if scaler:  # empty if the run was not in float16 before
             factors, counts = {name: float(scaler[name]) for name in FACTORS}, {name: scaler[name] for name in COUNTS}
             wrong = [name for name, value in factors.items() if not 0 < value < math.inf]
             wrong += [name for name, value in counts.items() if type(value) is not int or not 0 <= value < 2**31]
@@ -115,7 +115,7 @@ class TrainStep:
             self.scaler.load_state_dict(factors | counts)
 
     def reset(self) -> None:
-        """Become what it was before the first step, the weights aside."""
+        """Set all but the weights back to the state before the first step."""
         self.optimizer.reset()
         self.guard.load_state_dict({})
         self.scaler = self._make_scaler()
@@ -124,7 +124,7 @@ class TrainStep:
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
     def _update_scale(self, loss: torch.Tensor, before: torch.Tensor | None) -> None:
-        """Let the scaler learn from the gradients, unless the loss itself was not finite: no scale mends that."""
+        """Let the scaler adapt to the gradients, unless the loss itself was not finite, which no scale can help."""
         if before is None:
             return
         self.scaler.update()
@@ -138,4 +138,4 @@ class TrainStep:
             return self.compiled(x, y)
         except compile_error() as error:
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise UsageError(f"`compile` failed: {reason}; mend that, or pass `compile=False`") from error
+            raise UsageError(f"`compile` failed: {reason}; correct that, or pass `compile=False`") from error

@@ -13,6 +13,7 @@ import torch
 from fastgpt import cli, train
 from fastgpt.checkpoint import store
 from fastgpt.data import loader
+from fastgpt.evaluation import loss as evaluation_loss
 from fastgpt.training import run as run_module
 from fastgpt.training import state as training_state
 from fastgpt.training.run import Run
@@ -79,7 +80,7 @@ def test_bad_steps_are_skipped_and_told_with_their_batch(capfd, monkeypatch, dty
 def test_weights_are_those_of_a_run_in_which_the_bad_step_never_was(monkeypatch):
     """The state before and after a skipped step, to the bit, in the middle of a run."""
     seen = {}
-    step = Run._train_step
+    step = Run.take_step
 
     def watched(self):
         before = [t.clone() for t in self.model.parameters()]
@@ -87,9 +88,9 @@ def test_weights_are_those_of_a_run_in_which_the_bad_step_never_was(monkeypatch)
         step(self)
         after = [v for p in self.model.parameters() for v in self.step.optimizer.state[p].values()]
         same = all(torch.equal(a, b) for a, b in zip(before, self.model.parameters(), strict=True))
-        seen[self.progress.step] = same and all(torch.equal(a, b) for a, b in zip(moments, after, strict=True))
+        seen[self.state.progress.step] = same and all(torch.equal(a, b) for a, b in zip(moments, after, strict=True))
 
-    monkeypatch.setattr(Run, "_train_step", watched)
+    monkeypatch.setattr(Run, "take_step", watched)
     with_losses(monkeypatch, bad_at(0, 5, 6))
     run("--max_iters 9")
     assert [step for step, same in seen.items() if same] == [1, 6, 7]
@@ -181,7 +182,7 @@ def test_a_checkpoint_within_a_row_is_none_to_go_back_to(monkeypatch):
 def test_where_only_checkpoints_within_the_row_are_left_the_newest_will_do(monkeypatch):
     with_losses(monkeypatch, bad_at(6, 7, 8, 9))
     falling = itertools.count(-1, -1)  # so that the latest is always the best
-    monkeypatch.setattr(run_module.evaluation_loss, "mean_loss", lambda *rest, **named: float(next(falling)))
+    monkeypatch.setattr(evaluation_loss, "mean_loss", lambda *rest, **named: float(next(falling)))
     out = run("--max_iters 14 --eval_interval 1 --keep_last 1 --rollback_after 4")
     (record,) = lines(out, "rolled_back_from")
     assert (record["step"], record["rolled_back_from"], record["batches"]) == (9, 10, [9, 9])
@@ -222,15 +223,15 @@ def test_a_run_that_dies_after_going_back_need_not_find_out_again(monkeypatch):
     with_losses(monkeypatch, bad_at(9, 10, 11))
     flags = f"{LONG} --rollback_after 3"
     whole = run(flags, "whole")
-    step = Run._train_step
+    step = Run.take_step
 
     def dying(self):
-        if (self.progress.step, self.progress.skipped_batches) == (9, 4):
+        if (self.state.progress.step, self.state.progress.skipped_batches) == (9, 4):
             raise SystemExit(9)
         step(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "_train_step", dying)
+        patch.setattr(Run, "take_step", dying)
         with pytest.raises(SystemExit):
             run(flags)
     assert store.load_state(Path("out/step-000008"))["progress"]["skipped_batches"] == 4
@@ -242,7 +243,7 @@ def test_a_run_that_dies_after_going_back_need_not_find_out_again(monkeypatch):
 
 def test_a_run_that_diverges_goes_back_beyond_the_checkpoint_that_shows_it(monkeypatch):
     losses = itertools.chain([3.0, math.nan], itertools.repeat(2.5))
-    monkeypatch.setattr(run_module.evaluation_loss, "mean_loss", lambda *rest, **named: next(losses))
+    monkeypatch.setattr(evaluation_loss, "mean_loss", lambda *rest, **named: next(losses))
     with_losses(monkeypatch, bad_at(9, 10, 11))
     out = run(f"{LONG} --rollback_after 3")
     (record,) = lines(out, "rolled_back_from")
@@ -320,7 +321,7 @@ def test_float16s_own_skips_are_no_bad_steps(monkeypatch):
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_val_loss_that_is_not_finite_is_never_the_best(monkeypatch, bad: float):
     losses = iter([bad, 3.0, bad, 2.5, 2.75])
-    monkeypatch.setattr(run_module.evaluation_loss, "mean_loss", lambda *rest, **named: next(losses))
+    monkeypatch.setattr(evaluation_loss, "mean_loss", lambda *rest, **named: next(losses))
     out = run(LONG)
     assert store.find(out, "best").name == "step-000016"
     assert list(records(out, "val_loss").values()) == [None, 3.0, None, 2.5, 2.75]

@@ -88,14 +88,14 @@ class Disk:
 
 def between_steps(patch: pytest.MonkeyPatch, what: Callable[[int], None]) -> None:
     """Let something happen before each step that is taken, and after the save before it; it is given the number."""
-    step = Run._train_step
+    step = Run.take_step
 
     def stepped(self) -> None:
         self.checkpoints.wait()
-        what(self.progress.step + 1)
+        what(self.state.progress.step + 1)
         step(self)
 
-    patch.setattr(Run, "_train_step", stepped)
+    patch.setattr(Run, "take_step", stepped)
 
 
 def whole_run(out: Path = Path("out")) -> None:
@@ -312,15 +312,15 @@ class TestDuringTraining:
     def test_a_limit_on_the_size_of_files(self, flags: str, raised: bool):
         """As a program: the kernel itself refuses, in the middle of a file, and cuts a line of metrics short."""
         code = (
-            "import resource, sys; from fastgpt import cli, train; from fastgpt.training.run import Run\n"
-            "step = Run._train_step\n"
+            "import resource, sys; from fastgpt import cli, train\n"
+            "from fastgpt.training.run import Run; step = Run.take_step\n"
             "def limit(size): resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))\n"
             "def stepped(self):\n"
             "    self.checkpoints.wait()\n"
-            "    if self.progress.step == 4: limit(1000)\n"
-            f"    if self.progress.step == 10 and {raised}: limit(resource.RLIM_INFINITY)\n"
+            "    if self.state.progress.step == 4: limit(1000)\n"
+            f"    if self.state.progress.step == 10 and {raised}: limit(resource.RLIM_INFINITY)\n"
             "    step(self)\n"
-            "Run._train_step = stepped\n"
+            "Run.take_step = stepped\n"
             "sys.exit(cli.run(train.main))"
         )
         whole = run(STEPS, "whole")
@@ -367,7 +367,7 @@ def save_refused_at(moment: int, flags: str, which: int = 2, number: int = errno
         count, saves = itertools.count(), itertools.count(1)
         writer: list[int] = []  # with --async_save the loop goes on to write metrics meanwhile
         disk = Disk("out", lambda event, path: threading.get_ident() in writer and next(count) == moment)
-        write = Writer._write
+        write = Writer._outcome
 
         def watched(self, *arguments):
             writer[:] = [threading.get_ident()]
@@ -383,7 +383,7 @@ def save_refused_at(moment: int, flags: str, which: int = 2, number: int = errno
                     store.verify(store.find(Path("out"), "latest"))
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Writer, "_write", watched)
+            patch.setattr(Writer, "_outcome", watched)
             # With one that does not fail, the next would hide what is lost.
             return train_here(f"--max_iters 6 --eval_interval 3 --dropout 0.1 {flags}")
 
@@ -559,7 +559,7 @@ class TestBest:
 
         monkeypatch.setattr(store, "save", full)
         if late:  # the disk takes longer than the steps to the next evaluation
-            monkeypatch.setattr(Writer, "finished", lambda self: None)
+            monkeypatch.setattr(BackgroundWriter, "poll", lambda self: None)
         assert train_here(f"--max_iters 8 --eval_interval 2 {flags}") == 1
         assert (Path("out") / "best").read_text() == "step-000006\n"
         progress = store.load_state(store.find(Path("out"), "latest"))["progress"]
@@ -613,16 +613,16 @@ class TestSmallDisk:
 
     def test_a_disk_that_somebody_else_fills_during_training(self):
         code = (
-            "import os, sys; from fastgpt import cli, train; from fastgpt.training.run import Run\n"
-            "step = Run._train_step\n"
+            "import os, sys; from fastgpt import cli, train\n"
+            "from fastgpt.training.run import Run; step = Run.take_step\n"
             "def stepped(self):\n"
-            "    if self.progress.step == 4:\n"
+            "    if self.state.progress.step == 4:\n"
             "        with open('out/filler', 'wb', buffering=0) as file:\n"
             "            try:\n"
             "                while True: file.write(bytes(4096))\n"
             "            except OSError: pass\n"
             "    step(self)\n"
-            "Run._train_step = stepped\n"
+            "Run.take_step = stepped\n"
             "sys.exit(cli.run(train.main))"
         )
         flags = shlex.join([*FLAGS, *shlex.split(STEPS)])

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from fastgpt.evaluation import loss as evaluation_loss
 from fastgpt.generation.generator import TextGenerator
 from fastgpt.model.gpt import GPT
 from fastgpt.system import files
-from fastgpt.system.out_of_memory import is_out_of_memory
+from fastgpt.system.out_of_memory import caught, is_out_of_memory
 from fastgpt.training import optimizer
 from fastgpt.training.run import Run
 from fastgpt.training.state import TrainingState
@@ -60,6 +61,26 @@ def test_what_says_that_memory_ran_out():
     assert not is_out_of_memory(ValueError("could not create a primitive"))
 
 
+@pytest.mark.parametrize("error", ERRORS[:3], ids=lambda error: type(error).__name__)
+def test_after_the_block_nothing_keeps_what_was_taken_in_it(error: Exception):
+    taken: list[weakref.ref] = []
+
+    def greedy() -> None:
+        tensor = torch.zeros(3)
+        taken.append(weakref.ref(tensor))
+        raise type(error)(str(error))
+
+    with caught() as shortage:
+        greedy()
+    assert taken[0]() is None
+    assert shortage.reason == str(error)
+    with caught() as enough:
+        pass
+    assert enough.reason is None
+    with pytest.raises(ZeroDivisionError), caught():
+        raise ZeroDivisionError
+
+
 @pytest.mark.parametrize("error", ERRORS[:4], ids=lambda error: type(error).__name__)
 def test_the_losses_are_those_of_the_undivided_run(capfd, monkeypatch, error: Exception):
     flags = "--batch_size 8 --gradient_accumulation_steps 1"
@@ -102,14 +123,14 @@ def test_an_odd_micro_batch_is_divided_evenly(monkeypatch):
 
 
 def test_not_even_one_sequence_saves_what_is_done_and_names_the_flags(capsys, monkeypatch):
-    taken = Run._train_step
+    taken = Run.take_step
 
     def step(self):
-        if self.progress.step == 4:
+        if self.state.progress.step == 4:
             with_memory_for(monkeypatch, 0)
         taken(self)
 
-    monkeypatch.setattr(Run, "_train_step", step)
+    monkeypatch.setattr(Run, "take_step", step)
     assert cli.run(train.main, FLAGS) == 1
     err = capsys.readouterr().err
     line = err.splitlines()[-1]

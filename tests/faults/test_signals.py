@@ -253,7 +253,7 @@ def test_a_checkpoint_of_the_middle_of_an_evaluation_resumes_with_that_evaluatio
     whole = run(STEPS, "whole")
     with monkeypatch.context() as patch:
         at_call(patch, evaluation_loss, "_loss", 4, lambda: os.kill(os.getpid(), signal.SIGUSR1))
-        at_call(patch, run_module.Run, "_train_step", 8, lambda: os._exit(9))
+        at_call(patch, Run, "take_step", 8, lambda: os._exit(9))
         patch.setattr(store, "prune", lambda *rest: None)
         if (child := os.fork()) == 0:
             cli.run(train.main, [*FLAGS, *shlex.split(STEPS)])
@@ -296,11 +296,11 @@ def test_a_second_signal_does_not_wait_for_a_save_in_the_background(monkeypatch)
             time.sleep(60)
 
     monkeypatch.setattr(files, "sync", sleepy)
-    at_call(monkeypatch, run_module.Run, "_train_step", 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    at_call(monkeypatch, Run, "take_step", 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
     at_call(
         monkeypatch,
-        run_module.Run,
-        "_save_the_rest",
+        Run,
+        "save_the_rest",
         1,
         lambda: asleep.wait(10) and os.kill(os.getpid(), signal.SIGTERM),
     )
@@ -351,7 +351,7 @@ def test_sigusr1_kills_nobody_before_a_run_or_after_it(monkeypatch):
 
 
 def test_a_signal_before_the_first_step_leaves_nothing_to_resume(monkeypatch, capfd):
-    at_call(monkeypatch, run_module.Run, "_take_steps", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    at_call(monkeypatch, Run, "take_steps", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert cli.run(train.main, FLAGS) == 143
     assert "stopped before the first step" in capfd.readouterr().out
     assert not store.holds_run(Path("out"))
@@ -372,14 +372,14 @@ def test_a_run_that_was_stopped_in_its_last_evaluation_is_resumed_for_that_alone
 
 def test_a_signal_before_the_end_is_in_the_summary(monkeypatch):
     config, _ = run_folder.load(run())
-    step = Run._train_step
+    step = Run.take_step
 
     def interrupted(self):
-        if self.progress.step == 3:
+        if self.state.progress.step == 3:
             os.kill(os.getpid(), signal.SIGINT)
         return step(self)
 
-    monkeypatch.setattr(Run, "_train_step", interrupted)
+    monkeypatch.setattr(Run, "take_step", interrupted)
     summary = runs.train(TrainConfig(**vars(config) | {"out_dir": "other"}))
     # Heard after the first of its two micro-batches, so that the fourth step is dropped.
     assert (summary.steps, summary.finished, summary.stopped_by) == (3, False, signal.SIGINT)

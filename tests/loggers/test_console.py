@@ -1,6 +1,9 @@
 """The progress display: whole fields on every width, a sign of life from the first micro-batch on."""
 
+import builtins
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from rich.console import Console
@@ -8,6 +11,7 @@ from rich.console import Console
 from fastgpt.checkpoint.progress import Progress
 from fastgpt.loggers import console
 from fastgpt.loggers.console import Display
+from tests.helpers.notebooks import as_a_notebook_shows
 
 RECORD = {
     "step": 30,
@@ -24,19 +28,34 @@ FIRST = RECORD | {"ms": None, "tokens_per_second": None, "mfu": None}
 
 
 def piped(**options) -> Display:
-    return Display(Console(file=io.StringIO(), width=40), **{"total": 90} | options)
+    return Display(Console(file=io.StringIO(), width=40, force_jupyter=False), **{"total": 90} | options)
 
 
 def lines(display: Display) -> list[str]:
     return display.console.file.getvalue().splitlines()
 
 
+@contextmanager
+def started(display: Display, val_loss: float | None = None) -> Iterator[Display]:
+    """The display of a run, from its start to its end."""
+    display.start(Progress(val_loss=val_loss))
+    yield display
+    display.finish(None)
+
+
 def shown(record: dict, val_loss: float | None = None, **options) -> str:
-    with piped(**options) as display:
-        display.start(Progress(val_loss=val_loss))
+    with started(piped(**options), val_loss) as display:
         display.log(record)
     (line,) = lines(display)
     return line
+
+
+class ZMQInteractiveShell:
+    """A stand-in for IPython's, by whose name notebooks are known."""
+
+
+class Shell(ZMQInteractiveShell):
+    """Of a notebook that has derived its own, as Colab has."""
 
 
 @pytest.fixture
@@ -79,7 +98,7 @@ def test_a_step_that_was_not_timed_says_nothing_of_time():
 
 
 def test_the_first_loss_alone_stands_beside_that_of_a_uniform_guess():
-    with piped(uniform=4.6347) as display:
+    with started(piped(uniform=4.6347)) as display:
         display.log(FIRST)
         display.log(RECORD)
     first, second = lines(display)
@@ -89,7 +108,7 @@ def test_the_first_loss_alone_stands_beside_that_of_a_uniform_guess():
 
 def test_a_terminal_keeps_the_first_loss_as_a_line_of_its_own():
     terminal = Terminal(80, uniform=4.6347)
-    with terminal.display as display:
+    with started(terminal.display) as display:
         display.log(FIRST)
         display.log(RECORD)
     assert display.console.file.getvalue().count("step 30/2000  loss 2.3457 (a uniform guess scores 4.63)\n") == 1
@@ -113,9 +132,9 @@ def test_a_terminal_keeps_the_first_loss_as_a_line_of_its_own():
 )
 def test_a_narrow_terminal_drops_whole_fields_the_least_important_first(width: int, line: str):
     terminal = Terminal(width)
-    terminal.display.start(Progress(val_loss=2.5))
-    terminal.display.log(RECORD | {"step": 1510})
-    assert terminal.line == line
+    with started(terminal.display, 2.5) as display:
+        display.log(RECORD | {"step": 1510})
+        assert terminal.line == line
 
 
 def test_a_terminal_has_a_bar_and_counts_micro_batches_from_the_first_on(clock: list[float]):
@@ -144,7 +163,7 @@ def test_quick_steps_do_not_flicker(clock: list[float]):
 
 
 def test_a_pipe_is_told_of_a_long_step_after_its_first_micro_batch_and_each_minute(clock: list[float]):
-    with piped() as display:
+    with started(piped()) as display:
         for step in (0, 1):
             display.begin("micro", step, 40)
             for done in range(1, 41):
@@ -161,7 +180,7 @@ def test_a_pipe_is_told_of_a_long_step_after_its_first_micro_batch_and_each_minu
 
 
 def test_a_step_that_compiles_first_is_judged_by_its_second_micro_batch(clock: list[float]):
-    with piped(settled=2) as display:
+    with started(piped(settled=2)) as display:
         display.begin("micro", 0, 10)
         for done, seconds in ((1, 50), (2, 2)):
             clock[0] += seconds
@@ -170,7 +189,7 @@ def test_a_step_that_compiles_first_is_judged_by_its_second_micro_batch(clock: l
 
 
 def test_a_pipe_hears_nothing_of_quick_micro_batches(clock: list[float]):
-    with piped() as display:
+    with started(piped()) as display:
         for step in range(9):
             display.begin("micro", step, 2)
             for done in (1, 2):
@@ -181,10 +200,55 @@ def test_a_pipe_hears_nothing_of_quick_micro_batches(clock: list[float]):
 
 def test_a_terminal_gets_a_live_line_and_samples_as_they_are(capsys):
     terminal = Terminal(200, total=90)
-    with terminal.display as display:
+    with started(terminal.display) as display:
         display.log(RECORD)
         display.product("[bold]sampled[/bold]")
     out = display.console.file.getvalue()
     assert "30/90" in out
     assert "loss 2.3457" in out
     assert capsys.readouterr().out == "[bold]sampled[/bold]\n"
+
+
+@pytest.mark.parametrize("shell", [ZMQInteractiveShell, Shell])
+def test_a_notebook_has_one_line_that_is_written_anew_in_its_place(monkeypatch, capsys, clock: list[float], shell):
+    monkeypatch.setattr(builtins, "get_ipython", shell, raising=False)
+    display = piped(uniform=4.6347, total=300)
+    file = display.console.file
+    with started(display, 2.5):
+        for step in range(200):
+            display.begin("micro", step, 2)
+            clock[0] += 0.05
+            display.reach(1)
+            if step % 10 == 9:
+                display.log((RECORD if step > 9 else FIRST) | {"step": step + 1})
+        assert as_a_notebook_shows(file.getvalue()) == [
+            "step 10/300  loss 2.3457 (a uniform guess scores 4.63)",
+            "step 200/300  loss 2.3457  val 2.5000  0:05 left  12,346 tokens/s  50.0 ms  MFU 42.1%  3 MiB",
+        ]
+        display.say("step 200: saved")
+        assert as_a_notebook_shows(file.getvalue())[1:] == [
+            "step 200: saved",
+            "step 200/300  loss 2.3457  val 2.5000  0:05 left  12,346 tokens/s  50.0 ms  MFU 42.1%  3 MiB",
+        ]
+        display.product("sampled")
+    assert capsys.readouterr().out == "sampled\n"
+    assert file.getvalue().endswith("\n")
+    assert not set(file.getvalue()) - set("\r\n") & set(map(chr, range(32)))  # no other control character
+
+
+def test_a_notebooks_line_is_not_drawn_at_every_step(monkeypatch, clock: list[float]):
+    monkeypatch.setattr(builtins, "get_ipython", ZMQInteractiveShell, raising=False)
+    with started(piped()) as display:
+        for step in range(1000):
+            display.begin("micro", step, 1)
+            clock[0] += 0.001
+            display.reach(1)
+    assert display.console.file.getvalue().count("\r") < 12
+
+
+@pytest.mark.parametrize("shell", [None, type("TerminalInteractiveShell", (), {})])
+def test_ipython_on_a_terminal_is_no_notebook(monkeypatch, shell):
+    if shell:
+        monkeypatch.setattr(builtins, "get_ipython", shell, raising=False)
+    assert not console.in_notebook()
+    assert piped().live is None

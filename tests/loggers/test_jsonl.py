@@ -3,6 +3,8 @@
 import json
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,15 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "metrics.jsonl"
 
 
+@contextmanager
+def opened(path: Path, progress: Progress) -> Iterator[MetricsFile]:
+    """The logger of a file, from its start to its end."""
+    file = MetricsFile(path.parent)
+    file.start(progress)
+    yield file
+    assert file.finish(None) is None
+
+
 def lines(path: Path) -> list[dict]:
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
@@ -45,17 +56,18 @@ def lines(path: Path) -> list[dict]:
 
 
 def test_every_line_is_on_disk_as_soon_as_it_is_written(path: Path):
-    with MetricsFile(path, Progress()) as file:
+    with opened(path, Progress()) as file:
         for step in (1, 2):
             file.log(RECORD | {"step": step})
             assert [line["step"] for line in lines(path)] == list(range(1, step + 1))
-    assert file.file.closed
+    with pytest.raises(ValueError, match="closed"):
+        file.log(RECORD)
     assert read_metrics(path) == [RECORD | {"step": 1}, RECORD | {"step": 2}]
 
 
 def test_reopening_forgets_the_steps_that_are_done_again(path: Path):
     path.write_text("".join(json.dumps({"step": step, "tokens": 0}) + "\n" for step in (10, 20, 20, 30)))
-    with MetricsFile(path, Progress(step=20, evaluated_step=20)) as file:
+    with opened(path, Progress(step=20, evaluated_step=20)) as file:
         file.log({"step": 30, "tokens": 1})
     assert [line["step"] for line in lines(path)] == [10, 20, 20, 30]
     assert list(path.parent.iterdir()) == [path]
@@ -64,7 +76,7 @@ def test_reopening_forgets_the_steps_that_are_done_again(path: Path):
 def kept(path: Path, records: list[dict], progress: Progress) -> list[dict]:
     """What is left of records when a run goes on from there."""
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    with MetricsFile(path, progress):
+    with opened(path, progress):
         return lines(path)
 
 
@@ -93,14 +105,14 @@ def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path_factory, cut: int):
     path.write_text(text[: len(text) - 1 - cut])
     whole = len(text[: len(text) - 1 - cut].split("}")) - 1
     assert [record["step"] for record in read_metrics(path)] == [1, 2][:whole]
-    with MetricsFile(path, Progress(step=2, evaluated_step=2)):
+    with opened(path, Progress(step=2, evaluated_step=2)):
         pass
     assert len(lines(path)) == whole
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_number_that_json_lacks_is_null(path: Path, value: float):
-    with MetricsFile(path, Progress()) as file:
+    with opened(path, Progress()) as file:
         file.log(RECORD | {"grad_norm": value})
     assert lines(path) == [RECORD | {"grad_norm": None}]
 
@@ -185,7 +197,7 @@ def test_bytes_are_written_in_binary_units(count: int | None, text: str):
 
 @pytest.mark.parametrize("steps", [0, 1, 5])
 def test_the_curves_are_a_png_however_short_the_run(path: Path, steps: int):
-    with MetricsFile(path, Progress()) as file:
+    with opened(path, Progress()) as file:
         for step in range(1, steps + 1):
             file.log({"step": step, "tokens": step * 32, "loss": 3.0 / step})
             file.log({"step": step, "tokens": step * 32, "val_loss": math.nan if step == 2 else 3.1})

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgpt.config.model import ModelConfig
-from fastgpt.config.training import TrainConfig
+from fastgpt.config.training import MOMENTS, TrainConfig
 from fastgpt.model.gpt import GPT
-from fastgpt.training.optimizer import clip, make_optimizer
+from fastgpt.training.optimizer import OPTIMIZERS, clip, make_optimizer
 from fastgpt.training.schedule import learning_rate, set_learning_rate
 
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
@@ -35,6 +35,17 @@ def test_only_matrices_decay_and_every_parameter_is_in_one_group(model: GPT):
     assert {id(p) for p in decayed["params"] + plain["params"]} == {id(p) for p in model.parameters()}
     assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
     assert all(group["fused"] and group["betas"] == (0.8, 0.9) for group in optimizer.param_groups)
+
+
+def test_every_optimizer_keeps_what_checkpoints_and_memory_are_counted_by(model: GPT):
+    assert OPTIMIZERS.keys() == MOMENTS.keys()
+    for name, moments in MOMENTS.items():
+        config = type("Config", (TrainConfig,), {"optimizer": name})()
+        optimizer = make_optimizer(model, config)
+        for parameter in model.parameters():
+            kept = optimizer.state[parameter].values()
+            assert all(value.dtype == torch.float32 for value in kept)
+            assert [value.shape for value in kept if value.dim()] == [parameter.shape] * moments
 
 
 def test_without_gradients_matrices_shrink_and_vectors_stay(model: GPT):

@@ -33,7 +33,7 @@ SUMMARY = RunSummary(
 def concluded(tmp_path: Path, out_dir: str = "out", **changes) -> list[str]:
     config = TrainConfig(out_dir=out_dir, max_iters=9, max_minutes=0.5)
     summary = RunSummary(**vars(SUMMARY) | changes)
-    return report.conclude(summary, config, Path("loss.png"), prepare("text.txt", tmp_path)).splitlines()
+    return report.conclude(summary, config, {"curves": "loss.png"}, prepare("text.txt", tmp_path)).splitlines()
 
 
 def test_samples_and_the_summary_go_to_stdout(capsys):

@@ -16,8 +16,8 @@ import pytest
 from fastgpt import cli, generate, train
 from fastgpt.checkpoint import run_folder, store
 from fastgpt.checkpoint.progress import Progress
-from fastgpt.training import run as run_module
-from fastgpt.training import setup
+from fastgpt.evaluation import loss as evaluation_loss
+from fastgpt.loggers.jsonl import MetricsFile
 from tests.helpers import runs
 from tests.helpers.runs import FLAGS, TEXT, contents, forge_manifest, records, resume, run
 
@@ -389,11 +389,11 @@ def test_a_kill_while_going_back_loses_no_record(monkeypatch):
     """`latest` is moved before the records of later steps are cut off."""
     start("--max_iters 20 --eval_interval 5")
 
-    def dying(path: Path, progress: Progress) -> None:
+    def dying(self: MetricsFile, progress: Progress) -> None:
         raise SystemExit(9)
 
     with monkeypatch.context() as patch:
-        patch.setattr(setup, "MetricsFile", dying)
+        patch.setattr(MetricsFile, "start", dying)
         with pytest.raises(SystemExit):
             cli.run(train.main, ["--init_from", "out/step-000010", "--max_iters", "20"])
     assert store.find(Path("out"), "latest").name == "step-000010"
@@ -402,9 +402,9 @@ def test_a_kill_while_going_back_loses_no_record(monkeypatch):
 
 
 def test_a_best_checkpoint_that_is_gone_is_none_to_compare_with(monkeypatch, capsys):
-    """Going back in time meets a `best` that was deleted, in the time that is undone, for a better one."""
+    """After a resume from an earlier step, the folder of its best step may have been pruned."""
     losses = iter([2.0, 3.0, 3.0, 1.0, 2.9, 2.5, 2.6])
-    monkeypatch.setattr(run_module.evaluation_loss, "mean_loss", lambda *rest, **named: next(losses))
+    monkeypatch.setattr(evaluation_loss, "mean_loss", lambda *rest, **named: next(losses))
     out = start("--max_iters 8 --eval_interval 2")
     assert (out / "best").read_text() == "step-000008\n"
     assert not (out / "step-000002").exists()
@@ -415,10 +415,10 @@ def test_a_best_checkpoint_that_is_gone_is_none_to_compare_with(monkeypatch, cap
 
 def test_a_step_of_a_time_before_any_evaluation_leaves_no_best(monkeypatch):
     losses = iter([None, 2.0])  # the first is cut short
-    monkeypatch.setattr(run_module.evaluation_loss, "mean_loss", lambda *rest, **named: next(losses))
+    monkeypatch.setattr(evaluation_loss, "mean_loss", lambda *rest, **named: next(losses))
     out = start("--max_iters 4 --eval_interval 2")
     assert (out / "best").read_text() == "step-000004\n"
-    monkeypatch.setattr(run_module.evaluation_loss, "mean_loss", lambda *rest, **named: math.nan)
+    monkeypatch.setattr(evaluation_loss, "mean_loss", lambda *rest, **named: math.nan)
     assert cli.run(train.main, ["--init_from", "out/step-000002", "--max_iters", "3", "--eval_interval", "9"]) == 0
     assert not (out / "best").exists()
     assert [folder.name for folder in store.folders(out)] == ["step-000002", "step-000003"]
