@@ -221,7 +221,7 @@ def _add(group: Any, field: dataclasses.Field, hint: Any, presets: Mapping[str, 
 def _parse(
     parser: argparse.ArgumentParser, flags: Mapping[str, argparse.Action], argv: Sequence[str]
 ) -> dict[str, Any]:
-    """What the words give to each field. Raises `UsageError`."""
+    """Parse the words into a value for each field that they give. Raises `UsageError`."""
     try:
         return vars(parser.parse_args(_marked(argv, flags)))
     except argparse.ArgumentError as error:

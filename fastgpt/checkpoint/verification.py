@@ -18,7 +18,7 @@ from fastgpt.tokenizer.base import Tokenizer
 
 @dataclass(frozen=True)
 class Report:
-    """What was found about a checkpoint.
+    """The result of checking a checkpoint.
 
     Attributes:
         size: bytes of its files.

@@ -37,7 +37,7 @@ class Outcome:
 
 
 class NoBackground(RuntimeError):
-    """There is no memory for the copy of a checkpoint, or no thread to write it."""
+    """There is no memory for the copy of a checkpoint."""
 
 
 class Writer:

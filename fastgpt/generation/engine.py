@@ -118,7 +118,7 @@ class Engine:
 
     @property
     def queued(self) -> int:
-        """How many continuations wait for a place in the batch."""
+        """The number of continuations that wait for a place in the batch."""
         return len(self._outputs) - len(self.scheduler.running)
 
     def generate(

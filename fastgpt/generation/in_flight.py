@@ -13,13 +13,13 @@ from fastgpt.tokenizer.detokenizer import Detokenizer
 
 @dataclass(eq=False, slots=True)
 class Sink:
-    """Where the pieces of requests go that were given together; `open`: their continuations that are not finished."""
+    """Collects the pieces of requests that were given together; `open`: their continuations that are not finished."""
 
     pieces: list[Piece] = field(default_factory=list)
     open: int = 0
 
     def take(self) -> list[Piece]:
-        """What has come since the last time."""
+        """The pieces that came since the last call."""
         pieces, self.pieces = self.pieces, []
         return pieces
 

@@ -1,4 +1,4 @@
-"""What one forward pass computes, as the `Scheduler` plans it and the `Runner` reads it."""
+"""The plan of one forward pass, which the `Scheduler` makes and the `Runner` computes."""
 
 from collections import defaultdict
 from collections.abc import Sequence

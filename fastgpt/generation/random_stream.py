@@ -45,6 +45,6 @@ class Occurrences:
         self._given: Counter[tuple[bytes, int]] = Counter()
 
     def number(self, prompt: bytes, seed: int) -> int:
-        """How many equal prompts came before; `prompt` is a `prompt_digest`."""
+        """The number of equal prompts that came before; `prompt` is a `prompt_digest`."""
         self._given[prompt, seed] += 1
         return self._given[prompt, seed] - 1

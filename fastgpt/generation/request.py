@@ -1,4 +1,4 @@
-"""What an engine takes and returns: prompts, which are checked, and continuations with their times."""
+"""Prompts, which are checked, and their continuations with the times that they took."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -55,7 +55,7 @@ class Completion:
 
 
 class Piece(NamedTuple):
-    """What was added to a continuation; the last one of each carries its `completion`."""
+    """New tokens and text of a continuation; the last piece of each carries its `completion`."""
 
     index: int
     sample: int

@@ -204,7 +204,7 @@ def speed_line(spent: Stats | Generation) -> str:
 
 
 def acceptance(stats: Stats) -> str:
-    """How many guesses were right."""
+    """The number and share of accepted guesses, for people."""
     share = f" ({stats.accepted / stats.proposed:.0%})" if stats.proposed else ""
     return f"{stats.accepted:,} of {counted(stats.proposed, 'guess')} accepted{share}"
 

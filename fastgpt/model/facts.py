@@ -1,4 +1,4 @@
-"""What a configuration makes a model hold, counted on models without memory (PyTorch's meta device)."""
+"""Counts the parameters and table bytes of a configuration, on PyTorch's meta device, which takes no memory."""
 
 import dataclasses
 import functools
