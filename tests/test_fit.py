@@ -103,9 +103,9 @@ def test_a_run_is_overwritten_only_where_that_is_asked_for():
     [
         ({"outdir": "x"}, "unknown setting 'outdir'; did you mean out_dir"),
         ({"preset": "minni"}, "preset 'minni' is not one of .*; did you mean mini"),
-        ({"n_layer": "two"}, "n_layer 'two' is not of type int"),
-        ({"n_layer": 0}, "n_layer 0 must be at least 1"),
-        ({"n_head": 3}, "n_head 3 does not divide"),
+        ({"n_layer": "two"}, "`n_layer` 'two' is not of type int"),
+        ({"n_layer": 0}, "`n_layer` 0 must be at least 1"),
+        ({"n_head": 3}, "`n_head` 3 does not divide"),
         ({"dataset": "nowhere.txt"}, "nowhere.txt"),
     ],
 )

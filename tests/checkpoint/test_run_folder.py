@@ -17,6 +17,8 @@ from fastgpt.checkpoint import run_folder, store
 from fastgpt.config.training import TrainConfig
 from fastgpt.errors import CorruptCheckpoint, UsageError
 from fastgpt.tokenizer.char import CharTokenizer
+from fastgpt.training import run as run_module
+from fastgpt.training.checkpoints import Checkpoints
 from fastgpt.training.run import Run
 from tests.helpers.runs import ENDLESS, FLAGS, contents, records, resume, run, signal_at_step, spawn
 
@@ -149,15 +151,17 @@ class TestClaim:
         assert not Path("out").exists()
         run()
 
-    @pytest.mark.parametrize("moment", ["train", "_train_step", "_save"])
-    def test_a_start_that_dies_before_its_first_checkpoint_is_started_again(self, monkeypatch, moment: str):
-        def dying(self):
+    @pytest.mark.parametrize(
+        ("owner", "moment"), [(run_module, "open_folder"), (Run, "take_step"), (Checkpoints, "save")]
+    )
+    def test_a_start_that_dies_before_its_first_checkpoint_is_started_again(self, monkeypatch, owner, moment: str):
+        def dying(*rest):
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(Run, moment, dying)
+            patch.setattr(owner, moment, dying)
             assert cli.run(train.main, FLAGS) == 130
-        if moment == "_save":  # steps were taken, which only --overwrite may forget
+        if moment == "save":  # steps were taken, which only --overwrite may forget
             assert "`overwrite=True`" in refused()
             with pytest.raises(
                 UsageError, match="holds a run without a checkpoint yet; start it with `overwrite=True`"

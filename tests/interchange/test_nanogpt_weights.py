@@ -20,6 +20,7 @@ from fastgpt.config.model import ModelConfig
 from fastgpt.errors import UsageError
 from fastgpt.interchange import nanogpt_weights
 from fastgpt.model.gpt import GPT
+from fastgpt.training import run as training_run
 from fastgpt.training.setup import Setup, prepare
 from tests.helpers.runs import TEXT
 
@@ -85,7 +86,7 @@ class TestStart:
         """The run before its first step, from the flags of a command line."""
         seen = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train, "train", lambda config, sample: seen.append(config) or pytest.exit)
+            patch.setattr(training_run, "train", lambda config, sample: seen.append(config) or pytest.exit)
             with pytest.raises(AttributeError):  # what a run returns is not there
                 train.main(["--init_from", "ckpt.pt", *shlex.split(f"{START} {flags}")])
         return prepare(seen[0])
@@ -110,7 +111,7 @@ class TestStart:
         content = content_of(SHAPE)
         del content["model_args"]["bias"]
         write(content)
-        assert self.loaded().state.model.weights()["h.0.attn.c_attn.bias"].any()
+        assert self.loaded().model.weights()["h.0.attn.c_attn.bias"].any()
 
     def test_the_losses_are_those_of_the_same_model(self):
         write(content_of(SHAPE))
@@ -277,7 +278,7 @@ class TestRefused:
             if Path("ckpt.pt").is_file():
                 Path("ckpt.pt").unlink()
             FILES[name]()
-            with pytest.raises(UsageError, match=r"--init_from ckpt\.pt"):
+            with pytest.raises(UsageError, match=r"`init_from` ckpt\.pt"):
                 nanogpt_weights.load("ckpt.pt")
 
 
