@@ -111,7 +111,7 @@ class TestStart:
         content = content_of(SHAPE)
         del content["model_args"]["bias"]
         write(content)
-        assert self.loaded().model.weights()["h.0.attn.c_attn.bias"].any()
+        assert self.loaded().state.model.weights()["h.0.attn.c_attn.bias"].any()
 
     def test_the_losses_are_those_of_the_same_model(self):
         write(content_of(SHAPE))
