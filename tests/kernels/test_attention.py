@@ -116,11 +116,13 @@ def test_agrees_at_any_shape_and_layout(dtype, data, seed):
         arguments["doc_ids"] = torch.randint(
             documents, (B, Tk), device=DEVICE, dtype=draw("ids", torch.int64, torch.int32)
         )
+    # With one key, or one that has all the weight, a query has no gradient to measure by but rounding errors, and with
+    # a few numbers stock's error is a matter of luck.
+    one_hot = torch.eye(Tk, device=DEVICE, dtype=torch.float64)[:, None].expand(B, Tk, Hkv, Tk)
+    weights = reference.causal_attention(*(t.double() for t in inputs[:2]), one_hot, **arguments)
+    assume(B == 0 or (weights.amax(-1) < 0.99).sum() >= (4 if dtype == torch.float32 else 64))
     if p:
         arguments |= seeded(seed - 500, p)
-    # With a single key there is no gradient to measure by, and with a few numbers stock's error is a matter of luck.
-    seen = reference.visible(Tq, Tk, arguments.get("doc_ids"), torch.device(DEVICE)).expand(B, 1, Tq, Tk).sum(-1)
-    assume(B == 0 or (seen > 1).sum() * H >= (4 if dtype == torch.float32 else 64))
     tile = draw("tile", None, (16, 32), (64, 32), (32, 128)) if Tk < 100 else None
     other = fused if DEVICE == "cpu" or p else flash
     with tiled(tile) if tile else contextlib.nullcontext():

@@ -109,16 +109,16 @@ def test_what_changes_the_hash(tmp_path, name, old, new, same):
 
 def test_kernels_depend_on_their_own_code_alone():
     for function, modules in {
-        "_norm_launches": {"norm"},
-        "_attention_launches": {"attention", "dropout"},
+        "_norm_launches": {"norm", "norm_backward"},
+        "_attention_launches": {"attention", "attention_backward", "attention_tiles", "dropout"},
         "_cross_entropy_launches": {"cross_entropy"},
-        "_grouped_launches": {"paged_decode", "paged_prefill", "attention"},
+        "_grouped_launches": {"paged_decode", "paged_prefill", "attention_tiles"},
     }.items():
         found = dependencies("aot", function, {("launch", "TABLE")})
         assert {module for module, _ in found} == {"aot", "launch"} | modules
         assert ("launch", "Config") in found  # what every kernel is compiled with
         assert ("launch", "read_table") not in found
-    attention = {name for module, name in dependencies("aot", "_grouped_launches") if module == "attention"}
+    attention = {name for module, name in dependencies("aot", "_grouped_launches") if module == "attention_tiles"}
     assert attention == {"LOG2_E"}
     assert ("launch", "read_table") in dependencies("aot", "_norm_launches")
     assert (HERE / "launch.py").is_file()
