@@ -15,7 +15,7 @@ import torch
 
 from fastgpt.generation import sample
 from fastgpt.loggers import curves
-from tests.helpers import runs
+from tests.helpers import covering, runs
 from tests.helpers.offline import sitecustomize as offline
 
 # Triton reads this when it is imported, which nothing above does.
@@ -28,7 +28,9 @@ if WORKERS > 1:
 OF_THE_GPU = 0.9  # what the processes share; each also has a context of half a GiB, beside PyTorch's memory
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by markers
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    covering.mark_the_rest_slow(items)
     wanted = config.getoption("-m")
     for item in items:
         large = item.get_closest_marker("gpu_large")
