@@ -22,7 +22,7 @@ from fastgpt.ops.workload import Workload, timed_case
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU; elsewhere auto takes torch")
 
-AIM = 1 / 1.03  # within 3% of the best column
+AIM = 1 / 1.03  # within 3% of the best backend
 AIM_SECONDS = 5
 ROUNDS = 15
 
@@ -68,7 +68,7 @@ from fastgpt.ops.autotune import choose
 torch.cuda.init()
 began = time.perf_counter()
 chosen = choose(WORKLOADS[sys.argv[1]], torch.device("cuda"))
-print(json.dumps({"seconds": time.perf_counter() - began, "reason": chosen.reason, "columns": chosen.backends}))
+print(json.dumps({"seconds": time.perf_counter() - began, "reason": chosen.reason, "backends": chosen.backends}))
 """
 
 
@@ -106,28 +106,28 @@ def chosen(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Chosen]:
 
 @pytest.mark.parametrize(("name", "op"), CASES)
 def test_choice(against, benchmark, chosen: Callable[[str], Chosen], name: str, op: str):
-    """The chosen column against the others that run, in turns; what auto found is in `auto_seconds`."""
+    """The chosen backend against the others that run, in turns; what auto found is in `auto_seconds`."""
     choice, workload = chosen(name).choices[op], WORKLOADS[name]
     case = timed_case(op, workload, torch.device("cuda"))
 
-    def call(column: str) -> Callable[[], object]:
-        function = implementation(op, column)
+    def call(backend: str) -> Callable[[], object]:
+        function = implementation(op, backend)
         return functools.partial(case.call, case.compiled(function) if workload.compile else function)
 
     chosen_call = call(choice.backend)
     chosen_call()  # compiles
-    others = [column for column in CANDIDATES if column in choice.seconds and column != choice.backend]
+    others = [backend for backend in CANDIDATES if backend in choice.seconds and backend != choice.backend]
     benchmark.group = f"auto {op}"
     against(
         chosen_call,
-        {column: call(column) for column in others},
+        {backend: call(backend) for backend in others},
         rounds=ROUNDS,
         in_a_row=repeats_for(GpuClock().seconds(chosen_call)),
         units=1,
         unit="calls",
         launching=False,
         aim=AIM if others else None,
-        column=choice.backend,
+        backend=choice.backend,
         auto_seconds=dict(choice.seconds),
         left_out=dict(choice.left_out),
     )

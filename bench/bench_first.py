@@ -1,7 +1,7 @@
 """Answers the first questions about a new GPU in some three minutes, for GPT-2's shape in bfloat16.
 
 In this order: whether the kernels run and agree with the reference; how fast attention is, against itself with its
-loops in the other order and against PyTorch's own kernels; a training step, and decoding, against PyTorch's column.
+loops in the other order and against PyTorch's own kernels; a training step, and decoding, against PyTorch's backend.
 bench/survey.py begins with it.
 """
 
@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend
 from bench.bench_kernels import time_case
 from bench.bench_train import calls, configured, engine_step, make_loader
 from bench.peers import loop_order
-from bench.peers.kernels import Contender, as_contender, column, sdpa
+from bench.peers.kernels import Contender, as_contender, backend, sdpa
 from bench.tools.generation import engine_facts, generator_of, random_tokens, untrained, work
 from bench.tools.kernel_cases import Case
 from fastgpt.config.generation import SamplingParams
@@ -48,7 +48,7 @@ def test_runs(benchmark, device: torch.device, op: str):
 def test_attention(against, benchmark, device: torch.device, direction: str):
     case = Case("causal_attention", direction, "triton", ATTENTION, "bfloat16", 0)
     peers: dict[str, Contender] = {
-        "torch column": column(case.op, "torch"),
+        "torch backend": backend(case.op, "torch"),
         "SDPA flash": sdpa(SDPBackend.FLASH_ATTENTION),
         "SDPA cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION),
     }
@@ -80,7 +80,7 @@ def test_training_step(against, benchmark, device: torch.device, sequences: int)
     config = configured("gpt2", batch_size=sequences)
     against(
         step("triton"),
-        {"torch column": step("torch")},
+        {"torch backend": step("torch")},
         rounds=5,
         in_a_row=3,
         units=config.tokens_per_step,
@@ -103,7 +103,7 @@ def test_decode(against, benchmark, device: torch.device, sequences: int):
     }
     against(
         lambda: engines["triton"].generate(prompts, params),
-        {"torch column": lambda: engines["torch"].generate(prompts, params)},
+        {"torch backend": lambda: engines["torch"].generate(prompts, params)},
         rounds=3,
         units=sequences * NEW_TOKENS,
         arithmetic=DTYPE,

@@ -1,4 +1,4 @@
-"""Every operation of the table, in every column, at the shapes of GPT-2: forward and backward apart.
+"""Every operation of the table, in every backend, at the shapes of GPT-2: forward and backward apart.
 
 The cases stand in `kernel_cases`, the peers in `kernel_peers`, the counts behind each limit in `counts`. Each case goes
 round several buffers of fresh random numbers, and each peer's result is compared with ours before it is timed.
@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch._functorch import config as functorch
 
-from bench.peers.kernels import Contender, column, contenders, distance, prepared
+from bench.peers.kernels import Contender, backend, contenders, distance, prepared
 from bench.tools.counts import count
-from bench.tools.kernel_cases import BATCHES, CONTEXTS, Case, cases, columns, inputs
+from bench.tools.kernel_cases import BATCHES, CONTEXTS, Case, backends, cases, inputs
 from bench.tools.timing import Clock, buffers_needed, rotating
 from fastgpt.ops import table
 from fastgpt.system.device import resolve_device
@@ -40,7 +40,7 @@ def fresh() -> Iterator[None]:
 @pytest.mark.parametrize("key", CASES)
 def test_kernel(against, benchmark, device: torch.device, key: str):
     case = CASES[key]
-    peers, left_out = contenders(case, device, columns(case.op, device)[0])
+    peers, left_out = contenders(case, device, backends(case.op, device)[0])
     time_case(against, benchmark, device, case, peers, left_out)
 
 
@@ -57,7 +57,7 @@ def time_case(
     counted = count(case.op, case.direction, case.shape, getattr(torch, case.dtype).itemsize)
     buffers = [inputs(case, device) for _ in range(buffers_needed(int(counted.bytes), device))]
     with torch.set_grad_enabled(case.direction != "forward"):
-        ours = column(case.op, case.column)
+        ours = backend(case.op, case.backend)
         fit, apart = agreeing(ours, peers, case, buffers[0], left_out)
         # Nobody is to find in the cache what another has just read.
         apart_by = max(1, len(buffers) // (1 + len(fit)))
@@ -73,7 +73,7 @@ def time_case(
             launching=False,
             op=case.op,
             direction=case.direction,
-            column=case.column,
+            backend=case.backend,
             shape=dict(case.shape),
             dtype=case.dtype,
             buffers=len(buffers),

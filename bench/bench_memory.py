@@ -1,7 +1,7 @@
 """Peak memory against the context and against the vocabulary, and the allocation over one training step.
 
-Peaks are of one forward and backward pass, beyond its inputs; of the loss, beyond the gradients too, which every column
-has to make. `extra_info` holds `T` or `V`, and `peak_bytes` by column, and by peer where there is one.
+Peaks are of one forward and backward pass, beyond its inputs; of the loss, beyond the gradients too, which every
+backend has to make. `extra_info` holds `T` or `V`, and `peak_bytes` by backend, and by peer where there is one.
 """
 
 import dataclasses
@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench.peers.kernels import Contender, chunked, column, prepared
-from bench.tools.kernel_cases import Case, columns, inputs
+from bench.peers.kernels import Contender, backend, chunked, prepared
+from bench.tools.kernel_cases import Case, backends, inputs
 from bench.tools.live_bytes import LiveBytes, draw_allocation, thinned
 from fastgpt.config.training import PRESETS
 from fastgpt.model.gpt import GPT
@@ -51,9 +51,9 @@ def compare(
     device: torch.device,
     peers: Mapping[str, Contender],
 ) -> dict[str, list[int]]:
-    """Record the peaks of every column and peer along an axis, and time them at its end. Returns the peaks by name."""
+    """Record the peaks of every backend and peer along an axis, and time them at its end. Returns the peaks by name."""
     cases = [Case(op, "both", "torch", shape, DTYPES[device.type], tier=0) for shape in shapes]
-    all_of_them = {name: column(op, name) for name in columns(op, device)} | dict(peers)
+    all_of_them = {name: backend(op, name) for name in backends(op, device)} | dict(peers)
     peaks = {name: [peak(one, case, device) for case in cases] for name, one in all_of_them.items()}
     args = inputs(cases[-1], device)
     calls = {name: prepared(one, args, "both") for name, one in all_of_them.items()}
@@ -61,13 +61,13 @@ def compare(
     with torch.enable_grad():
         against(
             calls[main],
-            {name if name in peers else f"{name} column": calls[name] for name in others},
+            {name if name in peers else f"{name} backend": calls[name] for name in others},
             rounds=3,
             units=shapes[-1].get("N") or shapes[-1]["T"],
             launching=False,
             peak_bytes=peaks,
             dtype=DTYPES[device.type],
-            column=main,
+            backend=main,
             **{axis: [shape[axis] for shape in shapes]},
         )
     return peaks
@@ -85,7 +85,7 @@ def test_attention_against_the_context(against, benchmark, device: torch.device)
 
 
 def test_loss_against_the_vocabulary(against, benchmark, device: torch.device):
-    """One more word costs a column that holds all logits a number a row; the kernel, which works by chunks, less."""
+    """One more word costs a backend that holds all logits a number a row; the kernel, which works by chunks, less."""
     benchmark.group = "memory"
     shapes = [LOSS[device.type] | {"V": V} for V in VOCABULARIES[device.type]]
     peaks = compare(against, "linear_cross_entropy", "V", shapes, device, chunked())
@@ -98,11 +98,11 @@ def test_loss_against_the_vocabulary(against, benchmark, device: torch.device):
 
 
 def test_training_step(benchmark, request: pytest.FixtureRequest, device: torch.device):
-    """What is allocated in the course of a step, by column; the gradients are freed at its end."""
+    """What is allocated in the course of a step, by backend; the gradients are freed at its end."""
     benchmark.group = "memory"
     preset, vocabulary = ("gpt2", 50257) if device.type == "cuda" else ("cpu", 256)
     config = dataclasses.replace(PRESETS[preset], vocab_size=vocabulary)
-    steps = {name: training_step(config, name, device) for name in columns("causal_attention", device)}
+    steps = {name: training_step(config, name, device) for name in backends("causal_attention", device)}
     traced = {name: trace(*step, device) for name, step in steps.items()}
     _, _, step = steps[next(iter(steps))]
     benchmark.pedantic(lambda: step(lambda name: None), rounds=3)
@@ -127,7 +127,7 @@ Step = Callable[[Callable[[str], None]], None]
 def training_step(
     config: Any, kernels: str, device: torch.device
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer, Step]:
-    """A model on one column, its optimizer, and a step that says which phase begins; made once, so that it is warm."""
+    """A model on one backend, its optimizer, and a step that says which phase begins; made once, so that it is warm."""
     torch.manual_seed(0)
     model = GPT(config, table.resolve(kernels, device)).to(device)
     optimizer = make_optimizer(model, config)

@@ -93,7 +93,7 @@ def test_training_step(
         aim_peer=PLAIN,
         batch=config.batch_size,
         arithmetic_used=str(arithmetic).removeprefix("torch."),
-        columns=dict(step.model.ops.backends),
+        backends=dict(step.model.ops.backends),
         parameters=step.model.num_parameters(),
         first_step_seconds=first,  # compiles
     )

@@ -87,7 +87,7 @@ class TestWhole:
         folder = out / "step-000006"
         state = store.load_state(folder)
         state["progress"]["evaluated_step"] = 3
-        (folder / STATE).write_bytes(store._json(state))
+        (folder / STATE).write_bytes(store.json_bytes(state))
         runs.forge_manifest(folder)
         found = verified("out")
         assert (found.code, found.cells(6)) == (0, ["6", "0", "yes", "-"])

@@ -29,13 +29,13 @@ CHUNKED = "F.linear_cross_entropy, chunked"
 def contenders(case: Case, device: torch.device, main: str) -> tuple[dict[str, Contender], dict[str, str]]:
     """The peers of a case, and those that are left out with the reason.
 
-    The column that the claims are about (`main`) meets every peer; the others meet PyTorch's column.
+    The backend that the claims are about (`main`) meets every peer; the others meet PyTorch's backend.
     """
     peers: dict[str, Contender] = {}
     left_out: dict[str, str] = {}
-    if case.column != "torch":
-        peers["torch column"] = column(case.op, "torch")
-    if case.column != main:
+    if case.backend != "torch":
+        peers["torch backend"] = backend(case.op, "torch")
+    if case.backend != main:
         return peers, left_out
     peers |= PEERS[case.op](case, device)
     if case.op == "linear_cross_entropy" and CHUNKED not in peers:
@@ -59,7 +59,7 @@ def as_contender(function: Callable[..., Any]) -> Contender:
     return partial(partial, function)
 
 
-def column(op: str, name: str) -> Contender:
+def backend(op: str, name: str) -> Contender:
     """An operation of our table."""
     return as_contender(table.implementation(op, name))
 

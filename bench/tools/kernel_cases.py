@@ -1,4 +1,4 @@
-"""The table of kernel benchmarks: operation x direction x column x shape, in order of importance, and their inputs.
+"""The table of kernel benchmarks: operation x direction x backend x shape, in order of importance, and their inputs.
 
 Shapes by their letters: B batch, T tokens of a sequence, N tokens in all, C channels, H heads, D head size,
 V vocabulary, out the channels that a linear layer makes of C; context the tokens that a decoding sequence sees, and
@@ -26,11 +26,11 @@ Shape = Mapping[str, int]
 
 @dataclass(frozen=True)
 class Case:
-    """One benchmark. `tier` 0 is measured first, and with every column and peer."""
+    """One benchmark. `tier` 0 is measured first, and with every backend and peer."""
 
     op: str
     direction: str  # forward, backward, or both: of the loss, whose forward pass computes the gradients
-    column: str
+    backend: str
     shape: Shape
     dtype: str
     tier: int
@@ -39,7 +39,7 @@ class Case:
     def key(self) -> str:
         """The case in a test's name."""
         sizes = "-".join(f"{name}{size}" for name, size in self.shape.items())
-        return f"{self.op}-{self.direction}-{self.column}-{sizes}-{self.dtype}"
+        return f"{self.op}-{self.direction}-{self.backend}-{sizes}-{self.dtype}"
 
 
 # The directions of each operation, in order of importance.
@@ -141,9 +141,9 @@ def cases(device: torch.device) -> list[Case]:
                 continue
             for shape, dtype in _shapes(op, device.type, tier):
                 for direction in directions:
-                    for column in columns(op, device):
-                        case = Case(op, direction, column, shape, dtype, tier)
-                        if column != "reference" or tier == 0:  # it is readable, not fast
+                    for backend in backends(op, device):
+                        case = Case(op, direction, backend, shape, dtype, tier)
+                        if backend != "reference" or tier == 0:  # it is readable, not fast
                             found.setdefault(case.key, case)
     return list(found.values())
 
@@ -154,8 +154,8 @@ def _shapes(op: str, kind: str, tier: int) -> list[tuple[Shape, str]]:
     return [(shape, dtype) for shape in (tiers[tier] if tier < len(tiers) else ()) for dtype in dtypes]
 
 
-def columns(op: str, device: torch.device) -> list[str]:
-    """The columns of an operation that can be measured here; the first is the one that the claims are about."""
+def backends(op: str, device: torch.device) -> list[str]:
+    """The backends of an operation that can be measured here; the first is the one that the claims are about."""
     names = ["torch", "reference"]
     if device.type == "cuda" and table.TABLE[op].triton:
         try:

@@ -70,10 +70,10 @@ class Case:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What tells the case from its family: the parameters, or the column, dtype and shape of a kernel's case."""
+        """What tells the case from its family: the parameters, or the backend, dtype and shape of a kernel's case."""
         if not isinstance(shape := self.info.get("shape"), dict):
             return {name: value for name, value in self.params.items() if name != "aim"}
-        return {name: self.info[name] for name in ("column", "dtype") if name in self.info} | shape
+        return {name: self.info[name] for name in ("backend", "dtype") if name in self.info} | shape
 
     @property
     def has_spread(self) -> bool:
@@ -144,7 +144,9 @@ def device_folder(path: Path, machine: str) -> str:
 
 def normalise(case: Mapping[str, Any]) -> Case:
     """One entry of a file's `benchmarks`, whatever its keys' age."""
-    info, stats = case["extra_info"], case["stats"]
+    # Files from before December 2026 say "column" for "backend".
+    info = {"backend" if name == "column" else name: value for name, value in case["extra_info"].items()}
+    stats = case["stats"]
     median, quartiles = stats["median"], (stats["q1"], stats["q3"])
     ours = (quartiles[1] - quartiles[0]) / median if stats["rounds"] >= FEWEST_ROUNDS else None
     peers = tuple(_peer(name, peer, ours) for name, peer in _peers(info).items())

@@ -68,10 +68,10 @@ def _by_family(cases: Iterable[Case]) -> dict[str, list[Case]]:
 
 
 def claimed(cases: Sequence[Case]) -> list[Case]:
-    """Without the columns of a kernel's cases that nobody claims to be fast: the reference, and torch beside triton."""
-    triton = {case.family for case in cases if case.info.get("column") == "triton"}
+    """Without the backends of a kernel that nobody claims to be fast: the reference, and torch beside triton."""
+    triton = {case.family for case in cases if case.info.get("backend") == "triton"}
     slower = {True: ("reference", "torch"), False: ("reference",)}
-    return [case for case in cases if case.info.get("column") not in slower[case.family in triton]]
+    return [case for case in cases if case.info.get("backend") not in slower[case.family in triton]]
 
 
 def ratios(cases: Sequence[Case]) -> Named:
@@ -257,8 +257,8 @@ def memory(cases: Sequence[Case]) -> Named:
                 continue
             name = case.fullname.rpartition("::")[2].removeprefix("test_").replace("_", " ")
             figure, axes = _figure(4.4, f"{name}: peak memory")
-            for colour, (column, sizes) in zip((OURS, *PEERS) * len(peaks), peaks.items(), strict=False):
-                axes.plot(places, [size / 2**20 for size in sizes], "o-", color=colour, label=column)
+            for colour, (backend, sizes) in zip((OURS, *PEERS) * len(peaks), peaks.items(), strict=False):
+                axes.plot(places, [size / 2**20 for size in sizes], "o-", color=colour, label=backend)
             _log(axes, "xy")
             axes.set_xticks(places)
             axes.set_xlabel(label)

@@ -188,7 +188,7 @@ def save(out_dir: Path, config: TrainConfig, vocabulary: base.Tokenizer, about: 
     """Write `tokenizer.json`, and `config.json` with the configuration and `about`, which was resolved from it."""
     asked = {name: value for name, value in dataclasses.asdict(config).items() if name not in COMMANDS}
     content = {"format": FORMAT, "fastgpt": __version__, "config": asked, **about}
-    content["sha256"] = _sha256(content)
+    content["sha256"] = content_hash(content)
     write_atomic(out_dir / "config.json", json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     vocabulary.save(out_dir / "tokenizer.json")
 
@@ -205,7 +205,7 @@ def load(out_dir: Path) -> tuple[TrainConfig, dict[str, Any]]:
     saved, number = content.get("config"), content.get("format")
     if number is None or not isinstance(saved, dict):
         raise CorruptCheckpoint(f"{path} is not the configuration of a run; put back a copy of it")
-    if content.get("sha256") != _sha256(content):
+    if content.get("sha256") != content_hash(content):
         raise CorruptCheckpoint(f"{path} is not what was saved; put back a copy of it, and change settings by flags")
     ours = f"this is fastgpt {__version__}; use the version that wrote it"
     if number != FORMAT:
@@ -230,7 +230,7 @@ def _version(content: Mapping[str, Any]) -> str:
     return f"fastgpt {content['fastgpt']!s:.20}" if "fastgpt" in content else "fastgpt 0.1.0 or one before it"
 
 
-def _sha256(content: Mapping[str, Any]) -> str:
+def content_hash(content: Mapping[str, Any]) -> str:
     """The hash of a `config.json` without the hash in it."""
     rest = {name: value for name, value in content.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

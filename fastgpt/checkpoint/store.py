@@ -91,8 +91,8 @@ def save(out_dir: Path, snapshot: Snapshot, best_step: int = 0) -> Path:
     temporary.mkdir(parents=True)
     try:
         files = {name: write(temporary / name, safetensors_file.parts(part)) for name, part in snapshot.tensors.items()}
-        files[STATE] = write(temporary / STATE, [_json(snapshot.state)])
-        write(temporary / MANIFEST, [_json({"format": FORMAT, "files": files})])
+        files[STATE] = write(temporary / STATE, [json_bytes(snapshot.state)])
+        write(temporary / MANIFEST, [json_bytes({"format": FORMAT, "files": files})])
         sync(temporary)
         replace_folder(temporary, final)
     except Exception:
@@ -274,7 +274,7 @@ def verify(folder: Path | str, names: Sequence[str] = FILES) -> None:
     if (
         not isinstance(files, dict)
         or files.keys() != set(FILES)
-        or (folder / MANIFEST).read_bytes() != _json({"format": FORMAT, "files": files})
+        or (folder / MANIFEST).read_bytes() != json_bytes({"format": FORMAT, "files": files})
     ):
         raise CorruptCheckpoint(f"{folder / MANIFEST} is not the list of this version's checkpoint files")
     ways_out = f"put back a copy of {folder.name}, or use another checkpoint"
@@ -373,7 +373,7 @@ def _is(path: Path, identity: Any) -> bool:
         return False
 
 
-def _json(content: Mapping[str, Any]) -> bytes:
+def json_bytes(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
 
 

@@ -197,7 +197,7 @@ class CompiledDecoder:
         `free`: the inputs that may have any length from 2 on, and the name of that length.
         """
         weights = list(_weights(part).values())
-        path = cache_folder() / f"{name}-{self._key(name, [*inputs, *weights])}.pt2"
+        path = cache_folder() / f"{name}-{self.key(name, [*inputs, *weights])}.pt2"
         if path.exists():
             try:
                 return torch_private.load_package(path)
@@ -210,7 +210,7 @@ class CompiledDecoder:
         self.seconds += time.perf_counter() - began
         return torch_private.load_package(path)
 
-    def _key(self, name: str, inputs: Sequence[torch.Tensor | None]) -> str:
+    def key(self, name: str, inputs: Sequence[torch.Tensor | None]) -> str:
         """A hash of all that the code depends on: sizes, settings, sources, compiler and processor."""
         model = self.model
         tensors = [None if t is None else (tuple(t.shape), t.stride(), t.dtype) for t in inputs]

@@ -13,7 +13,7 @@ from torch.autograd import DeviceType
 from bench import tune
 from bench.bench_kernels import agreeing
 from bench.peers import loop_order
-from bench.peers.kernels import CHUNKED, column, contenders, distance, prepared
+from bench.peers.kernels import CHUNKED, backend, contenders, distance, prepared
 from bench.tools import ceilings, generation
 from bench.tools.ceilings import Ceilings, Limit, best_seconds, buffer_bytes, dtype_name, float32_products, matmul_rate
 from bench.tools.counts import COUNTS, Count, count
@@ -138,7 +138,7 @@ def test_count_holds_every_input_and_output_once(op: str):
     shape, dtype = SHAPES["cpu"][op][0][0], torch.float32
     case = Case(op, "forward", "reference", shape, "float32", 0)
     args = inputs(case, CPU)
-    result = column(op, "reference")(*args)()
+    result = backend(op, "reference")(*args)()
     outs = [result] if isinstance(result, torch.Tensor) else list(result or [])
     moved = sum(t.nbytes for t in (*args, *outs))
     if op == "kv_write":  # the pages are written at the slots alone
@@ -155,7 +155,7 @@ def test_every_operation_of_the_table_has_its_cases():
     assert len({case.key for case in here}) == len(here)
     assert {case.op for case in here} == set(table.TABLE)
     assert [case.tier for case in here] == sorted(case.tier for case in here)
-    assert {case.column for case in here} == {"torch", "reference"}  # no GPU: Triton is not measured
+    assert {case.backend for case in here} == {"torch", "reference"}  # no GPU: Triton is not measured
 
 
 def test_calls_rotate():
@@ -205,7 +205,7 @@ def test_peers_compute_what_the_column_does(op: str):
     args = inputs(case, CPU)
     peers, left_out = contenders(case, CPU, "torch")
     with torch.set_grad_enabled(direction != "forward"):
-        fit, apart = agreeing(column(op, "torch"), peers, case, args, left_out)
+        fit, apart = agreeing(backend(op, "torch"), peers, case, args, left_out)
         assert fit
         assert apart.keys() == fit.keys()
         assert left_out.keys() >= {"compiled reference"}
@@ -213,7 +213,7 @@ def test_peers_compute_what_the_column_does(op: str):
             assert CHUNKED in (fit if hasattr(F, "linear_cross_entropy") else left_out)
         broken = {"broken": lambda *args: lambda: 1 / 0, "wrong": lambda *args: lambda: [3 * t for t in args[:3]]}
         with pytest.raises((AssertionError, ValueError, RuntimeError)):
-            agreeing(column(op, "torch"), broken, case, args, left_out)
+            agreeing(backend(op, "torch"), broken, case, args, left_out)
     assert left_out["broken"] == "ZeroDivisionError: division by zero"
 
 
@@ -226,7 +226,7 @@ def test_distance_is_of_the_worst_tensor():
 def test_backward_gives_every_gradient():
     case = Case("layer_norm", "backward", "torch", {"N": 3, "C": 4}, "float32", 0)
     args = inputs(case, CPU)
-    call = prepared(column("layer_norm", "torch"), args, "backward")
+    call = prepared(backend("layer_norm", "torch"), args, "backward")
     first, second = call(), call()
     assert [t.shape for t in first] == [t.shape for t in args]
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -143,10 +143,10 @@ def test_pictures_are_drawn_where_there_is_data(results, tmp_path: Path):
     shape = {"B": 4, "H": 12}
     by_length = [
         entry(
-            f"test_kernel[{T}]", NEW_INFO | {"column": column, "shape": shape | {"T": T}}, stats(1e-3), group="attend"
+            f"test_kernel[{T}]", NEW_INFO | {"backend": backend, "shape": shape | {"T": T}}, stats(1e-3), group="attend"
         )
         for T in (256, 1024)
-        for column in ("triton", "torch", "reference")
+        for backend in ("triton", "torch", "reference")
     ]
     steps = {"allocation": {"ours": [0, 1 << 20, 0], "plain": [[0.0, 0], [0.5, 2 << 20], [1.0, 0]]}}
     times = {"profile": {"eager": [{"op": "mm", "microseconds": 50.0}], "compiled": [{"op": "mm", "microseconds": 20}]}}

@@ -86,7 +86,7 @@ def as_older(out_dir: Path) -> None:
     for folder in store.folders(out_dir):
         state = store.load_state(folder)
         del state["progress"]["val_set"]
-        (folder / STATE).write_bytes(store._json(state))
+        (folder / STATE).write_bytes(store.json_bytes(state))
         runs.forge_manifest(folder)
 
 

@@ -305,7 +305,7 @@ class TestJson:
         state = store.load_state(STEP)
         changed = isinstance(progress, dict) and bool(progress)
         state["progress"] = state["progress"] | progress if changed else progress
-        (STEP / STATE).write_bytes(store._json(state))
+        (STEP / STATE).write_bytes(store.json_bytes(state))
         runs.forge_manifest(STEP)
         told("verify")  # without a traceback
         refused("resume", STATE)
@@ -339,14 +339,14 @@ class TestJson:
     def test_a_configuration_of_10_tb_is_refused(self, command: str, changes: dict):
         content = json.loads(Path("out/config.json").read_text())
         content["config"] |= changes
-        content["sha256"] = run_folder._sha256(content)
+        content["sha256"] = run_folder.content_hash(content)
         Path("out/config.json").write_text(json.dumps(content))
         refused(command)
 
     @pytest.mark.parametrize("threads", ["2", 0, -1, 2.0, [], None], ids=str)
     def test_a_number_of_threads_that_is_none_is_refused(self, threads: object):
         content = json.loads(Path("out/config.json").read_text()) | {"threads": threads}
-        content["sha256"] = run_folder._sha256(content)
+        content["sha256"] = run_folder.content_hash(content)
         Path("out/config.json").write_text(json.dumps(content))
         refused("resume", "config.json")
 

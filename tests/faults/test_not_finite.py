@@ -147,7 +147,7 @@ def test_the_guards_state_is_always_json(workplace: Path):
 
 def test_what_json_lacks_is_no_content_of_a_runs_file():
     with pytest.raises(ValueError, match="not JSON compliant"):
-        store._json({"loss": math.nan})
+        store.json_bytes({"loss": math.nan})
 
 
 def test_a_checkpoint_may_be_asked_for_some_of_its_files(out: Path):

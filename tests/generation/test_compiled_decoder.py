@@ -135,12 +135,12 @@ def test_every_kind_of_model(changes: dict, dtype: torch.dtype, quantized: bool)
 def test_what_it_depends_on_is_in_the_name(generator: TextGenerator, monkeypatch: pytest.MonkeyPatch):
     assert generator.decoder is not None
     inputs = [torch.zeros(1, 1, 8), torch.zeros(3)]
-    name = generator.decoder._key("layer", inputs)
-    assert name == generator.decoder._key("layer", inputs)
-    assert name != generator.decoder._key("head", inputs)
-    assert name != generator.decoder._key("layer", [torch.zeros(1, 1, 8, dtype=torch.bfloat16), torch.zeros(3)])
+    name = generator.decoder.key("layer", inputs)
+    assert name == generator.decoder.key("layer", inputs)
+    assert name != generator.decoder.key("head", inputs)
+    assert name != generator.decoder.key("layer", [torch.zeros(1, 1, 8, dtype=torch.bfloat16), torch.zeros(3)])
     monkeypatch.setattr(compiled_decoder, "_processor", lambda: "another")
-    assert name != generator.decoder._key("layer", inputs)
+    assert name != generator.decoder.key("layer", inputs)
 
 
 def test_a_damaged_file_is_compiled_anew(generator: TextGenerator, monkeypatch: pytest.MonkeyPatch):

@@ -19,7 +19,7 @@ def case(shape, outputs, bias=None, *, dtype=torch.float32, layout="dense", seed
 
 
 def truth(x, weight_int8, scale, bias):
-    """In float64, without any of the columns."""
+    """In float64, without any of the backends."""
     y = torch.einsum("...i,oi->...o", x.double(), weight_int8.double() * scale.double()[:, None])
     return y if bias is None else y + bias.double()
 

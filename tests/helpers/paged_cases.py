@@ -72,7 +72,7 @@ def case(lengths, P=16, H=2, Hkv=2, D=16, *, queries=None, dtype=torch.float32, 
 
 
 def decode(chunk):
-    """The Triton column with a forced length of the splits."""
+    """The Triton backend with a forced length of the splits."""
 
     def attention(q, k_pages, v_pages, block_table, lengths, *, starts=None, scale=None):
         scale = q.shape[-1] ** -0.5 if scale is None else scale

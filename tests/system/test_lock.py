@@ -222,14 +222,14 @@ class TestFileThatIsDeleted:
     @pytest.fixture
     def deleted(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         """A lock whose file is deleted just before it is locked the first time."""
-        path, take, deleted = tmp_path / "lock", lock._take, []
+        path, flock, deleted = tmp_path / "lock", fcntl.flock, []
 
-        def delete_and_take(file) -> bool:
+        def delete_and_lock(file, operation: int) -> None:
             if file.name == str(path) and not deleted:
                 deleted.append(path.unlink())
-            return take(file)
+            flock(file, operation)
 
-        monkeypatch.setattr(lock, "_take", delete_and_take)
+        monkeypatch.setattr(fcntl, "flock", delete_and_lock)
         return path
 
     def test_the_next_file_is_locked(self, deleted: Path):
