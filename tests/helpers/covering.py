@@ -3,15 +3,17 @@
 A test marked `covering_array(strength)` is run at so few points of its grid that every value of each axis
 (strength 1), or every pair of values of two axes (strength 2), occurs in at least one: a covering array (Cohen et al.,
 1997, "The AETG system"). Most faults show with one value or with two together.
+A single axis is shortened by `some`.
 """
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
 MARK = "covering_array"
-Point = dict[str, int]  # an axis -> the position of its value
+Point = dict[str, int]  # an axis -> what tells its values apart
 
 
 def chosen(points: Sequence[Point], strength: int) -> list[int]:
@@ -35,12 +37,22 @@ def mark_the_rest_slow(items: Sequence[pytest.Item]) -> None:
     """Mark `slow` each test of a grid that its covering array leaves out."""
     grids: dict[str, list[pytest.Function]] = {}
     for item in items:
-        if isinstance(item, pytest.Function) and item.get_closest_marker(MARK):
+        known_slow = item.get_closest_marker("slow")
+        if isinstance(item, pytest.Function) and item.get_closest_marker(MARK) and not known_slow:
             grids.setdefault(item.nodeid.split("[")[0], []).append(item)
     for grid in grids.values():
         mark = grid[0].get_closest_marker(MARK)
         assert mark is not None
-        kept = chosen([dict(item.callspec.indices) for item in grid], *mark.args)
+        # A grid's points share the objects that `parametrize` was given.
+        points = [{name: id(value) for name, value in item.callspec.params.items()} for item in grid]
+        kept = chosen(points, *mark.args)
         for i, item in enumerate(grid):
             if i not in kept:
                 item.add_marker(pytest.mark.slow)
+
+
+def some(count: int, values: Sequence[Any]) -> list[Any]:
+    """Values for `parametrize`, of which `count`, spread evenly from the first to the last, are not `slow`."""
+    kept = {round(i * (len(values) - 1) / max(1, count - 1)) for i in range(count)}
+    packed = [value if isinstance(value, tuple) else (value,) for value in values]
+    return [pytest.param(*value, marks=[] if i in kept else [pytest.mark.slow]) for i, value in enumerate(packed)]

@@ -7,12 +7,13 @@ import unittest.mock
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastgpt_kernels import attention, attention_backward, launch, reference, torch_ops
 from fastgpt_kernels.attention import causal_attention
+from tests.helpers.covering import some
 from tests.helpers.parity import (
     DEVICE,
     FLOAT32_LIMIT,
@@ -23,6 +24,7 @@ from tests.helpers.parity import (
     outputs_and_gradients,
     relative_errors,
 )
+from tests.helpers.random_cases import random_cases
 
 DTYPES = [torch.float32, torch.float16]
 KERNELS = ("attention_forward", "attention_backward_queries", "attention_backward_keys")
@@ -85,8 +87,7 @@ EDGES = sorted({T for side in SIDES for T in (side - 1, side, side + 1) if T <= 
 HEADS = [(1, 1), (2, 2), (2, 1), (3, 1), (4, 2)]
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
-@given(data=st.data(), seed=st.integers(0, 999))
+@random_cases(5, 60, data=st.data(), seed=st.integers(0, 999))
 @dtypes
 def test_agrees_at_any_shape_and_layout(dtype, data, seed):
     torch.manual_seed(seed)
@@ -120,7 +121,7 @@ def test_agrees_at_any_shape_and_layout(dtype, data, seed):
     # a few numbers stock's error is a matter of luck.
     one_hot = torch.eye(Tk, device=DEVICE, dtype=torch.float64)[:, None].expand(B, Tk, Hkv, Tk)
     weights = reference.causal_attention(*(t.double() for t in inputs[:2]), one_hot, **arguments)
-    assume(B == 0 or (weights.amax(-1) < 0.99).sum() >= (4 if dtype == torch.float32 else 64))
+    assume(B == 0 or (weights.amax(-1) < 0.99).sum() * D >= (32 if dtype == torch.float32 else 2048))
     if p:
         arguments |= seeded(seed - 500, p)
     tile = draw("tile", None, (16, 32), (64, 32), (32, 128)) if Tk < 100 else None
@@ -152,7 +153,7 @@ def tiles_of_the_table():
     return [(*key, width) for key, width in sorted(found.items())]
 
 
-@pytest.mark.parametrize(("narrow", "dropping", "tiles", "width"), tiles_of_the_table())
+@pytest.mark.parametrize(("narrow", "dropping", "tiles", "width"), some(5, tiles_of_the_table()))
 def test_agrees_in_every_tile_of_the_table(narrow, dropping, tiles, width):
     torch.manual_seed(0)
     T = max(max(tile) for tile in tiles)
@@ -172,7 +173,8 @@ def test_every_row_of_the_table_can_be_launched():
 
 
 @pytest.mark.parametrize(("Tq", "Tk"), [(67, 67), (1, 130), (40, 131)])
-@pytest.mark.parametrize("tile", [(16, 32), (16, 128), (64, 32), (32, 64), (128, 64)])
+@pytest.mark.parametrize("tile", some(2, [((16, 32),), ((64, 32),), ((32, 64),), ((128, 64),), ((16, 128),)]))
+@pytest.mark.covering_array(1)
 def test_agrees_in_tiles_of_any_form(tile, Tq, Tk):
     torch.manual_seed(0)
     B = 2 if Tq == 1 else 1
@@ -183,6 +185,7 @@ def test_agrees_in_tiles_of_any_form(tile, Tq, Tk):
 
 @pytest.mark.parametrize("before", [29, 30, 31, 32, 33])
 @pytest.mark.parametrize("tile", [(16, 32), (32, 32), (64, 32)])
+@pytest.mark.covering_array(1)
 def test_agrees_wherever_the_diagonal_meets_a_tile(tile, before):
     """Behind so many keys on top of the queries the diagonal ends just before, at or just behind a tile's edge."""
     torch.manual_seed(0)
@@ -192,6 +195,7 @@ def test_agrees_wherever_the_diagonal_meets_a_tile(tile, before):
 
 @dtypes
 @pytest.mark.parametrize("scale", [-0.3, 0.0])
+@pytest.mark.covering_array(1)
 def test_agrees_at_a_scale_that_is_not_positive(scale, dtype):
     torch.manual_seed(0)
     inputs = packed(2, 5, 7, 4, 2, 20, dtype)
@@ -208,6 +212,7 @@ def test_agrees_at_a_scale_that_is_not_positive(scale, dtype):
 @dtypes
 @pytest.mark.parametrize("p", [0.0, 0.25])
 @pytest.mark.parametrize(("Tq", "Tk", "D"), [(1, 1, 16), (70, 70, 20), (3, 70, 8)])
+@pytest.mark.covering_array(1)
 def test_with_one_key_it_gives_its_value_and_scores_have_no_gradient(Tq, Tk, D, p, dtype):
     torch.manual_seed(0)
     inputs, grad = packed(2, Tq, Tk, 2, 1, D, dtype), random(2, Tq, 2, D, dtype=dtype)
@@ -225,7 +230,7 @@ def test_with_one_key_it_gives_its_value_and_scores_have_no_gradient(Tq, Tk, D, 
     assert dk.abs().max() <= most * q * 2  # the heads of its group
 
 
-@pytest.mark.parametrize("D", [1, 2, 127, 129, 255])
+@pytest.mark.parametrize("D", some(2, [1, 2, 127, 255, 129]))
 def test_agrees_at_head_sizes_that_are_no_powers_of_two(D):
     torch.manual_seed(0)
     assert_op_agrees(causal_attention, "causal_attention", packed(1, 40, 70, 2, 1, D), layout="gapped")
@@ -245,6 +250,7 @@ def test_without_queries_everything_is_empty_or_zero(B, Tq, Tk, H, Hkv, dtype):
 
 @dtypes
 @pytest.mark.parametrize("options", [{}, {"doc_ids": True, **seeded(3)}])
+@pytest.mark.covering_array(1)
 def test_log_sum_exp_is_float32_and_of_base_2(options, dtype):
     torch.manual_seed(0)
     q, k, v = packed(2, 67, 70, 4, 2, 20, dtype)
@@ -284,11 +290,12 @@ def test_memory_is_linear_in_time(launches):
         assert max(sizes.values()) == T * 8
         return sum(sizes.values())
 
-    assert total(258) == 2 * total(129)
+    assert total(66) == 2 * total(33)
 
 
 @dtypes
 @pytest.mark.parametrize("options", [{}, seeded(3)])
+@pytest.mark.covering_array(1)
 def test_repeated_runs_give_the_same_bits(options, dtype):
     torch.manual_seed(0)
     inputs, grad = packed(1, 70, 70, 2, 1, 16, dtype), random(1, 70, 2, 16, dtype=dtype)
@@ -308,7 +315,7 @@ def test_a_gradient_does_not_depend_on_which_others_are_wanted(trained):
         assert torch.equal(t, every[i + 1]) if i in trained else t is None
 
 
-@pytest.mark.parametrize("tile", [(16, 32), (64, 64)])
+@pytest.mark.parametrize("tile", some(1, [((16, 32),), ((64, 64),)]))
 def test_a_key_does_not_reach_the_queries_before_it(tile):
     torch.manual_seed(0)
     q, k, v = packed(1, 70, 70, 2, 1, 16)
@@ -360,6 +367,7 @@ def test_scores_of_ten_thousand_choose_one_key(sign, dtype):
 @dtypes
 @pytest.mark.parametrize("score", [1e4, -1e4])
 @pytest.mark.parametrize("Tq", [70, 3])
+@pytest.mark.covering_array(1)
 def test_equal_scores_give_the_mean_of_the_values(Tq, score, dtype):
     """Past the last key and query lie zeros, whose score of 0 exceeds a log-sum-exp of -1e4 by far."""
     torch.manual_seed(0)
@@ -408,18 +416,19 @@ def test_computes_in_autocasts_dtype(dtype):
 
 OPERATOR_ARGUMENTS = [
     # (dtype, B, Tq, Tk, H, Hkv, D, dropout_p, documents)
-    (torch.float32, 2, 5, 5, 2, 2, 16, 0.0, False),
     (torch.float16, 1, 3, 7, 4, 2, 20, 0.25, False),
-    (torch.float32, 2, 5, 7, 2, 1, 8, 0.25, True),
+    (torch.float32, 2, 5, 5, 2, 2, 16, 0.0, False),
     (torch.float32, 0, 5, 5, 2, 1, 16, 0.0, True),
+    (torch.float32, 2, 5, 7, 2, 1, 8, 0.25, True),
 ]
 operator_arguments = pytest.mark.parametrize(
-    ("dtype", "B", "Tq", "Tk", "H", "Hkv", "D", "p", "documents"), OPERATOR_ARGUMENTS
+    ("dtype", "B", "Tq", "Tk", "H", "Hkv", "D", "p", "documents"), some(2, OPERATOR_ARGUMENTS)
 )
 
 
 @operator_arguments
 @pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.covering_array(1)
 def test_operators_pass_opcheck(trained, dtype, B, Tq, Tk, H, Hkv, D, p, documents):
     torch.manual_seed(0)
     inputs = [t.detach().requires_grad_(trained) for t in packed(B, Tq, Tk, H, Hkv, D, dtype)]
@@ -437,6 +446,7 @@ def test_operators_pass_opcheck(trained, dtype, B, Tq, Tk, H, Hkv, D, p, documen
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("dropping", [True, False])
+@pytest.mark.covering_array(1)
 def test_compiled_in_one_graph_it_gives_the_same(dropping, backend):
     torch.manual_seed(0)
     torch._dynamo.reset()
@@ -454,7 +464,7 @@ def test_one_compilation_serves_every_length():
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(causal_attention, fullgraph=True, dynamic=True, backend=counter)
     frames = set()
-    for B, T in [(3, 5), (4, 9), (6, 66)]:
+    for B, T in [(1, 5), (2, 9), (3, 34)]:
         inputs, grad = packed(B, T, T, 2, 1, 16), random(B, T, 2, 16)
         eager = outputs_and_gradients(causal_attention, inputs, [grad], **seeded(T))
         got = outputs_and_gradients(compiled, inputs, [grad], **seeded(T))

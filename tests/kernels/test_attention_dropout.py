@@ -11,6 +11,7 @@ from fastgpt_kernels import attention, attention_backward, launch
 from fastgpt_kernels.attention import causal_attention
 from fastgpt_kernels.dropout import dropout_mask
 from fastgpt_kernels.reference import visible
+from tests.helpers.covering import some
 from tests.helpers.parity import DEVICE, SPREADS, assert_parity, flash_with_mask, outputs_and_gradients
 
 tiles = pytest.mark.parametrize("tile", [None, (16, 32), (64, 32), (32, 128)])
@@ -67,6 +68,7 @@ def backward_masks(seed, B, H, Tq, Tk, p):
 
 
 SEEDS = [0, 3, -1, -(2**62) - 7, 2**32 + 5, 2**63 - 1]
+SEEDS_AND_RATES = [*((seed, 0.3) for seed in SEEDS), (3, 1e-6), (3, 0.999), (3, 0.999999)]
 
 
 @tiles
@@ -74,6 +76,7 @@ SEEDS = [0, 3, -1, -(2**62) - 7, 2**32 + 5, 2**63 - 1]
     ("B", "H", "Tq", "Tk", "p", "seed"),
     [(2, 2, 17, 17, 0.25, -1), (1, 1, 70, 70, 0.5, 3), (1, 2, 3, 130, 0.1, 2**32 + 5)],
 )
+@pytest.mark.covering_array(1)
 def test_every_kernel_keeps_what_the_mask_says(B, H, Tq, Tk, p, seed, tile):
     seed = seed_of(seed)
     expected = dropout_mask(seed, B, H, Tq, Tk, p) & visible(Tq, Tk, None, seed.device)
@@ -83,7 +86,7 @@ def test_every_kernel_keeps_what_the_mask_says(B, H, Tq, Tk, p, seed, tile):
             assert torch.equal(mask, expected), name
 
 
-@pytest.mark.parametrize(("seed", "p"), [*((seed, 0.3) for seed in SEEDS), (3, 1e-6), (3, 0.999), (3, 0.999999)])
+@pytest.mark.parametrize(("seed", "p"), some(4, SEEDS_AND_RATES))
 def test_every_seed_and_rate_gives_that_mask(seed, p):
     seed = seed_of(seed)
     expected = dropout_mask(seed, 1, 2, 33, 34, p) & visible(33, 34, None, seed.device)
@@ -99,7 +102,7 @@ def test_a_weight_far_down_a_long_context_has_its_own_number():
     assert torch.equal(causal_attention(q, k, v, dropout_p=0.5, seed=seed)[..., :33] != 0, expected)
 
 
-@pytest.mark.parametrize("p", [0.1, 0.25, 0.5])
+@pytest.mark.parametrize("p", some(1, [0.1, 0.25, 0.5]))
 def test_keeps_the_share_it_should(p):
     places = visible(100, 100, None, torch.device(DEVICE)).expand(2, 2, 100, 100)
     kept = forward_mask(seed_of(7), 2, 2, 2, 100, 100, p)[places]
@@ -119,6 +122,7 @@ def attention_with_mask(q, k, v, *, keep, p, scale, doc_ids=None):
 @pytest.mark.parametrize("spread", SPREADS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 @pytest.mark.parametrize(("Tq", "Tk", "tile"), [(70, 70, None), (33, 67, None), (33, 67, (16, 32)), (20, 67, (64, 32))])
+@pytest.mark.covering_array(1)
 def test_forward_and_backward_use_the_mask_that_the_forward_shows(Tq, Tk, dtype, tile, spread):
     torch.manual_seed(0)
     p, scale, seed = 0.25, 0.25 * spread, seed_of(2**40 + 5)

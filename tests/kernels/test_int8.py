@@ -8,7 +8,6 @@ import math
 import pytest
 import torch
 import torch._dynamo  # at once, as it keeps torch's functions, and is not to keep the ones of `poisoned`
-from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from fastgpt_kernels import int8, launch, reference, torch_ops
@@ -16,6 +15,7 @@ from fastgpt_kernels.int8 import linear_int8
 from fastgpt_kernels.quantization import quantize
 from tests.helpers.int8_cases import assert_agrees, case, truth
 from tests.helpers.parity import DEVICE, relative_errors
+from tests.helpers.random_cases import random_cases
 
 DTYPES = [torch.float32, torch.float16]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float16"])
@@ -30,8 +30,9 @@ def launches(monkeypatch):
     return made
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
-@given(
+@random_cases(
+    6,
+    40,
     rows=st.one_of(st.integers(1, int8.FEW_ROWS), st.integers(1, 70)),
     outputs=st.integers(1, 40),
     inputs=st.one_of(st.integers(1, 70), st.integers(1, 300), st.just(256)),
@@ -47,6 +48,7 @@ def test_it_agrees_at_any_shape(dtype, rows, outputs, inputs, bias, layout, seed
 @biases
 @dtypes
 @pytest.mark.parametrize("shape", [(33,), (1, 33), (2, 2, 33), (3, 7, 33), (2, 0, 33), (0, 33)])
+@pytest.mark.covering_array(1)
 def test_every_column_keeps_the_shape_and_the_dtype(shape, dtype, bias, launches):
     made = case(shape, 20, bias, dtype=dtype, layout="swapped")
     if math.prod(shape):

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgpt_kernels import cross_entropy, launch, reference, torch_ops
 from fastgpt_kernels.cross_entropy import linear_cross_entropy, rows_per_chunk
+from tests.helpers.covering import some
 from tests.helpers.cross_entropy_cases import chunks_of, dtypes, grad_of, inputs_of, labels, reductions, same_bits
 from tests.helpers.parity import DEVICE, Guards, limit, outputs_and_gradients, relative_errors
 
@@ -75,6 +76,7 @@ def launches(monkeypatch):
 
 @dtypes
 @reductions
+@pytest.mark.covering_array(1)
 def test_no_buffer_is_larger_than_the_budget(reduction, dtype):
     R, C, V = 40, 3, 500
     inputs = [t.requires_grad_() for t in inputs_of((R,), C, V, dtype)]
@@ -87,6 +89,7 @@ def test_no_buffer_is_larger_than_the_budget(reduction, dtype):
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, None])
 @reductions
 @dtypes
+@pytest.mark.covering_array(1)
 def test_without_gradients_none_is_computed(dtype, reduction, context, launches):
     torch.manual_seed(0)
     inputs, targets = inputs_of((5,), 70, 900, dtype), labels((5,), 900, ignored=0.2)
@@ -107,6 +110,7 @@ def test_without_gradients_none_is_computed(dtype, reduction, context, launches)
 
 @reductions
 @dtypes
+@pytest.mark.covering_array(1)
 def test_each_gradient_is_the_same_without_the_other(dtype, reduction):
     torch.manual_seed(0)
     inputs, grad = inputs_of((5,), 7, 20, dtype), grad_of(reduction, (5,))
@@ -132,6 +136,7 @@ def test_a_loss_may_be_used_and_run_backward_more_than_once(reduction):
 @pytest.mark.parametrize("inside", [False, True], ids=["backward outside", "backward inside"])
 @pytest.mark.parametrize("mixed", [False, True], ids=["float32", "x in float16"])
 @reductions
+@pytest.mark.covering_array(1)
 def test_autocast_multiplies_in_its_dtype_and_gives_each_gradient_in_its_own(reduction, mixed, inside, launches):
     torch.manual_seed(0)
     x, weight = inputs_of((2, 5), 33, 50)
@@ -173,7 +178,8 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize("trained", [(), (0,), (1,), (0, 1)])
-@pytest.mark.parametrize(("dtype", "products", "shape", "reduction", "ignored"), VARIANTS)
+@pytest.mark.parametrize(("dtype", "products", "shape", "reduction", "ignored"), some(4, VARIANTS))
+@pytest.mark.covering_array(1)
 def test_forward_operator_passes_opcheck(dtype, products, shape, reduction, ignored, trained):
     torch.manual_seed(0)
     inputs = [t.requires_grad_(i in trained) for i, t in enumerate(inputs_of(shape[:-1], shape[-1], 20, dtype))]
@@ -183,7 +189,7 @@ def test_forward_operator_passes_opcheck(dtype, products, shape, reduction, igno
     torch.library.opcheck(torch.ops.fastgpt.linear_cross_entropy_forward.default, arguments)
 
 
-@pytest.mark.parametrize(("dtype", "products", "shape", "reduction", "ignored"), VARIANTS)
+@pytest.mark.parametrize(("dtype", "products", "shape", "reduction", "ignored"), some(2, VARIANTS))
 def test_backward_and_scale_operators_pass_opcheck(dtype, products, shape, reduction, ignored):
     torch.manual_seed(0)
     lead = shape[:-1]
@@ -199,7 +205,8 @@ def test_backward_and_scale_operators_pass_opcheck(dtype, products, shape, reduc
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@reductions
+@pytest.mark.parametrize("reduction", some(2, ["mean", "sum", "none"]))
+@pytest.mark.covering_array(1)
 def test_compiled_in_one_graph_it_gives_the_same(reduction, backend, monkeypatch, tmp_path):
     torch._dynamo.reset()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # caches do not see an operator change its shapes
@@ -214,7 +221,7 @@ def test_compiled_in_one_graph_it_gives_the_same(reduction, backend, monkeypatch
             assert torch.equal(compiled(*inputs, **arguments), eager[0])
 
 
-@reductions
+@pytest.mark.parametrize("reduction", some(1, ["mean", "sum", "none"]))
 def test_one_compilation_serves_every_size(reduction):
     torch.manual_seed(0)
     torch._dynamo.reset()
