@@ -14,7 +14,8 @@ from fastgpt.ops.table import TABLE
 from fastgpt.ops.workload import Call, TensorSpec
 
 # What autocast computes in its dtype: products, and the operations that begin with one of their first input.
-PRODUCTS = (F.linear, torch.mm, torch.bmm, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
+PRODUCTS = (F.linear, torch.mm, torch.bmm, torch.matmul, torch.addmm, torch.baddbmm, torch.einsum)
+PRODUCTS += (torch.Tensor.mm, torch.Tensor.bmm, torch.Tensor.matmul, torch.Tensor.__matmul__)
 PRODUCT_OPS = ("linear_cross_entropy",)
 
 
@@ -70,13 +71,14 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        kwargs = kwargs or {}
         if func in PRODUCTS:
-            args = [self._cast(value) for value in args]
-        return func(*args, **(kwargs or {}))
+            args, kwargs = [*map(self._cast, args)], {name: self._cast(value) for name, value in kwargs.items()}
+        return func(*args, **kwargs)
 
     def _cast(self, value: Any) -> Any:
         """An input of a product, as autocast converts it."""
-        if self.dtype == torch.float32 or not isinstance(value, torch.Tensor):
+        if self.dtype == torch.float32 or not isinstance(value, torch.Tensor) or not value.is_floating_point():
             return value
         self.read.append(value.untyped_storage())
         return value.to(self.dtype)
@@ -93,25 +95,26 @@ class Recorder(TorchFunctionMode):
         return results
 
     def _described(self, made: _Made, read: set[int]) -> Call:
-        values = [*made.inputs, *made.arguments.values()]
-        views: dict[int, list[torch.Tensor]] = {}
-        for t in values:
+        lowest: dict[int, int] = {}  # offset of the call's views, by storage
+        for t in (*made.inputs, *made.arguments.values()):
             if isinstance(t, torch.Tensor):
-                views.setdefault(id(t.untyped_storage()), []).append(t)
-        numbers = {storage: number for number, storage in enumerate(views)}
+                offset = int(t.storage_offset())
+                lowest[_place(t)] = min(offset, lowest.get(_place(t), offset))
+        places = list(lowest)
 
         def described(value: Any) -> Any:
             if not isinstance(value, torch.Tensor):
                 return value
-            storage = id(value.untyped_storage())
+            place = _place(value)
+            t = value if value.is_meta else value.contiguous()
             return TensorSpec(
-                tuple(value.shape),
-                value.stride(),
-                value.dtype,
-                made.outputs is not None and value.requires_grad,
-                numbers[storage],
-                int(value.storage_offset() - min(view.storage_offset() for view in views[storage])),
-                None if value.is_meta else value.contiguous().numpy().tobytes(),
+                tuple(t.shape),
+                t.stride(),
+                t.dtype,
+                made.outputs is not None and t.requires_grad,
+                places.index(place),
+                int(value.storage_offset()) - lowest[place],
+                None if t.is_meta else t.numpy().tobytes(),
             )
 
         outputs = None
@@ -121,3 +124,8 @@ class Recorder(TorchFunctionMode):
             )
         arguments = tuple((name, described(value)) for name, value in made.arguments.items())
         return Call(made.op, tuple(map(described, made.inputs)), arguments, outputs, self.dtype)
+
+
+def _place(t: torch.Tensor) -> int:
+    """Equal for views of one storage. A tensor whose content is recorded is one by itself."""
+    return id(t.untyped_storage() if t.is_meta else t)

@@ -89,10 +89,11 @@ class Call:
 
         inputs, arguments = tuple(map(made, self.inputs)), {name: made(value) for name, value in self.arguments}
         grads = None
-        if self.outputs is not None:
-            of_a_mean = torch.ones((), device=device)
+        if self.outputs is not None:  # that of a loss is 1
             grads = tuple(
-                torch.randn(shape, generator=generator, device=device).to(dtype) if shape else of_a_mean.to(dtype)
+                torch.randn(shape, generator=generator, device=device).to(dtype)
+                if shape
+                else torch.ones((), dtype=dtype, device=device)
                 for shape, dtype in self.outputs
             )
         return Case(inputs, arguments, grads, WRITES.get(self.op, ()), self.autocast)

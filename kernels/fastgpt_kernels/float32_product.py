@@ -25,7 +25,7 @@ def float32_product(x: torch.Tensor, weight: torch.Tensor, outputs: int | None =
     Args:
         outputs: the columns from here on are -inf, as logits of padding, to which a softmax gives no gradient.
     """
-    if x.is_meta:  # which has no autocast
+    if x.device.type == "meta":  # which has no autocast
         return x.new_empty(*x.shape[:-1], len(weight), dtype=torch.promote_types(x.dtype, torch.float32))
     dtype = product_dtype(x)
     if dtype.itemsize > 2:

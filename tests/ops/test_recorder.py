@@ -1,5 +1,6 @@
 """What the recorder notes of a call, by a function that calls operations as a model would."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -34,6 +35,27 @@ def test_an_output_is_read_in_the_dtype_of_the_product_that_reads_it():
     assert norm.autocast == add.autocast == last.autocast == BFLOAT16
 
 
+@pytest.mark.parametrize(
+    "product",
+    [
+        F.linear,
+        torch.matmul,
+        lambda x, weight: x @ weight,
+        lambda x, weight: torch.einsum("ij,jk->ik", x, weight),
+        lambda x, weight: F.linear(input=x, weight=weight),
+        lambda x, weight: torch.addmm(weight[0], x, weight),
+    ],
+)
+def test_products_are_in_autocasts_dtype_and_nothing_else_is(product):
+    recorder, x, weight = Recorder(BFLOAT16), parameter(4, 8), parameter(8, 8)
+    with recorder:
+        y = recorder.ops.layer_norm(x, weight[0], None)
+        assert product(y, weight).dtype == BFLOAT16
+        assert F.gelu(y).dtype == torch.float32
+    (call,) = recorder.calls()
+    assert call.outputs == (((4, 8), BFLOAT16),)
+
+
 def test_views_share_a_storage_wherever_they_lie_in_it():
     recorder, packed = Recorder(), torch.empty(3, 2, 5, 6, 8, device=META)
     with torch.no_grad():
@@ -53,12 +75,14 @@ def test_views_share_a_storage_wherever_they_lie_in_it():
 
 def test_content_is_known_of_what_is_not_on_the_meta_device():
     recorder = Recorder()
-    slots = torch.tensor([3, -1])
-    k, pages = torch.empty(2, 1, 4, device=META), torch.empty(3, 2, 1, 4, device=META)
-    assert recorder.ops.kv_write(k, k, pages, pages, slots) is None
-    (call,) = recorder.calls()
-    contents = [t and t.content for t in call.inputs]
-    assert contents == [None] * 4 + [slots.numpy().tobytes()]
+    table, lengths = torch.tensor([[3, 1, 9], [0, 2, 8]], dtype=torch.int32).split([2, 1], dim=1)
+    q, pages = torch.empty(2, 1, 4, device=META), torch.empty(4, 2, 1, 4, device=META)
+    recorder.ops.paged_attention(q, pages, pages, table, lengths[:, 0])
+    recorder.ops.kv_write(q, q, pages, pages, torch.tensor([3, -1]))
+    attention, write = (call.case(torch.device("cpu")) for call in recorder.calls())
+    assert [t.tolist() for t in attention.inputs[3:] if t is not None] == [[[3, 1], [0, 2]], [9, 8]]
+    assert [t.tolist() for t in write.inputs[4:] if t is not None] == [[3, -1]]
+    assert (attention.writes, write.writes) == ((), (2, 3))
 
 
 def test_weights_in_16_bits_stay_so_without_autocast():

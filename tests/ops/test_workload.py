@@ -8,6 +8,7 @@ import torch
 from fastgpt.config.model import ModelConfig
 from fastgpt.config.training import TrainConfig
 from fastgpt.model import workloads
+from fastgpt.ops.recorder import Recorder
 from fastgpt.ops.table import TABLE
 from fastgpt.ops.workload import Call, Case, TensorSpec, checked_cases, smaller, timed_case
 from fastgpt_kernels import torch_ops
@@ -49,6 +50,21 @@ def test_every_case_gives_finite_results_and_stays_as_it_is(work, op):
         wide = case.in_float64().results(TABLE[op].reference)
         assert wide.keys() == first.keys()
         assert {t.dtype for t in wide.values()} == {torch.float64}
+
+
+@cases
+def test_what_is_recorded_in_place_of_results_is_like_them(work, op):
+    """So that a new operation whose results are not like its first input is found here; see `recorder.RESULTS`."""
+    for case in checked_cases(op, USED[work][0], CPU):
+        if case.arguments.get("reduction") == "none":  # which the model does not ask for
+            continue
+        stand_in = getattr(Recorder().ops, op)
+        on_meta = tuple(t if t is None else t.to("meta") for t in case.inputs)
+        results = TABLE[op].torch(*case.inputs, **case.arguments), stand_in(*on_meta, **case.arguments)
+        real, recorded = (out if isinstance(out, tuple) else (out,) for out in results)
+        for a, b in zip(real, recorded, strict=True):
+            assert (a is None) == (b is None)
+            assert a is None or (a.shape, a.dtype) == (b.shape, b.dtype)
 
 
 @cases
