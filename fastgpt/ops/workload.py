@@ -141,7 +141,7 @@ class Workload:
 
     @functools.cached_property
     def calls(self) -> Calls:
-        """Recorded once, when they are asked for."""
+        """Recorded once, when asked for: on the meta device PyTorch first imports its compiler, for seconds."""
         return self.record()
 
     @property
