@@ -19,17 +19,17 @@ from bench.tools.generation import engine_facts, generator_of, random_tokens, un
 from bench.tools.kernel_cases import Case
 from fastgpt.config.generation import SamplingParams
 from fastgpt.config.training import PRESETS
+from fastgpt.model import workloads
 from fastgpt.model.facts import count_parameters
 from fastgpt.ops import table
 from fastgpt.ops.autotune import checker
-from fastgpt.ops.workload import Workload
 from fastgpt.training.speed import flops_per_token
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 GPT2, DTYPE = PRESETS["gpt2"], torch.bfloat16
-TRAINING = Workload.of_training(GPT2, DTYPE)
-GENERATING = Workload.of_generation(GPT2, DTYPE, 8, int8=True)
+TRAINING = workloads.training(GPT2, DTYPE)
+GENERATING = workloads.generation(GPT2, DTYPE, 8, int8=True)
 ATTENTION = {"B": 16, "T": 1024, "H": 12, "D": 64}
 PROMPT, NEW_TOKENS = 128, 128
 KV_MEMORY = 4 << 30  # of each engine, or the first would take most of the GPU

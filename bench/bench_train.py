@@ -18,9 +18,9 @@ import torch
 from bench.peers.training import Batch, PlainGPT, has_transformers, plain_optimizer, plain_step, transformers_gpt2
 from fastgpt.config.training import PRESETS, TrainConfig
 from fastgpt.data.loader import Loader
+from fastgpt.model import workloads
 from fastgpt.model.gpt import GPT
 from fastgpt.ops import autotune, table
-from fastgpt.ops.workload import Workload
 from fastgpt.system.device import peak_flops, resolve_dtype
 from fastgpt.training.speed import flops_per_token
 from fastgpt.training.step import TrainStep
@@ -135,9 +135,8 @@ def engine_step(
     config: TrainConfig, device: torch.device, arithmetic: torch.dtype, ops: table.Ops | None = None
 ) -> TrainStep:
     """The model and its step, as `fastgpt.train` puts them together, with its own choice of `ops`."""
-    ops = ops or table.resolve(
-        config.kernels, device, choose=autotune.chooser(Workload.of_training(config, arithmetic))
-    )
+    planned = workloads.training(config, arithmetic)
+    ops = ops or table.resolve(config.kernels, device, choose=autotune.chooser(planned))
     torch.manual_seed(config.seed)
     with device:
         model = GPT(config, ops)

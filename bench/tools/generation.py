@@ -20,11 +20,11 @@ from fastgpt.generation.engine import Engine
 from fastgpt.generation.generator import TextGenerator
 from fastgpt.generation.request import Prompt
 from fastgpt.generation.single import Generation
+from fastgpt.model import workloads
 from fastgpt.model.gpt import GPT
 from fastgpt.model.int8 import quantize_model
 from fastgpt.model.kv_cache import page_bytes
 from fastgpt.ops import autotune, table
-from fastgpt.ops.workload import Workload
 from fastgpt.system.device import synchronize
 from fastgpt.tokenizer.byte import ByteTokenizer
 
@@ -64,7 +64,7 @@ def generator_of(
     compiled: its decode step is, on a CPU; elsewhere its engine compiles. `kernels` "auto" takes on a GPU what is
     fastest then, for so many sequences side by side.
     """
-    planned = Workload.of_generation(model.config, dtype, batch, int8=quantize == "int8", compile=compiled)
+    planned = workloads.generation(model.config, dtype, batch, int8=quantize == "int8", compile=compiled)
     ops = table.resolve(kernels, model.device, choose=autotune.chooser(planned))
     ours = GPT.from_weights(model.config, ops, model.weights(), model.device, dtype)
     if quantize == "int8":

@@ -13,12 +13,11 @@ from fastgpt.config.generation import QUANTIZATION, GenerateConfig
 from fastgpt.config.model import ModelConfig
 from fastgpt.errors import CorruptCheckpoint, UsageError
 from fastgpt.generation.generator import TextGenerator
-from fastgpt.model import memory
+from fastgpt.model import memory, workloads
 from fastgpt.model.facts import count_parameters
 from fastgpt.model.gpt import GPT
 from fastgpt.model.int8 import quantize_model
 from fastgpt.ops import autotune, table
-from fastgpt.ops.workload import Workload
 from fastgpt.system.device import resolve_device, resolve_weights_dtype
 from fastgpt.system.units import counted
 from fastgpt.tokenizer import saved
@@ -69,7 +68,7 @@ def load(
     _check_size(out_dir, step_dir, config, weights)
     memory.check_position_table(config, where)
     B = max(1, min(batch, TIMED_TOKENS // config.block_size))
-    planned = Workload.of_generation(config, weights_dtype, B, int8=quantize == "int8", compile=compile)
+    planned = workloads.generation(config, weights_dtype, B, int8=quantize == "int8", compile=compile)
     ops = resolve(choose=autotune.chooser(planned))
     with store.naming(step_dir / store.MODEL):
         model = GPT.from_weights(config, ops, weights, where, weights_dtype)

@@ -72,8 +72,10 @@ def choose(
 ) -> Chosen:
     """The fastest backend of each operation that the workload uses, from the file of choices if it is known.
 
+    The workload's calls are recorded only if something must be timed.
+
     Args:
-        workload: the shapes and the arithmetic.
+        workload: the calls.
         device: the GPU.
         environment: what else the choice depends on; default this machine's.
         settle: makes the choice of one operation; default `contest`.
@@ -81,14 +83,15 @@ def choose(
     """
     environment, settle = environment or environment_of(device), settle or contest
     file = ChoiceFile((folder or cache_dir()) / FILE)
-    choices, began, seconds = file.read(environment, workload), time.perf_counter(), None
-    if missing := [op for op in workload.ops if op not in choices]:
+    known, began, seconds = file.read(environment, workload), time.perf_counter(), None
+    choices = {op: choice for op, choice in known.items() if choice is not None}
+    if not known or len(choices) < len(known):
         with _borrowed(device):
-            timed = {op: settle(op, workload, device) for op in missing}
+            timed = {op: settle(op, workload, device) for op in workload.ops if op not in choices}
         seconds = time.perf_counter() - began
         file.add(environment, workload, timed)
         choices |= timed
-    return Chosen({op: choices[op] for op in workload.ops}, environment.gpu, seconds)
+    return Chosen(choices, environment.gpu, seconds)
 
 
 def chooser(workload: Workload) -> Chooser:

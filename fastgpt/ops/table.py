@@ -1,6 +1,6 @@
 """The table: each operation's implementations side by side, and the one place where a backend is chosen.
 
-    ops = resolve("auto", device, choose=autotune.chooser(Workload.of_training(config, dtype)))
+    ops = resolve("auto", device, choose=autotune.chooser(workloads.training(config, dtype)))
     model = GPT(config, ops)
 
 Nothing else decides which code runs. A run saves `ops.backends`, and a resumed run passes them back. Triton is imported

@@ -15,7 +15,7 @@ from fastgpt.ops.workload import Workload
 from fastgpt.system.files import write_atomic
 
 CANDIDATES = ("torch", "triton")
-FORMAT = 3  # 1 was timed with what Python takes to launch; 2 named the backend otherwise
+FORMAT = 4  # 1 was timed with what Python takes to launch; 2 named the backend otherwise, and 3 the workload
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Choice:
         backend: one of `CANDIDATES`.
         seconds: of one call, for each backend that was timed.
         left_out: the reason for each backend that was not timed.
-        lasting: False if the reason may be gone the next time, such as a lack of memory; then the choice is not kept.
+        lasting: False if the reason may be gone the next time, such as a lack of memory; then it is not kept.
     """
 
     backend: str
@@ -76,7 +76,7 @@ def source_hash(folder: Path) -> str:
 
 
 class ChoiceFile:
-    """Choices as JSON: environment -> workload -> operation -> choice.
+    """Choices as JSON: environment -> workload -> operation -> choice, or null for one that is not lasting.
 
     A file that cannot be read counts as empty, and one that cannot be written stays as it is, each with a warning. The
     file is always whole. If two processes write at once, one may lose its choices, which are then timed again.
@@ -85,27 +85,26 @@ class ChoiceFile:
     def __init__(self, path: Path):
         self.path = path
 
-    def read(self, environment: Environment, workload: Workload) -> dict[str, Choice]:
-        """The choices that are known, by operation."""
+    def read(self, environment: Environment, workload: Workload) -> dict[str, Choice | None]:
+        """The choices that are known, by operation; None for one that was not lasting."""
         try:
             known = self._content()
         except (OSError, ValueError) as error:
             warnings.warn(f"{self.path} cannot be read and is made anew: {error}", stacklevel=2)
             return {}
-        return {op: Choice(**choice) for op, choice in known.get(str(environment), {}).get(str(workload), {}).items()}
+        choices = known.get(str(environment), {}).get(str(workload), {})
+        return {op: choice and Choice(**choice) for op, choice in choices.items()}
 
     def add(self, environment: Environment, workload: Workload, choices: Mapping[str, Choice]) -> None:
-        """Keep the lasting ones of these choices beside what the file holds now."""
-        lasting = {op: choice for op, choice in choices.items() if choice.lasting}
-        if not lasting:
-            return
+        """Keep these choices beside what the file holds now."""
         try:
             content = self._content()
         except (OSError, ValueError):  # `read` has warned of it
             content = {}
         known = content.setdefault(str(environment), {}).setdefault(str(workload), {})
-        for op, choice in lasting.items():
-            known[op] = {"backend": choice.backend, "seconds": choice.seconds, "left_out": choice.left_out}
+        for op, choice in choices.items():
+            kept = {"backend": choice.backend, "seconds": choice.seconds, "left_out": choice.left_out}
+            known[op] = kept if choice.lasting else None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(self.path, json.dumps({"format": FORMAT, "choices": content}, indent=1) + "\n")
@@ -116,7 +115,7 @@ class ChoiceFile:
                 stacklevel=2,
             )
 
-    def _content(self) -> dict[str, dict[str, dict[str, Any]]]:
+    def _content(self) -> dict[str, dict[str, dict[str, Any | None]]]:
         """The content of the file; empty if there is none, or one of another version.
 
         Raises:
@@ -132,7 +131,8 @@ class ChoiceFile:
             for workloads in content["choices"].values():
                 for choices in workloads.values():
                     for choice in choices.values():
-                        _check(**choice)
+                        if choice is not None:
+                            _check(**choice)
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"it is not a table of choices ({type(error).__name__}: {error})") from None
         return content["choices"]

@@ -1,102 +1,161 @@
-"""A model's calls of the table's operations, which `autotune` checks and times."""
+"""The calls of the table's operations that `autotune` checks and times.
+
+A `Workload` names some work and records the calls that it makes (`fastgpt.ops.recorder`). A `Call` describes one; a
+`Case` is the call with its tensors drawn, on a device.
+"""
 
 import dataclasses
-import itertools
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from fastgpt.config.model import ModelConfig
-from fastgpt.config.training import TrainConfig
+from fastgpt.ops.table import TABLE
 from fastgpt.system.device import autocast
 from fastgpt.system.torch_private import compile_up_to
-from fastgpt_kernels.quantization import quantize
 
-PAGE = 16  # tokens; the default of `page_size`
 # A longer context is checked at its length modulo TILE, the largest tile of a kernel, and two whole tiles.
 TILE = 128
 RECOMPILE_LIMIT = 256
+WRITES = {"kv_write": (2, 3)}  # the positions of the inputs that an operation changes in place
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor of a call.
+
+    Attributes:
+        storage, offset: views share the storage with the same number; the offset is the first element's place in it.
+        content: the bytes, where the call depends on them; otherwise the numbers are drawn.
+    """
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    requires_grad: bool
+    storage: int
+    offset: int
+    content: bytes | None = None
+
+    @property
+    def end(self) -> int:
+        """The elements that its storage needs."""
+        return self.offset + 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an operation.
+
+    Attributes:
+        inputs: the positional arguments.
+        arguments: those by keyword, in order.
+        outputs: the shape of each output and the dtype in which it is read; None: forward alone.
+        autocast: what it runs under; float32 for none.
+    """
+
+    op: str
+    inputs: tuple[TensorSpec | None, ...]
+    arguments: tuple[tuple[str, Any], ...]
+    outputs: tuple[tuple[tuple[int, ...], torch.dtype], ...] | None
+    autocast: torch.dtype
+
+    @property
+    def tensors(self) -> list[tuple[str, TensorSpec]]:
+        """Its tensors with their names in the operation's signature."""
+        names = list(inspect.signature(TABLE[self.op].reference).parameters)
+        given = [*zip(names, self.inputs, strict=False), *self.arguments]
+        return [(name, value) for name, value in given if isinstance(value, TensorSpec)]
+
+    def case(self, device: torch.device) -> "Case":
+        """The call with its tensors drawn: the same ones each time, from random numbers of its own."""
+        generator = torch.Generator(device).manual_seed(0)
+        ends: dict[int, int] = {}
+        for _, tensor in self.tensors:
+            ends[tensor.storage] = max(tensor.end, ends.get(tensor.storage, 0))
+        storages: dict[int, torch.Tensor] = {}
+        for name, tensor in self.tensors:
+            if tensor.storage not in storages:
+                storages[tensor.storage] = _drawn(name, tensor, ends[tensor.storage], generator)
+
+        def made(value: Any) -> Any:
+            if not isinstance(value, TensorSpec):
+                return value
+            view = storages[value.storage].as_strided(value.shape, value.strides, value.offset)
+            return view.requires_grad_(value.requires_grad)
+
+        inputs, arguments = tuple(map(made, self.inputs)), {name: made(value) for name, value in self.arguments}
+        grads = None
+        if self.outputs is not None:  # that of a loss is 1
+            grads = tuple(
+                torch.randn(shape, generator=generator, device=device).to(dtype)
+                if shape
+                else torch.ones((), dtype=dtype, device=device)
+                for shape, dtype in self.outputs
+            )
+        return Case(inputs, arguments, grads, WRITES.get(self.op, ()), self.autocast)
+
+
+def _drawn(name: str, tensor: TensorSpec, count: int, generator: torch.Generator) -> torch.Tensor:
+    """The elements of a storage, of which the argument of this name is a view."""
+    device, dtype = generator.device, tensor.dtype
+    if tensor.content is not None:
+        return torch.frombuffer(bytearray(tensor.content), dtype=dtype).to(device)
+    if dtype == torch.int8:  # a quantized weight
+        return torch.randint(-127, 128, (count,), dtype=dtype, generator=generator, device=device)
+    if not dtype.is_floating_point:  # such as a seed
+        return torch.ones(count, dtype=dtype, device=device)
+    t = torch.randn(count, generator=generator, device=device)
+    if name == "scale":  # of a quantized weight: positive, for weights of about 1
+        t = t.abs_().add_(1).div_(127)
+    elif name == "weight" and len(tensor.shape) == 2:  # products a few units wide
+        t *= 2 * tensor.shape[1] ** -0.5
+    return t.to(dtype)
+
+
+class Calls(NamedTuple):
+    """By operation: the call that is timed, and every kind of call, made `smaller`, to be checked."""
+
+    timed: Mapping[str, Call]
+    checked: Mapping[str, Sequence[Call]]
 
 
 @dataclass(frozen=True)
 class Workload:
-    """The shapes and the arithmetic of a model's calls, and whether they need gradients.
+    """Some work of a model.
 
-    Training has B sequences of T tokens, float32 weights and autocast to `dtype`. Generating decodes one token for each
-    of B sequences whose context is T, with weights in `dtype`, or with matrices in int8.
+    Attributes:
+        name: all that the calls depend on beside the dtype, for the file of choices.
+        dtype: the narrowest that is computed in.
+        record: makes the calls.
+        compile: the operations run in compiled code.
     """
 
-    training: bool
-    B: int
-    T: int
-    H: int
-    Hkv: int
-    D: int
-    V: int  # rows of the output layer, padding included
-    valid_vocab: int
-    dropout: float
-    bias: bool
+    name: str
     dtype: torch.dtype
-    int8: bool = False
+    record: Callable[[], Calls] = dataclasses.field(compare=False, repr=False)
     compile: bool = False
 
-    @classmethod
-    def of_training(cls, config: TrainConfig, dtype: torch.dtype) -> "Workload":
-        """The micro-batches of a run; the vocabulary's size must be known."""
-        rest = {"B": config.batch_size, "dropout": config.dropout, "compile": config.compile}
-        return cls._of(config, dtype, training=True, **rest)
-
-    @classmethod
-    def of_generation(
-        cls, config: ModelConfig, dtype: torch.dtype, B: int = 1, *, int8: bool = False, compile: bool = False
-    ) -> "Workload":
-        """Decoding B sequences at the end of the context; the vocabulary's size must be known."""
-        return cls._of(config, dtype, training=False, B=B, dropout=0.0, int8=int8, compile=compile)
-
-    @classmethod
-    def _of(cls, config: ModelConfig, dtype: torch.dtype, **rest: Any) -> "Workload":
-        return cls(
-            T=config.block_size,
-            H=config.n_head,
-            Hkv=config.kv_heads,
-            D=config.head_size,
-            V=config.padded_vocab,
-            valid_vocab=config.vocab_size or 0,
-            bias=config.bias,
-            dtype=dtype,
-            **rest,
-        )
-
-    @property
-    def C(self) -> int:
-        return self.H * self.D
-
-    @property
-    def kept(self) -> torch.dtype:
-        """The dtype of the weights, and of the residual stream."""
-        return torch.float32 if self.training else self.dtype
+    @functools.cached_property
+    def calls(self) -> Calls:
+        """Recorded once, when asked for: on the meta device PyTorch first imports its compiler, for seconds."""
+        return self.record()
 
     @property
     def ops(self) -> tuple[str, ...]:
         """The operations that it uses."""
-        if self.training:
-            return tuple(TRAINING)
-        return tuple(op for op in GENERATING if op != "linear_int8" or self.int8)
-
-    def smaller(self) -> "Workload":
-        """The same calls, small enough for the reference in float64, through the same kinds of tiles."""
-        return dataclasses.replace(self, B=min(self.B, 2), T=self.T if self.T <= 2 * TILE else 2 * TILE + self.T % TILE)
+        return tuple(op for op in TABLE if op in self.calls.timed)
 
     def __str__(self) -> str:
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        what, dtype = "training" if fields.pop("training") else "generating", fields.pop("dtype")
-        words = {"int8": "matrices int8", "compile": "compiled"}
-        said = [word for name, word in words.items() if fields.pop(name)]
-        sizes = [f"{name} {value}" for name, value in fields.items()]
-        return ", ".join([what, str(dtype).removeprefix("torch."), *said, *sizes])
+        return f"{self.name}, {str(self.dtype).removeprefix('torch.')}{', compiled' if self.compile else ''}"
+
+
+def smaller(B: int, T: int) -> tuple[int, int]:
+    """Sequences and tokens few enough for the reference in float64, which go through the same kinds of tiles."""
+    return min(B, 2), T if T <= 2 * TILE else 2 * TILE + T % TILE
 
 
 @dataclass(frozen=True)
@@ -189,141 +248,15 @@ def _wide(value: Any) -> Any:
 
 def timed_case(op: str, workload: Workload, device: torch.device) -> Case:
     """The call that the workload makes most often, at its own shapes."""
-    return next(_cases(op, workload, device))
+    return workload.calls.timed[op].case(device)
 
 
 def checked_cases(op: str, workload: Workload, device: torch.device) -> list[Case]:
     """Every kind of call that the workload makes, made `smaller`."""
-    return list(_cases(op, workload.smaller(), device))
-
-
-def _cases(op: str, workload: Workload, device: torch.device) -> Iterator[Case]:
-    return (TRAINING if workload.training else GENERATING)[op](Draw(workload, device))
-
-
-class Draw:
-    """Draws a workload's tensors, the same ones each time, from random numbers of its own."""
-
-    def __init__(self, workload: Workload, device: torch.device):
-        self.w, self.device = workload, device
-        self.generator = torch.Generator(device).manual_seed(0)
-
-    def __call__(self, *shape: int, dtype: torch.dtype, scale: float = 1.0, trained: bool = False) -> torch.Tensor:
-        t = torch.randn(shape, generator=self.generator, device=self.device).mul_(scale).to(dtype)
-        return t.requires_grad_(trained)
-
-    def parameter(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
-        return self(*shape, dtype=self.w.kept, scale=scale, trained=self.w.training)
-
-    def heads(self, *lead: int) -> tuple[torch.Tensor, ...]:
-        """q (*lead, H, D), k and v (*lead, Hkv, D): views of one packed projection, as the model has them."""
-        w = self.w
-        packed = self(*lead, w.H + 2 * w.Hkv, w.D, dtype=w.dtype)
-        return tuple(t.requires_grad_(w.training) for t in packed.split([w.H, w.Hkv, w.Hkv], dim=-2))
-
-    def pages(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Keys and values (B * M, P, Hkv, D), and int32 (B, M): each sequence's pages, which lie in any order."""
-        w = self.w
-        M = math.ceil(w.T / PAGE)
-        keys, values = (self(w.B * M, PAGE, w.Hkv, w.D, dtype=w.dtype) for _ in range(2))
-        order = torch.randperm(w.B * M, generator=self.generator, device=self.device)
-        return keys, values, order.view(w.B, M).int()
-
-    def integers(self, values: Any, dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype, device=self.device)
-
-
-# What follows yields the call that is timed first, and others of its operation after it.
-
-
-def _layer_norm(draw: Draw, *, add: bool = False) -> Iterator[Case]:
-    w = draw.w
-    shape = (w.B, w.T if w.training else 1, w.C)
-    x = draw(*shape, dtype=w.kept, trained=w.training)
-    branch = [draw(*shape, dtype=w.dtype, trained=w.training)] if add else []
-    inputs = (x, *branch, draw.parameter(w.C), draw.parameter(w.C) if w.bias else None)
-    if not w.training:
-        yield Case(inputs)
-        return
-    total = [draw(*shape, dtype=w.kept)] if add else []
-    yield Case(inputs, grads=(*total, draw(*shape, dtype=w.dtype)), autocast=w.dtype)
-
-
-def _add_layer_norm(draw: Draw) -> Iterator[Case]:
-    return _layer_norm(draw, add=True)
-
-
-def _attention_with_gradients(draw: Draw) -> Iterator[Case]:
-    w = draw.w
-    arguments = {"dropout_p": w.dropout, "seed": draw.integers(1, torch.int64)} if w.dropout else {}
-    grads = (draw(w.B, w.T, w.H, w.D, dtype=w.dtype),)
-    yield Case(draw.heads(w.B, w.T), arguments, grads, autocast=w.dtype)
-
-
-def _loss(draw: Draw) -> Iterator[Case]:
-    """The mean, then each row's loss, because a mean may be right by luck."""
-    w = draw.w
-    x = draw(w.B, w.T, w.C, dtype=w.dtype, trained=True)
-    weight = draw.parameter(w.V, w.C, scale=2 * w.C**-0.5)  # logits a few units wide
-    targets = torch.randint(w.valid_vocab, (w.B, w.T), generator=draw.generator, device=draw.device)
-    arguments = {"targets": targets, "valid_vocab": w.valid_vocab}
-    yield Case((x, weight), arguments, (torch.ones((), device=draw.device),), autocast=w.dtype)
-    yield Case((x, weight), arguments | {"reduction": "none"}, autocast=w.dtype)
-
-
-def _attention(draw: Draw) -> Iterator[Case]:
-    """A token after a context, then the whole context."""
-    q, k, v = draw.heads(draw.w.B, draw.w.T)
-    yield Case((q[:, -1:], k, v))
-    yield Case((q, k, v))
-
-
-def _paged_attention(draw: Draw) -> Iterator[Case]:
-    """A token for each sequence, then every other one's whole prompt instead."""
-    w = draw.w
-    keys, values, table = draw.pages()
-    lengths = draw.integers([w.T] * w.B, torch.int32)
-    yield Case((draw.heads(w.B)[0], keys, values, table, lengths))
-    ends = itertools.accumulate((1 if b % 2 else w.T for b in range(w.B)), initial=0)
-    starts = draw.integers([*ends], torch.int32)
-    yield Case((draw.heads(int(starts[-1]))[0], keys, values, table, lengths), {"starts": starts})
-
-
-def _kv_write(draw: Draw) -> Iterator[Case]:
-    w = draw.w
-    keys, values, table = draw.pages()
-    slots = table[:, -1].long() * PAGE + (w.T - 1) % PAGE
-    yield Case((*draw.heads(w.B)[1:], keys, values, slots), writes=(2, 3))
-
-
-def _linear_int8(draw: Draw) -> Iterator[Case]:
-    """The widening product of the MLP for a token of each sequence; then the narrowing one, the output layer's, and
-    the first for whole prompts.
-    """
-    w = draw.w
-
-    def case(T: int, outputs: int, inputs: int, bias: bool, **arguments: torch.dtype) -> Case:
-        weight, scale = quantize(draw(outputs, inputs, dtype=torch.float32))
-        x, bias_of_each = draw(w.B, T, inputs, dtype=w.dtype), draw(outputs, dtype=w.dtype) if bias else None
-        return Case((x, weight, scale, bias_of_each), arguments)
-
-    yield case(1, 4 * w.C, w.C, w.bias)
-    yield case(1, w.C, 4 * w.C, w.bias)
-    yield case(1, w.V, w.C, False, out_dtype=torch.promote_types(w.dtype, torch.float32))  # logits
-    yield case(w.T, 4 * w.C, w.C, w.bias)
-
-
-TRAINING: Mapping[str, Callable[[Draw], Iterator[Case]]] = {
-    "layer_norm": _layer_norm,
-    "add_layer_norm": _add_layer_norm,
-    "causal_attention": _attention_with_gradients,
-    "linear_cross_entropy": _loss,
-}
-GENERATING: Mapping[str, Callable[[Draw], Iterator[Case]]] = {
-    "layer_norm": _layer_norm,
-    "add_layer_norm": _add_layer_norm,
-    "causal_attention": _attention,
-    "paged_attention": _paged_attention,
-    "kv_write": _kv_write,
-    "linear_int8": _linear_int8,
-}
+    cases = [call.case(device) for call in workload.calls.checked[op]]
+    if "reduction" in inspect.signature(TABLE[op].reference).parameters:
+        # The rows' own losses too, because a mean may be right by luck.
+        cases += [
+            dataclasses.replace(case, arguments={**case.arguments, "reduction": "none"}, grads=None) for case in cases
+        ]
+    return cases

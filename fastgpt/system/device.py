@@ -126,8 +126,11 @@ def peak_memory(device: torch.device) -> int | None:
 def free_memory(device: torch.device) -> int:
     """Bytes that this process can still allocate: on the GPU, or on the machine within the limit of its cgroup.
 
-    Memory that PyTorch's allocator keeps for later counts as free, and so do the system's copies of files.
+    Memory that PyTorch's allocator keeps for later counts as free, and so do the system's copies of files. The meta
+    device needs none.
     """
+    if device.type == "meta":
+        return sys.maxsize
     if device.type == "cuda":
         (free, total), used = torch.cuda.mem_get_info(device), torch.cuda.memory_allocated(device)
         allowed = int(total * torch.cuda.get_per_process_memory_fraction(device.index))

@@ -18,9 +18,8 @@ from fastgpt.data.loader import Loader, MicroBatches
 from fastgpt.errors import UsageError
 from fastgpt.evaluation import loss as evaluation_loss
 from fastgpt.evaluation.loss import EvaluationSet
-from fastgpt.model import memory
+from fastgpt.model import memory, workloads
 from fastgpt.ops import autotune, table
-from fastgpt.ops.workload import Workload
 from fastgpt.system import threads
 from fastgpt.system.device import resolve_device, resolve_dtype
 from fastgpt.training.log import RunLog
@@ -121,7 +120,7 @@ def prepare(config: TrainConfig) -> Setup:
     config = dataclasses.replace(config, vocab_size=data.tokenizer.vocab_size)
     train_loader, val_loader = loader.loaders(data, config, device)
     memory.check_training(config, device)
-    ops = resolve(choose=autotune.chooser(Workload.of_training(config, dtype)))
+    ops = resolve(choose=autotune.chooser(workloads.training(config, dtype)))
     evaluation, unnamed = _evaluation_set(config, data, saved, about.get("evaluation", {}))
     return Setup(
         config,

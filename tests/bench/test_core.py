@@ -20,8 +20,8 @@ from bench.tools.counts import COUNTS, Count, count
 from bench.tools.kernel_cases import DIRECTIONS, SHAPES, Case, cases, inputs
 from bench.tools.live_bytes import LiveBytes, draw_allocation, thinned
 from bench.tools.timing import Clock, buffers_needed, rotating, spread
+from fastgpt.model import workloads
 from fastgpt.ops import table
-from fastgpt.ops.workload import Workload
 from tests.helpers.fake_gpu import FakeGpu
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -85,7 +85,7 @@ def test_a_generator_says_what_it_will_do_so_that_every_column_can_be_timed(monk
     monkeypatch.setattr(table, "resolve", noted)
     monkeypatch.setattr(generation.TextGenerator, "compile", lambda self: None)
     generation.generator_of(model, torch.bfloat16, quantize=quantize, compiled=compiled, batch=8)
-    expected = Workload.of_generation(model.config, torch.bfloat16, 8, int8=quantize == "int8", compile=compiled)
+    expected = workloads.generation(model.config, torch.bfloat16, 8, int8=quantize == "int8", compile=compiled)
     assert asked == [("auto", expected)]
 
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from fastgpt.config.training import PRESETS
+from fastgpt.model import workloads
 from fastgpt.ops.autotune import choose
-from fastgpt.ops.workload import Workload
 from fastgpt_kernels import cross_entropy, norm, reference, torch_ops
 from fastgpt_kernels.attention import causal_attention
 from fastgpt_kernels.cross_entropy import linear_cross_entropy
@@ -212,5 +212,5 @@ def test_a_pool_of_more_than_2_31_elements_does_not_overflow(H, Hkv):
 def test_a_long_context_with_dropout_is_chosen_for_without_the_references_memory():
     needs(48)
     config = dataclasses.replace(PRESETS["gpt2"], block_size=16384, batch_size=1, dropout=0.1)
-    first = choose(Workload.of_training(config, torch.bfloat16), torch.device("cuda"))
+    first = choose(workloads.training(config, torch.bfloat16), torch.device("cuda"))
     assert first.backends["causal_attention"] == "triton"

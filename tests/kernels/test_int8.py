@@ -212,6 +212,8 @@ def test_quantizing_rounds_to_even_and_keeps_zeros_and_signs():
     assert (weight_int8.shape, scale.shape) == ((0, 2), (0,))
     weight_int8, scale = quantize(torch.empty(2, 0))
     assert (weight_int8.shape, scale.tolist()) == ((2, 0), [1, 1])
+    weight_int8, scale = quantize(torch.empty(2, 3, device="meta"))
+    assert (weight_int8.shape, weight_int8.dtype, scale.shape) == ((2, 3), torch.int8, (2,))
 
 
 def test_quantizing_names_what_is_no_weight():

@@ -54,6 +54,13 @@ def test_logprobs_of_a_large_vocabulary_are_those_of_float64(dtype: torch.dtype,
     assert [p for _, p in drawn.top] == pytest.approx(wanted.values.tolist(), abs=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32, torch.float64], ids=str)
+def test_on_the_meta_device_a_product_has_its_shape_and_dtype(dtype: torch.dtype):
+    x, weight = torch.ones(2, 3, 8, dtype=dtype), torch.ones(5, 8, dtype=dtype)
+    found, real = float32_product(x.to("meta"), weight.to("meta")), float32_product(x, weight)
+    assert (found.shape, found.dtype) == (real.shape, real.dtype)
+
+
 @pytest.mark.parametrize("quantized", [False, True], ids=["", "int8"])
 @pytest.mark.parametrize("kernels", ["torch", "reference"])
 @halves

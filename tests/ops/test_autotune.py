@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from fastgpt.checkpoint import run_folder
-from fastgpt.config.training import PRESETS
+from fastgpt.config.training import PRESETS, TrainConfig
 from fastgpt.generation import load
+from fastgpt.model import workloads
 from fastgpt.ops import autotune, table
 from fastgpt.ops.autotune import BUDGET, FEWEST_ROUNDS, MOST_REPEATS, MOST_ROUNDS, choose, chooser, contest, measure
 from fastgpt.ops.table import TABLE
@@ -19,10 +20,13 @@ from tests.helpers.fake_gpu import FakeGpu
 from tests.helpers.runs import run
 
 CPU = torch.device("cpu")
-TRAINING = Workload(True, 2, 5, 2, 1, 4, 16, 11, 0.0, True, torch.float32)
-GENERATING = dataclasses.replace(TRAINING, training=False)
+CONFIG = TrainConfig(
+    n_layer=1, n_head=2, n_kv_head=1, n_embd=8, block_size=5, vocab_size=11, batch_size=2, dropout=0.25
+)
+TRAINING = workloads.training(CONFIG, torch.float32)
+GENERATION = workloads.generation(CONFIG, torch.float32, 2, int8=True)
 HERE = Environment("A GPU", "2.13.0", "3.7.1", "0123456789abcdef", "ieee")
-workloads = pytest.mark.parametrize("workload", [TRAINING, GENERATING], ids=["training", "generating"])
+each_workload = pytest.mark.parametrize("workload", [TRAINING, GENERATION], ids=["training", "generation"])
 
 
 class Costs:
@@ -53,7 +57,7 @@ def settle(op: str, workload: Workload, **functions) -> Choice:
     return contest(op, workload, CPU, backends=backends, stopwatch=costs.stopwatch)
 
 
-@workloads
+@each_workload
 @pytest.mark.parametrize(("torch_s", "triton_s", "fastest"), [(0.02, 0.021, "torch"), (0.021, 0.02, "triton")])
 def test_the_faster_of_two_that_agree_is_taken(workload, torch_s, triton_s, fastest):
     for op in workload.ops:
@@ -63,10 +67,10 @@ def test_the_faster_of_two_that_agree_is_taken(workload, torch_s, triton_s, fast
         assert choice.seconds == pytest.approx({"torch": torch_s, "triton": triton_s}), op
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_what_python_takes_to_launch_does_not_decide(monkeypatch, training):
+@each_workload
+def test_what_python_takes_to_launch_does_not_decide(monkeypatch, workload):
     """A kernel of its own, launched through layers of Python, against an operation that PyTorch launches in no time."""
-    gpu, workload = FakeGpu(monkeypatch), dataclasses.replace(TRAINING, training=training)
+    gpu = FakeGpu(monkeypatch)
     monkeypatch.setattr(autotune, "synchronize", lambda device: gpu.wait())
 
     def taking(launching: float, running: float):
@@ -82,7 +86,7 @@ def test_what_python_takes_to_launch_does_not_decide(monkeypatch, training):
     assert choice.seconds == pytest.approx({"torch": 10e-6, "triton": 4e-6})
 
 
-@workloads
+@each_workload
 def test_what_will_be_compiled_is_timed_compiled_and_checked_as_it_is(monkeypatch, workload):
     compiled, compile = [], torch.compile
 
@@ -154,7 +158,7 @@ def test_a_wrong_write_in_place_is_seen():
     def elsewhere(k, v, k_pages, v_pages, slots):
         torch_ops.kv_write(k, v, k_pages, v_pages, slots - 1)
 
-    choice = settle("kv_write", GENERATING, torch=torch_ops.kv_write, triton=elsewhere)
+    choice = settle("kv_write", GENERATION, torch=torch_ops.kv_write, triton=elsewhere)
     assert (choice.backend, list(choice.left_out)) == ("torch", ["triton"])
 
 
@@ -164,7 +168,8 @@ def test_torch_too_is_left_out_where_it_is_wrong():
 
 
 def test_a_lack_of_memory_at_the_true_shape_is_left_out_but_not_for_ever():
-    large = dataclasses.replace(TRAINING, T=300)  # which is checked at fewer tokens
+    # Which is checked at fewer tokens.
+    large = workloads.training(dataclasses.replace(CONFIG, block_size=300), torch.float32)
 
     def hungry(q, *args, **kwargs):
         if q.shape[1] == 300:
@@ -182,7 +187,7 @@ def test_where_nothing_is_left_the_first_candidate_stays_and_both_reasons_are_gi
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU kernels are compiled")
-@workloads
+@each_workload
 def test_our_kernels_pass_the_check_in_the_interpreter(workload):
     for op in workload.ops:
         assert contest(op, workload, CPU, stopwatch=lambda call, repeats: 1.0).left_out == {}, op
@@ -232,7 +237,7 @@ def chosen(folder, workload=TRAINING, environment=HERE, **choice):
     return choose(workload, CPU, environment=environment, settle=settled, folder=folder), settled.asked
 
 
-@workloads
+@each_workload
 def test_each_operation_that_is_used_is_timed_once_and_then_known(tmp_path, workload):
     first, timed = chosen(tmp_path / "new", workload)
     assert timed == list(workload.ops)
@@ -243,16 +248,14 @@ def test_each_operation_that_is_used_is_timed_once_and_then_known(tmp_path, work
     assert (again.choices, again.seconds) == (first.choices, None)
 
 
-def test_training_uses_no_pages_and_generating_no_loss():
-    assert {"paged_attention", "kv_write"}.isdisjoint(TRAINING.ops)
-    assert {"paged_attention", "kv_write"} < set(GENERATING.ops)
-    assert "linear_cross_entropy" in TRAINING.ops
-    assert "linear_cross_entropy" not in GENERATING.ops
+def test_calls_are_recorded_only_to_be_timed(tmp_path):
+    chosen(tmp_path)
+    unknown = dataclasses.replace(TRAINING, record=lambda: pytest.fail("recorded"))
+    assert chosen(tmp_path, unknown)[0].choices == chosen(tmp_path)[0].choices
 
 
 def test_every_operation_of_the_table_can_be_timed():
-    quantized = dataclasses.replace(GENERATING, int8=True)
-    assert {*TRAINING.ops, *GENERATING.ops, *quantized.ops} == TABLE.keys()
+    assert {*TRAINING.ops, *GENERATION.ops} == TABLE.keys()
 
 
 def test_the_reason_is_one_line_that_says_what_and_when(tmp_path):
@@ -275,18 +278,21 @@ def test_another_environment_is_timed_anew(tmp_path, field):
 @pytest.mark.parametrize(
     "change",
     [
-        *({name: 3} for name in ("B", "T", "H", "Hkv", "D", "V", "valid_vocab")),
-        {"training": False},
+        *({name: 4} for name in ("batch_size", "block_size", "n_head", "n_embd", "vocab_size")),
+        {"n_kv_head": 2},
         {"dropout": 0.5},
         {"bias": False},
+        {"position": "rotary"},
         {"compile": True},
-        {"dtype": torch.bfloat16},
     ],
     ids=str,
 )
 def test_another_workload_is_timed_anew(tmp_path, change):
     chosen(tmp_path)
-    assert chosen(tmp_path, dataclasses.replace(TRAINING, **change))[1]
+    config = dataclasses.replace(CONFIG, **change)
+    assert chosen(tmp_path, workloads.training(config, torch.float32))[1]
+    assert chosen(tmp_path, workloads.training(config, torch.bfloat16))[1]
+    assert chosen(tmp_path, workloads.generation(config, torch.float32))[1]
     assert not chosen(tmp_path)[1]
 
 
@@ -294,7 +300,7 @@ def test_only_an_operation_that_is_not_known_is_timed(tmp_path):
     chosen(tmp_path)
     path = tmp_path / autotune.FILE
     content = json.loads(path.read_text())
-    del content["choices"][str(HERE)][str(TRAINING)]["causal_attention"]
+    content["choices"][str(HERE)][str(TRAINING)]["causal_attention"] = None
     path.write_text(json.dumps(content))
     assert chosen(tmp_path)[1] == ["causal_attention"]
     assert chosen(tmp_path)[1] == []
@@ -338,14 +344,15 @@ def test_a_run_and_a_generator_say_what_they_will_do(resolved):
     run("--max_iters 1 --eval_iters 1 --dropout 0.1 --n_head 4 --n_kv_head 2")
     first, training = resolved
     assert first is None  # it only says what cannot run, before the data is prepared
-    assert (training.training, training.dtype, training.dropout) == (True, torch.float32, 0.1)
-    assert (training.B, training.T, training.H, training.Hkv, training.D) == (4, 8, 4, 2, 4)
-    assert (training.V, training.valid_vocab) == (128, load.load(device="cpu").tokenizer.vocab_size)
-    assert resolved[-1] == dataclasses.replace(training, training=False, B=1, dropout=0.0)
+    vocab_size = load.load(device="cpu").tokenizer.vocab_size
+    sizes = {"n_head": 4, "n_kv_head": 2, "n_embd": 16, "block_size": 8, "vocab_size": vocab_size}
+    config = TrainConfig(**sizes, batch_size=4, dropout=0.1)
+    assert training == workloads.training(config, torch.float32)
+    assert resolved[-1] == workloads.generation(config, torch.float32)
     for batch, timed in ((64, 64), (1 << 20, load.TIMED_TOKENS // 8)):
         load.load(device="cpu", quantize="int8", batch=batch, compile=batch == 64)
-        assert (resolved[-1].B, resolved[-1].int8, resolved[-1].compile) == (timed, True, batch == 64)
-    assert Workload.of_training(dataclasses.replace(PRESETS["cpu"], vocab_size=65, compile=True), torch.float32).compile
+        assert resolved[-1] == workloads.generation(config, torch.float32, timed, int8=True, compile=batch == 64)
+    assert all("calls" not in vars(workload) for workload in resolved if workload), "recorded, with nothing to time"
 
 
 @pytest.mark.usefixtures("workplace", "no_picture")
@@ -361,8 +368,8 @@ def test_generation_keeps_columns_that_were_asked_for_and_not_those_found_fastes
 def gpt2(training: bool) -> Workload:
     """Two sequences of GPT-2's shape."""
     if training:
-        return Workload.of_training(dataclasses.replace(PRESETS["gpt2"], batch_size=2), torch.bfloat16)
-    return Workload.of_generation(PRESETS["gpt2"], torch.bfloat16, 2)
+        return workloads.training(dataclasses.replace(PRESETS["gpt2"], batch_size=2), torch.bfloat16)
+    return workloads.generation(PRESETS["gpt2"], torch.bfloat16, 2)
 
 
 @pytest.mark.gpu

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from fastgpt.ops.timed_choices import FORMAT, Choice, ChoiceFile, Environment, environment_of, source_hash
-from fastgpt.ops.workload import Workload
+from fastgpt.ops.workload import Calls, Workload
 from fastgpt.system.files import temporary_sibling
 
 HERE = Environment("A GPU", "2.13.0", "3.7.1", "0123456789abcdef", "ieee")
-WORKLOAD = Workload(True, 2, 5, 2, 1, 4, 16, 11, 0.25, True, torch.float32)
+WORKLOAD = Workload("training", torch.float32, record=lambda: Calls({}, {}))
 CHOICE = Choice("triton", {"torch": 2e-3, "triton": 1e-3}, {})
 
 
@@ -33,9 +33,9 @@ def test_a_file_that_is_not_there_holds_nothing(path):
     assert ChoiceFile(path).read(HERE, WORKLOAD) == {}
 
 
-def test_a_choice_that_may_change_is_not_written(path):
-    ChoiceFile(path).add(HERE, WORKLOAD, {"layer_norm": Choice("triton", lasting=False)})
-    assert not path.exists()
+def test_of_a_choice_that_may_change_only_the_operation_is_kept(path):
+    ChoiceFile(path).add(HERE, WORKLOAD, {"layer_norm": Choice("triton", lasting=False), "kv_write": CHOICE})
+    assert ChoiceFile(path).read(HERE, WORKLOAD) == {"layer_norm": None, "kv_write": CHOICE}
 
 
 def table(**changes) -> bytes:
@@ -45,12 +45,12 @@ def table(**changes) -> bytes:
 
 DAMAGED = [
     b"",
-    b'{"format": 3, "choices": {"A GPU',
+    b'{"format": 4, "choices": {"A GPU',
     b"\xff\xfe",
     b"[]",
     b"{}",
-    b'{"format": 3, "choices": []}',
-    b'{"format": 3, "choices": {"A GPU": 1}}',
+    b'{"format": 4, "choices": []}',
+    b'{"format": 4, "choices": {"A GPU": 1}}',
     table(backend="cuda"),
     table(backend=["triton"]),
     table(seconds=1.0),

@@ -1,6 +1,7 @@
 """Which machine and arithmetic the flags mean, with what this machine lacks played by monkeypatch."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -217,6 +218,10 @@ def test_without_meminfo_half_of_the_memory_is_free(monkeypatch, linux):
 def test_where_nothing_is_known_four_gib_are_free(monkeypatch, linux):
     monkeypatch.delattr(os, "sysconf", raising=False)
     assert free_memory(CPU) == 4 << 30
+
+
+def test_the_meta_device_takes_no_memory():
+    assert free_memory(torch.device("meta")) == sys.maxsize
 
 
 def test_this_machine_has_free_memory():
