@@ -105,6 +105,7 @@ class TestWhole:
         assert runs.contents(out) == before
         assert sorted(out.rglob("*")) == names
 
+    @pytest.mark.slow
     def test_as_a_program(self, out: Path):
         def program(*arguments: str) -> subprocess.CompletedProcess:
             command = [sys.executable, "-m", "fastgpt.verify", *arguments]

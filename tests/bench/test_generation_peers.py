@@ -99,6 +99,7 @@ def test_a_peer_has_a_process_of_its_own():
         os.kill(pid, 0)
 
 
+@pytest.mark.slow
 def test_a_peer_that_fails_says_why_each_time():
     with pytest.raises(RuntimeError, match="a toy: ValueError: no such kind"):
         Apart("a toy", Toy, untrained(), "broken")

@@ -70,6 +70,7 @@ def case(name: str) -> str:
     return file_name(f"bench/bench_fake.py::{name}")
 
 
+@pytest.mark.slow
 def test_records_everything_goes_on_and_resumes(suite: Path):
     done = run(suite, "--minutes", "3", "--case_seconds", "4")
     assert done.returncode == 0, done.stderr

@@ -114,6 +114,7 @@ __import__("os").write(keep, json.dumps(found).encode())
 """
 
 
+@pytest.mark.slow
 def test_a_candidate_is_really_compiled():
     """In a process of its own, because here Triton interprets; a tile too large for Triton does not compile."""
     outside = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

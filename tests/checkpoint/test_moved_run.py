@@ -92,7 +92,7 @@ class TestVersions:
         return saved()
 
     def written(self, content: dict, capsys) -> str:
-        content["sha256"] = run_folder._sha256(content)
+        content["sha256"] = run_folder.content_hash(content)
         Path("out/config.json").write_text(json.dumps(content))
         return refusal(capsys)
 

@@ -232,6 +232,7 @@ class TestWatchers:
     """A run outlives whoever watches it."""
 
     @pytest.mark.parametrize("streams", ["stdout", "both"])
+    @pytest.mark.slow
     def test_a_reader_that_leaves_does_not_stop_the_run(self, streams: str):
         both = {"stderr": subprocess.STDOUT} if streams == "both" else {}
         with spawn("--max_iters 9 --sample_interval 1", **both) as process:
@@ -271,6 +272,7 @@ class TestWatchers:
         store.verify(folder)
         assert resume(f"--max_iters {int(folder.name[5:]) + 1}") == 0
 
+    @pytest.mark.slow
     def test_a_terminal_of_few_characters_stops_nothing(self):
         Path("häuser.txt").write_bytes(Path("text.txt").read_bytes())
         flags = "--sample_interval 2 --dataset häuser.txt --out_dir häuser"

@@ -55,6 +55,7 @@ def finite(out_dir: Path) -> bool:
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("log_interval", [1, 3, 100])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.covering_array(1)
 def test_bad_steps_are_skipped_and_told_with_their_batch(capfd, monkeypatch, dtype: str, log_interval: int, bad: float):
     with_losses(monkeypatch, bad_at(6, 7, 13, bad=bad))
     out = run(f"{LONG} --log_interval {log_interval} --dtype {dtype}")
@@ -129,6 +130,7 @@ def test_a_spike_of_10_deviations_is_skipped_where_asked_for(monkeypatch):
 
 @pytest.mark.parametrize("log_interval", [1, 2, 100])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.covering_array(1)
 def test_a_row_of_bad_steps_leads_back_and_leaves_out_the_data(capfd, monkeypatch, log_interval: int, dtype: str):
     with_losses(monkeypatch, bad_at(9, 10, 11))
     flags = f"{LONG} --rollback_after 3 --log_interval {log_interval} --dtype {dtype}"

@@ -27,6 +27,7 @@ from fastgpt.model.gpt import GPT
 from fastgpt.training.optimizer import make_optimizer
 from fastgpt.training.run import Run
 from tests.helpers import runs
+from tests.helpers.covering import some
 from tests.helpers.runs import FLAGS, contents, records, resume, run, tensors
 
 pytestmark = [
@@ -141,6 +142,7 @@ class TestBeforeTheFirstStep:
         run("--max_iters 1", "other")  # so that the data is prepared
         self.refused(in_child(lambda: limited(10_000) or train_here()), "out cannot be written: File too large")
 
+    @pytest.mark.slow
     def test_as_a_program(self):
         process = runs.spawn("--n_embd 64", preexec_fn=lambda: limited(70_000))
         out, error = process.communicate(timeout=60)
@@ -265,6 +267,7 @@ class TestDuringTraining:
 
     @pytest.mark.parametrize("flags", ["", "--async_save"])
     @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+    @pytest.mark.covering_array(1)
     def test_nothing_more_is_taken(self, flags: str, number: int):
         whole = run(STEPS, "whole")
         assert self.fails_after_step_3(flags, number=number) == 1
@@ -304,11 +307,12 @@ class TestDuringTraining:
         ("flags", "raised"),
         [
             ("", True),
+            ("", False),
+            ("--async_save", True),
             ("--async_save", False),
-            pytest.param("", False, marks=pytest.mark.slow),
-            pytest.param("--async_save", True, marks=pytest.mark.slow),
         ],
     )
+    @pytest.mark.slow
     def test_a_limit_on_the_size_of_files(self, flags: str, raised: bool):
         """As a program: the kernel itself refuses, in the middle of a file, and cuts a line of metrics short."""
         code = (
@@ -432,7 +436,7 @@ class TestEveryStepThatReachesTheDisk:
         assert {s: losses[s] for s in range(1, 7)} == records(Path("whole"))
         return True
 
-    @pytest.mark.parametrize("flags", ["", "--async_save"])
+    @pytest.mark.parametrize("flags", some(1, ["", "--async_save"]))
     def test_a_sample_of_them(self, flags: str):
         run("--max_iters 6 --eval_interval 3 --dropout 0.1", "whole")
         for moment in (0, 7, 13, 18, 22, 25):
@@ -604,6 +608,7 @@ def in_small_disk(size: str, script: str) -> subprocess.CompletedProcess:
 class TestSmallDisk:
     """A real file system that is full."""
 
+    @pytest.mark.slow
     def test_a_model_whose_checkpoints_do_not_fit_is_refused(self):
         flags = shlex.join([*FLAGS, "--n_embd", "64"])  # checkpoints of 1.3 MB
         done = in_small_disk("2m", f"{sys.executable} -m fastgpt.train {flags}; echo code $?; ls -A out")
@@ -611,6 +616,7 @@ class TestSmallDisk:
         assert "Traceback" not in done.stderr
         assert done.stderr.splitlines()[-1].startswith("error: --out_dir out: room for 2 checkpoints, 2 MiB, is needed")
 
+    @pytest.mark.slow
     def test_a_disk_that_somebody_else_fills_during_training(self):
         code = (
             "import os, sys; from fastgpt import cli, train\n"

@@ -129,6 +129,7 @@ class TestTensorFiles:
 
     @pytest.mark.parametrize("content", TENSOR_FILES)
     @pytest.mark.parametrize("command", ["resume", "generate"])
+    @pytest.mark.covering_array(1)
     def test_a_model_is_refused(self, command: str, content: str):
         (STEP / MODEL).write_bytes(TENSOR_FILES[content])
         runs.forge_manifest(STEP)
@@ -202,6 +203,7 @@ class TestNames:
     )
     @pytest.mark.parametrize("way", ["added", "instead"])
     @pytest.mark.parametrize("command", MAINS)
+    @pytest.mark.covering_array(1)
     def test_a_manifest_lists_its_own_files_and_no_other(self, command: str, way: str, name: str):
         files = json.loads((STEP / MANIFEST).read_text())["files"]
         changed = files | {name: files[MODEL]}
@@ -214,6 +216,7 @@ class TestNames:
     @pytest.mark.parametrize(
         "target", ["../step-000007", "../../etc", "/etc", "../bait", "..", "step-000006/..", "step-000006/model"]
     )
+    @pytest.mark.covering_array(1)
     def test_a_pointer_that_leads_outside_leads_nowhere(self, name: str, target: str):
         (Path("out") / name).write_text(target + "\n")
         refused("verify", Path("out") / name)
@@ -264,6 +267,7 @@ class TestJson:
     @pytest.mark.parametrize("name", NAMES)
     @pytest.mark.parametrize("kind", ["nested deep", "100 MB", "10 GB", "digits", "a list", "null", "no UTF-8"])
     @pytest.mark.parametrize("command", MAINS)
+    @pytest.mark.covering_array(1)
     def test_what_no_run_writes_is_one_line(self, command: str, kind: str, name: str):
         path = Path("out") / name
         if kind.endswith("B"):

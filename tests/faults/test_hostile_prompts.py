@@ -14,6 +14,7 @@ from fastgpt.config.generation import SamplingParams
 from fastgpt.generation import load, writing
 from fastgpt.tokenizer import bpe, saved
 from tests.helpers.corpora import every_kind, needs_bpe, needs_gpt2
+from tests.helpers.covering import some
 
 WORDS = "The quick brown fox jumps over a lazy dog. "
 SPECIAL = "<|endoftext|>"
@@ -70,6 +71,7 @@ class TestSpecialTokens:
     @pytest.mark.parametrize(
         "text", [SPECIAL, f"a{SPECIAL}b", SPECIAL * 3, f" {SPECIAL}\n", "<|im_start|>", "[UNK]<s>"]
     )
+    @pytest.mark.covering_array(1)
     def test_their_text_is_text(self, kind: str, text: str, place):
         vocabulary = saved.load(place(kind) / "out" / "tokenizer.json")
         ids = vocabulary.encode(text).tolist()
@@ -108,7 +110,7 @@ class TestTenMegabytes:
         part = {"words": WORDS, "no space": "fox"}[request.param]
         return part * (TEN_MEGABYTES // len(part))
 
-    @pytest.mark.parametrize("cache", ["none", "dense", "paged"])
+    @pytest.mark.parametrize("cache", some(1, ["paged", "dense", "none"]))
     def test_from_a_file(self, cache: str, text: str, at, tmp_path: Path, capsys):
         at("char")
         (tmp_path / "prompt.txt").write_text(text)

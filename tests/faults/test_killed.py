@@ -150,10 +150,11 @@ def test_killed_before_there_is_any_checkpoint(tmp_path: Path, parts: Parts):
 
 
 @pytest.mark.parametrize("kind", [Writer, BackgroundWriter])
-def test_killed_at_25_random_moments(tmp_path: Path, parts: Parts, kind: type[Writer]):
+@pytest.mark.parametrize("moments", [6, pytest.param(25, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(tmp_path: Path, parts: Parts, kind: type[Writer], moments: int):
     draw = random.Random(kind is BackgroundWriter)
     lost = []
-    for number in range(25):
+    for number in range(moments):
         run = tmp_path / str(number)
         reading, writing = os.pipe()
 
@@ -237,7 +238,7 @@ def start_from(request: pytest.FixtureRequest, workplace: Path, monkeypatch: pyt
 
 
 @pytest.mark.usefixtures("workplace", "no_picture")
-@pytest.mark.parametrize("samples", [8, pytest.param(None, marks=pytest.mark.slow, id="all")])
+@pytest.mark.parametrize("samples", [3, pytest.param(None, marks=pytest.mark.slow, id="all")])
 def test_killed_at_any_step_of_a_run_it_ends_as_the_run_that_was_not(
     capfd, start_from: Path | None, samples: int | None
 ):

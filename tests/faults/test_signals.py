@@ -26,6 +26,7 @@ from fastgpt.training import run as run_module
 from fastgpt.training.run import Run
 from fastgpt.training.step import TrainStep
 from tests.helpers import runs
+from tests.helpers.covering import some
 from tests.helpers.runs import ENDLESS, FLAGS, at_call, contents, records, resume, run, signal_at_step, spawn, tensors
 
 pytestmark = [
@@ -53,7 +54,7 @@ def test_a_signal_is_noted_and_a_second_one_ends_at_once(capfd, name: str):
     assert capfd.readouterr().err.count("once more stops at once") == 1
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129)])
+@pytest.mark.parametrize(("name", "code"), some(1, [("SIGTERM", 143), ("SIGHUP", 129)]))
 def test_a_signal_saves_and_the_resumed_run_is_the_one_that_was_not_stopped(name: str, code: int):
     process = spawn(f"{ENDLESS} --dropout 0.2 --lr_decay_iters 40 --log_interval 4 --out_dir 'stop ped'")
     signal_at_step(process, 8, getattr(signal, name))
@@ -74,6 +75,7 @@ def test_a_signal_saves_and_the_resumed_run_is_the_one_that_was_not_stopped(name
     assert all(torch.equal(resumed[name], weight) for name, weight in tensors(whole).items())
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_at_once_and_leaves_the_last_checkpoint():
     out = run()
     before = contents(out / "step-000006")
@@ -114,6 +116,7 @@ def resumes_as(whole: Path) -> None:
 @pytest.mark.parametrize("flags", ["", "--async_save"])
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.covering_array(1)
 def test_a_signal_at_any_moment_saves_and_loses_nothing(monkeypatch, moment: str, flags: str, name: str, code: int):
     whole, sent = run(STEPS, "whole"), []
 
@@ -142,7 +145,7 @@ IN_A_SAVE = {  # of step 6: which call of files.sync
 
 @pytest.mark.parametrize(
     ("moment", "flags"),
-    [(m, "") for m in [*MOMENTS, *IN_A_SAVE]] + [(m, "--async_save") for m in ("step", "evaluation")],
+    some(4, [(m, "") for m in [*MOMENTS, *IN_A_SAVE]] + [(m, "--async_save") for m in ("step", "evaluation")]),
 )
 def test_a_second_signal_at_any_moment_ends_at_once_and_loses_no_checkpoint(monkeypatch, moment: str, flags: str):
     whole = run(STEPS, "whole")
@@ -215,6 +218,7 @@ def test_a_signal_in_a_sample_is_heard_between_its_tokens(monkeypatch, name: str
     assert store.find(Path("out"), "latest").name == ("step-000002" if name == "SIGTERM" else "step-000003")
 
 
+@pytest.mark.slow
 def test_a_step_of_many_micro_batches_is_dropped_and_repeated_to_the_bit():
     """In a process of its own, as a user would: one step would take an hour."""
     flags = "--max_iters 3 --eval_interval 1 --dropout 0.2"
@@ -264,6 +268,7 @@ def test_a_checkpoint_of_the_middle_of_an_evaluation_resumes_with_that_evaluatio
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.mark.slow
 def test_a_signal_in_a_long_evaluation_is_heard_within_seconds(name: str):
     process = spawn(f"{ENDLESS} --eval_interval 3 --eval_iters 1000000")  # an evaluation would take hours
     signal_at_step(process, 3, 0)

@@ -33,13 +33,44 @@ def cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def generator(folder: Path) -> TextGenerator:
-    made = fresh(block_size=32, n_head=4, n_kv_head=2, position="rotary")
+def made(folder: Path) -> TextGenerator:
+    generator = fresh(block_size=32, n_head=4, n_kv_head=2, position="rotary")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FASTGPT_CACHE", str(folder))
-        made.compile()
-    return made
+        generator.compile()
+    return generator
+
+
+@pytest.fixture(scope="module")
+def compiled(folder: Path) -> TextGenerator:
+    return made(folder)
+
+
+@pytest.fixture(scope="module", params=["as Python", pytest.param("compiled", marks=pytest.mark.slow)])
+def generator(request: pytest.FixtureRequest, folder: Path) -> TextGenerator:
+    """A generator with a decoder: its functions compiled, which takes half a minute, or run by Python."""
+    if request.param == "compiled":
+        return request.getfixturevalue("compiled")
+    parts = {}
+
+    def keep(module, given, free, path: Path) -> None:
+        parts[path] = module, [tensor is None for tensor in given[0]]
+
+    def load(path: Path):
+        module, absent = parts[path]
+
+        def run(tensors: list) -> list:
+            rest = iter(tensors)
+            inputs = [None if missing else next(rest) for missing in absent]
+            found = module(inputs, [*rest])
+            return list(found) if isinstance(found, tuple) else [found]
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled_decoder, "_compile", keep)
+        patch.setattr(torch_private, "load_package", load)
+        return made(folder / "as Python")
 
 
 def logits_of_both(model, step: CompiledDecoder, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,12 +98,13 @@ def test_it_computes_what_the_model_does(generator: TextGenerator):
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_it_is_kept_and_loaded_again(generator: TextGenerator):
-    assert generator.decoder is not None
-    assert generator.decoder.seconds > 0
-    again = CompiledDecoder(generator.model)
+@pytest.mark.slow
+def test_it_is_kept_and_loaded_again(compiled: TextGenerator):
+    assert compiled.decoder is not None
+    assert compiled.decoder.seconds > 0
+    again = CompiledDecoder(compiled.model)
     assert again.seconds == 0
-    got, wanted = logits_of_both(generator.model, again, [3, 1, 2])
+    got, wanted = logits_of_both(compiled.model, again, [3, 1, 2])
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -143,20 +175,21 @@ def test_what_it_depends_on_is_in_the_name(generator: TextGenerator, monkeypatch
     assert name != generator.decoder.key("layer", inputs)
 
 
-def test_a_damaged_file_is_compiled_anew(generator: TextGenerator, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.slow
+def test_a_damaged_file_is_compiled_anew(compiled: TextGenerator, monkeypatch: pytest.MonkeyPatch):
     files = sorted(compiled_decoder.cache_folder().glob("*.pt2"))
     whole = {path: path.read_bytes() for path in files}
-    compiled = []
+    renewed = []
 
     def restore(module, inputs, free, path: Path) -> None:
-        compiled.append(path)
+        renewed.append(path)
         path.write_bytes(whole[path])
 
     monkeypatch.setattr(compiled_decoder, "_compile", restore)
     files[0].write_bytes(whole[files[0]][:1000])
-    step = CompiledDecoder(generator.model)
-    assert compiled == [files[0]]
-    got, wanted = logits_of_both(generator.model, step, [3, 1, 2])
+    step = CompiledDecoder(compiled.model)
+    assert renewed == [files[0]]
+    got, wanted = logits_of_both(compiled.model, step, [3, 1, 2])
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 

@@ -13,6 +13,7 @@ from fastgpt.generation.request import Completion
 from fastgpt.generation.single import Generation
 from fastgpt.model.gpt import GPT
 from fastgpt.ops import table
+from tests.helpers.covering import some
 from tests.helpers.engines import answer, pages, watched
 from tests.helpers.untrained import fresh
 
@@ -184,7 +185,7 @@ def test_the_dense_cache(generator: TextGenerator, truth, drawn, repeated):
         assert_same(one_by_one(generator, prompts, params, "dense"), wanted)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", some(3, [*MODES]))
 def test_the_engine(generator: TextGenerator, truth, mode: str):
     options, means = MODES[mode]
     prompts, params, wanted = truth
@@ -193,7 +194,7 @@ def test_the_engine(generator: TextGenerator, truth, mode: str):
     assert_used(engine, means)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", some(3, [*MODES]))
 def test_sampled_requests(generator: TextGenerator, drawn, mode: str):
     options, means = MODES[mode]
     prompts, params, wanted = drawn
@@ -202,13 +203,13 @@ def test_sampled_requests(generator: TextGenerator, drawn, mode: str):
     assert_used(engine, [name for name in means if name != "accepted"])
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", some(3, [*MODES]))
 def test_equal_prompts_and_several_continuations(generator: TextGenerator, repeated, mode: str):
     prompts, params, wanted = repeated
     assert_same(answer(engine_of(generator, **MODES[mode][0]), prompts, params), wanted)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", some(2, [*SHAPES]))
 def test_other_shapes(shape: str):
     generator = fresh(**{"block_size": BLOCK, **SHAPES[shape]})
     prompts, params = ragged(24, seed=2), [*greedy(12), *sampled(12)]

@@ -54,5 +54,13 @@ def mark_the_rest_slow(items: Sequence[pytest.Item]) -> None:
 def some(count: int, values: Sequence[Any]) -> list[Any]:
     """Values for `parametrize`, of which `count`, spread evenly from the first to the last, are not `slow`."""
     kept = {round(i * (len(values) - 1) / max(1, count - 1)) for i in range(count)}
-    packed = [value if isinstance(value, tuple) else (value,) for value in values]
-    return [pytest.param(*value, marks=[] if i in kept else [pytest.mark.slow]) for i, value in enumerate(packed)]
+    found = []
+    for i, value in enumerate(values):
+        one = value if isinstance(value, type(pytest.param())) else pytest.param(*as_tuple(value))
+        marks = [*one.marks, *([] if i in kept else [pytest.mark.slow])]
+        found.append(pytest.param(*one.values, marks=marks, id=one.id))
+    return found
+
+
+def as_tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)

@@ -87,6 +87,7 @@ class TestNanogptFolders:
 
     @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
     @pytest.mark.parametrize("size", [1, 65, 300, 1 << 16])
+    @pytest.mark.covering_array(1)
     def test_every_protocol_and_size(self, protocol: int, size: int, foreign: Path, tmp_path: Path):
         chars = [chr(code if code < 0xD800 else code + 0x800) for code in range(size)]
         meta = {

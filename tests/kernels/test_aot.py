@@ -339,6 +339,7 @@ for launch in launches:
 """
 
 
+@pytest.mark.slow
 def test_sizes_of_one_and_odd_sizes_compile(tmp_path):
     """Triton makes a constant of an integer that is 1, and assumes nothing of one that is no multiple of 16."""
     done = start("-c", ODD_SIZES, TRITON_CACHE_DIR=str(tmp_path))

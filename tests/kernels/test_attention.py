@@ -444,7 +444,7 @@ def test_operators_pass_opcheck(trained, dtype, B, Tq, Tk, H, Hkv, D, p, documen
         torch.library.opcheck(torch.ops.fastgpt.attention_backward.default, (grad, out, lse, *inputs, *rest))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", some(1, ["aot_eager", "inductor"]))
 @pytest.mark.parametrize("dropping", [True, False])
 @pytest.mark.covering_array(1)
 def test_compiled_in_one_graph_it_gives_the_same(dropping, backend):
@@ -464,7 +464,7 @@ def test_one_compilation_serves_every_length():
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(causal_attention, fullgraph=True, dynamic=True, backend=counter)
     frames = set()
-    for B, T in [(1, 5), (2, 9), (3, 34)]:
+    for B, T in [(3, 5), (4, 9), (6, 20)]:
         inputs, grad = packed(B, T, T, 2, 1, 16), random(B, T, 2, 16)
         eager = outputs_and_gradients(causal_attention, inputs, [grad], **seeded(T))
         got = outputs_and_gradients(compiled, inputs, [grad], **seeded(T))

@@ -74,7 +74,7 @@ def test_agrees_at_any_shape_and_layout(op, dtype, data, lead, C, seed):
 
 
 WIDTHS = [127, 128, 129, 256, 257, 512, 513, 1024, 1025, 2048, 2049]
-WIDE = [4096, 4097, 8191, 8192, 8193, 65536]
+WIDE = [8193, 4096, 4097, 8191, 8192, 65536]
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_agrees_on_both_sides_of_every_row_of_the_table(C, op, dtype):
 
 
 @pytest.mark.parametrize(("op", "dtype"), [*zip(OPS, DTYPES, strict=True)])
-@pytest.mark.parametrize("C", some(3, WIDE))
+@pytest.mark.parametrize("C", some(1, WIDE))
 @pytest.mark.covering_array(1)
 def test_agrees_on_wide_rows(C, op, dtype, wide_sums):
     torch.manual_seed(0)

@@ -102,6 +102,7 @@ names = pytest.mark.parametrize("names", ["", "scale", "negative", "dropout", "d
 @layouts
 @names
 @lengths
+@pytest.mark.covering_array(2)
 def test_attention_and_its_gradients_agree(Tq, Tk, H, Hkv, names, layout, dtype):
     torch.manual_seed(0)
     qkv, arguments = torch.randn(2, Tk, H + 2 * Hkv, 5), attention_arguments(names, Tk)
@@ -111,6 +112,7 @@ def test_attention_and_its_gradients_agree(Tq, Tk, H, Hkv, names, layout, dtype)
 @dtypes
 @names
 @lengths
+@pytest.mark.covering_array(2)
 def test_attention_without_gradients_agrees(Tq, Tk, H, Hkv, names, dtype):
     torch.manual_seed(0)
     inputs, arguments = packed(H, Hkv, Tq)(torch.randn(2, Tk, H + 2 * Hkv, 5)), attention_arguments(names, Tk)
@@ -205,6 +207,7 @@ def test_layer_norms_and_their_gradients_agree(shape, op, bias, layout, dtype):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("valid", [None, 11, 13])
 @pytest.mark.parametrize("shape", [(3, 5), (7,), (0, 5)])
+@pytest.mark.covering_array(2)
 def test_cross_entropy_and_its_gradients_agree(shape, valid, reduction, layout, dtype):
     torch.manual_seed(0)
     targets = torch.randint(11, shape)

@@ -353,6 +353,7 @@ def test_20_raced_starts_have_one_winner_each_whom_every_loser_names(tmp_path: P
 
 @pytest.mark.usefixtures("workplace", "no_picture")
 class TestRaceOfRuns:
+    @pytest.mark.slow
     def test_of_three_starts_at_once_one_trains_and_is_resumed_after_its_death(self):
         self.race("out", others=(["--overwrite"],))
 
