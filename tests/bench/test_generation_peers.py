@@ -85,6 +85,7 @@ class Toy:
         return {"seen": self.total}
 
 
+@pytest.mark.slow
 def test_a_peer_has_a_process_of_its_own():
     model = untrained()
     toy = Apart("a toy", Toy, model, "good")

@@ -106,6 +106,7 @@ def test_records_everything_goes_on_and_resumes(suite: Path):
         assert (suite.parent / "out" / "cases" / name).stat().st_mtime_ns == moment, name
 
 
+@pytest.mark.slow
 def test_what_runs_when_the_time_is_over_is_not_recorded(suite: Path):
     began = time.monotonic()
     done = run(suite, "--minutes", "0.07")

@@ -247,6 +247,7 @@ class TestWatchers:
         assert len(records(Path("out"))) == 9
 
     @pytest.mark.skipif(os.name == "nt", reason="Windows has no such terminals")
+    @pytest.mark.slow
     def test_a_terminal_that_is_closed_loses_nothing(self):
         import pty
 

@@ -20,6 +20,7 @@ from fastgpt.tokenizer.byte import ByteTokenizer
 from fastgpt.tokenizer.char import CharTokenizer
 from fastgpt.tokenizer.gpt2 import Gpt2Tokenizer
 from tests.helpers.corpora import (
+    KINDS,
     SHAKESPEARE,
     TEXT,
     every_kind,
@@ -30,6 +31,7 @@ from tests.helpers.corpora import (
     refused,
     text_of,
 )
+from tests.helpers.covering import some
 from tests.helpers.places import ROOT
 
 
@@ -102,12 +104,12 @@ class TestPrepare:
             assert text_of(prepare(tmp_path / name, tmp_path)) == text.removeprefix("\ufeff")
         assert text_of(prepare(tmp_path / "bom", tmp_path, reading=1)) == "\ufeff\ufeffab"
 
-    @every_kind
+    @pytest.mark.parametrize("kind", some(1, KINDS))
     def test_one_enormous_line(self, kind: str, tmp_path: Path):
         (tmp_path / "line.txt").write_text("ab" * 600_000)
         assert text_of(prepare(tmp_path / "line.txt", tmp_path, tokenizer=kind)) == "ab" * 600_000
 
-    @every_kind
+    @pytest.mark.parametrize("kind", some(1, KINDS))
     def test_a_line_of_ten_megabytes(self, kind: str, tmp_path: Path):
         text = "The quick brown fox " * 500_000
         (tmp_path / "line.txt").write_text(text)

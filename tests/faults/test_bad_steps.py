@@ -112,6 +112,7 @@ def test_a_bad_gradient_is_skipped_too(monkeypatch):
     assert finite(out)
 
 
+@pytest.mark.slow
 def test_a_spike_of_10_deviations_is_skipped_where_asked_for(monkeypatch):
     flags = "--max_iters 90 --eval_interval 70 --log_interval 1"
     calm = run(f"{flags} --skip_loss_sigma 6", "calm")

@@ -13,7 +13,7 @@ from fastgpt import cli, generate, train
 from fastgpt.config.generation import SamplingParams
 from fastgpt.generation import load, writing
 from fastgpt.tokenizer import bpe, saved
-from tests.helpers.corpora import every_kind, needs_bpe, needs_gpt2
+from tests.helpers.corpora import KINDS, needs_bpe, needs_gpt2
 from tests.helpers.covering import some
 
 WORDS = "The quick brown fox jumps over a lazy dog. "
@@ -164,7 +164,7 @@ class TestTenMegabytes:
             tracemalloc.stop()
         assert len(done) == 32
 
-    @every_kind
+    @pytest.mark.parametrize("kind", some(2, KINDS))
     def test_every_vocabulary_reads_it_in_little_time(self, kind: str, text: str, place):
         vocabulary = saved.load(place(kind) / "out" / "tokenizer.json")
         began = time.perf_counter()

@@ -54,7 +54,8 @@ def test_a_signal_is_noted_and_a_second_one_ends_at_once(capfd, name: str):
     assert capfd.readouterr().err.count("once more stops at once") == 1
 
 
-@pytest.mark.parametrize(("name", "code"), some(1, [("SIGTERM", 143), ("SIGHUP", 129)]))
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129)])
+@pytest.mark.slow
 def test_a_signal_saves_and_the_resumed_run_is_the_one_that_was_not_stopped(name: str, code: int):
     process = spawn(f"{ENDLESS} --dropout 0.2 --lr_decay_iters 40 --log_interval 4 --out_dir 'stop ped'")
     signal_at_step(process, 8, getattr(signal, name))
@@ -237,7 +238,7 @@ def test_a_step_of_many_micro_batches_is_dropped_and_repeated_to_the_bit():
     assert all(torch.equal(tensor, tensors(whole)[name]) for name, tensor in tensors(Path("out")).items())
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("moment", some(2, [*MOMENTS]))
 def test_sigusr1_saves_and_goes_on(monkeypatch, capfd, moment: str):
     whole = run(STEPS, "whole")
     saved = []

@@ -279,6 +279,7 @@ def test_an_engines_settings_have_limits(generator: TextGenerator, wrong: dict):
         generator.engine(**wrong)
 
 
+@pytest.mark.slow
 def test_5000_requests_wait_their_turn(generator: TextGenerator):
     engine = generator.engine(kv_memory=pages(generator, 100), max_batch=100)
     prompts = [PROMPTS[i % 6] for i in range(5000)]

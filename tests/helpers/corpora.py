@@ -18,9 +18,8 @@ needs_gpt2 = pytest.mark.skipif(
     reason="needs the extra gpt2",
 )
 needs_bpe = pytest.mark.skipif(importlib.util.find_spec("tokenizers") is None, reason="needs the extra bpe")
-every_kind = pytest.mark.parametrize(
-    "kind", ["char", "byte", pytest.param("gpt2", marks=needs_gpt2), pytest.param("bpe", marks=needs_bpe)]
-)
+KINDS = ["char", "byte", pytest.param("gpt2", marks=needs_gpt2), pytest.param("bpe", marks=needs_bpe)]
+every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def prepare(dataset: str | Path, tmp_path: Path, **options) -> Corpus:

@@ -264,6 +264,7 @@ class TestRefused:
             assert error.startswith(("error: --init_from ckpt.pt ", "error: --init_from 'ckpt.pt' "))
 
     @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+    @pytest.mark.slow
     def test_a_named_pipe_is_not_waited_for(self):
         import subprocess
         import sys

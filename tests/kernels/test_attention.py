@@ -87,7 +87,7 @@ EDGES = sorted({T for side in SIDES for T in (side - 1, side, side + 1) if T <= 
 HEADS = [(1, 1), (2, 2), (2, 1), (3, 1), (4, 2)]
 
 
-@random_cases(5, 60, data=st.data(), seed=st.integers(0, 999))
+@random_cases(4, 60, data=st.data(), seed=st.integers(0, 999))
 @dtypes
 def test_agrees_at_any_shape_and_layout(dtype, data, seed):
     torch.manual_seed(seed)
@@ -265,7 +265,7 @@ def test_log_sum_exp_is_float32_and_of_base_2(options, dtype):
 
 
 def test_reads_a_packed_projection_where_it_is_and_writes_dense_gradients(launches):
-    inputs, grad = packed(2, 40, 70, 4, 2, 16), random(2, 40, 4, 16)
+    inputs, grad = packed(1, 10, 20, 4, 2, 16), random(1, 10, 4, 16)
     _, *gradients = outputs_and_gradients(causal_attention, inputs, [grad], **seeded(3))
     assert [made.kernel for made in launches] == [
         attention._forward,
@@ -298,7 +298,7 @@ def test_memory_is_linear_in_time(launches):
 @pytest.mark.covering_array(1)
 def test_repeated_runs_give_the_same_bits(options, dtype):
     torch.manual_seed(0)
-    inputs, grad = packed(1, 70, 70, 2, 1, 16, dtype), random(1, 70, 2, 16, dtype=dtype)
+    inputs, grad = packed(1, 40, 40, 2, 1, 16, dtype), random(1, 40, 2, 16, dtype=dtype)
     first = outputs_and_gradients(causal_attention, inputs, [grad], **options)
     for _ in range(2):
         again = outputs_and_gradients(causal_attention, inputs, [grad], **options)
@@ -321,7 +321,7 @@ def test_a_key_does_not_reach_the_queries_before_it(tile):
     q, k, v = packed(1, 70, 70, 2, 1, 16)
     with tiled(tile):
         before = causal_attention(q, k, v)
-        for j in (0, 15, 31, 32, 64, 69):
+        for j in (0, 31, 32, 69):
             spoiled = k.clone()
             spoiled[:, j] = math.nan
             after = causal_attention(q, spoiled, v)
@@ -458,6 +458,7 @@ def test_compiled_in_one_graph_it_gives_the_same(dropping, backend):
     assert all(torch.equal(a, b) for a, b in zip(got, eager, strict=True))
 
 
+@pytest.mark.slow
 def test_one_compilation_serves_every_length():
     torch.manual_seed(0)
     torch._dynamo.reset()

@@ -86,7 +86,7 @@ def test_every_kernel_keeps_what_the_mask_says(B, H, Tq, Tk, p, seed, tile):
             assert torch.equal(mask, expected), name
 
 
-@pytest.mark.parametrize(("seed", "p"), some(4, SEEDS_AND_RATES))
+@pytest.mark.parametrize(("seed", "p"), some(2, SEEDS_AND_RATES))
 def test_every_seed_and_rate_gives_that_mask(seed, p):
     seed = seed_of(seed)
     expected = dropout_mask(seed, 1, 2, 33, 34, p) & visible(33, 34, None, seed.device)
@@ -121,7 +121,7 @@ def attention_with_mask(q, k, v, *, keep, p, scale, doc_ids=None):
 
 @pytest.mark.parametrize("spread", SPREADS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
-@pytest.mark.parametrize(("Tq", "Tk", "tile"), [(70, 70, None), (33, 67, None), (33, 67, (16, 32)), (20, 67, (64, 32))])
+@pytest.mark.parametrize(("Tq", "Tk", "tile"), [(33, 67, None), (33, 67, (16, 32)), (20, 67, (64, 32)), (70, 70, None)])
 @pytest.mark.covering_array(1)
 def test_forward_and_backward_use_the_mask_that_the_forward_shows(Tq, Tk, dtype, tile, spread):
     torch.manual_seed(0)

@@ -170,6 +170,7 @@ def test_bad_usage_is_one_line(capsys, flags, words):
     assert words in line
 
 
+@pytest.mark.slow
 def test_an_interpreter_compiles_nothing(tmp_path):
     command = [sys.executable, "-m", "fastgpt_kernels.compile_report", str(tmp_path)]
     environment = os.environ | {"TRITON_INTERPRET": "1"}

@@ -42,7 +42,7 @@ HEADS = [(1, 1), (3, 3), (2, 1), (6, 2), (5, 1)]
 
 
 @random_cases(
-    4,
+    3,
     40,
     lengths=st.lists(st.one_of(st.integers(1, 40), st.integers(1, 300), st.just(0)), min_size=1, max_size=4),
     P=st.sampled_from([1, 5, 8, 16, 32, 64]),

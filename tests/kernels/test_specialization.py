@@ -109,6 +109,7 @@ EXPECTED = {
 }
 
 
+@pytest.mark.slow
 def test_decoding_compiles_for_no_batch_and_no_length():
     """16 batch sizes times 64 lengths, with the dense and the paged cache."""
     outside = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -14,6 +14,7 @@ from fastgpt.errors import CorruptCheckpoint, UsageError
 from fastgpt.model.gpt import GPT
 from fastgpt.model.positions import position_table, rotate
 from fastgpt.ops.table import TABLE, resolve
+from tests.helpers.covering import some
 
 V, T = 61, 12  # tokens and context of the tiny model; the embedding has 128 rows
 POSITIONS = ("learned", "sinusoidal", "rotary", "none")
@@ -296,7 +297,7 @@ def test_the_model_is_built_from_the_tables_operations(n_layer):
     assert "linear_cross_entropy" not in dict(calls)
 
 
-@columns
+@pytest.mark.parametrize("column", some(1, ["torch", "reference"]))
 def test_compiled_model_gives_the_same_loss_and_gradients(column):
     model = tiny(column, position="rotary", n_kv_head=2)
     eager = loss_and_gradients(model)

@@ -16,6 +16,7 @@ from fastgpt.ops.table import TABLE
 from fastgpt.ops.timed_choices import CANDIDATES, Choice, Environment
 from fastgpt.ops.workload import Workload, timed_case
 from fastgpt_kernels import reference, torch_ops
+from tests.helpers.covering import some
 from tests.helpers.fake_gpu import FakeGpu
 from tests.helpers.runs import run
 
@@ -86,7 +87,7 @@ def test_what_python_takes_to_launch_does_not_decide(monkeypatch, workload):
     assert choice.seconds == pytest.approx({"torch": 10e-6, "triton": 4e-6})
 
 
-@each_workload
+@pytest.mark.parametrize("workload", some(1, [TRAINING, GENERATION]), ids=["training", "generation"])
 def test_what_will_be_compiled_is_timed_compiled_and_checked_as_it_is(monkeypatch, workload):
     compiled, compile = [], torch.compile
 
@@ -187,7 +188,7 @@ def test_where_nothing_is_left_the_first_candidate_stays_and_both_reasons_are_gi
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU kernels are compiled")
-@each_workload
+@pytest.mark.parametrize("workload", some(1, [TRAINING, GENERATION]), ids=["training", "generation"])
 def test_our_kernels_pass_the_check_in_the_interpreter(workload):
     for op in workload.ops:
         assert contest(op, workload, CPU, stopwatch=lambda call, repeats: 1.0).left_out == {}, op

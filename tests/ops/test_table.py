@@ -53,6 +53,7 @@ def test_the_kernels_can_be_imported_from_their_package(op):
     assert op in dir(fastgpt_kernels)
 
 
+@pytest.mark.slow
 def test_a_kernel_keeps_its_name_whatever_is_imported_first():
     code = """
 import fastgpt_kernels.norm, fastgpt_kernels.attention, fastgpt_kernels.cross_entropy

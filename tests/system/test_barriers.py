@@ -51,6 +51,7 @@ def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(
     sys.platform != "linux" or cpus.usable() < 2, reason="libgomp's threads spin only where each has a CPU"
 )
+@pytest.mark.slow
 def test_threads_sleep_at_barriers_and_spin_again_and_sum_to_the_same_bits():
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=True)

@@ -76,6 +76,7 @@ def test_a_compiled_run_goes_on_to_the_bit():
     assert [value for value in parts[2] if value[0] not in (6,)] == own
 
 
+@pytest.mark.slow
 def test_a_run_cut_into_many_parts_is_the_same_run():
     whole = start("--max_iters 24 --log_interval 1 --eval_interval 1", "whole")
     parted = start("--max_iters 1 --log_interval 1 --eval_interval 1", "parted")
