@@ -119,6 +119,7 @@ def test_killed_at_every_step_that_reaches_the_disk(tmp_path: Path, parts: Parts
     assert seen == {"step-000003", "step-000004"}
 
 
+@pytest.mark.slow
 def test_killed_while_a_checkpoint_is_written_anew(tmp_path: Path, parts: Parts):
     seen = set()
     for survived in itertools.count():

@@ -116,6 +116,7 @@ def test_frequencies_are_the_definitions(kind: dict):
     assert_drawn_from(expected(LOGITS, PROMPT, SAID, chosen), draw(LOGITS, chosen, PROMPT, SAID))
 
 
+@pytest.mark.slow
 def test_rows_of_all_kinds_in_one_call_each_have_their_own_frequencies():
     each = 2_000
     kinds = [*KINDS, {"temperature": 0}]

@@ -87,7 +87,7 @@ EDGES = sorted({T for side in SIDES for T in (side - 1, side, side + 1) if T <= 
 HEADS = [(1, 1), (2, 2), (2, 1), (3, 1), (4, 2)]
 
 
-@random_cases(4, 60, data=st.data(), seed=st.integers(0, 999))
+@random_cases(3, 60, data=st.data(), seed=st.integers(0, 999))
 @dtypes
 def test_agrees_at_any_shape_and_layout(dtype, data, seed):
     torch.manual_seed(seed)
@@ -422,7 +422,7 @@ OPERATOR_ARGUMENTS = [
     (torch.float32, 2, 5, 7, 2, 1, 8, 0.25, True),
 ]
 operator_arguments = pytest.mark.parametrize(
-    ("dtype", "B", "Tq", "Tk", "H", "Hkv", "D", "p", "documents"), some(2, OPERATOR_ARGUMENTS)
+    ("dtype", "B", "Tq", "Tk", "H", "Hkv", "D", "p", "documents"), some(1, OPERATOR_ARGUMENTS)
 )
 
 

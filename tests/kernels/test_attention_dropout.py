@@ -119,9 +119,12 @@ def attention_with_mask(q, k, v, *, keep, p, scale, doc_ids=None):
     return torch.einsum("bhij,bjhd->bihd", weights, v)
 
 
+TILED = [(33, 67, (16, 32)), (33, 67, None), (70, 70, None), (20, 67, (64, 32))]
+
+
 @pytest.mark.parametrize("spread", SPREADS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
-@pytest.mark.parametrize(("Tq", "Tk", "tile"), [(33, 67, None), (33, 67, (16, 32)), (20, 67, (64, 32)), (70, 70, None)])
+@pytest.mark.parametrize(("Tq", "Tk", "tile"), some(2, TILED))
 @pytest.mark.covering_array(1)
 def test_forward_and_backward_use_the_mask_that_the_forward_shows(Tq, Tk, dtype, tile, spread):
     torch.manual_seed(0)

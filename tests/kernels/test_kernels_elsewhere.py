@@ -74,6 +74,7 @@ def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=outside, check=False)
 
 
+@pytest.mark.slow
 def test_without_triton_they_name_what_needs_none():
     done = run(WITHOUT_TRITON, *NEED_TRITON)
     found = done.stdout.splitlines()

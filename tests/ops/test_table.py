@@ -232,6 +232,7 @@ def test_a_recorded_column_that_is_gone_is_an_error(recorded):
         table.resolve("auto", recorded=recorded)
 
 
+@pytest.mark.slow
 def test_the_model_runs_where_triton_is_not_installed():
     code = """
 import sys

@@ -392,7 +392,7 @@ class TestBpe:
 
 @needs_gpt2
 @needs_bpe
-@pytest.mark.parametrize("run", some(2, ["a", "\n", " ", "!", "한"]))
+@pytest.mark.parametrize("run", some(1, ["a", "\n", " ", "!", "한"]))
 def test_a_huge_run_is_neither_quadratic_nor_fatal(gpt2: Gpt2Tokenizer, bpe: BpeTokenizer, run: str):
     text = "some words, then " + run * 1_000_000 + "x"
     began = time.process_time()
