@@ -122,21 +122,50 @@ def test_the_typed_names_are_those_of_the_classes():
     assert options == {name: taken[name] for name in options}
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("pyright") is None, reason="needs pyright")
-def test_pyright_finds_a_wrong_name(tmp_path: Path):
-    (tmp_path / "user.py").write_text(CHECKED)
-    about = {"extraPaths": [str(ROOT), str(ROOT / "kernels")], "include": ["user.py"], "typeCheckingMode": "basic"}
-    (tmp_path / "pyrightconfig.json").write_text(json.dumps(about))
-    command = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, "--outputjson", "-p", str(tmp_path)]
+STRICT = """
+import torch
+
+import fastgpt
+from fastgpt_kernels import causal_attention
+
+summary = fastgpt.fit(preset="mini", dataset="book.txt", on_log=lambda record: print(record))
+generator = fastgpt.load(summary.out_dir)
+text: str = generator.generate("The ", max_new_tokens=20, temperature=0.8)
+for piece in generator.stream("The "):
+    print(piece, end="")
+print(summary.history[-1], causal_attention(*torch.randn(3, 1, 4, 2, 16).unbind()).shape)
+"""
+
+
+def diagnostics(folder: Path, script: str, mode: str) -> list[tuple[int, str]]:
+    """What pyright finds in a user's script: each line and rule."""
+    (folder / "user.py").write_text(script)
+    about = {"extraPaths": [str(ROOT), str(ROOT / "kernels")], "include": ["user.py"], "typeCheckingMode": mode}
+    (folder / "pyrightconfig.json").write_text(json.dumps(about))
+    command = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, "--outputjson", "-p", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True)
     try:
         report = json.loads(done.stdout)
     except ValueError:
         pytest.skip(f"pyright does not run here: {done.stderr:.200}")
-    found = [(one["range"]["start"]["line"] + 1, one["rule"]) for one in report["generalDiagnostics"]]
+    return [(one["range"]["start"]["line"] + 1, one["rule"]) for one in report["generalDiagnostics"]]
+
+
+needs_pyright = pytest.mark.skipif(importlib.util.find_spec("pyright") is None, reason="needs pyright")
+
+
+@pytest.mark.slow
+@needs_pyright
+def test_pyright_finds_a_wrong_name(tmp_path: Path):
+    found = diagnostics(tmp_path, CHECKED, "basic")
     assert [line for line, _ in found] == WRONG_LINES
     assert {rule for _, rule in found} <= {"reportCallIssue", "reportArgumentType"}
+
+
+@pytest.mark.slow
+@needs_pyright
+def test_a_users_script_is_right_even_where_pyright_is_strict(tmp_path: Path):
+    assert diagnostics(tmp_path, STRICT, "strict") == []
 
 
 def test_a_stream_is_an_iterator(generator: TextGenerator):
