@@ -20,6 +20,7 @@ from fastgpt.checkpoint import run_folder, store
 from fastgpt.generation import load
 from fastgpt.tokenizer import saved
 from fastgpt_kernels import launch
+from tests.helpers.covering import some
 
 WORDS = "The quick brown fox jumps over a lazy dog while nine wise cats watch from trees"
 TEXT = " ".join(random.Random(0).choices(WORDS.split(" "), k=200))
@@ -300,9 +301,12 @@ def test_a_pointer_to_a_missing_checkpoint_is_refused(capsys, out: Path):
     assert "'step-000002', which is missing" in error_of(capsys, generate.main, [])
 
 
-def test_the_commands_themselves_exit_with_2_and_one_line(folder: Path):
-    for module, flags in (("fastgpt.train", "--n_embd 15 --n_head 2"), ("fastgpt.generate", "--out_dir nowhere")):
-        command = [sys.executable, "-m", module, *flags.split()]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
-        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
-        assert done.stderr.startswith("error: --")
+@pytest.mark.parametrize(
+    ("module", "flags"),
+    some(1, [("fastgpt.train", "--n_embd 15 --n_head 2"), ("fastgpt.generate", "--out_dir nowhere")]),
+)
+def test_the_commands_themselves_exit_with_2_and_one_line(folder: Path, module: str, flags: str):
+    command = [sys.executable, "-m", module, *flags.split()]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert done.stderr.startswith("error: --")

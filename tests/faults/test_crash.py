@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from fastgpt.checkpoint import store
-from tests.helpers.runs import records, spawn
+from tests.helpers.runs import records, run, spawn
 
-pytestmark = pytest.mark.usefixtures("workplace")
+pytestmark = pytest.mark.usefixtures("workplace", "no_picture")
 HARD = "--dropout 0.2 --batch_size 2 --gradient_accumulation_steps 3 --warmup_iters 5 --eval_iters 1 --log_interval 1"
 
 
@@ -50,9 +50,7 @@ def result(out_dir: Path) -> dict:
 def test_killed_at_random_steps_it_is_the_run_that_was_not(flags: str, length: int, kills: int):
     interval = 15 if length < 100 else 7  # an evaluation draws a picture, which takes as long as many steps
     flags += f" --max_iters {length} --eval_interval {interval}"
-    whole = spawn(f"{HARD} {flags} --out_dir whole")
-    _, err = whole.communicate(timeout=300)
-    assert whole.returncode == 0, err
+    run(f"{HARD} {flags}", "whole")
     draw = random.Random(f"{flags}{kills}")
     steps = sorted(draw.sample(range(interval + 1, length - 5), kills))
     for number, step in enumerate(steps):

@@ -180,6 +180,7 @@ def repeated(generator: TextGenerator) -> tuple[list[list[int]], list[SamplingPa
     return prompts, params, found
 
 
+@pytest.mark.slow
 def test_the_dense_cache(generator: TextGenerator, truth, drawn, repeated):
     for prompts, params, wanted in (truth, drawn, repeated):
         assert_same(one_by_one(generator, prompts, params, "dense"), wanted)

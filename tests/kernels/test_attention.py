@@ -83,7 +83,7 @@ def launches(monkeypatch):
 
 TABLE = {kernel + suffix: launch.TABLE[kernel + suffix] for kernel in KERNELS for suffix in ("", "_dropout")}
 SIDES = {side for table in TABLE.values() for rows in table.values() for row in rows.values() for side in row[:2]}
-EDGES = sorted({T for side in SIDES for T in (side - 1, side, side + 1) if T <= 300})
+EDGES = sorted({T for side in SIDES for T in (side - 1, side, side + 1) if T <= 150})
 HEADS = [(1, 1), (2, 2), (2, 1), (3, 1), (4, 2)]
 
 
@@ -97,7 +97,7 @@ def test_agrees_at_any_shape_and_layout(dtype, data, seed):
             st.one_of(*choices) if isinstance(choices[0], st.SearchStrategy) else st.sampled_from(choices), name
         )
 
-    Tk = draw("Tk", st.sampled_from(EDGES), st.integers(2, 70), st.integers(71, 300))
+    Tk = draw("Tk", st.sampled_from(EDGES), st.integers(2, 70), st.integers(71, 150))
     Tq = draw("Tq", st.just(Tk), st.integers(1, Tk))
     B = draw("B", 1, 1, 2, 0) if Tk < 100 else 1
     H, Hkv = draw("heads", *HEADS[: 5 if Tk < 100 else 2])
@@ -173,7 +173,7 @@ def test_every_row_of_the_table_can_be_launched():
 
 
 @pytest.mark.parametrize(("Tq", "Tk"), [(67, 67), (1, 130), (40, 131)])
-@pytest.mark.parametrize("tile", some(2, [((16, 32),), ((64, 32),), ((32, 64),), ((128, 64),), ((16, 128),)]))
+@pytest.mark.parametrize("tile", some(1, [((16, 32),), ((64, 32),), ((32, 64),), ((128, 64),), ((16, 128),)]))
 @pytest.mark.covering_array(1)
 def test_agrees_in_tiles_of_any_form(tile, Tq, Tk):
     torch.manual_seed(0)
