@@ -101,7 +101,7 @@ def test_choosing(clock: Clock, benchmark, tmp_path: Path, name: str, when: str)
 
 @pytest.fixture(scope="module")
 def chosen(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Chosen]:
-    """What auto chooses for a workload, timed in this run."""
+    """The choice of auto for a workload, timed in this run."""
     folder = tmp_path_factory.mktemp("choices")
     return lambda name: choose(WORKLOADS[name], torch.device("cuda"), folder=folder)
 

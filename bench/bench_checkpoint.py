@@ -5,7 +5,7 @@ same bytes into a new file, syncs and hashes them, and then replaces the file be
 what the disk costs. torch.save over the file that is there, neither synced nor hashed, is what nanoGPT does.
 
 All are called a few times first: memory for the file cache is handed to a virtual machine slowly the first time, which
-is up to twice the time of a save, and hits whoever comes to write next.
+is up to twice the time of a save, and delays the next writer.
 """
 
 import hashlib
@@ -100,7 +100,7 @@ def test_save(against, tmp_path: Path, snapshot: Snapshot):
 
 
 def test_async_save_blocks(against, tmp_path: Path, snapshot: Snapshot):
-    """How long training waits for a save that is written beside it, against one that is not."""
+    """The time that training waits for a background save, against one that is not."""
     ours, waiting = BackgroundWriter(tmp_path / "out", 1), Writer(tmp_path / "out", 1)
 
     def wait() -> None:

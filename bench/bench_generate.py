@@ -316,7 +316,7 @@ def test_time_per_token_as_the_context_grows(benchmark, baby):
 
 
 def step_seconds(engine: Engine, prompt: str, params: SamplingParams) -> list[float]:
-    """How long each step of one continuation takes; the first reads the prompt."""
+    """The time of each step of one continuation; the first reads the prompt."""
     engine.submit(prompt, params)
     seconds = []
     while engine.busy:

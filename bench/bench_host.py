@@ -1,4 +1,4 @@
-"""What the host does for a decode step, beside the device: planning, preparing its inputs, giving out its tokens.
+"""The host's work for a decode step: planning, preparing its inputs, giving out its tokens.
 
 Nothing is computed or launched. Stand-ins take the place of the CUDA graph with the copy of its inputs, of the copy of
 changed entries into the block tables, and of the sampler, which always draws the same token. What is left is all else

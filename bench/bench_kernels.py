@@ -88,7 +88,7 @@ def calls(contender: Contender, case: Case, buffers: list[tuple[torch.Tensor, ..
 
 
 def rounds_within(seconds: float, call: Callable[[], Any], contenders: int, device: torch.device) -> int:
-    """How often all contenders can be timed in so many seconds, if each takes as long as this call."""
+    """The rounds in which all contenders can be timed in so many seconds, if each takes as long as this call."""
     call()  # warm up
     once = Clock(device).wall(call) * contenders
     return max(FEWEST_ROUNDS, min(MOST_ROUNDS[device.type], int(seconds / once)))

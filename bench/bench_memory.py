@@ -98,7 +98,7 @@ def test_loss_against_the_vocabulary(against, benchmark, device: torch.device):
 
 
 def test_training_step(benchmark, request: pytest.FixtureRequest, device: torch.device):
-    """What is allocated in the course of a step, by backend; the gradients are freed at its end."""
+    """The allocations of a step, by backend; the gradients are freed at its end."""
     benchmark.group = "memory"
     preset, vocabulary = ("gpt2", 50257) if device.type == "cuda" else ("cpu", 256)
     config = dataclasses.replace(PRESETS[preset], vocab_size=vocabulary)

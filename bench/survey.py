@@ -124,11 +124,11 @@ class Survey:
 
     @property
     def ceilings_file(self) -> Path:
-        """Where the suite's own option --ceilings keeps what the first case that needs them has measured."""
+        """The file of the suite's option --ceilings, which the first case that needs them measures."""
         return self.out / "ceilings.json"
 
     def ceilings(self) -> dict[str, Any] | None:
-        """What the machine can do at most; None as long as no case needed to know."""
+        """The machine's measured limits; None until a case needs them."""
         return json.loads(self.ceilings_file.read_text(encoding="utf-8")) if self.ceilings_file.exists() else None
 
     def environment(self) -> dict[str, str]:

@@ -63,7 +63,7 @@ TOLERANCE = {"16-bit": 2**-6, "tf32": 2**-8, "float32": 2**-15}
 
 
 class Space(NamedTuple):
-    """How a kernel's row may change: the least of each side of its tile, None where that side has to stay."""
+    """The changes that a kernel's row allows: the least of each side of its tile, None where that side has to stay."""
 
     rows: int | None
     columns: int | None
@@ -126,7 +126,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Timing:
-    """How much faster than the present row: the geometric mean over the workloads, round by round."""
+    """The speed relative to the present row: the geometric mean over the workloads, round by round."""
 
     config: Config
     gains: tuple[float, ...]
@@ -141,7 +141,7 @@ class Timing:
 
 
 def space(row: Row) -> Space:
-    """How this row may change. Raises `LookupError` for a kernel that SPACES does not hold."""
+    """The changes that this row allows. Raises `LookupError` for a kernel that SPACES does not hold."""
     if row.kernel not in SPACES:
         raise LookupError(f"bench/tune.py does not know how a row of {row.kernel} may change; add it to SPACES")
     tiled = row.kernel in ("norm_forward", "norm_backward") and row.config.columns < row.width
@@ -171,12 +171,12 @@ def _around(number: int, reach: int) -> list[int]:
 
 
 def distance(a: Config, b: Config) -> float:
-    """How many doublings and stages lie between two configurations."""
+    """The number of doublings and stages between two configurations."""
     return sum(abs(math.log2(x / y)) for x, y in zip(a[:3], b[:3], strict=True)) + abs(a.stages - b.stages)
 
 
 def compile_candidate(row: Row, config: Config) -> dict[str, Any] | str:
-    """What the compiled kernel shows, the worse of its variants; or why it does not compile."""
+    """The facts of the compiled kernel, the worse of its variants; or why it does not compile."""
     target = row.tuning.target
     with trial(row.kernel, row.tuning, row.width, config):
         launches = [

@@ -30,7 +30,7 @@ from fastgpt.training.start import complete
 
 @dataclass(frozen=True, kw_only=True)
 class FitSummary(RunSummary):
-    """How a run ended, and what it left.
+    """The end of a run, its history and its files.
 
     Attributes:
         out_dir: the run's folder, for `fastgpt.load`.

@@ -47,7 +47,7 @@ class Apart:
         return self._ask(([list(prompt) for prompt in prompts], new_tokens))
 
     def facts(self) -> dict[str, Any]:
-        """What the peer says of itself, where it says anything."""
+        """The settings that the peer reports, if any."""
         return self._ask(None)
 
     def _ask(self, question: tuple[list[list[int]], int] | None) -> Any:

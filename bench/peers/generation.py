@@ -44,7 +44,7 @@ def make_peers(names: Iterable[str], model: GPT) -> tuple[dict[str, Peer], list[
 
 
 def own_facts(peers: Mapping[str, Peer]) -> dict[str, Any]:
-    """What the peers say of themselves."""
+    """The settings that the peers report."""
     return {name: value for peer in peers.values() if isinstance(peer, Apart) for name, value in peer.facts().items()}
 
 

@@ -1,4 +1,4 @@
-"""Who else computes an operation: stock PyTorch as one would write it, compiled math, FlexAttention, liger-kernel.
+"""Other implementations of each operation: stock PyTorch, compiled math, FlexAttention, liger-kernel.
 
     here, left_out = contenders(case, device)      names -> Contender, names -> why not
     call = prepared(contender, args, direction)    timed; what a pass needs beforehand is done
@@ -92,14 +92,14 @@ def _gradients(outs: list[torch.Tensor], trained: list[torch.Tensor]) -> tuple[t
 
 
 def tensors(result: Any) -> list[torch.Tensor]:
-    """What a call returned, as a list."""
+    """The results of a call, as a list."""
     if result is None:
         return []
     return [result] if isinstance(result, torch.Tensor) else list(result)
 
 
 def distance(ours: Any, theirs: Any) -> float:
-    """How far two results lie apart: the largest, over the tensors, of the difference's norm by the other's norm."""
+    """The distance of two results: the largest, over the tensors, of the difference's norm by the other's norm."""
     pairs = zip(tensors(ours), tensors(theirs), strict=True)
     return max((_relative(a.double(), b.double()) for a, b in pairs), default=0.0)
 

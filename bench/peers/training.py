@@ -1,4 +1,4 @@
-"""What training is measured against: a plain GPT in stock PyTorch, as one writes it first, and transformers' GPT-2.
+"""The peers of training: a plain GPT in stock PyTorch, as one writes it first, and transformers' GPT-2.
 
 The plain GPT's settings are nanoGPT's (pre-LayerNorm, GELU, tied output, 0.02 initialisation, SDPA, AdamW with decay on
 the matrices); the code is ours, and it takes no part of the engine.

@@ -1,4 +1,4 @@
-"""What this machine can do at most, measured: memory bandwidth and matrix products, and the limit they set to a call.
+"""Measures the limits of this machine: memory bandwidth and matrix products, and the limit they set to a call.
 
 measure(device) -> Ceilings       a few seconds
 ceilings.limit(bytes=..., flops=..., arithmetic=torch.bfloat16) -> Limit

@@ -1,4 +1,4 @@
-"""What the command lines of the tools beside the benchmarks share.
+"""Shared by the command lines of the tools beside the benchmarks.
 
 Importing it makes the engine importable where it is not installed, as on a machine that is at hand for minutes. Tools
 import it before the engine.

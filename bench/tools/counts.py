@@ -1,4 +1,4 @@
-"""What one call of an operation computes and must move at the least, counted from its shape.
+"""The arithmetic of one call of an operation and the least bytes that it moves, counted from its shape.
 
     count("causal_attention", "forward", {"B": 4, "T": 1024, "H": 12, "D": 64}, itemsize=2) -> Count(flops, bytes)
 
@@ -26,7 +26,7 @@ class Count:
 
 
 def count(op: str, direction: str, shape: Mapping[str, int], itemsize: int) -> Count:
-    """What a call of `op` takes.
+    """The counts of a call of `op`.
 
     Args:
         direction: "forward", "backward" (given what forward left), or "both".

@@ -205,7 +205,7 @@ def own_times(rows: Iterable[Any], on_gpu: bool) -> dict[str, float]:
 
 
 def profile_step(generator: TextGenerator, prompt: Prompt, steps: int) -> list[dict[str, Any]]:
-    """Where the time of an average decode step with the dense cache goes, the largest first.
+    """The parts of an average decode step's time with the dense cache, the largest first.
 
     [{"op": name, "microseconds": its own time}].
 

@@ -1,4 +1,4 @@
-"""How much memory tensors take, operation by operation, and the picture of it.
+"""The memory of tensors, operation by operation, and the picture of it.
 
     with LiveBytes(device) as memory:
         memory.hold(model.parameters())

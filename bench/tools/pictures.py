@@ -75,7 +75,7 @@ def claimed(cases: Sequence[Case]) -> list[Case]:
 
 
 def ratios(cases: Sequence[Case]) -> Named:
-    """How many times faster than the best peer, with the aim of each."""
+    """The speed relative to the best peer, with the aim of each."""
     groups = defaultdict(list)
     for case in claimed(cases):
         if case.best is not None:
@@ -294,7 +294,7 @@ def allocation(cases: Sequence[Case]) -> Named:
 
 
 def profile(cases: Sequence[Case]) -> Named:
-    """Where a step's time goes: extra_info["profile"] = {variant: [{"op": name, "microseconds": time}, ...]}."""
+    """The parts of a step's time: extra_info["profile"] = {variant: [{"op": name, "microseconds": time}, ...]}."""
     for case in cases:
         variants = case.info.get("profile")
         if variants:

@@ -92,7 +92,7 @@ class Progress:
 
 
 def summary(report: pytest.TestReport) -> str:
-    """What was raised, or why the case was skipped, in one line."""
+    """The exception, or the reason why the case was skipped, in one line."""
     if report.skipped and isinstance(report.longrepr, tuple):
         return str(report.longrepr[2]).removeprefix("Skipped: ")
     crash = getattr(report.longrepr, "reprcrash", None)

@@ -1,4 +1,4 @@
-"""How a call is timed: on the CPU by the clock, on a GPU by its events or by the clock; over buffers that go round."""
+"""Times calls: on the CPU by the clock, on a GPU by its events or by the clock; over buffers that go round."""
 
 import itertools
 import math

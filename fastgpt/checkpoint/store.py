@@ -378,7 +378,7 @@ def json_bytes(content: Mapping[str, Any]) -> bytes:
 
 
 def _optimizer_state(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """What the optimizer keeps for each parameter: scalars, and tensors of the parameter's own shape."""
+    """The optimizer's state of each parameter: scalars, and tensors of the parameter's own shape."""
     tensors = {}
     for name, parameter in model.named_parameters():
         for kind, value in optimizer.state[parameter].items():

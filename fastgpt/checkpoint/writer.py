@@ -24,7 +24,7 @@ from fastgpt.system import out_of_memory
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a save.
+    """The outcome of a save.
 
     Attributes:
         error: why nothing was saved or, if it was saved, why older checkpoints were not deleted.
@@ -68,11 +68,11 @@ class Writer:
         self._write(self.pending, snapshot, best_step, describe)
 
     def poll(self) -> Outcome | None:
-        """What became of the last save, once; None if it is under way, or its outcome was taken before."""
+        """The outcome of the last save, once; None if it is under way, or was taken before."""
         return self.wait() if self.pending is not None and self.pending.done() else None
 
     def wait(self) -> Outcome | None:
-        """What became of the last save, once, and when it is written; None if its outcome was taken before.
+        """The outcome of the last save, once, and when it is written; None if it was taken before.
 
         Raises:
             Exception: a defect; what the disk or the memory refuses is in the outcome.

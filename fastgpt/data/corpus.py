@@ -219,7 +219,7 @@ def _measure(source: Source) -> Statistics:
 
 
 def _text(source: Source, statistics: Statistics, vocab_size: int | None, ends: bool) -> Text:
-    """What a vocabulary is made from."""
+    """The text that a vocabulary is made from."""
     train_end = int(TRAIN_SHARE * statistics.characters)
 
     def train() -> Iterator[str]:

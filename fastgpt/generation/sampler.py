@@ -284,7 +284,7 @@ class Sampler:
         return _Settings(self._send(torch.tensor(values, dtype=torch.float32)).view(-1, len(rows), 1))
 
     def _count(self, tokens: Sequence[int]) -> torch.Tensor:
-        """How often each token occurs, int64 (V,), on the host."""
+        """The count of each token, int64 (V,), on the host."""
         return torch.bincount(torch.tensor(tokens, dtype=torch.int64), minlength=self.vocab_size)
 
     def _send(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -28,7 +28,7 @@ class SamplingSettings(TypedDict, total=False):
 
 
 class EngineOptions(TypedDict, total=False):
-    """What an `Engine` takes beside a model and its tokenizer."""
+    """The options of an `Engine`, beside a model and its tokenizer."""
 
     max_batch: int
     max_batch_tokens: int

@@ -51,7 +51,7 @@ def _errors(t: torch.Tensor, right: torch.Tensor) -> tuple[float, float]:
 
 
 def _limit(t: torch.Tensor, largest: float, stock_error: float, arithmetic: torch.dtype, tf32: bool) -> float:
-    """How large a relative error may be; `largest`: the truth's largest number."""
+    """The largest relative error allowed; `largest`: the truth's largest number."""
     narrow = arithmetic.itemsize == 2
     if not narrow and not tf32:
         return FLOAT32_LIMIT

@@ -139,7 +139,7 @@ def _fastest(device: torch.device, choose: Chooser | None) -> tuple[Mapping[str,
 
 
 def _triton_lacks(device: torch.device) -> str | None:
-    """What Triton's kernels need and do not find; None where they can run."""
+    """The reason why Triton's kernels cannot run; None where they can."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton, found none"
     if _interpreting():

@@ -210,7 +210,7 @@ class Case:
         return tuple(out.to(grad.dtype) for out, grad in zip(outs, self.grads, strict=True))
 
     def results(self, function: Callable[..., Any]) -> dict[str, torch.Tensor]:
-        """What comes out, by name; the case itself stays as it is."""
+        """The results by name; the case itself stays as it is."""
         if self.writes:
             copies = tuple(t if t is None or i not in self.writes else t.clone() for i, t in enumerate(self.inputs))
             dataclasses.replace(self, inputs=copies).call(function)

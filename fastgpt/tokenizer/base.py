@@ -25,7 +25,7 @@ LARGEST_JSON = 64 << 20  # bytes; GPT-2's vocabulary takes less than 1 MiB
 
 @dataclass(frozen=True)
 class Text:
-    """What a vocabulary can be made from.
+    """The sources of a vocabulary.
 
     Attributes:
         chars: the distinct characters of the whole text, in code point order.
@@ -41,7 +41,7 @@ class Text:
 
 
 class Tokenizer(ABC):
-    """What every kind shares: a table of each token's bytes, and decoding by it.
+    """The part that every kind shares: a table of each token's bytes, and decoding by it.
 
     A subclass is one kind. `saved.KINDS` lists them, and all other code asks there.
 

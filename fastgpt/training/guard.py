@@ -25,7 +25,7 @@ STATE = (*COUNTS, "mean", "variance")
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a step.
+    """The verdict on a step.
 
     Attributes:
         loss, norm: its mean loss and its gradient's norm.

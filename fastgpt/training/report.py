@@ -19,7 +19,7 @@ from fastgpt.training.setup import Setup
 
 @dataclass(frozen=True)
 class RunSummary:
-    """How a run ended. Seconds and tokens/s count steps only, not compiling, evaluating and saving.
+    """The end of a run. Seconds and tokens/s count steps only, not compiling, evaluating and saving.
 
     Attributes:
         bits_per_byte: of the best val loss.
@@ -62,7 +62,7 @@ def introduce(console: Console, setup: Setup) -> None:
 
 
 def judged(best_val_loss: float | None, val_loss: float | None) -> str:
-    """How good a checkpoint is, in words; `val_loss` is None where it was not evaluated."""
+    """A checkpoint's val loss in words; `val_loss` is None where it was not evaluated."""
     if val_loss is None:
         return "not evaluated"
     if best_val_loss is None:

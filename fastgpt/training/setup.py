@@ -28,7 +28,7 @@ from fastgpt.training.state import TrainingState
 
 @dataclass(frozen=True)
 class Setup:
-    """What a run is made of.
+    """The parts of a run.
 
     Attributes:
         config: its settings, with the vocabulary's size.

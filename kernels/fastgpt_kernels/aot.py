@@ -145,7 +145,7 @@ def _grouped_launches(tuning: Tuning, D: int, heaviest: bool) -> list[Launch]:
 
 
 def _merge_launches(tuning: Tuning, D: int, heaviest: bool) -> list[Launch]:
-    """What 64 sequences of up to 16,384 tokens leave to be added up; heaviest: 4096 sequences."""
+    """The partial results of 64 sequences of up to 16,384 tokens; heaviest: 4096 sequences."""
     B, H, dtype = 4096 if heaviest else 64, 32, DTYPES[tuning.kind]
     q, pages = empty(B, H, D, dtype=dtype), empty(B, 16, H, D, dtype=dtype)
     table, lengths = empty(B, 1024, dtype=torch.int32), empty(B, dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""What the forward and backward kernels of attention share: tiles of a head, the mask, the dropout, their constants.
+"""Shared by attention's forward and backward kernels: tiles of a head, the mask, the dropout, their constants.
 
 A query or key tile is a (ROWS or COLUMNS, BLOCK_D) matrix of one head. Strides are tuples (batch, time, head), in
 elements. Triton specializes each integer in a tuple, on 1 and on multiples of 16, whatever `do_not_specialize` says
@@ -34,7 +34,7 @@ def query_tile(heads, H, ROWS: tl.constexpr):
 
 @triton.jit
 def at_head(ptr, strides, b, h):
-    """Where a head of a (B, T, heads, D) tensor begins."""
+    """The offset of a head of a (B, T, heads, D) tensor."""
     return ptr + (b * strides[0] + h * strides[2])
 
 
@@ -84,7 +84,7 @@ def visible(p, hidden, position, key, q_doc, k_doc, DIAGONAL: tl.constexpr, DOCU
 
 @triton.jit
 def keep(seed, head, position, first, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Which weights of a tile dropout keeps, (ROWS, COLUMNS), as `dropout.dropout_mask`; `position` is (ROWS,)."""
+    """The weights of a tile that dropout keeps, (ROWS, COLUMNS), as `dropout.dropout_mask`; `position` is (ROWS,)."""
     call = first // 8 + tl.arange(0, COLUMNS // 8)[None, :]
     zero = tl.zeros([ROWS, COLUMNS // 8], tl.int32)
     w0, w1, w2, w3 = tl.philox(seed, zero + call, zero + position[:, None], zero + head, zero, n_rounds=PHILOX_ROUNDS)

@@ -1,4 +1,4 @@
-"""How kernels are launched: one table of tiles, warps and stages, and the checks of what comes in.
+"""Launches kernels: one table of tiles, warps and stages, and the checks of what comes in.
 
 The table stands in launch_table.toml. A row is found by (kernel, architecture, dtype, width), where the width is a head
 size or a number of columns and each row serves widths up to its own. The same rows are what
@@ -179,7 +179,7 @@ def trial(kernel: str, tuning: Tuning, width: int, row: Config) -> Iterator[None
 
 @functools.cache
 def tuning(device: torch.device, dtype: torch.dtype) -> Tuning:
-    """What the table holds for tensors like these; dtypes of 16 bits share their rows."""
+    """The rows of the table for tensors like these; dtypes of 16 bits share their rows."""
     return Tuning(architecture(device), "float32" if dtype == torch.float32 else "16-bit")
 
 
@@ -241,7 +241,7 @@ def check_tensors(op: str, dims: dict[str, int | None], **tensors: torch.Tensor 
 
 
 def tiles(length: int, tile: int) -> int:
-    """How many tiles cover a length."""
+    """The number of tiles that cover a length."""
     return -(-length // tile)
 
 
@@ -252,7 +252,7 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast computes in here, None where it is off. Raises `ValueError` where that is computed wrongly."""
+    """The dtype of autocast here, None where it is off. Raises `ValueError` where that is computed wrongly."""
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     if device.type == "cpu" and dtype == torch.bfloat16 and INTERPRETED:
         raise ValueError("autocast is in bfloat16, which Triton's interpreter computes wrongly; expected float16")

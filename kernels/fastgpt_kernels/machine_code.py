@@ -1,4 +1,4 @@
-"""What compiled kernels show: registers, stack, spills, tensor-core instructions, the width of loads, occupancy.
+"""Reads compiled kernels: registers, stack, spills, tensor-core instructions, the width of loads, occupancy.
 
 NVIDIA's machine code is read with the disassembler that comes with Triton, AMD's from its assembly text.
 Offered here: `CHIPS`, `inspect`, `blocks_per_sm`, `ptxas_warnings`.
@@ -49,7 +49,7 @@ CHIPS = {
 
 
 def blocks_per_sm(chip: Chip, registers: int, shared: int, warps: int, tensor_columns: int = 0) -> int:
-    """How many blocks a multiprocessor holds at once; 0 if it cannot hold one.
+    """The number of blocks that a multiprocessor holds at once; 0 if it cannot hold one.
 
     Source: the CUDA C++ Programming Guide's table of technical specifications per compute capability (64 Ki registers,
     64 warps and 32 blocks a multiprocessor; shared memory) and its rules of allocation (registers by warp, in units of
@@ -76,7 +76,7 @@ def _round_up(n: int, multiple: int) -> int:
 
 
 class Code(NamedTuple):
-    """What the instructions of a kernel show; `spills` is None where they do not show it."""
+    """The facts that a kernel's instructions show; `spills` is None where they do not show it."""
 
     spills: int | None
     tensor_core: int

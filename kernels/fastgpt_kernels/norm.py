@@ -27,7 +27,7 @@ WIDEST = 65536
 def _load_input(
     total_ptr, x_ptr, residual_ptr, x_stride, residual_stride, row, col, inside, C, STORE: tl.constexpr
 ):  # fmt: skip
-    """What is normalized, in float32: x, or the sum as the backward pass will read it; STORE writes that sum."""
+    """The row to normalize, in float32: x, or the sum as the backward pass will read it; STORE writes that sum."""
     x = load(x_ptr + row * x_stride + col, inside)
     if residual_ptr is not None:
         x += load(residual_ptr + row * residual_stride + col, inside)

@@ -100,7 +100,7 @@ def causal_attention(
 
 
 def visible(Tq: int, Tk: int, doc_ids: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-    """Which keys each query sees: bool, (Tq, Tk), or (B, 1, Tq, Tk) with `doc_ids` (B, Tk)."""
+    """The keys that each query sees: bool, (Tq, Tk), or (B, 1, Tq, Tk) with `doc_ids` (B, Tk)."""
     position = torch.arange(Tk, device=device)
     causal = position <= position[Tk - Tq :, None]
     if doc_ids is None:

@@ -66,7 +66,7 @@ def _module(file: Path) -> Module:
 
 @functools.cache
 def _uses(file: Path, name: str) -> set[Name]:
-    """What a definition of a file depends on directly."""
+    """The names that a definition of a file depends on directly."""
     module = _module(file)
     found = {module.names[name]} if name in module.names else set()
     for statement in module.definitions.get(name, []):
