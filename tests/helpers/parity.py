@@ -154,6 +154,10 @@ def outputs_and_gradients(
     return [*(o.detach() for o in out), *(gradients.get(i) for i in range(len(inputs)))]
 
 
+def zeros(*shape: int, dtype: torch.dtype = torch.float32, device: str = DEVICE) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
 def relative_errors(a: torch.Tensor, truth: torch.Tensor) -> tuple[float, float]:
     """||a - truth|| / ||truth|| and max|a - truth| / max|truth|, for a truth that is not all zero."""
     difference = a.double() - truth

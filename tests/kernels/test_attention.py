@@ -23,6 +23,7 @@ from tests.helpers.parity import (
     flash,
     outputs_and_gradients,
     relative_errors,
+    zeros,
 )
 from tests.helpers.random_cases import random_cases
 
@@ -71,14 +72,6 @@ def tiled(*tiles):
         patch(attention_backward, "matmul_tuning", return_value=tuning),
     ):
         yield
-
-
-@pytest.fixture
-def launches(monkeypatch):
-    """Every launch that was made."""
-    made, call = [], launch.Launch.__call__
-    monkeypatch.setattr(launch.Launch, "__call__", lambda self: (made.append(self), call(self))[1])
-    return made
 
 
 TABLE = {kernel + suffix: launch.TABLE[kernel + suffix] for kernel in KERNELS for suffix in ("", "_dropout")}
@@ -472,10 +465,6 @@ def test_one_compilation_serves_every_length():
         assert all(torch.equal(a, b) for a, b in zip(got, eager, strict=True))
         frames.add(counter.frame_count)  # more than one at first, as the scale that follows from D makes Dynamo restart
     assert len(frames) == 1
-
-
-def zeros(*shape, dtype=torch.float32, device=DEVICE):
-    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 HALF, LONG, DOUBLE, BFLOAT = torch.float16, torch.int64, torch.float64, torch.bfloat16

@@ -14,20 +14,12 @@ from fastgpt_kernels import int8, launch, reference, torch_ops
 from fastgpt_kernels.int8 import linear_int8
 from fastgpt_kernels.quantization import quantize
 from tests.helpers.int8_cases import assert_agrees, case, truth
-from tests.helpers.parity import DEVICE, relative_errors
+from tests.helpers.parity import DEVICE, relative_errors, zeros
 from tests.helpers.random_cases import random_cases
 
 DTYPES = [torch.float32, torch.float16]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float16"])
 biases = pytest.mark.parametrize("bias", [None, "x", torch.float32], ids=["no bias", "bias", "float32 bias"])
-
-
-@pytest.fixture
-def launches(monkeypatch):
-    """The name of every launch that was made."""
-    made, call = [], launch.Launch.__call__
-    monkeypatch.setattr(launch.Launch, "__call__", lambda self: (made.append(self.name), call(self))[1])
-    return made
 
 
 @random_cases(
@@ -53,7 +45,9 @@ def test_every_column_keeps_the_shape_and_the_dtype(shape, dtype, bias, launches
     made = case(shape, 20, bias, dtype=dtype, layout="swapped")
     if math.prod(shape):
         assert_agrees(made)
-        assert launches == ["int8_product" if math.prod(shape[:-1]) > int8.FEW_ROWS else "int8_rows"]
+        assert [made.name for made in launches] == [
+            "int8_product" if math.prod(shape[:-1]) > int8.FEW_ROWS else "int8_rows"
+        ]
     for column in (reference.linear_int8, torch_ops.linear_int8, linear_int8):
         y = column(*made)
         assert (y.shape, y.dtype) == ((*shape[:-1], 20), dtype)
@@ -224,10 +218,6 @@ def test_quantizing_names_what_is_no_weight():
     for bad in (math.nan, math.inf, -math.inf):
         with pytest.raises(ValueError, match=r"weight \(2, 2\) holds inf or NaN"):
             quantize(torch.tensor([[1.0, 2.0], [bad, 0.0]]))
-
-
-def zeros(*shape, dtype=torch.float32, device=DEVICE):
-    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 BYTE, HALF = torch.int8, torch.float16

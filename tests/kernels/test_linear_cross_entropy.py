@@ -16,7 +16,7 @@ from fastgpt_kernels import cross_entropy, launch, reference, torch_ops
 from fastgpt_kernels.cross_entropy import linear_cross_entropy, rows_per_chunk
 from tests.helpers.covering import some
 from tests.helpers.cross_entropy_cases import chunks_of, dtypes, grad_of, inputs_of, labels, reductions, same_bits
-from tests.helpers.parity import DEVICE, Guards, limit, outputs_and_gradients, relative_errors
+from tests.helpers.parity import DEVICE, Guards, limit, outputs_and_gradients, relative_errors, zeros
 
 
 @given(
@@ -64,14 +64,6 @@ def allocations():
 
     with unittest.mock.patch.object(cross_entropy, "_Chunks", Recorded):
         yield sizes
-
-
-@pytest.fixture
-def launches(monkeypatch):
-    """Every launch that was made."""
-    made, call = [], cross_entropy.Launch.__call__
-    monkeypatch.setattr(cross_entropy.Launch, "__call__", lambda self: (made.append(self), call(self))[1])
-    return made
 
 
 @dtypes
@@ -247,18 +239,6 @@ def test_compiled_under_autocast_it_gives_the_same():
     first, second = ([loss.detach(), *torch.autograd.grad(loss, inputs)] for loss in losses)
     assert same_bits(first, second)
     assert not torch.equal(first[0], linear_cross_entropy(*inputs, targets))  # whose products are in float32
-
-
-@pytest.fixture
-def no_launch(monkeypatch):
-    def launched(self):
-        raise AssertionError(f"{self.kernel} was launched")
-
-    monkeypatch.setattr(launch.Launch, "__call__", launched)
-
-
-def zeros(*shape, dtype=torch.float32, device=DEVICE):
-    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 HALF, LONG, DOUBLE = torch.float16, torch.int64, torch.float64

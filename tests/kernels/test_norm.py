@@ -16,6 +16,7 @@ from tests.helpers.parity import (
     assert_op_agrees,
     outputs_and_gradients,
     relative_errors,
+    zeros,
 )
 from tests.helpers.random_cases import random_cases
 
@@ -377,18 +378,6 @@ def test_compiled_under_autocast_it_gives_the_same():
         y = compiled(x, weight)
         assert torch.equal(y, norm.layer_norm(x, weight))
     assert y.dtype == torch.float16
-
-
-@pytest.fixture
-def no_launch(monkeypatch):
-    def launched(self):
-        raise AssertionError(f"{self.kernel} was launched")
-
-    monkeypatch.setattr(launch.Launch, "__call__", launched)
-
-
-def zeros(*shape, dtype=torch.float32, device=DEVICE):
-    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 HALF, LONG, DOUBLE = torch.float16, torch.int64, torch.float64

@@ -13,19 +13,11 @@ from fastgpt_kernels import launch, paged, paged_decode, paged_prefill, referenc
 from fastgpt_kernels.paged import kv_write, paged_attention
 from tests.helpers.covering import some
 from tests.helpers.paged_cases import Case, assert_agrees, case, decode, integers
-from tests.helpers.parity import DEVICE, SPREADS, Guards, assert_parity, poisoned
+from tests.helpers.parity import DEVICE, SPREADS, Guards, assert_parity, poisoned, zeros
 from tests.helpers.random_cases import random_cases
 
 DTYPES = [torch.float32, torch.float16]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float16"])
-
-
-@pytest.fixture
-def launches(monkeypatch):
-    """Every launch that was made."""
-    made, call = [], launch.Launch.__call__
-    monkeypatch.setattr(launch.Launch, "__call__", lambda self: (made.append(self), call(self))[1])
-    return made
 
 
 def tiled(monkeypatch, **tiles):
@@ -356,10 +348,6 @@ def test_compiled_in_one_graph_it_gives_the_same(queries, column):
         results.append([run(q, *pages, *rest), *pages])
     assert torch.equal(results[0][1][0, 2], k[0])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-def zeros(*shape, dtype=torch.float32, device=DEVICE):
-    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 INT, LONG = torch.int32, torch.int64

@@ -12,18 +12,8 @@ from fastgpt.checkpoint.progress import Progress
 from fastgpt.loggers import console
 from fastgpt.loggers.console import Display
 from tests.helpers.notebooks import as_a_notebook_shows
+from tests.helpers.records import RECORD
 
-RECORD = {
-    "step": 30,
-    "tokens": 960,
-    "loss": 2.34567,
-    "lr": 9.9e-4,
-    "grad_norm": 1.234,
-    "ms": 50.0,
-    "tokens_per_second": 12345.6,
-    "mfu": 0.4213,
-    "memory": 3 << 20,
-}
 FIRST = RECORD | {"ms": None, "tokens_per_second": None, "mfu": None}
 
 

@@ -20,18 +20,7 @@ from fastgpt.model.gpt import GPT
 from fastgpt.system.units import format_bytes, format_seconds
 from fastgpt.training import speed
 from fastgpt.training.speed import Stopwatch, flops_per_token
-
-RECORD = {
-    "step": 30,
-    "tokens": 960,
-    "loss": 2.34567,
-    "lr": 9.9e-4,
-    "grad_norm": 1.234,
-    "ms": 50.0,
-    "tokens_per_second": 12345.6,
-    "mfu": 0.4213,
-    "memory": 3 << 20,
-}
+from tests.helpers.records import RECORD
 
 
 @pytest.fixture
