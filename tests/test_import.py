@@ -32,6 +32,23 @@ def test_the_engine_runs_without_triton_and_optional_packages():
     loaded_after(hide + code, ())
 
 
+STEP = """
+import torch
+from fastgpt.config.training import TrainConfig
+from fastgpt.model.gpt import GPT
+from fastgpt.training.step import TrainStep
+
+config = TrainConfig(vocab_size=11, block_size=8, n_layer=1, n_head=2, n_embd=8)
+tokens = torch.randint(11, (2, 9))
+TrainStep(GPT(config), config, torch.device("cpu"), torch.float32)(0, [(tokens[:, :-1], tokens[:, 1:])])
+"""
+
+
+def test_a_step_that_is_not_compiled_does_not_import_the_compiler():
+    """It would take a third of a small run's start."""
+    assert loaded_after(STEP, ("torch", "torch._dynamo")) == {"torch"}
+
+
 def test_every_public_name_is_found_where_it_is_said_to_be():
     for name in fastgpt.__all__:
         assert getattr(fastgpt, name) is not None

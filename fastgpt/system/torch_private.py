@@ -37,6 +37,16 @@ def add_to_each(tensors: list[torch.Tensor], amount: float | torch.Tensor) -> No
     torch._foreach_add_(tensors, amount)  # pyright: ignore[reportPrivateImportUsage]
 
 
+def add_param_group(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:
+    """`Optimizer.add_param_group` without an import of PyTorch's compiler, which takes two seconds of a run's start.
+
+    No public name: PyTorch's decorator, which keeps the compiler out of the method, imports it. It holds the method
+    itself as `__wrapped__`.
+    """
+    method = torch.optim.Optimizer.add_param_group
+    getattr(method, "__wrapped__", method)(optimizer, group)
+
+
 def fused_adamw(
     parameters: list[torch.Tensor],
     gradients: list[torch.Tensor],

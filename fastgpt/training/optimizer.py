@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastgpt.config.training import TrainConfig
-from fastgpt.system.torch_private import add_to_each, fused_adamw
+from fastgpt.system.torch_private import add_param_group, add_to_each, fused_adamw
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -24,12 +24,15 @@ class Optimizer(torch.optim.Optimizer):
 
     found_inf: torch.Tensor | None = None
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        add_param_group(self, param_group)
+
     def reset(self) -> None:
         """Set the state back to that before the first step."""
         raise NotImplementedError
 
 
-class AdamW(torch.optim.AdamW, Optimizer):
+class AdamW(Optimizer, torch.optim.AdamW):
     """`torch.optim.AdamW` in its fused form, with less Python in a step, which matters for small models.
 
     Every parameter needs a gradient in every step.

@@ -91,12 +91,12 @@ class TrainStep:
         self.optimizer.found_inf = self.guard.judge(loss, norm, scale)
         self.optimizer.step()
         self._update_scale(loss, scale)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)  # the optimizer's own imports PyTorch's compiler
         return norm, rate
 
     def abandon(self) -> None:
         """Drop the gradients of a step that was cut short, so that it can be taken again."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Any]:
         """The state that a resumed run needs beside weights and moments, for JSON; waits for the device."""

@@ -43,7 +43,13 @@ def made(folder: Path) -> TextGenerator:
 
 @pytest.fixture(scope="module")
 def compiled(folder: Path) -> TextGenerator:
-    return made(folder)
+    return made(folder / "compiled once")
+
+
+@pytest.fixture
+def its_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache folder of `compiled`, which holds nothing else."""
+    monkeypatch.setenv("FASTGPT_CACHE", str(folder / "compiled once"))
 
 
 @pytest.fixture(scope="module", params=["as Python", pytest.param("compiled", marks=pytest.mark.slow)])
@@ -99,6 +105,7 @@ def test_it_computes_what_the_model_does(generator: TextGenerator):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("its_cache")
 def test_it_is_kept_and_loaded_again(compiled: TextGenerator):
     assert compiled.decoder is not None
     assert compiled.decoder.seconds > 0
@@ -176,6 +183,7 @@ def test_what_it_depends_on_is_in_the_name(generator: TextGenerator, monkeypatch
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("its_cache")
 def test_a_damaged_file_is_compiled_anew(compiled: TextGenerator, monkeypatch: pytest.MonkeyPatch):
     files = sorted(compiled_decoder.cache_folder().glob("*.pt2"))
     whole = {path: path.read_bytes() for path in files}
