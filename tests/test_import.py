@@ -45,7 +45,7 @@ TrainStep(GPT(config), config, torch.device("cpu"), torch.float32)(0, [(tokens[:
 
 
 def test_a_step_that_is_not_compiled_does_not_import_the_compiler():
-    """It would take a third of a small run's start."""
+    """The import is a large part of a small run's start."""
     assert loaded_after(STEP, ("torch", "torch._dynamo")) == {"torch"}
 
 

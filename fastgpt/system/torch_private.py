@@ -38,7 +38,7 @@ def add_to_each(tensors: list[torch.Tensor], amount: float | torch.Tensor) -> No
 
 
 def add_param_group(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:
-    """`Optimizer.add_param_group` without an import of PyTorch's compiler, which takes two seconds of a run's start.
+    """`Optimizer.add_param_group` without an import of PyTorch's compiler, which is slow to import.
 
     No public name: PyTorch's decorator, which keeps the compiler out of the method, imports it. It holds the method
     itself as `__wrapped__`.
