@@ -1,4 +1,4 @@
-"""What every test shares: no network but loopback, its own cache, one thread, signals as a terminal has them, and `gpu`
+"""Shared by every test: no network but loopback, its own cache, one thread, signals as a terminal has them, and `gpu`
 tests skipped without one.
 
 Without a GPU the kernels run in Triton's interpreter. On one, `pytest -m gpu -n 12` compiles them in twelve processes,

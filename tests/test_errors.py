@@ -1,4 +1,4 @@
-"""What messages say of values: the nearest known word, and the value itself, short."""
+"""Values in messages: the nearest known word, and the value itself, short."""
 
 import time
 

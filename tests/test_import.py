@@ -1,4 +1,4 @@
-"""What importing loads, seen from fresh processes."""
+"""The packages that an import loads, seen from fresh processes."""
 
 import subprocess
 import sys

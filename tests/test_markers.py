@@ -1,4 +1,4 @@
-"""Which tests wait for a GPU, and which of those for a GPU of their own."""
+"""The marks of tests that need a GPU, or a GPU of their own."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""What is shipped: typed packages in the wheel, and in the source distribution all that the tests need."""
+"""The contents of the packages: typed packages in the wheel, and in the source distribution all that the tests need."""
 
 import re
 import tomllib

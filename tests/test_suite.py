@@ -1,4 +1,4 @@
-"""What the default run takes of a grid."""
+"""The part of a grid that the default run takes."""
 
 import itertools
 

@@ -70,7 +70,7 @@ class Case:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What tells the case from its family: the parameters, or the backend, dtype and shape of a kernel's case."""
+        """The case within its family: the parameters, or the backend, dtype and shape of a kernel's case."""
         if not isinstance(shape := self.info.get("shape"), dict):
             return {name: value for name, value in self.params.items() if name != "aim"}
         return {name: self.info[name] for name in ("backend", "dtype") if name in self.info} | shape

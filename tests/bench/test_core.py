@@ -1,4 +1,4 @@
-"""What the benchmarks stand on: limits, counts, buffers that go round, live bytes, and a case for every operation."""
+"""The foundations of the benchmarks: limits, counts, buffers that go round, live bytes, and a case for every operation."""
 
 import importlib
 import time

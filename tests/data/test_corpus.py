@@ -1,4 +1,4 @@
-"""What is written, what is reused, what is opened, what is refused."""
+"""Prepared corpora: written, reused, opened and refused."""
 
 import hashlib
 import importlib.util

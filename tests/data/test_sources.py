@@ -1,4 +1,4 @@
-"""Where text comes from: files, folders, the download; and how it is cut into chunks."""
+"""Sources of text: files, folders, the download; and their chunks."""
 
 import functools
 import hashlib

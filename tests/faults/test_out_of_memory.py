@@ -1,4 +1,4 @@
-"""Where the memory is too small for a micro-batch, smaller ones give the same step."""
+"""Too little memory for a micro-batch: smaller ones give the same step."""
 
 import itertools
 import re

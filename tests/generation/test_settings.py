@@ -138,7 +138,7 @@ print(summary.history[-1], causal_attention(*torch.randn(3, 1, 4, 2, 16).unbind(
 
 
 def diagnostics(folder: Path, script: str, mode: str) -> list[tuple[int, str]]:
-    """What pyright finds in a user's script: each line and rule."""
+    """Pyright's findings in a user's script: each line and rule."""
     (folder / "user.py").write_text(script)
     about = {"extraPaths": [str(ROOT), str(ROOT / "kernels")], "include": ["user.py"], "typeCheckingMode": mode}
     (folder / "pyrightconfig.json").write_text(json.dumps(about))

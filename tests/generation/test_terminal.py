@@ -1,4 +1,4 @@
-"""What generation prints: from one file, and on a terminal with a live line."""
+"""The output of generation: in a file, and on a terminal with a live line."""
 
 import ast
 import io

@@ -1,4 +1,4 @@
-"""What only a GPU can show of the attention kernels: `pytest -m gpu`."""
+"""The attention kernels on a GPU: `pytest -m gpu`."""
 
 import pytest
 import torch

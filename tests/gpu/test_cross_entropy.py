@@ -1,4 +1,4 @@
-"""What only a GPU can show of linear cross-entropy: bfloat16, repeated bits, nothing that waits."""
+"""Linear cross-entropy on a GPU: bfloat16, repeated bits, nothing that waits."""
 
 import pytest
 import torch

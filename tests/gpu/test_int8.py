@@ -1,4 +1,4 @@
-"""What only a GPU can show of the linear layer with a weight of 8 bits: `pytest -m gpu`."""
+"""The linear layer with a weight of 8 bits on a GPU: `pytest -m gpu`."""
 
 import pytest
 import torch

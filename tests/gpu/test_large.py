@@ -1,4 +1,4 @@
-"""What only a GPU with tens of GiB of free memory can show: `pytest -m gpu_large`, in one process.
+"""Shapes that need tens of GiB of a GPU's memory: `pytest -m gpu_large`, in one process.
 
 Sizes past 2**31 elements, and peaks of memory at the sizes where they matter.
 """

@@ -1,4 +1,4 @@
-"""What only a GPU can show of the LayerNorm kernels: bfloat16, and repeated bits."""
+"""The LayerNorm kernels on a GPU: bfloat16, and repeated bits."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What only a GPU can show of the kernels over pages: `pytest -m gpu`."""
+"""The kernels over pages on a GPU: `pytest -m gpu`."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What only a GPU can show of the PyTorch column, the model and the loop: `pytest -m gpu`."""
+"""The PyTorch backend, the model and the loop on a GPU: `pytest -m gpu`."""
 
 import pytest
 import torch

@@ -40,7 +40,7 @@ def in_child(action: Callable[[], int]) -> int:
 
 
 def err() -> list[str]:
-    """What the last child said on stderr."""
+    """The lines of the last child's stderr."""
     text = Path("err.txt").read_text()
     assert "Traceback" not in text, text
     return text.splitlines()
@@ -51,7 +51,7 @@ def train_here(flags: str = "", out_dir: str = "out") -> int:
 
 
 class Disk:
-    """What the disk refuses, by an audit hook: while `number` is set, the events in a folder that `wants` names."""
+    """A disk that refuses, by an audit hook: while `number` is set, the events in a folder that `wants` names."""
 
     def __init__(self, folder: str, wants: Callable[[str, str], bool]):
         self.folder, self.wants, self.number = str(Path(folder).absolute()), wants, None

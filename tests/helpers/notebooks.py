@@ -1,4 +1,4 @@
-"""What a notebook makes of an output."""
+"""An output as a notebook shows it."""
 
 
 def as_a_notebook_shows(text: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a kernel is held against: the reference in float64, stock PyTorch at its own dtype, and its own buffers.
+"""Holds a kernel against the reference in float64 and stock PyTorch at its own dtype, and guards its buffers.
 
 `assert_op_agrees` runs an operation forward and backward, with its inputs in guarded buffers and every buffer that the
 kernels allocate guarded and full of NaN, and compares all that comes out. Its parts serve alone too: `Guards`,

@@ -1,4 +1,4 @@
-"""What the tests of training runs share: a small run in the folder of the fixture `workplace`, and what it leaves."""
+"""Shared by the tests of training runs: a small run in the folder of the fixture `workplace`, and its files."""
 
 import hashlib
 import itertools

@@ -1,4 +1,4 @@
-"""What `python -m fastgpt.verify` says of a run's folder."""
+"""The verdict of `python -m fastgpt.verify` on a run's folder."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""What reads compiled kernels, on canned listings, so that the gate of test_aot.py can be seen to fail."""
+"""The reader of compiled kernels, on canned listings, so that the gate of test_aot.py can be seen to fail."""
 
 import pytest
 

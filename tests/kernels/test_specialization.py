@@ -1,4 +1,4 @@
-"""How often Triton compiles: batch sizes and lengths, which change all the time, must not compile a kernel anew.
+"""Compilations of Triton's kernels: batch sizes and lengths, which change all the time, must not compile a kernel anew.
 
 A model decodes with every kernel's launch replaced by Triton's own look-up of a compiled kernel, whose key is all that
 it would compile for. So this needs no GPU and compiles nothing.

@@ -1,4 +1,4 @@
-"""How `--kernels auto` chooses: by times that the tests set, on functions that agree, disagree or raise."""
+"""The choices of `--kernels auto`: by times that the tests set, on functions that agree, disagree or raise."""
 
 import dataclasses
 import json

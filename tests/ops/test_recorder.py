@@ -1,4 +1,4 @@
-"""What the recorder notes of a call, by a function that calls operations as a model would."""
+"""The recorder's notes of a call, by a function that calls operations as a model would."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""How OpenMP's threads wait at barriers."""
+"""OpenMP's threads at barriers."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What is done about other programs on the CPUs, by a clock that the test moves."""
+"""Other programs on the CPUs, by a clock that the test moves."""
 
 from collections.abc import Iterator, Sequence
 

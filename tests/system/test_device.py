@@ -1,4 +1,4 @@
-"""Which machine and arithmetic the flags mean, with what this machine lacks played by monkeypatch."""
+"""The device and arithmetic that flags choose; devices that are absent are played by monkeypatch."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""How many CPU threads compute, and what a run remembers of that."""
+"""The number of CPU threads, and a run's record of it."""
 
 import json
 

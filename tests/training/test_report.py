@@ -1,4 +1,4 @@
-"""What a run prints for people: its introduction, its result, and commands that can be typed as they stand."""
+"""A run's messages: its introduction, its result, and commands that can be typed as they stand."""
 
 import math
 import re
