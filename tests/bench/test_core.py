@@ -1,4 +1,4 @@
-"""The foundations of the benchmarks: limits, counts, buffers that go round, live bytes, and a case for every operation."""
+"""Parts of the benchmarks: limits, counts, buffers that go round, live bytes, and a case for every operation."""
 
 import importlib
 import time
