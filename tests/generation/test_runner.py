@@ -58,9 +58,9 @@ def generator() -> TextGenerator:
     return fresh(block_size=BLOCK, n_head=4, n_kv_head=2)
 
 
-@pytest.mark.parametrize("column", ["torch", "reference"])
-def test_padded_decode_steps_give_the_same_tokens(generator: TextGenerator, column: str):
-    model = GPT(generator.model.config, resolve(column)).eval()
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_padded_decode_steps_give_the_same_tokens(generator: TextGenerator, backend: str):
+    model = GPT(generator.model.config, resolve(backend)).eval()
     model.load_state_dict(generator.model.state_dict())
     generator = TextGenerator(model, generator.tokenizer)
     wanted = [one.tokens for one in generator.engine(kv_memory=10**6).generate(PROMPTS, PARAMS)]

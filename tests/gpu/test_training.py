@@ -27,8 +27,8 @@ def test_attention_in_bfloat16_is_as_near_the_truth_as_the_reference_in_bfloat16
     q, k, v = (torch.randn(2, T, H, 64, device="cuda") for T, H in ((Tq, 4), (Tk, Hkv), (Tk, Hkv)))
     seed = torch.tensor(7, device="cuda")
 
-    def error(column, dtype) -> float:
-        out = column.causal_attention(*(t.to(dtype) for t in (q, k, v)), dropout_p=dropout_p, seed=seed)
+    def error(backend, dtype) -> float:
+        out = backend.causal_attention(*(t.to(dtype) for t in (q, k, v)), dropout_p=dropout_p, seed=seed)
         return ((out.double() - truth).norm() / truth.norm()).item()
 
     truth = reference.causal_attention(q.double(), k.double(), v.double(), dropout_p=dropout_p, seed=seed)

@@ -1,4 +1,4 @@
-"""Linear layers with a weight of 8 bits: every column against float64, guarded and poisoned, and what makes the weight.
+"""Linear layers with a weight of 8 bits: every backend against float64, guarded and poisoned; and quantization.
 
 What nothing was written to is NaN.
 """
@@ -41,15 +41,15 @@ def test_it_agrees_at_any_shape(dtype, rows, outputs, inputs, bias, layout, seed
 @dtypes
 @pytest.mark.parametrize("shape", [(33,), (1, 33), (2, 2, 33), (3, 7, 33), (2, 0, 33), (0, 33)])
 @pytest.mark.covering_array(1)
-def test_every_column_keeps_the_shape_and_the_dtype(shape, dtype, bias, launches):
+def test_every_backend_keeps_the_shape_and_the_dtype(shape, dtype, bias, launches):
     made = case(shape, 20, bias, dtype=dtype, layout="swapped")
     if math.prod(shape):
         assert_agrees(made)
         assert [made.name for made in launches] == [
             "int8_product" if math.prod(shape[:-1]) > int8.FEW_ROWS else "int8_rows"
         ]
-    for column in (reference.linear_int8, torch_ops.linear_int8, linear_int8):
-        y = column(*made)
+    for backend in (reference.linear_int8, torch_ops.linear_int8, linear_int8):
+        y = backend(*made)
         assert (y.shape, y.dtype) == ((*shape[:-1], 20), dtype)
     assert len(launches) == 2 * (math.prod(shape) > 0)
 
@@ -57,8 +57,8 @@ def test_every_column_keeps_the_shape_and_the_dtype(shape, dtype, bias, launches
 @pytest.mark.parametrize("rows", [2, 9])
 def test_without_outputs_the_result_is_empty(rows, launches):
     x, weight_int8, scale, _ = case((rows, 8), 3)
-    for column in (reference.linear_int8, torch_ops.linear_int8, linear_int8):
-        assert column(x, weight_int8[:0], scale[:0]).shape == (rows, 0)
+    for backend in (reference.linear_int8, torch_ops.linear_int8, linear_int8):
+        assert backend(x, weight_int8[:0], scale[:0]).shape == (rows, 0)
     assert not launches
 
 
@@ -100,11 +100,11 @@ def test_every_weight_is_converted_as_it_is():
         assert torch.equal(linear_int8(x, weight_int8, one), weight_int8.t().float().expand(rows, 256))
 
 
-@pytest.mark.parametrize("column", [int8, torch_ops, reference], ids=["triton", "torch", "reference"])
+@pytest.mark.parametrize("backend", [int8, torch_ops, reference], ids=["triton", "torch", "reference"])
 @pytest.mark.parametrize("rows", [1, 20])
-def test_a_float32_result_of_16_bit_rows_is_not_rounded(rows, column):
+def test_a_float32_result_of_16_bit_rows_is_not_rounded(rows, backend):
     made = case((rows, 300), 33, "x", dtype=torch.float16)
-    y = column.linear_int8(*made, out_dtype=torch.float32)
+    y = backend.linear_int8(*made, out_dtype=torch.float32)
     assert y.dtype == torch.float32
     assert max(relative_errors(y, truth(*made))) < 1e-5
 
@@ -115,7 +115,7 @@ def test_the_same_bits_in_every_run():
         assert torch.equal(linear_int8(*made), linear_int8(*made))
 
 
-# Of the torch column: one row and some, pieces that do not divide the weight, widths that int8pack cannot read.
+# Of the torch backend: one row and some, pieces that do not divide the weight, widths that int8pack cannot read.
 STOCK = [((1, 64), 40), ((16, 96), 7), ((17, 64), 40), ((3, 40), 5), ((2, 300), 2000), ((40, 70), 130)]
 
 
@@ -149,10 +149,10 @@ def test_the_paths_of_stock_pytorch_agree_with_float64(shape, outputs, dtype, bi
         assert max(relative_errors(y, unbiased)) < 3 * torch.finfo(torch.bfloat16).eps
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="of the torch column on a CPU")
+@pytest.mark.skipif(DEVICE != "cpu", reason="of the torch backend on a CPU")
 @pytest.mark.parametrize("rows", [1, 20])
 def test_pieces_of_a_large_weight_make_one_output(rows):
-    """More than the 2^18 and 2^22 weights that the torch column takes at a time."""
+    """More than the 2^18 and 2^22 weights that the torch backend takes at a time."""
     torch.manual_seed(0)
     inputs = 96 if rows == 1 else 1500
     made = case((rows, inputs), 3000, "x")
@@ -166,13 +166,13 @@ def test_the_operator_passes_opcheck(rows, bias):
         torch.library.opcheck(torch.ops.fastgpt.linear_int8.default, (*case((2, rows, 33), 20, bias), out_dtype))
 
 
-@pytest.mark.parametrize("column", [int8, torch_ops, reference], ids=["triton", "torch", "reference"])
+@pytest.mark.parametrize("backend", [int8, torch_ops, reference], ids=["triton", "torch", "reference"])
 @pytest.mark.parametrize("rows", [1, 6])
-def test_compiled_in_one_graph_it_gives_the_same(rows, column):
+def test_compiled_in_one_graph_it_gives_the_same(rows, backend):
     torch._dynamo.reset()
     made = case((rows, 64), 48, "x")
-    compiled = torch.compile(column.linear_int8, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*made), column.linear_int8(*made), rtol=1e-5, atol=1e-5)
+    compiled = torch.compile(backend.linear_int8, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*made), backend.linear_int8(*made), rtol=1e-5, atol=1e-5)
 
 
 def test_there_is_no_gradient():

@@ -1,4 +1,4 @@
-"""Attention over pages and the writing of them: every column against dense attention in float64, guarded and poisoned.
+"""Attention over pages and the writing of them: every backend against dense attention in float64, guarded and poisoned.
 
 What nothing was written to is NaN, and table entries past the length are a number that no pool has.
 """
@@ -155,15 +155,15 @@ def test_the_grid_depends_on_shapes_alone(launches):
     assert len(grids) == 1
 
 
-@pytest.mark.parametrize("column", [reference, torch_ops], ids=["reference", "torch"])
+@pytest.mark.parametrize("backend", [reference, torch_ops], ids=["reference", "torch"])
 @pytest.mark.parametrize("P", [8, 16, 32])
 @pytest.mark.parametrize(("H", "Hkv", "D"), [(2, 2, 16), (4, 2, 33)])
 @pytest.mark.parametrize("queries", [None, [7, 300, 0, 2, 1]])
-def test_the_twins_agree_with_dense_attention(column, P, H, Hkv, D, queries):
+def test_the_twins_agree_with_dense_attention(backend, P, H, Hkv, D, queries):
     made = case([7, 300, 129, 0, 64], P, H, Hkv, D, queries=queries, room=2)
     exact = [t.double() if t.is_floating_point() else t for t in made.inputs()]
     for scale in (None, 0.3, -0.3):
-        got = column.paged_attention(*exact, starts=made.starts, scale=scale)
+        got = backend.paged_attention(*exact, starts=made.starts, scale=scale)
         torch.testing.assert_close(got, made.truth(scale))
 
 
@@ -328,18 +328,18 @@ def test_operators_pass_opcheck(H, Hkv, lengths, dtype):
     torch.library.opcheck(ops.kv_write.default, (k, k.clone(), k_pages, v_pages, slots))
 
 
-@pytest.mark.parametrize("column", [paged, torch_ops], ids=["triton", "torch"])
+@pytest.mark.parametrize("backend", [paged, torch_ops], ids=["triton", "torch"])
 @pytest.mark.parametrize("queries", [None, [3, 2]])
 @pytest.mark.covering_array(1)
-def test_compiled_in_one_graph_it_gives_the_same(queries, column):
+def test_compiled_in_one_graph_it_gives_the_same(queries, backend):
     torch._dynamo.reset()
     made = finite(case([200, 5], H=4, queries=queries))
     k, v, *_ = written(2, 2, 16, 16, torch.float32)
     slots = integers([2, -1], torch.int64)
 
     def step(q, k_pages, v_pages, table, lengths):
-        column.kv_write(k, v, k_pages, v_pages, slots)
-        return column.paged_attention(q, k_pages, v_pages, table, lengths, starts=made.starts)
+        backend.kv_write(k, v, k_pages, v_pages, slots)
+        return backend.paged_attention(q, k_pages, v_pages, table, lengths, starts=made.starts)
 
     results = []
     for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):

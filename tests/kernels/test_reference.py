@@ -1,4 +1,4 @@
-"""The reference column against plain Python loops, so that the other columns' yardstick is itself checked."""
+"""The reference backend against plain Python loops, so that the other backends' yardstick is itself checked."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The torch column against the reference in float64: outputs and every gradient, on awkward inputs."""
+"""The torch backend against the reference in float64: outputs and every gradient, on awkward inputs."""
 
 import pytest
 import torch
@@ -24,11 +24,11 @@ layouts = pytest.mark.parametrize("layout", LAYOUTS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
 
 
-def outputs_and_gradients(column, op, leaves, views, dtype, rounded, layout, arguments):
+def outputs_and_gradients(backend, op, leaves, views, dtype, rounded, layout, arguments):
     """Every output of an op and every input's gradient, computed in `dtype` from numbers exact in `rounded`."""
     torch.manual_seed(1)
     inputs = views(*(leaf.to(rounded).to(dtype).requires_grad_() for leaf in leaves))
-    out = getattr(column, op)(*inputs, **arguments)
+    out = getattr(backend, op)(*inputs, **arguments)
     out = out if isinstance(out, tuple) else (out,)
     grads = [LAYOUTS[layout](o.shape, lambda shape, o=o: torch.randn(shape).to(rounded).to(o.dtype)) for o in out]
     return *out, *torch.autograd.grad(out, inputs, grads)
@@ -63,8 +63,8 @@ def test_training_attention_rounds_no_score(dtype, spread, names):
     exact = [t.double() for t in inputs]
     truth = with_gradients(reference.causal_attention, exact, grad.to(dtype).double(), **arguments)
     bound = U / 2 if dtype == torch.bfloat16 else U / 16
-    for column, most in ((torch_ops, 4 * bound), (reference, bound)):
-        got = with_gradients(column.causal_attention, inputs, grad.to(dtype), **arguments)
+    for backend, most in ((torch_ops, 4 * bound), (reference, bound)):
+        got = with_gradients(backend.causal_attention, inputs, grad.to(dtype), **arguments)
         for a, b in zip(got, truth, strict=True):
             assert a.dtype == dtype
             assert (a.double() - b).norm() <= most * b.norm()
@@ -225,50 +225,50 @@ def test_cross_entropy_and_its_gradients_agree(shape, valid, reduction, layout, 
     )
 
 
-columns = pytest.mark.parametrize("column", [reference, torch_ops], ids=["reference", "torch"])
+backends = pytest.mark.parametrize("backend", [reference, torch_ops], ids=["reference", "torch"])
 
 
-@columns
+@backends
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_loss_of_ignored_rows_alone_is_zero_with_zero_gradients(column, reduction):
+def test_loss_of_ignored_rows_alone_is_zero_with_zero_gradients(backend, reduction):
     x, weight = torch.randn(2, 3, 4, requires_grad=True), torch.randn(6, 4, requires_grad=True)
-    loss = column.linear_cross_entropy(x, weight, torch.full((2, 3), -100), valid_vocab=5, reduction=reduction)
+    loss = backend.linear_cross_entropy(x, weight, torch.full((2, 3), -100), valid_vocab=5, reduction=reduction)
     assert loss == 0
     for gradient in torch.autograd.grad(loss, (x, weight)):
         assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
-@columns
-def test_an_ignored_row_gets_no_gradient_and_does_not_count(column):
+@backends
+def test_an_ignored_row_gets_no_gradient_and_does_not_count(backend):
     x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(6, 4)
-    loss = column.linear_cross_entropy(x, weight, torch.tensor([2, -100, 5]))
-    torch.testing.assert_close(loss, column.linear_cross_entropy(x[[0, 2]], weight, torch.tensor([2, 5])))
+    loss = backend.linear_cross_entropy(x, weight, torch.tensor([2, -100, 5]))
+    torch.testing.assert_close(loss, backend.linear_cross_entropy(x[[0, 2]], weight, torch.tensor([2, 5])))
     (gradient,) = torch.autograd.grad(loss, x)
     assert (gradient != 0).any(-1).tolist() == [True, False, True]
 
 
-@columns
-def test_padding_columns_have_no_influence_and_no_gradient(column):
+@backends
+def test_padding_columns_have_no_influence_and_no_gradient(backend):
     torch.manual_seed(0)
     x, weight, targets = torch.randn(2, 3, 4), torch.randn(8, 4), torch.randint(5, (2, 3))
     weight[5:] = 1e4
     weight.requires_grad_()
-    loss = column.linear_cross_entropy(x, weight, targets, valid_vocab=5)
-    torch.testing.assert_close(loss, column.linear_cross_entropy(x, weight[:5], targets))
+    loss = backend.linear_cross_entropy(x, weight, targets, valid_vocab=5)
+    torch.testing.assert_close(loss, backend.linear_cross_entropy(x, weight[:5], targets))
     (gradient,) = torch.autograd.grad(loss, weight)
     assert (gradient != 0).any(-1).tolist() == [True] * 5 + [False] * 3
 
 
-@columns
-def test_an_unknown_reduction_is_an_error_that_lists_the_known(column):
+@backends
+def test_an_unknown_reduction_is_an_error_that_lists_the_known(backend):
     with pytest.raises(ValueError, match="'average' is not one of mean, sum, none"):
-        column.linear_cross_entropy(torch.randn(2, 4), torch.randn(3, 4), torch.tensor([0, 1]), reduction="average")
+        backend.linear_cross_entropy(torch.randn(2, 4), torch.randn(3, 4), torch.tensor([0, 1]), reduction="average")
 
 
-@columns
-def test_dropout_without_a_seed_is_an_error(column):
+@backends
+def test_dropout_without_a_seed_is_an_error(backend):
     with pytest.raises(ValueError, match="needs a seed"):
-        column.causal_attention(*torch.randn(3, 1, 4, 2, 5), dropout_p=0.1)
+        backend.causal_attention(*torch.randn(3, 1, 4, 2, 5), dropout_p=0.1)
 
 
 def test_what_is_written_to_pages_that_are_a_view_is_not_lost():

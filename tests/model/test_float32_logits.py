@@ -80,15 +80,15 @@ def test_a_model_gives_float32_logits(kernels: str, dtype: torch.dtype, quantize
     assert relative_error(logits, hidden.double() @ weight[:100].t()) < 1e-6
 
 
-@pytest.mark.parametrize("column", [reference, torch_ops], ids=["reference", "torch"])
+@pytest.mark.parametrize("backend", [reference, torch_ops], ids=["reference", "torch"])
 @halves
-def test_the_loss_is_of_float32_logits(column, dtype: torch.dtype):
+def test_the_loss_is_of_float32_logits(backend, dtype: torch.dtype):
     """Evaluated at any size, and trained up to a size on a CPU."""
     x, embedding = head(dtype)
     targets = torch.tensor([7])
     for weight, trained in ((embedding.weight.detach(), False), (embedding.weight[:2000].detach(), True)):
         exact = reference.linear_cross_entropy(x.double(), weight.double(), targets)
-        loss = column.linear_cross_entropy(x, weight.requires_grad_(trained), targets)
+        loss = backend.linear_cross_entropy(x, weight.requires_grad_(trained), targets)
         assert (loss.dtype, loss.requires_grad) == (torch.float32, trained)
         assert float(loss) == pytest.approx(float(exact), abs=1e-4)
 

@@ -19,17 +19,17 @@ from tests.helpers.covering import some
 V, T = 61, 12  # tokens and context of the tiny model; the embedding has 128 rows
 POSITIONS = ("learned", "sinusoidal", "rotary", "none")
 positions = pytest.mark.parametrize("position", POSITIONS)
-columns = pytest.mark.parametrize("column", ["reference", "torch"])
+backends = pytest.mark.parametrize("backend", ["reference", "torch"])
 
 
 LAYER = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
 
 
-def tiny(column="torch", **changes):
+def tiny(backend="torch", **changes):
     """A model of two layers with weights five times as large as GPT-2's, so that attention is far from even."""
     shape = {"vocab_size": V, "block_size": T, "n_layer": 2, "n_head": 4, "n_embd": 16, **changes}
     torch.manual_seed(0)
-    model = GPT(ModelConfig(**shape), resolve(column))
+    model = GPT(ModelConfig(**shape), resolve(backend))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(5 if parameter.dim() == 2 else 1)
@@ -121,9 +121,9 @@ def test_untrained_loss_is_that_of_a_guess(position):
     assert model(*batch(B=32)).item() == pytest.approx(math.log(V), rel=0.02)
 
 
-@columns
-def test_vocabulary_padding_is_never_seen(column):
-    model, (tokens, targets) = tiny(column), batch()
+@backends
+def test_vocabulary_padding_is_never_seen(backend):
+    model, (tokens, targets) = tiny(backend), batch()
     assert model.wte.weight.shape[0] == 128
     logits, before = model(tokens), loss_and_gradients(model)
     assert logits.shape == (3, T, V)
@@ -142,11 +142,11 @@ def test_ignored_targets_do_not_count():
     torch.testing.assert_close(model(tokens, targets), expected)
 
 
-@columns
+@backends
 @positions
 @pytest.mark.parametrize("n_kv_head", [None, 1])
-def test_a_token_changes_its_own_logits_and_later_ones_alone(column, position, n_kv_head):
-    model, (tokens, _) = tiny(column, position=position, n_kv_head=n_kv_head), batch()
+def test_a_token_changes_its_own_logits_and_later_ones_alone(backend, position, n_kv_head):
+    model, (tokens, _) = tiny(backend, position=position, n_kv_head=n_kv_head), batch()
     before = model(tokens)
     for t in (1, 7, T - 1):
         changed = tokens.clone()
@@ -207,17 +207,17 @@ def test_rotary_scores_depend_on_the_distance_alone():
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 def test_reference_and_torch_columns_agree(position, n_kv_head, dropout):
     results = []
-    for column in ("reference", "torch"):
-        model = tiny(column, position=position, n_kv_head=n_kv_head, dropout=dropout)
+    for backend in ("reference", "torch"):
+        model = tiny(backend, position=position, n_kv_head=n_kv_head, dropout=dropout)
         torch.manual_seed(2)
         results.append(loss_and_gradients(model))
     for a, b in zip(*results, strict=True):
         assert relative(a, b) < 1e-5
 
 
-@columns
-def test_dropout_follows_the_seed_in_training_and_is_off_in_evaluation(column):
-    model, tokens_and_targets = tiny(column, dropout=0.25), batch()
+@backends
+def test_dropout_follows_the_seed_in_training_and_is_off_in_evaluation(backend):
+    model, tokens_and_targets = tiny(backend, dropout=0.25), batch()
 
     def loss(seed):
         torch.manual_seed(seed)
@@ -226,12 +226,12 @@ def test_dropout_follows_the_seed_in_training_and_is_off_in_evaluation(column):
     assert loss(1) == loss(1)
     assert loss(1) != loss(2)
     model.eval()
-    assert loss(1) == loss(2) == tiny(column)(*tokens_and_targets).item()
+    assert loss(1) == loss(2) == tiny(backend)(*tokens_and_targets).item()
 
 
-def counting(column="torch"):
-    """A column whose functions note (op, keyword arguments) before they run."""
-    calls, row_ops = [], resolve(column)
+def counting(backend="torch"):
+    """A backend whose functions note (op, keyword arguments) before they run."""
+    calls, row_ops = [], resolve(backend)
 
     def noting(op):
         def call(*inputs, **arguments):
@@ -243,9 +243,9 @@ def counting(column="torch"):
     return dataclasses.replace(row_ops, **{op: noting(op) for op in TABLE}), calls
 
 
-@columns
-def test_dropout_acts_on_embedding_attention_and_both_residual_branches(column, monkeypatch):
-    ops, calls = counting(column)
+@backends
+def test_dropout_acts_on_embedding_attention_and_both_residual_branches(backend, monkeypatch):
+    ops, calls = counting(backend)
     shapes = []
 
     def noted(x, p, training):
@@ -266,18 +266,18 @@ def test_dropout_acts_on_embedding_attention_and_both_residual_branches(column, 
     assert shapes[5:] == [((3, T, 16), False)] * 5
 
 
-@columns
+@backends
 @pytest.mark.parametrize(("dropout", "training"), [(0.0, True), (0.25, False)])
-def test_without_dropout_no_random_number_is_drawn(column, dropout, training):
-    model = tiny(column, dropout=dropout).train(training)
+def test_without_dropout_no_random_number_is_drawn(backend, dropout, training):
+    model = tiny(backend, dropout=dropout).train(training)
     before = torch.get_rng_state()
     loss_and_gradients(model)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@columns
-def test_packed_documents_do_not_see_each_other(column):
-    model, (tokens, targets) = tiny(column, position="none"), batch()
+@backends
+def test_packed_documents_do_not_see_each_other(backend):
+    model, (tokens, targets) = tiny(backend, position="none"), batch()
     parts = [(0, 5), (5, 9), (9, T)]
     separate = [model(tokens[:, a:b], targets[:, a:b]) * (b - a) for a, b in parts]
     packed = model(tokens, targets, doc_ids=torch.tensor([0] * 5 + [1] * 4 + [2] * 3).expand(3, T))
@@ -297,9 +297,9 @@ def test_the_model_is_built_from_the_tables_operations(n_layer):
     assert "linear_cross_entropy" not in dict(calls)
 
 
-@pytest.mark.parametrize("column", some(1, ["torch", "reference"]))
-def test_compiled_model_gives_the_same_loss_and_gradients(column):
-    model = tiny(column, position="rotary", n_kv_head=2)
+@pytest.mark.parametrize("backend", some(1, ["torch", "reference"]))
+def test_compiled_model_gives_the_same_loss_and_gradients(backend):
+    model = tiny(backend, position="rotary", n_kv_head=2)
     eager = loss_and_gradients(model)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

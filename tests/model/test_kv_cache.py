@@ -11,22 +11,22 @@ from fastgpt.ops import table
 V, T = 31, 12
 
 
-def model_and_tokens(column="torch", dtype=torch.float32, **changes):
+def model_and_tokens(backend="torch", dtype=torch.float32, **changes):
     torch.manual_seed(0)
     shape = {"vocab_size": V, "block_size": T, "n_layer": 2, "n_head": 4, "n_embd": 16, **changes}
-    model = GPT(ModelConfig(**shape), table.resolve(column)).to(dtype)
+    model = GPT(ModelConfig(**shape), table.resolve(backend)).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(5 if parameter.dim() == 2 else 1)
     return model, torch.randint(V, (3, T))
 
 
-@pytest.mark.parametrize("column", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("position", ["learned", "sinusoidal", "rotary", "none"])
 @pytest.mark.parametrize("n_kv_head", [None, 2, 1])
 @pytest.mark.parametrize("chunks", [[T], [1] * T, [5, 1, 3, 2, 1]])
-def test_cached_logits_are_those_of_one_pass(chunks, n_kv_head, position, column):
-    model, tokens = model_and_tokens(column, torch.float64, position=position, n_kv_head=n_kv_head)
+def test_cached_logits_are_those_of_one_pass(chunks, n_kv_head, position, backend):
+    model, tokens = model_and_tokens(backend, torch.float64, position=position, n_kv_head=n_kv_head)
     cache = DenseCache(model.config, B=3, dtype=torch.float64)
     with torch.no_grad():
         parts = [model(part, cache=cache) for part in tokens.split(chunks, dim=1)]

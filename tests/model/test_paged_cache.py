@@ -103,7 +103,7 @@ def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.
     return torch.stack(outs)
 
 
-@pytest.mark.parametrize("column", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("layer", [0, L - 1])
 @pytest.mark.parametrize(
     ("decoding", "reading"),
@@ -115,9 +115,9 @@ def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.
     ],
     ids=["one of each", "many", "only decoding", "only reading"],
 )
-def test_a_step_agrees_with_dense_attention_and_writes_only_its_slots(decoding, reading, layer, column):
+def test_a_step_agrees_with_dense_attention_and_writes_only_its_slots(decoding, reading, layer, backend):
     torch.manual_seed(0)
-    cache, ops = random_cache(), resolve(column)
+    cache, ops = random_cache(), resolve(backend)
     sequences = [(length, 1) for length in decoding] + reading
     free = torch.randperm(PAGES).tolist()  # no row, no order
     tables = [[free.pop() for _ in range(math.ceil(length / P))] for length, _ in sequences]
@@ -146,10 +146,10 @@ def test_a_step_agrees_with_dense_attention_and_writes_only_its_slots(decoding, 
     torch.testing.assert_close(out, dense[None], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("column", ["reference", "torch"])
-def test_padding_is_not_written_and_gives_zeros(column):
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_padding_is_not_written_and_gives_zeros(backend):
     torch.manual_seed(0)
-    cache, ops = random_cache(), resolve(column)
+    cache, ops = random_cache(), resolve(backend)
     decode = Sequences(torch.tensor([[3, 5], [0, 0]], dtype=torch.int32), torch.tensor([P + 1, 0], dtype=torch.int32))
     read = Sequences(
         torch.tensor([[7, 2], [0, 0]], dtype=torch.int32),

@@ -1,4 +1,4 @@
-"""The rule by which `--kernels auto` trusts a column, held against the rule of the kernels' tests."""
+"""The rule by which `--kernels auto` trusts a backend, held against the rule of the kernels' tests."""
 
 import re
 

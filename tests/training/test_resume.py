@@ -111,7 +111,7 @@ def test_a_moved_and_renamed_run_resumes_and_generates(capsys):
     assert capsys.readouterr().out.startswith("The ")
 
 
-def test_a_resume_keeps_the_runs_columns_unless_others_are_asked_for(capsys):
+def test_a_resume_keeps_the_runs_backends_unless_others_are_asked_for(capsys):
     out = start("--max_iters 2 --kernels reference")
     for flags, column in [("--kernels auto --max_iters 4", "reference"), ("--kernels torch --max_iters 6", "torch")]:
         assert resume(flags) == 0

@@ -33,7 +33,7 @@ TOY = (
         pytest.param("--dropout 0.2", "--compile", marks=pytest.mark.slow),
     ],
 )
-def test_five_steps_have_the_losses_of_the_torch_column(options: str, compiled: str):
+def test_five_steps_have_the_losses_of_the_torch_backend(options: str, compiled: str):
     ours = run(f"{TOY} {options} {compiled} --kernels triton", "ours")
     theirs = run(f"{TOY} {options} --kernels torch", "theirs")
     assert records(ours).keys() == {1, 2, 3, 4, 5}
@@ -44,7 +44,7 @@ def test_five_steps_have_the_losses_of_the_torch_column(options: str, compiled: 
 
 
 @pytest.mark.slow
-def test_float16_with_its_loss_scale_follows_the_torch_column():
+def test_float16_with_its_loss_scale_follows_the_torch_backend():
     ours, theirs = (run(f"{TOY} --dtype float16 --dropout 0.2 --kernels {c}", c) for c in ("triton", "torch"))
     assert records(ours) == pytest.approx(records(theirs), rel=0, abs=5e-3)
 
@@ -73,13 +73,13 @@ def test_a_resumed_run_keeps_its_kernels_and_repeats_the_uninterrupted_one(capsy
 
 
 @pytest.mark.parametrize("cache", ["none", "dense"])
-def test_it_generates_what_the_torch_column_generates(cache: str):
+def test_it_generates_what_the_torch_backend_generates(cache: str):
     run(f"{TOY} --kernels torch")
     ours, theirs = (
-        load.load("out", kernels=column, device=DEVICE, dtype="float32").generate(
+        load.load("out", kernels=backend, device=DEVICE, dtype="float32").generate(
             "The quick ", max_new_tokens=12, temperature=0, cache=cache
         )
-        for column in ("triton", "torch")
+        for backend in ("triton", "torch")
     )
     assert ours == theirs
 
