@@ -5,6 +5,7 @@ Without a GPU the kernels run in Triton's interpreter. On one, `pytest -m gpu -n
 which share Triton's and torch.compile's caches on disk, and have an equal share of the GPU's memory each.
 """
 
+import importlib.util
 import os
 import signal
 from collections.abc import Iterator
@@ -61,6 +62,15 @@ def one_thread() -> None:
     """Toy sizes run fastest on one thread, and a second one only waits for a busy core."""
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_interpreter() -> None:
+    """Where kernels run in Triton's interpreter, it does nothing twice."""
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+        from tests.helpers import interpreter
+
+        interpreter.replace_once()
 
 
 @pytest.fixture(autouse=True, scope="session")
