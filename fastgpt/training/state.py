@@ -14,6 +14,7 @@ from fastgpt.errors import CorruptCheckpoint
 from fastgpt.interchange import nanogpt_weights
 from fastgpt.model.gpt import GPT
 from fastgpt.ops.table import Ops
+from fastgpt.system.device import seed
 from fastgpt.training.step import TrainStep
 
 
@@ -93,7 +94,7 @@ class TrainingState:
         self.progress = Progress(val_set=self.val_set)
 
     def _make_model(self) -> GPT:
-        torch.manual_seed(self.config.seed)
+        seed(self.config.seed, self.device)
         with self.device:
             model = GPT(self.config, self.ops)
         if self.config.imports:

@@ -16,7 +16,7 @@ from fastgpt.config.training import TrainConfig
 from fastgpt.data.loader import Batch
 from fastgpt.errors import UsageError
 from fastgpt.model.gpt import GPT
-from fastgpt.system.device import autocast
+from fastgpt.system.device import autocast, seed
 from fastgpt.system.torch_private import GROWTH_TRACKER, compile_error
 from fastgpt.training.guard import Guard
 from fastgpt.training.optimizer import clip, make_optimizer
@@ -70,7 +70,7 @@ class TrainStep:
             The mean loss; None if the step was cut short, and must be abandoned.
         """
         # Dropout is a pure function of (seed, step), so a resumed run repeats it.
-        torch.manual_seed((self.config.seed + (number + 1) * 0x9E3779B97F4A7C15) % 2**64)
+        seed((self.config.seed + (number + 1) * 0x9E3779B97F4A7C15) % 2**64, self.device)
         total = torch.zeros((), device=self.device)
         with autocast(self.device, self.dtype):  # around all micro-batches: the weights are cast once
             for done, (x, y) in enumerate(batches, 1):

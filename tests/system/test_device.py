@@ -1,5 +1,6 @@
 """The device and arithmetic that flags choose; devices that are absent are played by monkeypatch."""
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -218,6 +219,21 @@ def test_without_meminfo_half_of_the_memory_is_free(monkeypatch, linux):
 def test_where_nothing_is_known_four_gib_are_free(monkeypatch, linux):
     monkeypatch.delattr(os, "sysconf", raising=False)
     assert free_memory(CPU) == 4 << 30
+
+
+@pytest.mark.parametrize("number", [0, 1337, 2**63 + 5, 2**64 - 1])
+def test_a_seed_gives_the_numbers_of_torchs_own_and_seeds_only_what_is_used(monkeypatch, number: int):
+    torch.manual_seed(number)
+    expected = torch.rand(5)
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext(seeded.append(device)))
+    monkeypatch.setattr(torch.cuda, "manual_seed", seeded.append)
+    module.seed(number, torch.device("cpu"))
+    assert torch.equal(torch.rand(5), expected)
+    assert seeded == []
+    module.seed(number, torch.device("cuda", 1))
+    assert seeded == [torch.device("cuda", 1), number]
+    assert torch.equal(torch.rand(5), expected)
 
 
 def test_the_meta_device_takes_no_memory():
