@@ -38,7 +38,7 @@ from fastgpt.config.training import TrainConfig
 from fastgpt.model.gpt import GPT
 from fastgpt.training.step import TrainStep
 
-config = TrainConfig(vocab_size=11, block_size=8, n_layer=1, n_head=2, n_embd=8)
+config = TrainConfig(vocab_size=11, block_size=8, n_layer=1, n_head=2, n_embd=8, dropout=0.1)
 tokens = torch.randint(11, (2, 9))
 TrainStep(GPT(config), config, torch.device("cpu"), torch.float32)(0, [(tokens[:, :-1], tokens[:, 1:])])
 """

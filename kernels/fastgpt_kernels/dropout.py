@@ -36,7 +36,7 @@ def dropout_mask(seed: torch.Tensor, B: int, H: int, Tq: int, Tk: int, p: float)
     """
     threshold = round(p * 65536)
     if seed.device.type == "cpu":
-        keep = _mask_by_chunks(seed, B * H, Tq, Tk, threshold)
+        keep = torch.ops.fastgpt.dropout_mask(seed, B * H, Tq, Tk, threshold)
     else:
         keep = _keep(seed, *_counters(seed, B * H, Tq, Tk), threshold)
     return keep.flatten(2)[..., :Tk].view(B, H, Tq, Tk)
@@ -62,11 +62,17 @@ def apply_dropout(weights: torch.Tensor, seed: torch.Tensor | None, p: float) ->
     return weights if keep is None else weights * keep * (1.0 / (1.0 - p))
 
 
-@torch.library.custom_op("fastgpt::dropout_mask", mutates_args=())
+torch.library.define(
+    "fastgpt::dropout_mask", "(Tensor seed, SymInt heads, SymInt Tq, SymInt Tk, SymInt threshold) -> Tensor"
+)
+
+
+@torch.library.impl("fastgpt::dropout_mask", "CompositeExplicitAutograd")
 def _mask_by_chunks(seed: torch.Tensor, heads: int, Tq: int, Tk: int, threshold: int) -> torch.Tensor:
     """Kept or not, (heads, Tq, blocks, 32), a few heads at a time so that intermediate results stay in the cache.
 
-    One opaque operation, because torch.compile makes it twice as slow.
+    One opaque operation, because torch.compile makes it twice as slow. `torch.library.custom_op` would import the
+    compiler in the first step of every run with dropout.
     """
     column, row, head = _counters(seed, heads, Tq, Tk)
     size = max(1, CHUNK // max(1, Tq * len(column)))
@@ -74,7 +80,7 @@ def _mask_by_chunks(seed: torch.Tensor, heads: int, Tq: int, Tk: int, threshold:
     return torch.cat(parts) if heads else _mask_shape(seed, heads, Tq, Tk, threshold)
 
 
-@_mask_by_chunks.register_fake
+@torch.library.register_fake("fastgpt::dropout_mask")
 def _mask_shape(seed: torch.Tensor, heads: int, Tq: int, Tk: int, threshold: int) -> torch.Tensor:
     return seed.new_empty(heads, Tq, _blocks(Tk), COLUMNS_PER_BLOCK, dtype=torch.bool)
 
