@@ -150,7 +150,7 @@ def test_a_seed_without_dropout_changes_nothing():
     assert not torch.equal(causal_attention(q, k, v, dropout_p=0.5, seed=seed_of(3)), plain)
 
 
-@pytest.mark.parametrize("tile", [(16, 32), (32, 128)])
+@pytest.mark.parametrize("tile", some(1, [((16, 32),), ((32, 128),)]))
 def test_tiles_change_the_rounding_alone(tile):
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 130, 1, 16, device=DEVICE)

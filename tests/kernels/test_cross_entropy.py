@@ -49,6 +49,7 @@ CHANNELS = st.one_of(st.integers(2, 30).map(lambda n: 2 * n + 1), st.sampled_fro
 )
 @reductions
 @dtypes
+@pytest.mark.covering_array(1)
 def test_agrees_at_any_shape_layout_and_chunk_size(dtype, reduction, data, lead, C, V, seed):
     torch.manual_seed(seed)
     if dtype == torch.float16:  # in a few numbers stock PyTorch's roundings are small by luck now and then
@@ -309,6 +310,7 @@ def assert_many_rows_agree(inputs, grad, **arguments):
         assert a[c.abs() > 2**-23].all()
 
 
+@pytest.mark.slow
 def test_float16_gradients_of_a_mean_over_64k_rows_do_not_underflow(monkeypatch):
     """In the interpreter, which takes minutes for that many programs, the rows of a chunk repeat its first 32."""
     torch.manual_seed(0)

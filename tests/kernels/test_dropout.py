@@ -108,6 +108,10 @@ def test_compiled_mask_is_the_same():
     assert torch.equal(compiled(torch.tensor(7), 2, 3, 5, 17, 0.25), mask(7, 2, 3, 5, 17, 0.25))
 
 
+def test_the_operator_passes_opcheck():
+    torch.library.opcheck(torch.ops.fastgpt.dropout_mask.default, (torch.tensor(7), 6, 5, 17, 16384))
+
+
 def test_rate_zero_keeps_all_and_needs_no_seed():
     weights = torch.rand(1, 2, 3, 3)
     assert mask(7, p=0.0).all()

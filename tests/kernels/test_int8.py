@@ -161,6 +161,7 @@ def test_pieces_of_a_large_weight_make_one_output(rows):
 
 @pytest.mark.parametrize("bias", [None, "x"])
 @pytest.mark.parametrize("rows", [1, 6])
+@pytest.mark.covering_array(1)
 def test_the_operator_passes_opcheck(rows, bias):
     for out_dtype in (torch.float32, torch.float16):
         torch.library.opcheck(torch.ops.fastgpt.linear_int8.default, (*case((2, rows, 33), 20, bias), out_dtype))
@@ -168,6 +169,7 @@ def test_the_operator_passes_opcheck(rows, bias):
 
 @pytest.mark.parametrize("backend", [int8, torch_ops, reference], ids=["triton", "torch", "reference"])
 @pytest.mark.parametrize("rows", [1, 6])
+@pytest.mark.covering_array(1)
 def test_compiled_in_one_graph_it_gives_the_same(rows, backend):
     torch._dynamo.reset()
     made = case((rows, 64), 48, "x")

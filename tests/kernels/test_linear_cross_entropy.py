@@ -197,7 +197,7 @@ def test_backward_and_scale_operators_pass_opcheck(dtype, products, shape, reduc
 
 
 @pytest.mark.parametrize("backend", some(1, ["aot_eager", "inductor"]))
-@pytest.mark.parametrize("reduction", some(2, ["mean", "sum", "none"]))
+@pytest.mark.parametrize("reduction", some(1, ["mean", "sum", "none"]))
 @pytest.mark.covering_array(1)
 def test_compiled_in_one_graph_it_gives_the_same(reduction, backend, monkeypatch, tmp_path):
     torch._dynamo.reset()
@@ -213,7 +213,8 @@ def test_compiled_in_one_graph_it_gives_the_same(reduction, backend, monkeypatch
             assert torch.equal(compiled(*inputs, **arguments), eager[0])
 
 
-@pytest.mark.parametrize("reduction", some(1, ["mean", "sum", "none"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_one_compilation_serves_every_size(reduction):
     torch.manual_seed(0)
     torch._dynamo.reset()

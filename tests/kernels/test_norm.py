@@ -58,6 +58,7 @@ COLUMNS = st.one_of(st.integers(2, 90).map(lambda n: 2 * n + 1), st.sampled_from
 @random_cases(5, 60, data=st.data(), lead=st.lists(st.integers(0, 6), max_size=3), C=COLUMNS, seed=st.integers(0, 999))
 @dtypes
 @ops
+@pytest.mark.covering_array(1)
 def test_agrees_at_any_shape_and_layout(op, dtype, data, lead, C, seed):
     torch.manual_seed(seed)
     layout = st.sampled_from([*LAYOUTS])
@@ -353,7 +354,8 @@ def test_compiled_in_one_graph_it_gives_the_same(op, bias, backend):
     assert both_results(outputs_and_gradients(compiled, inputs, grads, eps=1e-3), eager)
 
 
-@pytest.mark.parametrize("op", some(1, ["add_layer_norm", "layer_norm"]))
+@pytest.mark.slow
+@ops
 def test_one_compilation_serves_every_size(op):
     torch.manual_seed(0)
     torch._dynamo.reset()
