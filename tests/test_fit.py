@@ -23,7 +23,7 @@ from tests.helpers.places import ROOT
 
 pytestmark = pytest.mark.usefixtures("workplace", "no_picture")
 SETTINGS = {
-    **{"dataset": "text.txt", "device": "cpu", "dtype": "float32", "n_layer": 2, "n_head": 2, "n_embd": 16},
+    **{"dataset": "text.txt", "device": "cpu", "dtype": "float32", "n_layer": 1, "n_head": 2, "n_embd": 16},
     **{"block_size": 8, "dropout": 0.0, "batch_size": 4, "gradient_accumulation_steps": 2, "learning_rate": 1e-2},
     **{"warmup_iters": 2, "max_iters": 6, "eval_interval": 3, "eval_iters": 2, "log_interval": 1, "sample_interval": 0},
 }

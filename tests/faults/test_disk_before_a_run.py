@@ -33,7 +33,7 @@ class TestBeforeTheFirstStep:
         assert not list(Path().glob("out/.fastgpt-tmp-*"))
 
     def test_a_limit_on_files_that_a_checkpoint_exceeds(self):
-        code = in_child(lambda: limited(70_000) or train_here("--n_embd 64"))
+        code = in_child(lambda: limited(70_000) or train_here("--n_layer 2 --n_embd 64"))
         self.refused(code, "a checkpoint has a file of 1 MiB", "0 MiB", "ulimit -f")
         assert train_here("--max_iters 2") == 0  # the folder can be used
 
@@ -43,7 +43,7 @@ class TestBeforeTheFirstStep:
 
     @pytest.mark.slow
     def test_as_a_program(self):
-        process = runs.spawn("--n_embd 64", preexec_fn=lambda: limited(70_000))
+        process = runs.spawn("--n_layer 2 --n_embd 64", preexec_fn=lambda: limited(70_000))
         out, error = process.communicate(timeout=60)
         assert process.returncode == 2
         assert out == ""
@@ -84,9 +84,9 @@ class TestBeforeTheFirstStep:
     def test_a_disk_that_is_too_small(self, monkeypatch):
         usage = shutil.disk_usage(".")._replace(free=200_000)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-        code = in_child(lambda: train_here("--max_iters 9"))  # three checkpoints of 86 KB
+        code = in_child(lambda: train_here("--n_layer 2 --max_iters 9"))  # three checkpoints of 86 KB
         self.refused(code, "room for 3 checkpoints, 0 MiB, is needed", "make room", "--keep_last")
-        assert in_child(lambda: train_here("--max_iters 6")) == 0  # two of them
+        assert in_child(lambda: train_here("--n_layer 2 --max_iters 6")) == 0  # two of them
 
     def test_what_is_to_be_deleted_counts_as_room_in_a_resume(self, monkeypatch):
         out = run("--max_iters 9 --keep_last 1")

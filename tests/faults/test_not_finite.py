@@ -20,7 +20,7 @@ from tests.helpers import runs
 from tests.helpers.verified import Verified
 
 pytestmark = pytest.mark.usefixtures("no_picture")
-WEIGHT = "h.1.mlp.c_fc.weight"
+WEIGHT = "h.0.mlp.c_fc.weight"
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_a_step_that_is_named_and_a_generation_are_refused(capsys, out: Path):
 
 
 def test_weights_of_nanogpt_are_refused(capsys, out: Path, workplace: Path):
-    config = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "bias": True, "vocab_size": 29}
+    config = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "bias": True, "vocab_size": 29}
     weights = {f"transformer.{name}": tensor.clone() for name, tensor in runs.tensors(out).items()}
     weights[f"transformer.{WEIGHT}"][0, 0] = math.nan
     torch.save({"model": weights, "model_args": config}, "ckpt.pt")

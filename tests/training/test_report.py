@@ -116,7 +116,7 @@ def test_the_introduction_says_what_is_about_to_run(capsys):
     run()
     assert resume("--max_iters 9") == 0
     first, second = capsys.readouterr().err.split("resume: the settings of the run in out")
-    words = ("2 layers, 2 heads, width 16, context 8", "text: ", "vocabulary 29 (char)", "CPU, 1 thread,", "float32")
+    words = ("1 layer, 2 heads, width 16, context 8", "text: ", "vocabulary 29 (char)", "CPU, 1 thread,", "float32")
     for text, length in (
         (first, "6 steps of 64 tokens -> out"),
         (second, "3 steps of 64 tokens, continuing at step 6"),

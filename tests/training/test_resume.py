@@ -49,7 +49,7 @@ def state_of(out_dir: Path) -> tuple:
     some(
         2,
         [
-            "--dtype float32",
+            "--n_layer 2",
             "--dtype bfloat16",
             "--kernels reference",
             "--position rotary --no-bias",
@@ -144,7 +144,7 @@ def refused(capsys, flags: str = "--max_iters 9", *words: str) -> None:
 @pytest.mark.parametrize(
     ("flag", "value"),
     [
-        ("n_layer", "1"),
+        ("n_layer", "2"),
         ("n_head", "4"),
         ("n_kv_head", "1"),
         ("n_embd", "32"),
@@ -163,7 +163,7 @@ def test_another_shape_is_refused_by_name(capsys, flag: str, value: str):
 
 def test_the_runs_own_shape_may_be_given_again():
     start("--max_iters 2")
-    assert resume("--max_iters 3 --n_layer 2 --n_head 2 --n_embd 16 --block_size 8 --bias --tokenizer char") == 0
+    assert resume("--max_iters 3 --n_layer 1 --n_head 2 --n_embd 16 --block_size 8 --bias --tokenizer char") == 0
 
 
 def test_a_run_that_is_done_names_a_larger_max_iters(capsys):
