@@ -196,7 +196,7 @@ def _count(path: Path, name: str) -> int:
 def seed(number: int, device: torch.device) -> None:
     """Seed PyTorch's generators of the host and of the device, with a number below 2**64.
 
-    `torch.manual_seed` seeds every kind of device, and formats a stack trace for each that was not used yet: up to 1 ms.
+    `torch.manual_seed` seeds every kind of device, and formats a stack trace for each that is not in use: up to 1 ms.
     """
     torch.default_generator.manual_seed(number)
     if device.type == "cuda":

@@ -5,12 +5,12 @@ import torch
 
 pytest.importorskip("triton")
 
-import triton.language as tl  # noqa: E402
-from triton.runtime import interpreter  # noqa: E402
+import triton.language as tl
+from triton.runtime import interpreter
 
-from fastgpt_kernels.attention import causal_attention  # noqa: E402
-from fastgpt_kernels.launch import INTERPRETED  # noqa: E402
-from tests.helpers.parity import DEVICE, outputs_and_gradients  # noqa: E402
+from fastgpt_kernels.attention import causal_attention
+from fastgpt_kernels.launch import INTERPRETED
+from tests.helpers.parity import DEVICE, outputs_and_gradients
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="kernels are compiled here")
 
