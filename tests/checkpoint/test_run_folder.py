@@ -1,5 +1,6 @@
 """The folder of a run: one process owns it, and nothing of anybody else's is replaced or deleted."""
 
+import dataclasses
 import json
 import os
 import shlex
@@ -9,11 +10,14 @@ import subprocess
 import sys
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from fastgpt import cli, train
 from fastgpt.checkpoint import run_folder, store
+from fastgpt.config.model import ModelConfig
 from fastgpt.config.training import TrainConfig
 from fastgpt.errors import CorruptCheckpoint, UsageError
 from fastgpt.tokenizer.char import CharTokenizer
@@ -226,6 +230,35 @@ class TestConfiguration:
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(CorruptCheckpoint, match=r"config\.json"):
             run_folder.load(tmp_path)
+
+
+def other_value(field: dataclasses.Field) -> Any:
+    """A value of the field that is not its default."""
+    if isinstance(field.default, bool):
+        return not field.default
+    if isinstance(field.default, str):
+        return next(choice for choice in field.metadata["choices"] if choice != field.default)
+    return (field.default or 0) + (0.5 if isinstance(field.default, float) else 1)
+
+
+class TestResume:
+    @pytest.mark.parametrize("field", dataclasses.fields(ModelConfig), ids=lambda field: field.name)
+    def test_every_setting_of_the_model_but_dropout_is_kept(self, tmp_path: Path, field: dataclasses.Field):
+        data: Any = SimpleNamespace(tokenizer=CharTokenizer("an"), source_sha256="0")
+        config = TrainConfig()
+        run_folder.save(tmp_path, config, data.tokenizer, {"corpus": {"source_sha256": "0"}})
+        run_folder.check_resume(tmp_path, config, data)
+        changed = dataclasses.replace(config, **{field.name: other_value(field)})
+        if field.name in ("dropout", "vocab_size"):  # the vocabulary is compared itself
+            run_folder.check_resume(tmp_path, changed, data)
+        else:
+            with pytest.raises(UsageError, match=f"`{field.name}` .* has .*, and a resume keeps it; leave it out"):
+                run_folder.check_resume(tmp_path, changed, data)
+
+    def test_a_default_may_be_written_out(self, tmp_path: Path):
+        data: Any = SimpleNamespace(tokenizer=CharTokenizer("an"), source_sha256="0")
+        run_folder.save(tmp_path, TrainConfig(), data.tokenizer, {"corpus": {"source_sha256": "0"}})
+        run_folder.check_resume(tmp_path, TrainConfig(n_kv_head=TrainConfig.n_head), data)
 
 
 class TestWatchers:
