@@ -406,7 +406,7 @@ def test_memory_does_not_grow_with_the_text(kind: str, tmp_path: Path):
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
     line = ("It was the best of times, it was the worst of times: 안녕 é " * 3 + "\n").encode()
     code = (
-        "import resource, sys; from fastgpt import corpus; "
+        "import resource, sys; from fastgpt.data import corpus; "
         "corpus.prepare(sys.argv[1], tokenizer=sys.argv[2], data_dir=sys.argv[3], quiet=True); "
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
