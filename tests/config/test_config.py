@@ -94,7 +94,7 @@ def test_configurations_do_not_change():
 
 
 @pytest.mark.parametrize(("kind", "field"), LIMITED)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_numbers_outside_the_limits_are_refused(kind, field, data):
     m, kinds = field.metadata, typing.get_type_hints(kind)[field.name]

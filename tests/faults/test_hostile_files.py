@@ -43,6 +43,12 @@ def made(tmp_path_factory) -> Path:
     return runs.run_in(tmp_path_factory.mktemp("made"), "--eval_interval 6")
 
 
+@pytest.fixture(scope="module")
+def other(tmp_path_factory) -> Path:
+    """The same run of another seed."""
+    return runs.run_in(tmp_path_factory.mktemp("other"), "--eval_interval 6 --seed 2")
+
+
 @pytest.fixture(autouse=True)
 def out(made: Path, workplace: Path) -> Path:
     """A copy of the run, at out, for harm to be done to it."""
@@ -195,8 +201,8 @@ class TestNames:
     """A bait lies outside of the folder: a whole checkpoint, of another training."""
 
     @pytest.fixture(autouse=True)
-    def bait(self, out: Path) -> Path:
-        runs.run("--eval_interval 6 --seed 2", "bait")
+    def bait(self, out: Path, other: Path) -> Path:
+        shutil.copytree(other, "bait")
         shutil.copytree("bait/step-000006", "step-000006")
         return Path("step-000006")
 

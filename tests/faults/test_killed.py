@@ -23,6 +23,7 @@ from fastgpt.evaluation import loss
 from fastgpt.model.gpt import GPT
 from fastgpt.system import files
 from fastgpt.training.optimizer import make_optimizer
+from tests.helpers.covering import some
 from tests.helpers.runs import FLAGS, at_call, records, resume
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -97,9 +98,10 @@ def whole(run: Path) -> Path:
     return store.find(run, "latest")
 
 
-def test_killed_at_every_step_that_reaches_the_disk(tmp_path: Path, parts: Parts):
+@pytest.mark.parametrize("every", some(1, [3, 1]))
+def test_killed_at_every_step_that_reaches_the_disk(tmp_path: Path, parts: Parts, every: int):
     seen = set()
-    for survived in itertools.count():
+    for survived in itertools.count(step=every):
         run = tmp_path / str(survived)
         for step in (1, 2, 3):
             store.save(run, capture(step, *parts, {}), best_step=1)

@@ -151,11 +151,11 @@ def generator() -> TextGenerator:
 
 @pytest.fixture(scope="module")
 def truth(generator: TextGenerator) -> tuple[list[list[int]], list[SamplingParams], list[Completion]]:
-    """200 random ragged requests, and their tokens."""
-    prompts, params = ragged(200), greedy(200)
+    """100 random ragged requests, and their tokens."""
+    prompts, params = ragged(100), greedy(100)
     found = one_by_one(generator, prompts, params, "none")
-    assert len({tuple(one.tokens) for one in found}) > 80
-    assert sum(len(set(one.tokens)) > 1 for one in found) > 100
+    assert len({tuple(one.tokens) for one in found}) > 40
+    assert sum(len(set(one.tokens)) > 1 for one in found) > 50
     return prompts, params, found
 
 

@@ -93,13 +93,23 @@ def assert_is_current(report: compile_report.Content, sources: Path = compile_re
     assert not changed, "\n".join([f"the kernels or their rows have changed; {REFRESH}", *changed])
 
 
+def function_of(row: dict) -> str:
+    """The kernel's function; those with dropout are the same ones."""
+    return row["kernel"].removesuffix("_dropout")
+
+
 def drawn(report: compile_report.Content) -> list[dict]:
-    """One row of each kernel, drawn by a hash of all that it depends on: other sources draw other rows."""
+    """One row of each kernel, drawn by a hash of all that it depends on: other sources draw other rows.
+
+    It is plain and of 16 bits: the heaviest variant, and products in float32, take up to three times as long.
+    """
     first: dict[str, tuple[str, dict]] = {}
     keys = [f"{triton.__version__} {group} {config}" for group, of in report.items() for config in of]
     for key, line in zip(keys, compile_report.lines(report), strict=True):
+        if line not in only_16_bit([line]) or not key.endswith(" plain"):
+            continue
         lot = (hashlib.sha256(key.encode()).hexdigest(), line)
-        first[line["kernel"]] = min(first.get(line["kernel"], lot), lot, key=lambda lot: lot[0])
+        first[function_of(line)] = min(first.get(function_of(line), lot), lot, key=lambda lot: lot[0])
     return [line for _, line in first.values()]
 
 
@@ -141,7 +151,7 @@ Path(sys.argv[2]).write_text(json.dumps(found))
 
 def test_a_row_of_each_kernel_compiles_to_what_the_report_says(report, tmp_path):
     expected = drawn(report)
-    assert {row["kernel"] for row in expected} == TABLE.keys()
+    assert {function_of(row) for row in expected} == {kernel.removesuffix("_dropout") for kernel in TABLE}
     places = json.dumps([[row["target"], row["kernel"], row["config"]] for row in expected])
     done = start("-c", COMPILE, places, str(tmp_path / "found.json"))
     assert done.returncode == 0, done.stderr
