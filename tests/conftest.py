@@ -12,16 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
-from fastgpt.generation import sample
-from fastgpt.loggers import curves
-from tests.helpers import covering, runs
+from tests.helpers import covering
 from tests.helpers.offline import sitecustomize as offline
 
-# Triton reads this when it is imported, which nothing above does.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 # Where tests run in several processes, torch.compile starts no more of them in each.
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if WORKERS > 1:
@@ -29,23 +23,51 @@ if WORKERS > 1:
 OF_THE_GPU = 0.9  # what the processes share; each also has a context of half a GiB, beside PyTorch's memory
 
 
+def pytest_collectstart() -> None:
+    """Choose Triton's interpreter where there is no GPU, before a test file imports Triton, which reads that."""
+    if "TRITON_INTERPRET" not in os.environ and not has_gpu():
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+def has_gpu() -> bool:
+    """Whether PyTorch finds a CUDA GPU. It is imported here: xdist's first process, which runs no test, needs none."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects by markers
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     covering.mark_the_rest_slow(items)
     wanted = config.getoption("-m")
+    if "slow" not in wanted:
+        leave_out_slow(config, items)
     for item in items:
         large = item.get_closest_marker("gpu_large")
-        if (large or item.get_closest_marker("gpu")) and not torch.cuda.is_available():
+        if (large or item.get_closest_marker("gpu")) and not has_gpu():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
         elif large and "gpu_large" not in wanted:
             item.add_marker(pytest.mark.skip(reason="takes tens of GiB of a GPU: run with -m gpu_large"))
-        if item.get_closest_marker("slow") and "slow" not in wanted:
-            item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
+
+
+def leave_out_slow(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect slow tests, as `-m "not slow"` does: to skip some 2,000 takes seconds, and as many reports."""
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    """Say what is left out."""
+    return None if "slow" in config.getoption("-m") else "slow tests are deselected: run them with -m slow"
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Let no process of several take the GPU's memory from the others; what it has cached makes room first."""
-    if WORKERS > 1 and item.get_closest_marker("gpu") and torch.cuda.is_available():
+    if WORKERS > 1 and item.get_closest_marker("gpu") and has_gpu():
+        import torch
+
         torch.cuda.set_per_process_memory_fraction(OF_THE_GPU / WORKERS)
 
 
@@ -60,6 +82,8 @@ def no_network() -> None:
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     """Toy sizes run fastest on one thread, and a second one only waits for a busy core."""
+    import torch
+
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
@@ -98,6 +122,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A working folder of the test's own, with text.txt in it; samples are short, and what was spawned ends with it."""
+    from fastgpt.generation import sample
+    from tests.helpers import runs
+
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sample, "SAMPLE_TOKENS", 5)
     (tmp_path / "text.txt").write_text(runs.TEXT, encoding="utf-8")
@@ -109,4 +136,6 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 @pytest.fixture
 def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the picture of the curves, which takes longer than the steps of a small run."""
+    from fastgpt.loggers import curves
+
     monkeypatch.setattr(curves, "plot_loss", lambda out_dir: out_dir / "plots" / "loss.png")

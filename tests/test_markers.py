@@ -1,4 +1,4 @@
-"""The marks of tests that need a GPU, or a GPU of their own."""
+"""The marks of tests that are slow, or need a GPU, or a GPU of their own."""
 
 from types import SimpleNamespace
 
@@ -38,6 +38,16 @@ def test_a_gpu_is_needed_and_a_large_one_has_to_be_asked_for(monkeypatch, marker
     item, config = Item(*markers), SimpleNamespace(getoption=lambda name: wanted)
     conftest.pytest_collection_modifyitems(config, [item])
     assert item.skipped == why
+
+
+@pytest.mark.parametrize(("wanted", "left"), [("", [0, 2]), ("gpu", [0, 2]), ("slow", [0, 1, 2, 3])])
+def test_slow_tests_have_to_be_asked_for(wanted, left):
+    items, told = [Item(), Item("slow"), Item("gpu"), Item("slow", "gpu")], []
+    hook = SimpleNamespace(pytest_deselected=lambda items: told.extend(items))
+    config, kept = SimpleNamespace(getoption=lambda name: wanted, hook=hook), [*items]
+    conftest.pytest_collection_modifyitems(config, kept)
+    assert kept == [items[i] for i in left]
+    assert told == [item for item in items if item not in kept]
 
 
 def test_processes_share_the_gpus_memory(monkeypatch):

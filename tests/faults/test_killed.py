@@ -136,8 +136,9 @@ def test_killed_while_a_checkpoint_is_written_anew(tmp_path: Path, parts: Parts)
     assert seen == {"first", "again"}
 
 
-def test_killed_before_there_is_any_checkpoint(tmp_path: Path, parts: Parts):
-    for survived in itertools.count():
+@pytest.mark.parametrize("every", some(1, [2, 1]))
+def test_killed_before_there_is_any_checkpoint(tmp_path: Path, parts: Parts, every: int):
+    for survived in itertools.count(step=every):
         run = tmp_path / str(survived)
         run.mkdir()
         killed = is_killed_at(survived, lambda run=run: store.save(run, capture(1, *parts, {})))

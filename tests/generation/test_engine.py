@@ -193,6 +193,7 @@ def test_logprobs_are_the_models_own(generator: TextGenerator, engine: Engine):
 
 @pytest.mark.parametrize("options", [{}, {"max_batch": 2}, {"max_batch": 1}, {"max_batch_tokens": 4}], ids=str)
 @pytest.mark.parametrize("prefix", [True, False])
+@pytest.mark.covering_array(1)
 def test_each_continuation_draws_for_itself(generator: TextGenerator, options: dict, prefix: bool):
     engine = watched(generator.engine(kv_memory=pages(generator, 60, 4), page_size=4, prefix_cache=prefix, **options))
     params = dataclasses.replace(DRAWN, num_samples=5, frequency_penalty=0.5)

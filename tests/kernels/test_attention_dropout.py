@@ -14,7 +14,7 @@ from fastgpt_kernels.reference import visible
 from tests.helpers.covering import some
 from tests.helpers.parity import DEVICE, SPREADS, assert_parity, flash_with_mask, outputs_and_gradients
 
-tiles = pytest.mark.parametrize("tile", [None, (16, 32), (64, 32), (32, 128)])
+tiles = pytest.mark.parametrize("tile", some(3, [(None,), ((16, 32),), ((64, 32),), ((32, 128),)]))
 
 
 @contextlib.contextmanager

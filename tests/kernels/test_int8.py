@@ -23,7 +23,7 @@ biases = pytest.mark.parametrize("bias", [None, "x", torch.float32], ids=["no bi
 
 
 @random_cases(
-    6,
+    3,
     40,
     rows=st.one_of(st.integers(1, int8.FEW_ROWS), st.integers(1, 70)),
     outputs=st.integers(1, 40),

@@ -55,7 +55,7 @@ def both_results(first, second):
 COLUMNS = st.one_of(st.integers(2, 90).map(lambda n: 2 * n + 1), st.sampled_from([8, 64, 127, 128, 129, 257, 768]))
 
 
-@random_cases(5, 60, data=st.data(), lead=st.lists(st.integers(0, 6), max_size=3), C=COLUMNS, seed=st.integers(0, 999))
+@random_cases(3, 60, data=st.data(), lead=st.lists(st.integers(0, 6), max_size=3), C=COLUMNS, seed=st.integers(0, 999))
 @dtypes
 @ops
 @pytest.mark.covering_array(1)

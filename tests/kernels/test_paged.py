@@ -34,7 +34,7 @@ HEADS = [(1, 1), (3, 3), (2, 1), (6, 2), (5, 1)]
 
 
 @random_cases(
-    3,
+    2,
     40,
     lengths=st.lists(st.one_of(st.integers(1, 40), st.integers(1, 300), st.just(0)), min_size=1, max_size=4),
     P=st.sampled_from([1, 5, 8, 16, 32, 64]),
@@ -54,7 +54,7 @@ def test_decode_agrees_at_any_shape(dtype, lengths, P, heads, D, chunk, room, sc
 
 
 @random_cases(
-    4,
+    3,
     40,
     sequences=st.lists(
         st.one_of(

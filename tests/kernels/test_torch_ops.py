@@ -135,6 +135,7 @@ def test_attention_agrees_where_only_keys_and_values_are_trained(names):
         assert_near(a, b.double(), torch.float32)
 
 
+@pytest.mark.slow
 def test_training_attention_in_16_bits_compiles_in_one_graph():
     torch.manual_seed(0)
     inputs, grad = [t.bfloat16() for t in torch.randn(3, 2, 20, 2, 8)], torch.randn(2, 20, 2, 8).bfloat16()

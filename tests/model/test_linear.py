@@ -27,6 +27,7 @@ def draw(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("lead", [(), (1,), (1, 1), (3,), (2, 5), (1, 4)])
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.covering_array(2)
 def test_it_equals_torchs_linear(O: int, I: int, lead: tuple[int, ...], biased: bool, grad: bool):  # noqa: E741
     x, weight, bias = draw(*lead, I), draw(O, I), draw(O) if biased else None
     with torch.set_grad_enabled(grad):

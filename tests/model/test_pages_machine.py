@@ -321,7 +321,7 @@ class Allocations(RuleBasedStateMachine):
         assert sorted(table.pages) == [*range(self.allocator.pages)]
 
 
-@pytest.mark.parametrize("runs", [60, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("runs", [40, pytest.param(400, marks=pytest.mark.slow)])
 def test_over_thousands_of_steps_every_table_reads_its_own_tokens(runs: int):
     Allocations.steps = 0
     Allocations.seen.clear()

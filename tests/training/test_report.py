@@ -53,6 +53,7 @@ def test_samples_and_the_summary_go_to_stdout(capsys):
 
 @pytest.mark.parametrize("out_dir", ["out", "my run"])
 @pytest.mark.parametrize("text", [TEXT, TEXT.lower()])
+@pytest.mark.covering_array(1)
 def test_the_next_command_runs(capsys, out_dir: str, text: str):
     Path("text.txt").write_text(text, encoding="utf-8")
     run(out_dir=out_dir)
