@@ -20,7 +20,15 @@ from tests.helpers.offline import sitecustomize as offline
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if WORKERS > 1:
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# These run first: their few tests are long, and at the end one process would wait for them.
+EARLY = ("test_aot.py", "test_train_triton.py", "test_killed.py", "test_crash.py")
 OF_THE_GPU = 0.9  # what the processes share; each also has a context of half a GiB, beside PyTorch's memory
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give files to processes in the tests' order; xdist's own begins with the files that have the most tests."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
 
 
 def pytest_collectstart() -> None:
@@ -38,6 +46,7 @@ def has_gpu() -> bool:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects by markers
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in EARLY)
     covering.mark_the_rest_slow(items)
     wanted = config.getoption("-m")
     if "slow" not in wanted:

@@ -1,5 +1,6 @@
 """The marks of tests that are slow, or need a GPU, or a GPU of their own."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ class Item:
     """A test with these markers, which remembers why it is skipped."""
 
     def __init__(self, *markers: str):
-        self.markers, self.skipped = markers, None
+        self.markers, self.skipped, self.path = markers, None, Path("test_some.py")
 
     def get_closest_marker(self, name: str) -> str | None:
         return name if name in self.markers else None
