@@ -5,7 +5,6 @@ import itertools
 import random
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -301,30 +300,23 @@ def test_progress_says_who_runs_and_waits_and_what_is_taken(capsys, monkeypatch)
 
 @pytest.mark.usefixtures("workplace", "no_picture")
 @pytest.mark.parametrize("count", [30, pytest.param(200, marks=pytest.mark.slow)])
-def test_ragged_prompts_on_the_command_line(count: int):
-    """The command itself on a trained run, in a pool too small for all."""
+def test_ragged_prompts_on_the_command_line(count: int, capsys):
+    """On a trained run, in a pool too small for all."""
     runs.run("--max_iters 2 --eval_interval 2 --block_size 32")
     rng = random.Random(0)
     prompts = [runs.TEXT[at : at + rng.randint(0, 40)] for at in (rng.randrange(4000) for _ in range(count))]
     Path("p.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
     flags = shlex.split("--prompts p.txt --max_new_tokens 6 --device cpu --dtype float32")
-    line = [
-        sys.executable,
-        "-m",
-        "fastgpt.generate",
-        "--cache",
-        "paged",
-        "--kv_memory",
-        "30kB" if count < 100 else "100kB",
-        *flags,
-    ]
-    done = subprocess.run(line, capture_output=True, encoding="utf-8", check=True)
+    memory = "15kB" if count < 100 else "50kB"
+    capsys.readouterr()
+    assert cli.run(generate.main, ["--cache", "paged", "--kv_memory", memory, *flags]) == 0
+    shown = capsys.readouterr()
     assert cli.run(generate.main, ["--cache", "dense", "--output", "dense.jsonl", *flags]) == 0
-    paged, dense = without_timings(answers(done.stdout)), without_timings(answers(Path("dense.jsonl").read_text()))
+    paged, dense = without_timings(answers(shown.out)), without_timings(answers(Path("dense.jsonl").read_text()))
     assert paged == dense
     assert [line["prompt"] for line in paged] == prompts
     assert all(len(line["tokens"]) == 6 for line in paged)
-    assert "prefix hits" in done.stderr
+    assert "prefix hits" in shown.err
 
 
 def test_reading_fails_with_the_errors_of_the_api_too(tmp_path: Path):

@@ -110,7 +110,7 @@ def one(sampler: Sampler, logits: torch.Tensor, slot: int = 0, index: int = 0) -
     return int(sampler(logits[None], [slot], [index]).tokens)
 
 
-@pytest.mark.parametrize("kind", some(2, KINDS), ids=str)
+@pytest.mark.parametrize("kind", some(1, KINDS[::-1]), ids=str)
 def test_frequencies_are_the_definitions(kind: dict):
     chosen = params(**kind)
     assert_drawn_from(expected(LOGITS, PROMPT, SAID, chosen), draw(LOGITS, chosen, PROMPT, SAID))

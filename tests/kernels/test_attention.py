@@ -80,7 +80,7 @@ EDGES = sorted({T for side in SIDES for T in (side - 1, side, side + 1) if T <= 
 HEADS = [(1, 1), (2, 2), (2, 1), (3, 1), (4, 2)]
 
 
-@random_cases(3, 60, data=st.data(), seed=st.integers(0, 999))
+@random_cases(2, 60, data=st.data(), seed=st.integers(0, 999))
 @dtypes
 def test_agrees_at_any_shape_and_layout(dtype, data, seed):
     torch.manual_seed(seed)
@@ -165,7 +165,7 @@ def test_every_row_of_the_table_can_be_launched():
                 assert row.columns in (32, 64, 128, 256), kernel  # dropout's numbers come by 32
 
 
-@pytest.mark.parametrize(("Tq", "Tk"), some(2, [(67, 67), (1, 130), (40, 131)]))
+@pytest.mark.parametrize(("Tq", "Tk"), some(1, [(40, 131), (67, 67), (1, 130)]))
 @pytest.mark.parametrize("tile", some(1, [((16, 32),), ((64, 32),), ((32, 64),), ((128, 64),), ((16, 128),)]))
 @pytest.mark.covering_array(1)
 def test_agrees_in_tiles_of_any_form(tile, Tq, Tk):

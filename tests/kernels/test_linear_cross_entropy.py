@@ -181,7 +181,7 @@ def test_forward_operator_passes_opcheck(dtype, products, shape, reduction, igno
     torch.library.opcheck(torch.ops.fastgpt.linear_cross_entropy_forward.default, arguments)
 
 
-@pytest.mark.parametrize(("dtype", "products", "shape", "reduction", "ignored"), some(2, VARIANTS))
+@pytest.mark.parametrize(("dtype", "products", "shape", "reduction", "ignored"), some(1, VARIANTS))
 def test_backward_and_scale_operators_pass_opcheck(dtype, products, shape, reduction, ignored):
     torch.manual_seed(0)
     lead = shape[:-1]

@@ -47,7 +47,7 @@ def state_of(out_dir: Path) -> tuple:
 @pytest.mark.parametrize(
     "setting",
     some(
-        2,
+        1,
         [
             "--n_layer 2",
             "--dtype bfloat16",

@@ -11,6 +11,7 @@ from fastgpt.config.model import ModelConfig
 from fastgpt.generation import load
 from fastgpt.model.gpt import GPT
 from fastgpt.ops.table import TABLE, resolve
+from tests.helpers.covering import some
 from tests.helpers.places import ROOT
 from tests.helpers.runs import FLAGS, records, resume, run, tensors
 
@@ -72,7 +73,7 @@ def test_a_resumed_run_keeps_its_kernels_and_repeats_the_uninterrupted_one(capsy
         assert torch.equal(tensors(whole.parent / "parted")[name], tensor), name
 
 
-@pytest.mark.parametrize("cache", ["none", "dense"])
+@pytest.mark.parametrize("cache", some(1, ["dense", "none"]))
 def test_it_generates_what_the_torch_backend_generates(cache: str):
     run(f"{TOY} --kernels torch")
     ours, theirs = (
