@@ -143,16 +143,19 @@ def refused(capsys, flags: str = "--max_iters 9", *words: str) -> None:
 
 @pytest.mark.parametrize(
     ("flag", "value"),
-    [
-        ("n_layer", "2"),
-        ("n_head", "4"),
-        ("n_kv_head", "1"),
-        ("n_embd", "32"),
-        ("block_size", "4"),
-        ("bias", "false"),
-        ("position", "rotary"),
-        ("tokenizer", "byte"),
-    ],
+    some(
+        4,
+        [
+            ("n_layer", "2"),
+            ("n_head", "4"),
+            ("n_kv_head", "1"),
+            ("n_embd", "32"),
+            ("block_size", "4"),
+            ("bias", "false"),
+            ("position", "rotary"),
+            ("tokenizer", "byte"),
+        ],
+    ),
 )
 def test_another_shape_is_refused_by_name(capsys, flag: str, value: str):
     start("--max_iters 2")
@@ -276,6 +279,7 @@ def test_a_start_from_what_is_no_step_of_the_run_is_refused(capsys, init_from: s
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json"])
 @pytest.mark.parametrize("content", [b"", b"{}", b"\xff\x00", None])
+@pytest.mark.covering_array(1)
 def test_a_damaged_run_file_is_refused_by_name(capsys, file: str, content: bytes | None):
     path = start("--max_iters 2") / file
     path.unlink() if content is None else path.write_bytes(content)
