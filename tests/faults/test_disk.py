@@ -153,7 +153,7 @@ class TestSmallDisk:
 
     @pytest.mark.slow
     def test_a_model_whose_checkpoints_do_not_fit_is_refused(self):
-        flags = shlex.join([*FLAGS, "--n_embd", "64"])  # checkpoints of 1.3 MB
+        flags = shlex.join([*FLAGS, "--n_layer", "2", "--n_embd", "64"])  # checkpoints of 1.3 MB
         done = in_small_disk("2m", f"{sys.executable} -m fastgpt.train {flags}; echo code $?; ls -A out")
         assert done.stdout.split() == ["code", "2", ".lock"], done.stderr
         assert "Traceback" not in done.stderr
