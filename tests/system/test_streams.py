@@ -37,7 +37,7 @@ def test_a_run_needs_nobody_who_listens(streams: str):
 FULL, CLOSED = "No space left on device", "it is closed"
 
 
-@pytest.mark.parametrize("flags", ["--help", pytest.param("--prompts p.txt", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("flags", ["--help", pytest.param("--prompts p.txt --no-compile", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("streams", "reason"), [(">/dev/full", FULL), (">&-", CLOSED), ("| true", None)])
 def test_a_product_that_cannot_be_written_is_one_line(flags: str, streams: str, reason: str | None):
     """By the command itself: Python, too, has nothing to say of it at its end. A reader that left knows why."""
