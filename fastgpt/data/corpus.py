@@ -96,7 +96,7 @@ def prepare(
     if vocab_size is not None:
         kind.check_size(vocab_size, ends)
 
-    own, statistics = vocabulary, _measure(source)
+    own, statistics = vocabulary, _measure(dataset, source)
     size = (vocab_size or kind.default_size) if kind.default_size else None
     label = [_file_name(source.name), tokenizer, *([str(size)] if size else []), statistics.sha256[:8]]
     if vocabulary is not None:
@@ -108,7 +108,7 @@ def prepare(
         verb = "reused"
     else:
         vocabulary = vocabulary or kind.made_from(_text(source, statistics, size, ends))
-        verb, corpus = "prepared", _write(target, source, statistics, vocabulary)
+        verb, corpus = "prepared", _write(target, dataset, source, statistics, vocabulary)
     return _announced(verb, _started(corpus, own, reading), quiet)
 
 
@@ -192,7 +192,7 @@ def _announced(verb: str, corpus: Corpus, quiet: bool) -> Corpus:
     return corpus
 
 
-def _measure(source: Source) -> Statistics:
+def _measure(dataset: str, source: Source) -> Statistics:
     """The first pass. Raises `UsageError` if the text is too short for a train and a val split.
 
     The hash is that of the text. The end of a document counts as a byte that never occurs in UTF-8.
@@ -211,7 +211,7 @@ def _measure(source: Source) -> Statistics:
     if characters < 2:
         what = "is empty" if characters == 0 else "has 1 character"
         raise UsageError(
-            f"`dataset` {source.name} {what}; a corpus needs at least 2 characters, "
+            f"`dataset` {shown(dataset)} {what}; a corpus needs at least 2 characters, "
             "one to train on and one to validate with"
         )
     chars = "".join(map(chr, np.flatnonzero(seen)))
@@ -241,7 +241,7 @@ def _reusable(target: Path, sha256: str, vocabulary: Tokenizer | None) -> Corpus
     return corpus if same else None
 
 
-def _write(target: Path, source: Source, statistics: Statistics, vocabulary: Tokenizer) -> Corpus:
+def _write(target: Path, dataset: str, source: Source, statistics: Statistics, vocabulary: Tokenizer) -> Corpus:
     """The second pass. It writes to a hidden sibling of `target`, which is renamed when it is complete."""
     train_end = int(TRAIN_SHARE * statistics.characters)
     try:
@@ -249,7 +249,7 @@ def _write(target: Path, source: Source, statistics: Statistics, vocabulary: Tok
             train = token_file.write(temporary / "train.bin", sources.span(source.texts(), 0, train_end), vocabulary)
             val = token_file.write(temporary / "val.bin", sources.span(source.texts(), train_end), vocabulary)
             if train["bytes"] + val["bytes"] != statistics.bytes:
-                raise UsageError(f"`dataset` {source.name} changed while it was read; run again when it is complete")
+                raise UsageError(f"`dataset` {shown(dataset)} changed while it was read; run again when it is complete")
             meta = {
                 "format": FORMAT,
                 "dataset": source.name,

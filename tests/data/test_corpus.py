@@ -189,8 +189,8 @@ class TestReuse:
     def test_a_source_that_grows_meanwhile(self, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         measure = corpus._measure
 
-        def grown(source):
-            statistics = measure(source)
+        def grown(*given):
+            statistics = measure(*given)
             text_file.write_bytes(text_file.read_bytes() + b"more")
             return statistics
 
@@ -217,7 +217,7 @@ class TestReuse:
 class TestBadInput:
     def test_too_short(self, tmp_path: Path):
         (tmp_path / "x.txt").touch()
-        assert "x is empty" in refused(tmp_path / "x.txt", tmp_path)
+        assert "x.txt' is empty" in refused(tmp_path / "x.txt", tmp_path)
         (tmp_path / "x.txt").write_text("a")
         assert "has 1 character; a corpus needs at least 2" in refused(tmp_path / "x.txt", tmp_path)
         (tmp_path / "x.txt").write_text("ab")

@@ -100,7 +100,7 @@ def error_of(capsys, main, flags: list[str]) -> str:
     [
         ("--dataset nowhere.txt", ["--dataset 'nowhere.txt'", "no file or folder", "pydocs"]),
         ("--dataset shakespere", ["--dataset 'shakespere'", "did you mean shakespeare"]),
-        ("--dataset empty.txt", ["--dataset empty", "is empty", "at least 2 characters"]),
+        ("--dataset empty.txt", ["--dataset 'empty.txt' is empty", "at least 2 characters"]),
         ("--dataset nothing", ["--dataset nothing"]),
         (
             "--dataset short.txt",
@@ -111,7 +111,7 @@ def error_of(capsys, main, flags: list[str]) -> str:
             "--dataset latin.txt",
             ["latin.txt", "UTF-8", f"{len(TEXT.encode()) + 4:,}"],
         ),
-        ("--dataset one.txt", ["--dataset one", "1 character", "at least 2 characters"]),
+        ("--dataset one.txt", ["--dataset 'one.txt'", "1 character", "at least 2 characters"]),
         (
             "--dataset binary.txt",
             ["binary.txt is not text", f"byte {len(TEXT):,} (line 1) is NUL", "leave it out, or convert it", "iconv"],
