@@ -61,10 +61,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def leave_out_slow(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect slow tests, as `-m "not slow"` does: to skip some 2,000 takes seconds, and as many reports."""
-    slow = [item for item in items if item.get_closest_marker("slow")]
-    if slow:
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+    slow, rest = [], []
+    for item in items:
+        (slow if item.get_closest_marker("slow") else rest).append(item)
+    config.hook.pytest_deselected(items=slow)
+    items[:] = rest
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
@@ -105,7 +106,7 @@ def no_wait_for_the_disk() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def quick_interpreter() -> None:
-    """Where kernels run in Triton's interpreter, it does nothing twice."""
+    """Patch Triton's interpreter, where kernels run in it, so that it replaces the language once a launch."""
     if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
         from tests.helpers import interpreter
 

@@ -36,7 +36,8 @@ class Item:
 )
 def test_a_gpu_is_needed_and_a_large_one_has_to_be_asked_for(monkeypatch, markers, wanted, here, why):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: here)
-    item, config = Item(*markers), SimpleNamespace(getoption=lambda name: wanted)
+    item, hook = Item(*markers), SimpleNamespace(pytest_deselected=lambda items: None)
+    config = SimpleNamespace(getoption=lambda name: wanted, hook=hook)
     conftest.pytest_collection_modifyitems(config, [item])
     assert item.skipped == why
 
