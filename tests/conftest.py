@@ -106,11 +106,11 @@ def no_wait_for_the_disk() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def quick_interpreter() -> None:
-    """Patch Triton's interpreter, where kernels run in it, so that it replaces the language once a launch."""
+    """Make Triton's interpreter faster, where kernels run in it."""
     if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
         from tests.helpers import interpreter
 
-        interpreter.replace_once()
+        interpreter.make_quick()
 
 
 @pytest.fixture(autouse=True, scope="session")
