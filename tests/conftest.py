@@ -6,6 +6,7 @@ which share Triton's and torch.compile's caches on disk, and have an equal share
 """
 
 import importlib.util
+import itertools
 import os
 import signal
 from collections.abc import Iterator
@@ -121,12 +122,27 @@ def usual_signals() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+@pytest.fixture(scope="session")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Names of folders for `cache`, all in one: for a new name in the folder of all tests, pytest would list that."""
+    parent = tmp_path_factory.mktemp("caches")
+    return (parent / str(number) for number in itertools.count())
+
+
 @pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(caches: Iterator[Path], monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder, so that no test sees or fills the user's."""
-    folder = tmp_path_factory.mktemp("cache")
+    folder = next(caches)
+    folder.mkdir()
     monkeypatch.setenv("FASTGPT_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_picture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the picture of a run's curves, which takes longer than the steps of a small run."""
+    if not request.node.get_closest_marker("picture"):
+        monkeypatch.setattr("fastgpt.loggers.curves.plot_loss", lambda out_dir: out_dir / "plots" / "loss.png")
 
 
 @pytest.fixture
@@ -141,11 +157,3 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     yield tmp_path
     while runs.SPAWNED:
         runs.SPAWNED.pop().kill()
-
-
-@pytest.fixture
-def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the picture of the curves, which takes longer than the steps of a small run."""
-    from fastgpt.loggers import curves
-
-    monkeypatch.setattr(curves, "plot_loss", lambda out_dir: out_dir / "plots" / "loss.png")

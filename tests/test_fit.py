@@ -20,7 +20,7 @@ from tests.helpers import runs
 from tests.helpers.notebooks import as_a_notebook_shows
 from tests.helpers.places import ROOT
 
-pytestmark = pytest.mark.usefixtures("workplace", "no_picture")
+pytestmark = pytest.mark.usefixtures("workplace")
 SETTINGS = {
     **{"dataset": "text.txt", "device": "cpu", "dtype": "float32", "n_layer": 1, "n_head": 2, "n_embd": 16},
     **{"block_size": 8, "dropout": 0.0, "batch_size": 4, "gradient_accumulation_steps": 2, "learning_rate": 1e-2},

@@ -16,7 +16,7 @@ from tests.helpers import runs
 from tests.helpers.covering import some
 from tests.helpers.runs import parts, records, run, tensors
 
-pytestmark = pytest.mark.usefixtures("workplace", "no_picture")
+pytestmark = pytest.mark.usefixtures("workplace")
 
 
 def gradients(out_dir: Path) -> torch.Tensor:

@@ -17,13 +17,19 @@ PIECES = re.compile(rf"(?:(?:\s{_RUN}+)?+\S{_RUN}+(?!\S)){{1,1024}}+|\S{_RUN}|\s
 
 
 @functools.cache
-def _byte_alphabet() -> dict[str, int]:
-    """The visible characters by which GPT-2's files, and the tokenizers library, spell the 256 bytes."""
+def _byte_alphabet() -> dict[int, int]:
+    """From the visible characters, by which GPT-2's files and the tokenizers library spell the 256 bytes, to the bytes.
+
+    Other characters below 256, which are no spelling, become one that is no byte.
+    """
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [value for value in range(256) if value not in visible]
-    return {chr(value): value for value in visible} | {chr(256 + i): value for i, value in enumerate(others)}
+    return {256 + i: value for i, value in enumerate(others)} | dict.fromkeys(others, 256)
 
 
 def bytes_of(spelled: str) -> bytes:
-    """b' t' for 'Ġt'. Raises KeyError for a character outside the alphabet."""
-    return bytes(_byte_alphabet()[char] for char in spelled)
+    """b' t' for 'Ġt'. Raises ValueError for a character outside the alphabet."""
+    try:
+        return spelled.translate(_byte_alphabet()).encode("latin-1")
+    except UnicodeEncodeError:
+        raise ValueError(f"{spelled!r} is no spelling of bytes") from None

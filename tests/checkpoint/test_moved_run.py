@@ -13,7 +13,7 @@ from fastgpt.data import corpus
 from fastgpt.system import lock
 from tests.helpers.runs import FLAGS, resume, run
 
-pytestmark = pytest.mark.usefixtures("workplace", "no_picture")
+pytestmark = pytest.mark.usefixtures("workplace")
 
 
 def refusal(capsys: pytest.CaptureFixture[str], flags: str = "", out_dir: str = "out") -> str:

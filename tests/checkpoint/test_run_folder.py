@@ -179,6 +179,7 @@ class TestClaim:
 class TestConfiguration:
     @pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
     @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+    @pytest.mark.picture
     def test_whom_the_umask_lets_read_can_read_every_file(self, umask: int):
         before = os.umask(umask)
         try:

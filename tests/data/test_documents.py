@@ -145,7 +145,6 @@ class TestStart:
             from_json({"kind": "byte", "end_of_text": 1})
 
 
-@pytest.mark.usefixtures("no_picture")
 class TestRuns:
     def test_an_empty_prompt_starts_from_what_was_trained_and_shows_it(self, workplace: Path, capsys):
         assert cli.run(train.main, FLAGS) == 0

@@ -14,7 +14,6 @@ from tests.helpers import runs
 from tests.helpers.verified import Verified
 
 pytestmark = [pytest.mark.usefixtures("workplace")]
-NO_PICTURE = pytest.mark.usefixtures("no_picture")
 STILL = "--max_iters 9 --learning_rate 1e-30 --min_lr 0 --weight_decay 0"  # the weights stay as they are
 
 
@@ -27,7 +26,6 @@ def told(capsys) -> list[str]:
     return [line for line in capsys.readouterr().err.splitlines() if "best begins anew" in line]
 
 
-@NO_PICTURE
 @pytest.mark.parametrize("eval_iters", [2, 0])
 def test_other_batches_and_seeds_read_the_same_windows_to_the_bit(capsys, eval_iters: int):
     out = runs.run(f"--eval_iters {eval_iters}")
@@ -42,7 +40,6 @@ def test_other_batches_and_seeds_read_the_same_windows_to_the_bit(capsys, eval_i
     assert run_folder.load(out)[1]["evaluation"] == {"windows": 4 * eval_iters, "batch_size": 4}
 
 
-@NO_PICTURE
 def test_another_number_of_windows_begins_best_anew_and_is_said_and_recorded_once(capsys, monkeypatch):
     losses = iter([1.0, 3.0, 4.0, 5.0])
     monkeypatch.setattr(loss, "mean_loss", lambda *rest, **named: next(losses))
@@ -68,7 +65,6 @@ def test_another_number_of_windows_begins_best_anew_and_is_said_and_recorded_onc
     assert (out / "best").read_text() == "step-000006\n"
 
 
-@NO_PICTURE
 def test_going_back_to_a_step_before_the_change_takes_it_back(capsys):
     out = runs.run("--max_iters 3")
     assert runs.resume("--max_iters 6 --eval_iters 3") == 0
@@ -90,7 +86,6 @@ def as_older(out_dir: Path) -> None:
         runs.forge_manifest(folder)
 
 
-@NO_PICTURE
 @pytest.mark.parametrize(("eval_iters", "changes"), [("2", 1), ("0", 0), ("none", 0)])
 def test_a_run_of_an_older_version_changes_its_windows_once(capsys, eval_iters: str, changes: int):
     out = runs.run(f"--eval_iters {eval_iters}")
@@ -104,7 +99,6 @@ def test_a_run_of_an_older_version_changes_its_windows_once(capsys, eval_iters: 
     assert told(capsys) == []
 
 
-@NO_PICTURE
 def test_the_loss_does_not_depend_on_what_memory_allows_at_once(monkeypatch):
     whole = runs.run("--eval_iters 3 --batch_size 7", "whole")
     read = Loader.windows
@@ -113,7 +107,6 @@ def test_the_loss_does_not_depend_on_what_memory_allows_at_once(monkeypatch):
     assert runs.records(parted, "val_loss") == pytest.approx(runs.records(whole, "val_loss"), rel=1e-6)
 
 
-@NO_PICTURE
 def test_verify_says_which_losses_are_of_another_set(capsys):
     out = runs.run()
     assert runs.resume("--max_iters 9 --eval_iters 3") == 0
@@ -136,7 +129,6 @@ def test_the_picture_marks_the_change(monkeypatch):
     assert curves[1:] == [(3, 6), (9,)]
 
 
-@NO_PICTURE
 @pytest.mark.parametrize("record", [{"windows": -1, "batch_size": 4}, {"windows": 2, "batch_size": "4"}, [2]])
 def test_a_record_that_is_none_is_refused(capsys, record):
     out = runs.run("--max_iters 3")

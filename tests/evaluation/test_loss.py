@@ -14,7 +14,7 @@ from fastgpt.evaluation.loss import EvaluationSet
 from fastgpt.model.gpt import GPT
 from tests.helpers.runs import TEXT, parts, records, run
 
-pytestmark = pytest.mark.usefixtures("workplace", "no_picture")
+pytestmark = pytest.mark.usefixtures("workplace")
 LIMIT = evaluation_loss.WHOLE_SPLIT_LIMIT
 
 

@@ -20,7 +20,7 @@ from fastgpt.training.run import Run
 from fastgpt.training.step import TrainStep
 from tests.helpers.runs import FLAGS, records, resume, run, tensors
 
-pytestmark = pytest.mark.usefixtures("workplace", "no_picture")
+pytestmark = pytest.mark.usefixtures("workplace")
 LONG = "--max_iters 20 --eval_interval 4 --dropout 0.1"
 
 

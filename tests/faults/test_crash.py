@@ -11,7 +11,7 @@ import pytest
 from fastgpt.checkpoint import store
 from tests.helpers.runs import records, run, spawn
 
-pytestmark = pytest.mark.usefixtures("workplace", "no_picture")
+pytestmark = pytest.mark.usefixtures("workplace")
 HARD = "--dropout 0.2 --batch_size 2 --gradient_accumulation_steps 3 --warmup_iters 5 --eval_iters 1 --log_interval 1"
 
 

@@ -15,7 +15,7 @@ from tests.helpers.disks import STEPS, Disk, between_steps, err, in_child, same,
 from tests.helpers.runs import FLAGS, records, resume, run
 
 pytestmark = [
-    pytest.mark.usefixtures("workplace", "no_picture"),
+    pytest.mark.usefixtures("workplace"),
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
 ]
 

@@ -14,7 +14,7 @@ from tests.helpers.disks import Disk, err, in_child, limited, train_here
 from tests.helpers.runs import contents, resume, run
 
 pytestmark = [
-    pytest.mark.usefixtures("workplace", "no_picture"),
+    pytest.mark.usefixtures("workplace"),
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
 ]
 

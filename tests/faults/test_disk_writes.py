@@ -22,7 +22,7 @@ from tests.helpers.disks import Disk, err, in_child, train_here, whole_run
 from tests.helpers.runs import contents, records, resume, run
 
 pytestmark = [
-    pytest.mark.usefixtures("workplace", "no_picture"),
+    pytest.mark.usefixtures("workplace"),
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
 ]
 

@@ -25,7 +25,7 @@ from tests.helpers import runs
 from tests.helpers.covering import some
 
 pytestmark = [
-    pytest.mark.usefixtures("workplace", "no_picture"),
+    pytest.mark.usefixtures("workplace"),
     pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs fork, and Linux's /proc"),
 ]
 STEP = Path("out/step-000006")

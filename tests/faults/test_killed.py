@@ -241,7 +241,7 @@ def start_from(request: pytest.FixtureRequest, workplace: Path, monkeypatch: pyt
     return workplace / "before"
 
 
-@pytest.mark.usefixtures("workplace", "no_picture")
+@pytest.mark.usefixtures("workplace")
 @pytest.mark.parametrize("samples", [2, pytest.param(None, marks=pytest.mark.slow, id="all")])
 def test_killed_at_any_step_of_a_run_it_ends_as_the_run_that_was_not(
     capfd, start_from: Path | None, samples: int | None

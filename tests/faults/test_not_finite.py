@@ -19,7 +19,6 @@ from fastgpt.training.guard import Guard
 from tests.helpers import runs
 from tests.helpers.verified import Verified
 
-pytestmark = pytest.mark.usefixtures("no_picture")
 WEIGHT = "h.0.mlp.c_fc.weight"
 
 

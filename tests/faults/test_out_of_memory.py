@@ -21,7 +21,7 @@ from fastgpt.training.state import TrainingState
 from fastgpt.training.step import TrainStep
 from tests.helpers.runs import FLAGS, records, resume, run, tensors
 
-pytestmark = pytest.mark.usefixtures("workplace", "no_picture")
+pytestmark = pytest.mark.usefixtures("workplace")
 ERRORS = [
     torch.OutOfMemoryError("CUDA out of memory."),
     RuntimeError("[enforce fail at alloc_cpu.cpp:128] . DefaultCPUAllocator: can't allocate memory"),

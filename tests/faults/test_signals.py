@@ -30,7 +30,7 @@ from tests.helpers.covering import some
 from tests.helpers.runs import ENDLESS, FLAGS, at_call, contents, records, resume, run, signal_at_step, spawn, tensors
 
 pytestmark = [
-    pytest.mark.usefixtures("workplace", "no_picture"),
+    pytest.mark.usefixtures("workplace"),
     pytest.mark.skipif(os.name == "nt", reason="Windows sends no such signals"),
 ]
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP")

@@ -197,7 +197,7 @@ def test_flags_that_do_not_fit_a_conversation_are_refused(monkeypatch, capsys, g
     assert flags.split()[0] in captured.err
 
 
-@pytest.mark.usefixtures("workplace", "no_picture")
+@pytest.mark.usefixtures("workplace")
 def test_a_conversation_with_the_command_itself():
     """Turn by turn: the model answers before the next line is typed, and Ctrl-C stops a turn without an end."""
     runs.run("--max_iters 2 --eval_interval 2 --block_size 32 --tokenizer byte")

@@ -298,7 +298,7 @@ def test_progress_says_who_runs_and_waits_and_what_is_taken(capsys, monkeypatch)
     assert "5 of 5 done" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("workplace", "no_picture")
+@pytest.mark.usefixtures("workplace")
 @pytest.mark.parametrize("count", [30, pytest.param(200, marks=pytest.mark.slow)])
 def test_ragged_prompts_on_the_command_line(count: int, capsys):
     """On a trained run, in a pool too small for all."""

@@ -26,7 +26,7 @@ from tests.helpers.covering import some
 from tests.helpers.runs import TEXT
 
 pytestmark = [
-    pytest.mark.usefixtures("workplace", "no_picture"),
+    pytest.mark.usefixtures("workplace"),
     # The warning that PyTorch gives of sparse tensors is no finding of ours.
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]

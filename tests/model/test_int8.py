@@ -36,7 +36,7 @@ def perplexities(out_dir: Path, loader: Loader) -> tuple[float, float]:
     return perplexity(plain.model, loader), perplexity(quantized.model, loader)
 
 
-@pytest.mark.usefixtures("workplace", "no_picture")
+@pytest.mark.usefixtures("workplace")
 def test_perplexity_on_held_out_text_is_within_a_hundredth():
     out = runs.run("--max_iters 60 --eval_interval 60 --n_embd 32 --block_size 16 --batch_size 16")
     _, _, loader = runs.parts(out, "latest")
@@ -48,7 +48,7 @@ def test_perplexity_on_held_out_text_is_within_a_hundredth():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not SHAKESPEARE.exists(), reason="needs tiny Shakespeare beside the project")
-@pytest.mark.usefixtures("workplace", "no_picture")
+@pytest.mark.usefixtures("workplace")
 def test_perplexity_on_shakespeare():
     flags = f"--preset cpu --dataset {SHAKESPEARE} --device cpu --max_iters 600 --eval_interval 600 --sample_interval 0"
     assert cli.run(train.main, flags.split()) == 0
@@ -106,7 +106,7 @@ def test_the_engine_takes_it():
     assert texts == [generator.generate(p, temperature=0, max_new_tokens=8) for p in ("abc", "ji")]
 
 
-@pytest.mark.usefixtures("workplace", "no_picture")
+@pytest.mark.usefixtures("workplace")
 def test_from_the_command_line(capsys):
     runs.run("--max_iters 2 --eval_interval 2")
     capsys.readouterr()

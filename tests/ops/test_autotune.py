@@ -340,7 +340,7 @@ def resolved(monkeypatch):
     return calls
 
 
-@pytest.mark.usefixtures("workplace", "no_picture")
+@pytest.mark.usefixtures("workplace")
 def test_a_run_and_a_generator_say_what_they_will_do(resolved):
     run("--max_iters 1 --eval_iters 1 --dropout 0.1 --n_head 4 --n_kv_head 2")
     first, training = resolved
@@ -356,7 +356,7 @@ def test_a_run_and_a_generator_say_what_they_will_do(resolved):
     assert all("calls" not in vars(workload) for workload in resolved if workload), "recorded, with nothing to time"
 
 
-@pytest.mark.usefixtures("workplace", "no_picture")
+@pytest.mark.usefixtures("workplace")
 @pytest.mark.parametrize(("kernels", "expected"), [("reference", "reference"), ("auto", "torch")])
 def test_generation_keeps_columns_that_were_asked_for_and_not_those_found_fastest_for_training(kernels, expected):
     out = run(f"--max_iters 1 --eval_iters 1 --kernels {kernels}")

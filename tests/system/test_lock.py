@@ -352,7 +352,7 @@ def test_raced_starts_have_one_winner_each_whom_every_loser_names(tmp_path: Path
         pass
 
 
-@pytest.mark.usefixtures("workplace", "no_picture")
+@pytest.mark.usefixtures("workplace")
 class TestRaceOfRuns:
     @pytest.mark.slow
     def test_of_three_starts_at_once_one_trains_and_is_resumed_after_its_death(self):

@@ -75,7 +75,7 @@ def recorded(out):
     return json.loads((out / "config.json").read_text())["threads"]
 
 
-def test_a_run_records_its_threads_and_a_resume_keeps_them(workplace, no_picture, capsys):
+def test_a_run_records_its_threads_and_a_resume_keeps_them(workplace, capsys):
     out = runs.run("--threads 2 --max_iters 3")
     assert "CPU, 2 threads, float32" in " ".join(capsys.readouterr().err.split())
     assert recorded(out) == 2
@@ -100,7 +100,7 @@ def test_a_run_records_its_threads_and_a_resume_keeps_them(workplace, no_picture
         fastgpt.load(out, threads=0)
 
 
-def test_advice_about_slow_steps_is_shown(workplace, no_picture, capsys, monkeypatch):
+def test_advice_about_slow_steps_is_shown(workplace, capsys, monkeypatch):
     said = iter(["stop the others"])
     monkeypatch.setattr(Slowness, "advice", lambda self, seconds: next(said, None) if seconds > 0 else None)
     runs.run("--max_iters 3 --device cpu")

@@ -13,7 +13,7 @@ from fastgpt.evaluation import loss
 from fastgpt.tokenizer import saved
 from tests.helpers import runs
 
-pytestmark = pytest.mark.usefixtures("workplace", "no_picture")
+pytestmark = pytest.mark.usefixtures("workplace")
 SHORTER = runs.TEXT[: len(runs.TEXT) // 2].replace("ä", "a")  # lacks a character that the run knows
 CHANGE = "--max_iters 6 --allow_data_change"
 

@@ -36,6 +36,7 @@ def concluded(tmp_path: Path, out_dir: str = "out", **changes) -> list[str]:
     return report.conclude(summary, config, {"curves": "loss.png"}, prepare("text.txt", tmp_path)).splitlines()
 
 
+@pytest.mark.picture
 def test_samples_and_the_summary_go_to_stdout(capsys):
     out = run("--sample_interval 2 --eval_iters 0")
     text = capsys.readouterr().out

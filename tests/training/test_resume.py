@@ -14,7 +14,7 @@ from tests.helpers.covering import some
 from tests.helpers.resumes import refused, start, state_of
 from tests.helpers.runs import TEXT, forge_manifest, resume
 
-pytestmark = pytest.mark.usefixtures("workplace", "no_picture")
+pytestmark = pytest.mark.usefixtures("workplace")
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from tests.helpers.covering import some
 from tests.helpers.resumes import HARDER, refused, start, state_of
 from tests.helpers.runs import FLAGS, contents, forge_manifest, records, resume
 
-pytestmark = pytest.mark.usefixtures("workplace", "no_picture")
+pytestmark = pytest.mark.usefixtures("workplace")
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optim.safetensors", "state.json", "manifest.json"])

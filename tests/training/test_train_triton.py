@@ -15,7 +15,7 @@ from tests.helpers.covering import some
 from tests.helpers.places import ROOT
 from tests.helpers.runs import FLAGS, records, resume, run, tensors
 
-pytestmark = pytest.mark.usefixtures("workplace", "no_picture")
+pytestmark = pytest.mark.usefixtures("workplace")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Small, as the interpreter takes a second for a few hundred programs.
 TOY = (

@@ -11,7 +11,7 @@ from fastgpt.training.schedule import learning_rate
 from fastgpt.training.start import with_warmup
 from tests.helpers import runs
 
-pytestmark = pytest.mark.usefixtures("workplace", "no_picture")
+pytestmark = pytest.mark.usefixtures("workplace")
 AT = runs.FLAGS.index("--warmup_iters")
 FLAGS = [*runs.FLAGS[:AT], *runs.FLAGS[AT + 2 :], "--max_iters", "20", "--eval_interval", "20"]
 
