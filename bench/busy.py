@@ -235,7 +235,8 @@ def machine() -> str:
 
     import cpuinfo
     import torch
-    from conftest import cpu_instructions
+
+    from bench.tools.machine import cpu_instructions
 
     ask = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(ask, cwd=command_line.ROOT, capture_output=True, text=True).stdout.strip()

@@ -8,7 +8,6 @@ import json
 import platform
 import random
 import statistics
-import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,10 @@ import pytest
 import torch
 
 from bench.tools import ceilings as machine
+from bench.tools.machine import cpu_instructions, gpu_driver, triton_version
 from bench.tools.progress import commit_of
 from bench.tools.timing import Clock, call_memory, spread
-from fastgpt.system.device import cpu_has_bfloat16, describe, peak_memory, resolve_device
+from fastgpt.system.device import describe, peak_memory, resolve_device
 from fastgpt.system.files import write_atomic
 
 CEILINGS = pytest.StashKey[machine.Ceilings]()
@@ -193,29 +193,6 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         machine_info |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "driver": gpu_driver()}
     if measured := config.stash.get(CEILINGS, None):
         machine_info["ceilings"] = dataclasses.asdict(measured)
-
-
-def cpu_instructions() -> str:
-    """The vector instructions that PyTorch uses, and whether this CPU has bfloat16 products: brands do not tell."""
-    return torch.backends.cpu.get_cpu_capability() + (" with bfloat16" if cpu_has_bfloat16() else "")
-
-
-def triton_version() -> str | None:
-    try:
-        import triton
-    except ImportError:
-        return None
-    return triton.__version__
-
-
-def gpu_driver() -> str | None:
-    """The driver's version; None where its tool is not at hand."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except (FileNotFoundError, subprocess.TimeoutExpired):
-        return None
-    return answer.stdout.split("\n")[0].strip() or None
 
 
 def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict[str, Any]) -> None:

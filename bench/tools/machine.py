@@ -1,0 +1,30 @@
+"""Says what of a machine its results depend on."""
+
+import subprocess
+
+import torch
+
+from fastgpt.system.device import cpu_has_bfloat16
+
+
+def cpu_instructions() -> str:
+    """The vector instructions that PyTorch uses, and whether this CPU has bfloat16 products: brands do not tell."""
+    return torch.backends.cpu.get_cpu_capability() + (" with bfloat16" if cpu_has_bfloat16() else "")
+
+
+def triton_version() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return None
+    return triton.__version__
+
+
+def gpu_driver() -> str | None:
+    """The driver's version; None where its tool is not at hand."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.split("\n")[0].strip() or None
