@@ -31,7 +31,9 @@ from fastgpt.system.files import decode_utf8
 Config = TypeVar("Config")
 TRUE, FALSE, AUTO = ("true", "yes", "on", "1"), ("false", "no", "off", "0"), "auto"
 MARK = "="  # before every value: argparse would take one that begins with a dash for a flag, and drop one that is --
-_NAMED = re.compile(r"`(\w+)(?:=(True|False))?`")
+_NAMED = r"`(?P<name>\w+)(?:=(?P<value>True|False))?`"
+# A value as Python writes it. An apostrophe within a word, as in GPT-2's, opens none.
+_QUOTED = r"""(?<!\w)(?:'(?:\\.|[^'\\\n])*'|"(?:\\.|[^"\\\n])*")(?!\w)"""
 
 
 def parse(
@@ -96,7 +98,7 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None 
             stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a character is no reason to stop
     product = streams.Product(sys.stdout, closed="stdout" in missing)
     with (
-        contextlib.redirect_stderr(typing.cast(typing.IO[str], _Messages(sys.stderr))),
+        contextlib.redirect_stderr(typing.cast(typing.IO[str], _Messages(sys.stderr, argv))),
         contextlib.redirect_stdout(typing.cast(typing.IO[str], product)),
     ):
         return _exit_code(main, argv)
@@ -105,21 +107,30 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None 
 class _Messages(streams.Lasting):
     """Stderr, which shows the flag of an argument that a message names in backticks."""
 
+    def __init__(self, stream: Any, argv: Sequence[str] | None):
+        super().__init__(stream)
+        words = sys.argv[1:] if argv is None else argv
+        self.given = [word.partition("=")[2] or word for word in words if "`" in word]
+
     def write(self, text: str) -> int:
-        super().write(_with_flags(text))
+        super().write(_with_flags(text, self.given))
         return len(text)
 
 
-def _with_flags(text: str) -> str:
-    """The text with --n_head for `n_head`, --compile for `compile=True` and --no-compile for `compile=False`."""
+def _with_flags(text: str, given: Sequence[str] = ()) -> str:
+    """The text with --n_head for `n_head`, --compile for `compile=True` and --no-compile for `compile=False`.
+
+    What the user wrote stays: what stands in quotes, and the words that are `given`, such as paths. A message begins
+    with the name of an argument, also where the same word was given.
+    """
+    words = [rf"(?<!^)(?<!error: )(?:{'|'.join(map(re.escape, given))})"] if given else []
 
     def flag(match: re.Match[str]) -> str:
-        name, value = match.groups()
-        if name not in configuration.argument_names():
+        if match["name"] not in configuration.argument_names():
             return match[0]
-        return f"--no-{name}" if value == "False" else f"--{name}"
+        return f"--no-{match['name']}" if match["value"] == "False" else f"--{match['name']}"
 
-    return _NAMED.sub(flag, text)
+    return re.sub("|".join([_QUOTED, *words, _NAMED]), flag, text)
 
 
 def _exit_code(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:

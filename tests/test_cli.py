@@ -310,6 +310,26 @@ def test_a_message_names_an_argument_and_stderr_shows_its_flag(capsys):
 
 
 @pytest.mark.parametrize(
+    ("words", "message", "line"),
+    [
+        (["--stop", "`seed`"], "`stop` '`seed`' is no text", "--stop '`seed`' is no text"),
+        ([], """`stop` "it's `seed`" is no text""", """--stop "it's `seed`" is no text"""),
+        ([], r"`stop` 'it\'s \\' is no `seed`", r"--stop 'it\'s \\' is no --seed"),
+        ([], "GPT-2's `n_head` is the run's", "GPT-2's --n_head is the run's"),
+        (["--out_dir", "`seed`"], "`out_dir` `seed` is no `dataset`", "--out_dir `seed` is no --dataset"),
+        (["--out_dir=a/`seed`"], "`out_dir` a/`seed`/b is no folder", "--out_dir a/`seed`/b is no folder"),
+        (["--out_dir", "`out_dir`"], "`out_dir` `out_dir` is no folder", "--out_dir `out_dir` is no folder"),
+    ],
+)
+def test_a_message_shows_what_the_user_wrote_as_it_is(capsys, words, message, line):
+    def main(argv):
+        raise UsageError(message)
+
+    assert cli.run(main, words) == 2
+    assert capsys.readouterr().err == f"error: {line}\n"
+
+
+@pytest.mark.parametrize(
     "path", sorted((ROOT / "fastgpt").glob("*/*.py")), ids=lambda path: f"{path.parent.name}.{path.stem}"
 )
 def test_a_room_knows_arguments_and_no_flags(path):
