@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 import torch
 
-from bench.tools import ceilings as machine
+from bench.tools.ceilings import Ceilings, dtype_name, measure
 from bench.tools.machine import cpu_instructions, gpu_driver, triton_version
 from bench.tools.progress import commit_of
 from bench.tools.timing import Clock, call_memory, spread
 from fastgpt.system.device import describe, peak_memory, resolve_device
 from fastgpt.system.files import write_atomic
 
-CEILINGS = pytest.StashKey[machine.Ceilings]()
+CEILINGS = pytest.StashKey[Ceilings]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -38,13 +38,13 @@ def device() -> torch.device:
 
 
 @pytest.fixture(scope="session")
-def ceilings(request: pytest.FixtureRequest, device: torch.device) -> machine.Ceilings:
+def ceilings(request: pytest.FixtureRequest, device: torch.device) -> Ceilings:
     """This machine's bandwidth and matrix products, measured once a run (or once a file, with --ceilings)."""
     file: Path | None = request.config.getoption("--ceilings")
     if file is not None and file.exists():
-        measured = machine.Ceilings(**json.loads(file.read_text()))
+        measured = Ceilings(**json.loads(file.read_text()))
     else:
-        measured = machine.measure(device)
+        measured = measure(device)
         if file is not None:
             write_atomic(file, json.dumps(dataclasses.asdict(measured)))
     request.config.stash[CEILINGS] = measured
@@ -163,12 +163,12 @@ def peer_row(times: list[float], own: float, units: float) -> dict[str, float]:
     return {"seconds": median, "spread": spread(times), "units_per_second": units / median, "ratio": median / own}
 
 
-def limit_row(ceilings: machine.Ceilings, bytes: float, flops: float, arithmetic: torch.dtype | str) -> dict[str, Any]:
+def limit_row(ceilings: Ceilings, bytes: float, flops: float, arithmetic: torch.dtype | str) -> dict[str, Any]:
     """What the results say of the limit."""
     limit = ceilings.limit(bytes=bytes, flops=flops, arithmetic=arithmetic)
-    rate = ceilings.matmul.get(machine.dtype_name(arithmetic))
+    rate = ceilings.matmul.get(dtype_name(arithmetic))
     return dataclasses.asdict(limit) | {
-        "arithmetic": machine.dtype_name(arithmetic),
+        "arithmetic": dtype_name(arithmetic),
         "copy_gbps": ceilings.copy_bandwidth * 1e-9,
         "read_gbps": ceilings.read_bandwidth * 1e-9,
         "matmul_tflops": rate * 1e-12 if rate else None,

@@ -1,4 +1,4 @@
-"""Every import of the project names something that is there, also one in a function that few runs reach."""
+"""Every import of the project leads to a module and a name, also the imports inside functions that few runs reach."""
 
 import ast
 import functools
@@ -41,7 +41,7 @@ def file_of(module: str) -> Path | None:
 
 @functools.cache
 def defined(file: Path) -> set[str]:
-    """The names that a module has, at the top or in a branch there; what a package loads late is in its `__all__`."""
+    """The names at the top of a module or in a branch there, and those in `__all__`, which may be loaded late."""
     names: set[str] = set()
     for node in statements(ast.parse(file.read_text(encoding="utf-8")).body):
         match node:
@@ -67,7 +67,7 @@ def statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def missing(source: str) -> list[str]:
-    """What a source imports that is not there."""
+    """The imports of a source that lead nowhere, by their whole names."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -79,7 +79,7 @@ def missing(source: str) -> list[str]:
 
 
 def exists(module: str, name: str | None = None) -> bool:
-    """Whether there is such a module, and in one of our own such a name."""
+    """True if the module is there and, where it is one of our own, has the name."""
     top = module.split(".")[0]
     if top not in PACKAGES:
         return top in sys.stdlib_module_names or top in declared() | OTHERS

@@ -1,4 +1,4 @@
-"""Says what of a machine its results depend on."""
+"""Reads the facts of a machine that results are recorded with: its instructions, Triton and the GPU's driver."""
 
 import subprocess
 
@@ -13,6 +13,7 @@ def cpu_instructions() -> str:
 
 
 def triton_version() -> str | None:
+    """Triton's version; None where it is not installed."""
     try:
         import triton
     except ImportError:

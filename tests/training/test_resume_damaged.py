@@ -262,9 +262,11 @@ def test_a_step_that_lies_elsewhere_goes_with_its_link():
     store.verify(Path("elsewhere"))
 
 
+@pytest.mark.picture
 def test_an_overwrite_that_is_not_allowed_loses_nothing(monkeypatch, capsys):
     """The picture lies in a folder of its own, which may be one that cannot be written."""
     out = start("--max_iters 2")
+    assert (out / "plots" / "loss.png").exists()
     before = contents(out)
     forbid_deleting(monkeypatch, "loss.png")
     assert cli.run(train.main, [*FLAGS, "--overwrite"]) == 2
