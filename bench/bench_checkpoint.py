@@ -16,11 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgpt.checkpoint import safetensors_file, store
+from fastgpt.checkpoint import store
 from fastgpt.checkpoint.store import Snapshot
 from fastgpt.checkpoint.writer import BackgroundWriter, Writer
 from fastgpt.config.training import PRESETS
 from fastgpt.model.gpt import GPT
+from fastgpt.system import safetensors_file
 from fastgpt.training.optimizer import make_optimizer
 
 ROUNDS = 5

@@ -19,10 +19,9 @@ from typing import Any
 
 import torch
 
-from fastgpt.checkpoint import safetensors_file
 from fastgpt.errors import CorruptCheckpoint, UsageError
 from fastgpt.model.gpt import GPT
-from fastgpt.system import finite
+from fastgpt.system import finite, safetensors_file
 from fastgpt.system.device import synchronize
 from fastgpt.system.files import (
     ASIDE,
@@ -36,6 +35,7 @@ from fastgpt.system.files import (
     write,
     write_atomic,
 )
+from fastgpt.system.lazy_tensors import LazyTensors
 from fastgpt.tokenizer.base import Tokenizer
 
 FORMAT = 1
@@ -299,7 +299,7 @@ def naming(path: Path) -> Iterator[None]:
         raise CorruptCheckpoint(f"{path}: {error}") from None
 
 
-def load_weights(folder: Path) -> dict[str, torch.Tensor]:
+def load_weights(folder: Path) -> LazyTensors:
     """The model's weights by name, for `GPT.load_weights`. Raises `CorruptCheckpoint`."""
     return safetensors_file.read(folder / MODEL)
 

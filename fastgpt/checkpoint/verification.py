@@ -9,8 +9,9 @@ from typing import IO, cast
 from rich.console import Console
 from rich.table import Table
 
-from fastgpt.checkpoint import progress, run_folder, safetensors_file, store
+from fastgpt.checkpoint import progress, run_folder, store
 from fastgpt.errors import UsageError
+from fastgpt.system import safetensors_file
 from fastgpt.system.streams import Lasting
 from fastgpt.system.units import format_bytes
 from fastgpt.tokenizer.base import Tokenizer

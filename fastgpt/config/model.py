@@ -27,6 +27,13 @@ class ModelConfig(Settings):
     dropout: float = option(0.0, "dropout rate of embeddings, attention and residuals", low=0, below=1)
     bias: bool = option(True, "biases in the linear layers and LayerNorms, as GPT-2 has them")
     position: str = option("learned", "how positions enter", choices=("learned", "sinusoidal", "rotary", "none"))
+    mlp: str = option(
+        "gelu",
+        "activation of the MLP: GPT-2's tanh form of GELU, the exact GELU (nanoGPT's), or ReLU",
+        choices=("gelu", "gelu_exact", "relu"),
+    )
+    n_inner: int | None = option(None, "width of the MLP; default 4 x `n_embd`", low=1, high=4 * 65_536)
+    norm_eps: float = option(1e-5, "added to the variance in a norm", above=0, below=1)
 
     @property
     def head_size(self) -> int:
@@ -35,6 +42,11 @@ class ModelConfig(Settings):
     @property
     def kv_heads(self) -> int:
         return self.n_kv_head or self.n_head
+
+    @property
+    def inner(self) -> int:
+        """Width of the MLP."""
+        return self.n_inner or 4 * self.n_embd
 
     @property
     def padded_vocab(self) -> int:

@@ -40,7 +40,7 @@ OPTIONS = {
     "aot_inductor.compile_wrapper_opt_level": "O0",  # for the code that calls the kernels, which is most of the code
 }
 # The sources that the compiled code depends on, beside shapes, compiler and processor.
-PARTS = ("gpt", "positions", "gelu", "linear", "int8")
+PARTS = ("gpt", "positions", "activations", "linear", "int8")
 KERNELS = ("row_product", "float32_product", "torch_ops", "reference")
 SOURCES = [Path(__file__), *(Path(gpt.__file__).with_name(f"{name}.py") for name in PARTS)]
 SOURCES += [Path(row_product.__file__).with_name(f"{name}.py") for name in KERNELS]

@@ -1,4 +1,4 @@
-"""Counts the parameters and table bytes of a configuration, on PyTorch's meta device, which takes no memory."""
+"""Shapes and counts of a configuration's parameters, found on PyTorch's meta device, which takes no memory."""
 
 import dataclasses
 import functools
@@ -17,6 +17,18 @@ SIZES = ("n_layer", "block_size", "vocab_size")
 def count_parameters(config: ModelConfig) -> int:
     """`GPT.num_parameters` without building the model. Raises `UsageError` where the vocabulary's size is not known."""
     return _count(dataclasses.replace(config.architecture(), vocab_size=config.known_vocab), GPT.num_parameters)
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter in `GPT.weights`, by name. Raises `UsageError` as `count_parameters` does."""
+    config = dataclasses.replace(config.architecture(), vocab_size=config.known_vocab)
+    with torch.device("meta"):
+        one_layer = GPT(dataclasses.replace(config, n_layer=1)).weights()
+    shapes = {}
+    for name, tensor in one_layer.items():
+        same = [name.replace("h.0.", f"h.{layer}.") for layer in range(config.n_layer)]
+        shapes |= dict.fromkeys(same if name.startswith("h.0.") else [name], tuple(tensor.shape))
+    return shapes
 
 
 def position_table_bytes(config: ModelConfig) -> int:

@@ -2,12 +2,14 @@
 
 GPT-2 as published (Radford et al., 2019): token and position embeddings, L pre-LayerNorm blocks, GELU in its
 tanh form, a final LayerNorm, and an output layer tied to the token embedding. Parameters carry GPT-2's names.
+`ModelConfig` says what may differ.
 
 Letters, here and everywhere: B batch, T time (tokens), C channels (n_embd), H heads, D head size,
 V vocabulary, L layers, S cache slots, P page size.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -16,7 +18,7 @@ import torch.nn.functional as F
 
 from fastgpt.config.model import ModelConfig
 from fastgpt.errors import CorruptCheckpoint
-from fastgpt.model.gelu import gelu
+from fastgpt.model.activations import ACTIVATIONS
 from fastgpt.model.linear import Embedding, Linear, store_by_columns
 from fastgpt.model.positions import position_table, rotate
 from fastgpt.ops import table
@@ -34,12 +36,13 @@ class Cache(Protocol):
 
 
 class Norm(nn.Module):
-    """The gain and bias of a LayerNorm; the operation itself comes from the table."""
+    """The gain, bias and epsilon of a LayerNorm; the operation itself comes from the table."""
 
-    def __init__(self, C: int, bias: bool):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(C))
-        self.bias = nn.Parameter(torch.zeros(C)) if bias else None
+        self.weight = nn.Parameter(torch.ones(config.n_embd))
+        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
+        self.eps = config.norm_eps
 
 
 class Attention(nn.Module):
@@ -74,15 +77,16 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers around a GELU."""
+    """Two linear layers around an activation."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, config.inner, bias=config.bias)
+        self.c_proj = Linear(config.inner, config.n_embd, bias=config.bias)
+        self.activation = ACTIVATIONS[config.mlp]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.c_proj(gelu(self.c_fc(x)))
+        return self.c_proj(self.activation(self.c_fc(x)))
 
 
 class Block(nn.Module):
@@ -91,7 +95,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, ops: Ops, layer: int):
         super().__init__()
         self.ops, self.dropout = ops, config.dropout
-        self.ln_1, self.ln_2 = Norm(config.n_embd, config.bias), Norm(config.n_embd, config.bias)
+        self.ln_1, self.ln_2 = Norm(config), Norm(config)
         self.attn, self.mlp = Attention(config, ops, layer), MLP(config)
 
     def forward(
@@ -106,7 +110,7 @@ class Block(nn.Module):
         """(residual stream, branch still to be added) -> the same after this block; each (B, T, C)."""
         x, y = add_norm(self.ops, x, branch, self.ln_1)
         branch = F.dropout(self.attn(y, rotation, seed, doc_ids, cache), self.dropout, self.training)
-        x, y = self.ops.add_layer_norm(x, branch, self.ln_2.weight, self.ln_2.bias)
+        x, y = add_norm(self.ops, x, branch, self.ln_2)
         return x, F.dropout(self.mlp(y), self.dropout, self.training)
 
 
@@ -121,7 +125,7 @@ class GPT(nn.Module):
         self.wte = Embedding(config.padded_vocab, C)
         self.wpe = Embedding(block, C) if config.position == "learned" else None
         self.h = nn.ModuleList(Block(config, self.ops, layer) for layer in range(config.n_layer))
-        self.ln_f = Norm(C, config.bias)
+        self.ln_f = Norm(config)
         self.register_buffer("table", position_table(config), persistent=False)
         self.table: torch.Tensor | None
         if not self.wte.weight.is_meta:
@@ -158,7 +162,12 @@ class GPT(nn.Module):
 
     @classmethod
     def from_weights(
-        cls, config: ModelConfig, ops: Ops, weights: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype
+        cls,
+        config: ModelConfig,
+        ops: Ops,
+        weights: Mapping[str, torch.Tensor],
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> "GPT":
         """A model ready to evaluate, its parameters in `dtype`, without drawing weights first.
 
@@ -177,20 +186,26 @@ class GPT(nn.Module):
         return model.eval()
 
     @torch.no_grad()
-    def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
-        """Copy the weights that the method `weights` gave. Raises `CorruptCheckpoint` if a name or a shape differs."""
+    def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Copy the weights that the method `weights` gave, one after another.
+
+        Raises:
+            CorruptCheckpoint: a name or a shape differs.
+        """
         own = self.weights()
         if missing := own.keys() ^ weights.keys():
             raise CorruptCheckpoint(f"the checkpoint's weights are not this model's: {', '.join(sorted(missing))}")
         for name, parameter in self.named_parameters():
-            if not weights[name].is_floating_point():
-                raise CorruptCheckpoint(f"the checkpoint's {name} is of type {weights[name].dtype}")
-            if weights[name].shape != own[name].shape:
+            tensor = weights[name]
+            if not tensor.is_floating_point():
+                raise CorruptCheckpoint(f"the checkpoint's {name} is of type {tensor.dtype}")
+            if tensor.shape != own[name].shape:
                 raise CorruptCheckpoint(
-                    f"the checkpoint's {name} is {tuple(weights[name].shape)}, and the run's configuration and "
+                    f"the checkpoint's {name} is {tuple(tensor.shape)}, and the run's configuration and "
                     f"vocabulary need {tuple(own[name].shape)}"
                 )
-            parameter.copy_(self.pad(name, weights[name]))
+            parameter[: len(tensor)].copy_(tensor)
+            parameter[len(tensor) :].zero_()  # the vocabulary's padding, which only the embedding has
 
     def unpad(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """A parameter's tensor without the vocabulary's padding, which only the embedding has."""
@@ -274,5 +289,5 @@ class GPT(nn.Module):
 def add_norm(ops: Ops, x: torch.Tensor, branch: torch.Tensor | None, norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
     """Add the branch to the residual stream, if there is one, and normalize: (stream, its norm)."""
     if branch is None:
-        return x, ops.layer_norm(x, norm.weight, norm.bias)
-    return ops.add_layer_norm(x, branch, norm.weight, norm.bias)
+        return x, ops.layer_norm(x, norm.weight, norm.bias, eps=norm.eps)
+    return ops.add_layer_norm(x, branch, norm.weight, norm.bias, eps=norm.eps)

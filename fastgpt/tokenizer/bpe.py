@@ -1,7 +1,7 @@
 """A byte-level BPE that the tokenizers library trains on the corpus."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 import numpy as np
@@ -16,21 +16,29 @@ LARGEST_BPE = 1 << 20  # tokens; the library makes room for as many as are asked
 
 
 class BpeTokenizer(Tokenizer):
-    """A byte-level BPE like GPT-2's, trained on the corpus at hand.
+    """A byte-level BPE like GPT-2's: trained on the corpus at hand, or another program's.
 
     Args:
         description: the library's own JSON, as a dict.
         ends: the vocabulary has one more token, its last, which ends a document.
+        special: the ids of tokens to which no text is encoded, by their names. With `ends` there are no others.
+        end: the id of the one among them that ends a document.
 
     Raises:
-        ValueError: it does not describe a byte-level BPE.
+        ValueError: it does not describe a byte-level BPE, or an id has no token.
         UsageError: the tokenizers library is not installed.
     """
 
     kind = "bpe"
     default_size = DEFAULT_BPE
 
-    def __init__(self, description: dict[str, Any], ends: bool = False):
+    def __init__(
+        self,
+        description: dict[str, Any],
+        ends: bool = False,
+        special: Mapping[str, int] | None = None,
+        end: int | None = None,
+    ):
         library = _tokenizers()
         _check_plain_bpe(description)
         try:
@@ -38,14 +46,22 @@ class BpeTokenizer(Tokenizer):
         except Exception as error:  # the library raises nothing narrower
             raise ValueError(f"the tokenizers library cannot read it: {error}") from None
         spelled = {id: token for token, id in self._library.get_vocab().items()}
-        try:
-            tokens = [bytes_of(spelled[id]) for id in range(len(spelled))]
-            newline = tokens.index(b"\n")
-        except (KeyError, ValueError):
-            raise ValueError("its vocabulary is not a byte-level one") from None
         self._description, self.ends = description, ends
-        end = len(tokens) if ends else None
-        super().__init__([*tokens, *([ENDOFTEXT.encode()] if ends else [])], start_token=newline, end_token=end)
+        if ends:
+            end = len(spelled)
+            special = {ENDOFTEXT: end}
+        self.special = dict(special or {})
+        if end is not None and end not in self.special.values():
+            raise ValueError(f"its end {end!r:.20} is no special token")
+        tokens = {id: bytes_of(token) for id, token in spelled.items()}
+        tokens |= {id: name.encode() for name, id in self.special.items()}
+        if missing := next((id for id in range(len(tokens)) if id not in tokens), None):
+            raise ValueError(f"no token has the id {missing}")
+        by_bytes = {token: id for id, token in tokens.items()}
+        if lacking := next((byte for byte in range(256) if bytes([byte]) not in by_bytes), None):
+            raise ValueError(f"it has no token for the byte 0x{lacking:02x}")
+        ordered = [tokens[id] for id in range(len(tokens))]
+        super().__init__(ordered, start_token=by_bytes[b"\n"], end_token=end)
 
     @classmethod
     def made_from(cls, text: Text) -> Self:
@@ -53,7 +69,7 @@ class BpeTokenizer(Tokenizer):
 
     @classmethod
     def from_json(cls, description: dict[str, Any]) -> Self:
-        return cls(description["tokenizer"], has_end(description))
+        return cls(description["tokenizer"], has_end(description), description.get("special"), description.get("end"))
 
     @classmethod
     def check_size(cls, vocab_size: int, ends: bool | None = None) -> None:
@@ -96,7 +112,8 @@ class BpeTokenizer(Tokenizer):
         return np.array(ids, dtype=np.int64)
 
     def _describe(self) -> dict[str, Any]:
-        return {"kind": self.kind, "tokenizer": self._description} | ending(self.ends)
+        content = {"kind": self.kind, "tokenizer": self._description} | ending(self.ends)
+        return content if self.ends or not self.special else content | {"special": self.special, "end": self.end_token}
 
 
 def _check_plain_bpe(description: dict[str, Any]) -> None:

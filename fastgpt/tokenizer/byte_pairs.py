@@ -33,3 +33,13 @@ def bytes_of(spelled: str) -> bytes:
         return spelled.translate(_byte_alphabet()).encode("latin-1")
     except UnicodeEncodeError:
         raise ValueError(f"{spelled!r} is no spelling of bytes") from None
+
+
+def spelling_of(token: bytes) -> str:
+    """The inverse of `bytes_of`: 'Ġt' for b' t'."""
+    return token.decode("latin-1").translate(_spellings())
+
+
+@functools.cache
+def _spellings() -> dict[int, int]:
+    return {value: character for character, value in _byte_alphabet().items() if value < 256}

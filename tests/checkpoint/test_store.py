@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastgpt.checkpoint import safetensors_file, store
+from fastgpt.checkpoint import store
 from fastgpt.checkpoint.store import MANIFEST, MODEL, OPTIMIZER, STATE, capture, verify
 from fastgpt.checkpoint.writer import BackgroundWriter, Writer
 from fastgpt.config.training import TrainConfig
 from fastgpt.errors import CorruptCheckpoint, UsageError
 from fastgpt.model.gpt import GPT
-from fastgpt.system import files
+from fastgpt.system import files, safetensors_file
 from fastgpt.tokenizer.char import CharTokenizer
 from fastgpt.training.optimizer import make_optimizer
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastgpt.model.gelu import gelu
+from fastgpt.model.activations import gelu
 
 
 @pytest.mark.parametrize(

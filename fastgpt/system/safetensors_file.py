@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 
 from fastgpt.errors import CorruptCheckpoint
-from fastgpt.system.files import Block
+from fastgpt.system.files import Block, regular
+from fastgpt.system.lazy_tensors import LazyTensors
 
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 ALIGNMENT = 8  # of the first tensor's byte in the file
@@ -37,9 +37,33 @@ def parts(tensors: Mapping[str, torch.Tensor]) -> Iterator[Block]:
         yield tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def read(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file, mapped into memory. Raises `CorruptCheckpoint`, before anything is allocated."""
+def read(path: Path) -> LazyTensors:
+    """The tensors of a file, each mapped into memory while it is used.
+
+    Raises:
+        CorruptCheckpoint: it is no safetensors file, or its header promises other bytes than it has; when a tensor is
+            read: the file was replaced meanwhile.
+    """
     try:
-        return load_file(path)
+        identity = _identity(path)
+        with safe_open(regular(path), framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no dict
     except (OSError, SafetensorError) as error:
         raise CorruptCheckpoint(f"{path} cannot be read: {error}") from None
+
+    def tensor(name: str) -> torch.Tensor:
+        try:
+            with safe_open(path, framework="pt") as file:
+                found = file.get_tensor(name)
+            if _identity(path) == identity:
+                return found
+        except (OSError, SafetensorError) as error:
+            raise CorruptCheckpoint(f"{path} cannot be read: {error}") from None
+        raise CorruptCheckpoint(f"{path} was replaced while it was read; try again")
+
+    return LazyTensors(shapes, tensor)
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns

@@ -1,0 +1,38 @@
+"""A model that is to be written in another program's format: what every writer takes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fastgpt.config.model import ModelConfig
+from fastgpt.tokenizer.base import Tokenizer
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """A model in GPT-2's form: learned positions, whatever its own were.
+
+    Attributes:
+        config: its shape, with the vocabulary's size and `position` learned.
+        tensors: by the names of `fastgpt.model.gpt.GPT`, without the vocabulary's padding. Without `config.bias` there
+            are no biases; `with_biases` adds zeros for formats that must have them.
+        about: facts for a description: the source, and of a run its settings, step and loss.
+    """
+
+    config: ModelConfig
+    tokenizer: Tokenizer
+    tensors: Mapping[str, torch.Tensor]
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def with_biases(self) -> dict[str, torch.Tensor]:
+        """The tensors, and a bias of zeros for each layer that has none."""
+        result = dict(self.tensors)
+        for name, tensor in self.tensors.items():
+            bias = name.removesuffix("weight") + "bias"
+            if name not in ("wte.weight", "wpe.weight") and bias not in result:
+                result[bias] = torch.zeros(len(tensor))
+        return result
