@@ -244,7 +244,7 @@ class TestRefused:
     def test_no_run(self, workplace: Path, verified, there: bool):
         if there:
             Path("out").mkdir()
-        assert "--out_dir out holds no run; train one first" in self.refused(verified, "out")
+        assert "error: out holds no run; train one first" in self.refused(verified, "out")
         assert Path("out").exists() == there
 
     def test_a_run_without_a_checkpoint(self, out: Path, verified):

@@ -9,7 +9,6 @@ A `Snapshot` is what is written, so that another thread can write it while train
 """
 
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 
+from fastgpt.config.sources import STEP_NAME
 from fastgpt.errors import CorruptCheckpoint, UsageError
 from fastgpt.model.gpt import GPT
 from fastgpt.system import finite, safetensors_file
@@ -43,7 +43,6 @@ LONGEST_NAME = 100  # bytes of `latest` and `best` that are read
 LARGEST_JSON = 1 << 20  # bytes; they are a few thousand
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optim.safetensors", "state.json", "manifest.json"
 FILES = (MODEL, OPTIMIZER, STATE)  # what the manifest lists
-STEP_NAME = re.compile(r"step-(\d{6}|[1-9]\d{6,17})", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -177,9 +176,7 @@ def holds_run(out_dir: Path) -> bool:
 def require(out_dir: Path) -> None:
     """Raise `UsageError` if there is no run, or one without a checkpoint."""
     if not holds_run(out_dir):
-        raise UsageError(
-            f"`out_dir` {out_dir} holds no run; train one first: python -m fastgpt.train --out_dir {out_dir}"
-        )
+        raise UsageError(f"{out_dir} holds no run; train one first: python -m fastgpt.train --out_dir {out_dir}")
     if folders(out_dir):
         return
     if aside(out_dir):
@@ -292,10 +289,12 @@ def verify(folder: Path | str, names: Sequence[str] = FILES) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Put the name of its file before the message of a `CorruptCheckpoint`."""
+    """Put the name of its file before the message of a `CorruptCheckpoint` that lacks it."""
     try:
         yield
     except CorruptCheckpoint as error:
+        if str(path) in str(error):
+            raise
         raise CorruptCheckpoint(f"{path}: {error}") from None
 
 

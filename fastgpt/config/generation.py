@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 
 from fastgpt.config.choices import DTYPES, KERNELS
 from fastgpt.config.escapes import unescaped
@@ -44,10 +45,16 @@ class SamplingParams(Settings):
 
 @dataclass(frozen=True)
 class GenerateConfig(SamplingParams):
-    """Generation from a trained run."""
+    """Generation from a model."""
 
-    out_dir: str = option("out", "folder of the run", path=True, group="Checkpoints")
+    out_dir: str | None = option(None, "folder of the run; default out", path=True, group="Model")
     checkpoint: str = option("best", "best, latest, or a step's folder name such as step-000500", path=True)
+    model: str | None = option(
+        None,
+        "instead of a run: a step's folder, a Hugging Face folder or name, a .gguf file, nanoGPT's ckpt.pt",
+        path=True,
+    )
+    download: bool = option(False, "fetch the model that `model` names from Hugging Face's hub")
     prompt: str = option(
         "", "text to continue; FILE:path reads a file, - reads stdin", alias=("start",), group="Prompts and answers"
     )
@@ -87,6 +94,11 @@ class GenerateConfig(SamplingParams):
         auto=True,
     )
     kernels: str = option("auto", "backend of each operation", choices=KERNELS)
+
+    @property
+    def source(self) -> str | Path:
+        """What to load: a name on the hub is a text, the folder of a run always a path."""
+        return self.model if self.model is not None else Path(self.out_dir or "out")
 
     def sampling(self) -> SamplingParams:
         """The settings of sampling. Raises `UsageError` for an unknown escape in a stop text."""

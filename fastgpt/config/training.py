@@ -1,12 +1,12 @@
 """Settings of a training run, and the presets. Field names are nanoGPT's."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from fastgpt.config.choices import DTYPES, KERNELS
 from fastgpt.config.fields import option
 from fastgpt.config.model import ModelConfig
+from fastgpt.config.sources import could_be_hub_name, exists, is_step_in
 from fastgpt.errors import UsageError, nearest, shown
 
 USUAL_WARMUP = 2000  # steps
@@ -21,10 +21,12 @@ class TrainConfig(ModelConfig):
     out_dir: str = option("out", "folder of the run", path=True, group="Checkpoints")
     init_from: str = option(
         "scratch",
-        "scratch: start anew; resume: continue the run in `out_dir`; or the path of a step's folder, to continue from "
-        "there, or of nanoGPT's ckpt.pt, to start from its weights",
+        "scratch: start anew; resume: continue the run in `out_dir`; or the path of a step's folder in `out_dir`, to "
+        "continue from there; or another model, to start from its weights: a run or a step, a Hugging Face folder or "
+        "name, a .gguf file, nanoGPT's ckpt.pt",
         path=True,
     )
+    download: bool = option(False, "fetch the model that `init_from` names from Hugging Face's hub")
     overwrite: bool = option(False, "delete the run that `out_dir` holds and start anew")
     dataset: str = option(
         "pydocs", "pydocs, shakespeare, or a path: a text file, a folder of text, tokens", path=True, group="Data"
@@ -103,12 +105,12 @@ class TrainConfig(ModelConfig):
     @property
     def resuming(self) -> bool:
         """Whether it continues a run instead of starting one."""
-        return self.init_from != "scratch" and not self.imports
+        return self.init_from == "resume" or is_step_in(self.init_from, self.out_dir)
 
     @property
     def imports(self) -> bool:
-        """Whether it starts from the weights of another program's file."""
-        return self.init_from.endswith(".pt")
+        """Whether it starts from the weights of another model."""
+        return self.init_from != "scratch" and not self.resuming
 
     @property
     def moments(self) -> int:
@@ -137,10 +139,12 @@ class TrainConfig(ModelConfig):
         if self.final_lr > self.learning_rate:
             raise UsageError(f"`min_lr` {self.final_lr} is above `learning_rate` {self.learning_rate}; lower it")
         starts = ("scratch", "resume")
-        if self.init_from not in starts and not _exists(self.init_from):
+        meant = nearest(self.init_from, starts)
+        known = self.init_from in starts or exists(self.init_from)
+        if not known and (meant or not could_be_hub_name(self.init_from)):
             raise UsageError(
                 f"`init_from` {shown(self.init_from)} is not one of {', '.join(starts)}, nor the path of a "
-                f"step's folder or of a .pt file{nearest(self.init_from, starts)}"
+                f"step's folder or of another model{meant}"
             )
         if self.overwrite and self.resuming:
             raise UsageError(
@@ -165,10 +169,3 @@ PRESETS: dict[str, TrainConfig] = {
     "gpt2-large": _preset(36, 20, 1280, 1024, 12, 2.5e-4, 600_000, **_GPT2),
     "gpt2-xl": _preset(48, 25, 1600, 1024, 12, 2e-4, 600_000, **_GPT2),
 }
-
-
-def _exists(path: str) -> bool:
-    try:
-        return Path(path).exists()
-    except (OSError, ValueError):  # too long for a name, or a folder that may not be entered
-        return False

@@ -15,6 +15,10 @@ NEEDS_PAGES: dict[str, Callable[[GenerateConfig], bool]] = {
 # What is wrong, in the order in which it is looked for, and the message; `c` is the configuration.
 RULES: tuple[tuple[Callable[[GenerateConfig], bool], str], ...] = (
     (
+        lambda c: c.model is not None and c.out_dir is not None,
+        "`out_dir` {c.out_dir} and `model` {c.model} exclude each other; pass only one",
+    ),
+    (
         lambda c: c.interactive and c.prompts is not None,
         "`interactive` and `prompts` exclude each other; pass only one",
     ),

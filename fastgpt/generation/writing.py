@@ -64,7 +64,8 @@ def _write(config: GenerateConfig) -> int:
 
 def _load(config: GenerateConfig) -> TextGenerator:
     generator = load(
-        config.out_dir,
+        config.source,
+        download=config.download,
         checkpoint_name=config.checkpoint,
         device=config.device,
         dtype=config.dtype,

@@ -21,13 +21,14 @@ def count_parameters(config: ModelConfig) -> int:
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The shape of each parameter in `GPT.weights`, by name. Raises `UsageError` as `count_parameters` does."""
-    config = dataclasses.replace(config.architecture(), vocab_size=config.known_vocab)
     with torch.device("meta"):
-        one_layer = GPT(dataclasses.replace(config, n_layer=1)).weights()
+        smallest = GPT(dataclasses.replace(config.architecture(), **dict.fromkeys(SIZES, 1))).weights()
+    rows = {"wte.weight": config.known_vocab, "wpe.weight": config.block_size}
     shapes = {}
-    for name, tensor in one_layer.items():
-        same = [name.replace("h.0.", f"h.{layer}.") for layer in range(config.n_layer)]
-        shapes |= dict.fromkeys(same if name.startswith("h.0.") else [name], tuple(tensor.shape))
+    for name, tensor in smallest.items():
+        layers = range(config.n_layer) if name.startswith("h.0.") else range(1)
+        shape = (rows.get(name, len(tensor)), *tensor.shape[1:])
+        shapes |= {name.replace("h.0.", f"h.{layer}.", 1): shape for layer in layers}
     return shapes
 
 

@@ -177,8 +177,10 @@ class GPT(nn.Module):
         with torch.device("meta"):
             model = cls(config, ops)
         # `Module.to_empty` would import sympy: half a second until the first token.
-        empty = {name: torch.empty(p.shape, dtype=dtype, device=device) for name, p in model.named_parameters()}
-        model.load_state_dict(empty, assign=True)
+        model.load_state_dict(
+            {name: torch.empty(p.shape, dtype=dtype, device=device) for name, p in model.named_parameters()},
+            assign=True,
+        )
         with device:
             model.table = position_table(config)  # float32 in every dtype, as in training
         model.load_weights(weights)

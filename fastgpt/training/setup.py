@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fastgpt.checkpoint import run_folder, store
+from fastgpt.checkpoint.source import open_model
 from fastgpt.config.training import TrainConfig
 from fastgpt.data import corpus, loader
 from fastgpt.data.corpus import Corpus
@@ -35,7 +36,8 @@ class Setup:
         asked: the settings that config.json records: as they were given, with absolute paths.
         dtype: of the matrix products.
         threads: CPU threads that compute.
-        own_vocabulary: the text is read with the run's vocabulary, as it was allowed to change.
+        own_vocabulary: the text is read with the run's vocabulary, not its own: it was allowed to change, or the
+            vocabulary came with the weights that the run started from.
         reading: the rules by which the text is read, see `corpus.READING`.
         evaluation: the part of the val split that evaluations read.
         state: the model, what trains it, and the progress.
@@ -103,7 +105,10 @@ def prepare(config: TrainConfig) -> Setup:
     resolve = functools.partial(table.resolve, config.kernels, device, recorded=choices.get("columns"))
     asked_dtype = choices.get("dtype", "auto") if config.dtype == "auto" else config.dtype
     dtype = resolve_dtype(asked_dtype, device, interpreted=resolve().interpreted)
-    own_vocabulary = resuming and bool(config.allow_data_change or about.get("corpus", {}).get("own_vocabulary"))
+    source = open_model(config.init_from, download=config.download) if config.imports else None
+    vocabulary = source.tokenizer if source else None
+    if resuming and (config.allow_data_change or about.get("corpus", {}).get("own_vocabulary")):
+        vocabulary = run_folder.vocabulary(out_dir)
     reading = run_folder.reading(about) if resuming else corpus.READING
     data = corpus.prepare(
         config.dataset,
@@ -111,12 +116,17 @@ def prepare(config: TrainConfig) -> Setup:
         vocab_size=config.vocab_size,
         corpus_file=config.corpus_file,
         gpt2_vocab=config.gpt2_vocab,
-        vocabulary=run_folder.vocabulary(out_dir) if own_vocabulary else None,
+        vocabulary=vocabulary,
         data_dir=config.data_dir,
         reading=reading,
     )
     if resuming:
         run_folder.check_resume(out_dir, config, data)
+    if source and vocabulary is not None and data.tokenizer != vocabulary:
+        raise UsageError(
+            f"`dataset` {config.dataset}: its vocabulary is not that of `init_from` {config.init_from}; "
+            "give `dataset` the text itself"
+        )
     config = dataclasses.replace(config, vocab_size=data.tokenizer.vocab_size)
     train_loader, val_loader = loader.loaders(data, config, device)
     memory.check_training(config, device)
@@ -129,12 +139,12 @@ def prepare(config: TrainConfig) -> Setup:
         dtype,
         thread_count,
         data,
-        own_vocabulary,
+        vocabulary is not None,
         reading,
         MicroBatches(train_loader, config.batch_size, config.gradient_accumulation_steps),
         val_loader,
         evaluation,
-        TrainingState(config, ops, data, device, dtype, evaluation.identity, unnamed),
+        TrainingState(config, ops, data, device, dtype, evaluation.identity, unnamed, source),
     )
 
 

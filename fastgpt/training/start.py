@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from fastgpt.checkpoint import run_folder, store
+from fastgpt.checkpoint.source import Source, open_model
 from fastgpt.config.fields import validate
+from fastgpt.config.sources import STEP_NAME
 from fastgpt.config.training import PRESETS, USUAL_WARMUP, TrainConfig
 from fastgpt.errors import UsageError, nearest, shown
-from fastgpt.interchange import nanogpt_weights
 from fastgpt.system.device import resolve_device
 
 
@@ -37,17 +38,16 @@ def starting_point(preset: str | None, given: Mapping[str, object]) -> tuple[Tra
     It is that of the run which is resumed or, for a new run, the named preset or the one that fits the device.
     """
     init_from = str(given.get("init_from", "scratch"))
-    asked = TrainConfig(init_from=init_from)
+    own_folder = str(Path(init_from).parent) if STEP_NAME.fullmatch(Path(init_from).name) else TrainConfig.out_dir
+    out_dir = str(given.get("out_dir", own_folder))
+    asked = TrainConfig(init_from=init_from, out_dir=out_dir)
     if asked.resuming:
-        by_path = init_from != "resume"
-        out_dir = str(given.get("out_dir", Path(init_from).parent if by_path else "out"))
         run_folder.check_free(Path(out_dir))
         run_folder.mend(Path(out_dir))
         validate(asked)
         if preset is not None:
             raise UsageError(f"`preset` {preset}: `init_from` {init_from} keeps the run's own settings; leave it out")
-        if by_path:
-            run_folder.named_step(Path(out_dir), init_from)
+        run_folder.named_step(Path(out_dir), init_from)
         store.require(Path(out_dir))
         saved, _ = run_folder.load(Path(out_dir))
         why = f"resume: the settings of the run in {out_dir}, changed by what was given"
@@ -59,11 +59,26 @@ def starting_point(preset: str | None, given: Mapping[str, object]) -> tuple[Tra
     why = f"preset {preset}" if preset else f"preset {fitting}: it fits a {kind} device (others: `preset` NAME)"
     config = PRESETS[preset or fitting]
     if asked.imports:
-        shape = nanogpt_weights.load(init_from).shape
-        config = dataclasses.replace(config, **vars(shape) | {"vocab_size": None})
+        validate(asked)
+        config = _shaped_as(open_model(init_from, download=bool(given.get("download"))), config, given)
         why += f"; the model's shape is that of {init_from}"
     # Another tokenizer than the preset's brings its own vocabulary.
     return (dataclasses.replace(config, vocab_size=None) if "tokenizer" in given else config), why
+
+
+def _shaped_as(source: Source, config: TrainConfig, given: Mapping[str, object]) -> TrainConfig:
+    """The configuration with the shape of a model and, if it has one, its kind of vocabulary.
+
+    Raises:
+        UsageError: another kind was asked for.
+    """
+    config = dataclasses.replace(config, **vars(source.shape) | {"vocab_size": None})
+    if source.tokenizer is None:
+        return config
+    kind = source.tokenizer.kind
+    if given.get("tokenizer", kind) != kind:
+        raise UsageError(f"`tokenizer` {given['tokenizer']}: {source.path} has its own, of kind {kind}; leave it out")
+    return dataclasses.replace(config, tokenizer=kind)
 
 
 def with_warmup(config: TrainConfig) -> TrainConfig:

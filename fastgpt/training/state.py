@@ -7,11 +7,11 @@ import torch
 
 from fastgpt.checkpoint import progress, store
 from fastgpt.checkpoint.progress import Progress
+from fastgpt.checkpoint.source import Source
 from fastgpt.checkpoint.store import Snapshot
 from fastgpt.config.training import TrainConfig
 from fastgpt.data.prepared import Corpus
 from fastgpt.errors import CorruptCheckpoint
-from fastgpt.interchange import nanogpt_weights
 from fastgpt.model.gpt import GPT
 from fastgpt.ops.table import Ops
 from fastgpt.system.device import seed
@@ -28,6 +28,7 @@ class TrainingState:
     Args:
         val_set: identity of the run's evaluation set.
         unnamed: identity of the evaluation set of checkpoints that do not name theirs, which older versions wrote.
+        source: the model whose weights it starts from, instead of random ones.
     """
 
     def __init__(
@@ -39,9 +40,10 @@ class TrainingState:
         dtype: torch.dtype,
         val_set: str,
         unnamed: str = "",
+        source: Source | None = None,
     ):
         self.config, self.ops, self.data, self.device = config, ops, data, device
-        self.val_set, self.unnamed = val_set, unnamed
+        self.val_set, self.unnamed, self.source = val_set, unnamed, source
         self.model = self._make_model()
         self.step = TrainStep(self.model, config, device, dtype)
         self.progress = Progress(val_set=val_set)
@@ -97,7 +99,7 @@ class TrainingState:
         seed(self.config.seed, self.device)
         with self.device:
             model = GPT(self.config, self.ops)
-        if self.config.imports:
-            with store.naming(Path(self.config.init_from)):
-                model.load_weights(nanogpt_weights.load(self.config.init_from).weights(self.data.tokenizer.vocab_size))
+        if self.source:
+            with store.naming(self.source.file):
+                model.load_weights(self.source.weights(model.config))
         return model

@@ -1,0 +1,6 @@
+def limit(config, tokenizer):
+    return None
+
+
+def write(*_):
+    raise NotImplementedError

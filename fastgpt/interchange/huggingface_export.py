@@ -1,0 +1,130 @@
+"""Writes a GPT-2 in transformers' layout: AutoModelForCausalLM and AutoTokenizer load it without code of its own."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgpt import __version__
+from fastgpt.config.model import ModelConfig
+from fastgpt.interchange import huggingface_tokenizer
+from fastgpt.interchange.exported import DTYPES, ExportedModel
+from fastgpt.interchange.huggingface import ACTIVATIONS, CONFIG, CONV1D, INDEX, MODEL_TYPE, PREFIX, WEIGHTS
+from fastgpt.system import files, safetensors_file
+from fastgpt.system.units import counted
+from fastgpt.tokenizer.base import Tokenizer
+
+SHARD = 5_000_000_000  # bytes of a file's tensors, at most, as transformers parts them
+GENERATION, CARD = "generation_config.json", "README.md"
+
+
+def limit(config: ModelConfig, tokenizer: Tokenizer) -> str | None:
+    """The first thing of a model that GPT-2's config.json cannot say, or None."""
+    if config.kv_heads != config.n_head:
+        return f"grouped queries (`n_kv_head` {config.kv_heads})"
+    return "rotary positions (`position` rotary)" if config.position == "rotary" else None
+
+
+def write(model: ExportedModel, folder: Path, dtype: str) -> None:
+    """Write the model's files into a folder that is there."""
+    tensors = {
+        PREFIX + name: (tensor.t().contiguous() if name.endswith(CONV1D) else tensor).to(DTYPES[dtype])
+        for name, tensor in model.with_biases().items()
+    }
+    shards = list(_shards(tensors))
+    names = [WEIGHTS] if len(shards) == 1 else [_shard_name(at, len(shards)) for at in range(len(shards))]
+    for name, shard in zip(names, shards, strict=True):
+        files.write(folder / name, safetensors_file.parts(shard))
+    if len(shards) > 1:
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    ends = {"bos_token_id": model.tokenizer.start_token, "eos_token_id": model.tokenizer.end_token}
+    _write_json(folder / CONFIG, _settings(model.config, dtype) | ends)
+    _write_json(folder / GENERATION, {"_from_model_config": True} | ends)
+    _write_json(folder / huggingface_tokenizer.TOKENIZER, huggingface_tokenizer.to_library(model.tokenizer))
+    settings = huggingface_tokenizer.settings_of(model.tokenizer, model.config.block_size)
+    _write_json(folder / huggingface_tokenizer.SETTINGS, settings)
+    files.write(folder / CARD, [_card(model, dtype).encode()])
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    files.write(path, [(json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()])
+
+
+def _shards(tensors: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+    """The tensors in their order, in parts of at most `SHARD` bytes."""
+    shard, size = {}, 0
+    for name, tensor in tensors.items():
+        if shard and size + tensor.nbytes > SHARD:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += tensor.nbytes
+    yield shard
+
+
+def _shard_name(at: int, count: int) -> str:
+    return f"model-{at + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _settings(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """The content of config.json, the tokens that begin and end a text aside."""
+    activation = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == config.mlp)
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": MODEL_TYPE,
+        "vocab_size": config.vocab_size,
+        "n_positions": config.block_size,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_embd": config.n_embd,
+        "n_inner": config.n_inner,
+        "activation_function": activation,
+        "layer_norm_epsilon": config.norm_eps,
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout),
+        "tie_word_embeddings": True,
+        "torch_dtype": dtype,
+    }
+
+
+def _card(model: ExportedModel, dtype: str) -> str:
+    """README.md: what the model is, where it comes from, and how to load it."""
+    config, about = model.config, model.about
+    shape = f"{counted(config.n_layer, 'layer')}, {counted(config.n_head, 'head')}, width {config.n_embd:,}"
+    rows = {
+        "shape": f"{shape}, context {config.block_size:,}",
+        "vocabulary": f"{counted(model.tokenizer.vocab_size, 'token')} ({model.tokenizer.kind})",
+        "weights": dtype,
+        **about,
+        "written by": f"fastgpt {__version__}, torch {torch.__version__}",
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return CARD_TEXT.format(table=table)
+
+
+CARD_TEXT = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- gpt2
+- fastgpt
+---
+
+# A GPT
+
+| | |
+|---|---|
+{table}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # this folder
+model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+prompt = tokenizer("The ", return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50, do_sample=True)[0]))
+```
+"""
