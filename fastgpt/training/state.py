@@ -10,11 +10,12 @@ from fastgpt.checkpoint.progress import Progress
 from fastgpt.checkpoint.store import Snapshot
 from fastgpt.config.training import TrainConfig
 from fastgpt.data.prepared import Corpus
-from fastgpt.errors import CorruptCheckpoint
+from fastgpt.errors import CorruptCheckpoint, UsageError
 from fastgpt.interchange import nanogpt_weights
 from fastgpt.model.gpt import GPT
 from fastgpt.ops.table import Ops
 from fastgpt.system.device import seed
+from fastgpt.system.units import counted
 from fastgpt.training.step import TrainStep
 
 
@@ -99,5 +100,17 @@ class TrainingState:
             model = GPT(self.config, self.ops)
         if self.config.imports:
             with store.naming(Path(self.config.init_from)):
-                model.load_weights(nanogpt_weights.load(self.config.init_from).weights(self.data.tokenizer.vocab_size))
+                model.load_weights(self._imported())
         return model
+
+    def _imported(self) -> dict[str, torch.Tensor]:
+        """The weights of nanoGPT's file for this run's vocabulary; rows of the embedding beyond it are padding."""
+        foreign, vocab_size = nanogpt_weights.load(self.config.init_from), self.data.tokenizer.vocab_size
+        if vocab_size > foreign.shape.known_vocab:
+            raise UsageError(
+                f"{foreign.path}: its vocabulary has {counted(foreign.shape.known_vocab, 'token')}, and that "
+                f"of `dataset` {vocab_size:,}; name the data that it was trained on"
+            )
+        return {
+            name: tensor[:vocab_size] if name == "wte.weight" else tensor for name, tensor in foreign.tensors.items()
+        }
