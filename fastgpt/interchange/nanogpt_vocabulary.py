@@ -1,4 +1,4 @@
-"""Reads meta.pkl, the vocabulary of a folder that nanoGPT prepared, without running any code of it.
+"""Reads nanoGPT's vocabularies: meta.pkl of a folder that it prepared, without running any code of it, or GPT-2's own.
 
 nanoGPT keeps uint16 tokens in train.bin and val.bin and, for a character corpus, a pickled dictionary with
 vocab_size, itos and stoi. Loading a pickle can run any code, or fill the memory from a few bytes, so
@@ -7,15 +7,22 @@ vocab_size, itos and stoi. Loading a pickle can run any code, or fill the memory
 
 import io
 import pickle
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PureWindowsPath
 from typing import Any, NoReturn
 
 from fastgpt.errors import UsageError
-from fastgpt.system.files import regular
+from fastgpt.system.files import absolute, regular
+from fastgpt.tokenizer.base import Tokenizer
 from fastgpt.tokenizer.char import CharTokenizer
+from fastgpt.tokenizer.gpt2 import Gpt2Tokenizer
 
+META, DATA = "meta.pkl", "data"  # the vocabulary's file, and nanoGPT's folder of prepared folders
 DTYPE = "uint16"
+GPT2_SIZES = (Gpt2Tokenizer.fixed_size(True), 50_304)  # tokens; the second is nanoGPT's, padded to a multiple of 64
 LARGEST_META = 4 << 20  # bytes; 65,536 characters, all that uint16 holds, take about 2 MiB
+PREPARE = "prepare the text itself with `dataset` PATH"  # what helps against a bad one in a prepared folder
+COPY = "copy the one of the text that the model was trained on"  # and beside a checkpoint
 
 # The pickle instructions that dictionaries, lists, strings and numbers are made of.
 # fmt: off
@@ -28,8 +35,53 @@ _PLAIN = frozenset((
 # fmt: on
 
 
-def vocabulary(meta: Path) -> CharTokenizer:
+def of_checkpoint(path: Path, vocab_size: int, dataset: str | None) -> Tokenizer | None:
+    """The vocabulary of a ckpt.pt, which itself has none.
+
+    It is a meta.pkl of as many characters as the model has: the one beside the checkpoint, or the one of the folder
+    that the run was trained on, data/DATASET, in the current folder or beside the checkpoint's folder. Without any, a
+    model of GPT-2's vocabulary size has GPT-2's tokens, as nanoGPT's sample.py assumes.
+
+    Args:
+        path: of the checkpoint.
+        dataset: as in its configuration, where it says so.
+
+    Returns:
+        None if there is none. GPT-2's has fewer tokens than a model whose vocabulary is padded.
+
+    Raises:
+        UsageError: a meta.pkl is not readable, or GPT-2's files or tiktoken are missing.
+    """
+    for meta in _places(path, dataset):
+        if _is_file(meta) and (found := vocabulary(meta, COPY)).vocab_size == vocab_size:
+            return found
+    return Gpt2Tokenizer.from_files() if vocab_size in GPT2_SIZES else None
+
+
+def _places(path: Path, dataset: str | None) -> Iterator[Path]:
+    """The paths at which a checkpoint's meta.pkl may be."""
+    yield path.parent / META
+    if dataset is None or PureWindowsPath(dataset).drive.startswith("\\\\"):  # a file never has us ask another machine
+        return
+    if Path(dataset).is_absolute():
+        yield Path(dataset) / META
+    elif dataset not in ("", "..") and PureWindowsPath(dataset).name == dataset:  # a path could lead anywhere
+        for folder in (Path(), Path(absolute(path)).parent.parent):
+            yield folder / DATA / dataset / META
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # its name is none, or its folder is closed to us
+        return False
+
+
+def vocabulary(meta: Path, way_out: str = PREPARE) -> CharTokenizer:
     """The tokenizer of a meta.pkl, with the ids of that file.
+
+    Args:
+        way_out: of an error, for its message.
 
     Raises:
         UsageError: the file is unreadable, larger than 4 MiB, not plain data, or no character vocabulary.
@@ -45,9 +97,7 @@ def vocabulary(meta: Path) -> CharTokenizer:
         raise UsageError(f"{meta} cannot be read: {error.strerror}") from None
     except Exception as error:  # a broken pickle may raise anything; none of it has run code
         reason = str(error) or type(error).__name__
-        raise UsageError(
-            f"{meta} is not nanoGPT's character vocabulary: {reason}; prepare the text itself with `dataset` PATH"
-        ) from None
+        raise UsageError(f"{meta} is not nanoGPT's character vocabulary: {reason}; {way_out}") from None
 
 
 class _PlainUnpickler(pickle.Unpickler):

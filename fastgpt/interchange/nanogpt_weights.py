@@ -1,62 +1,37 @@
-"""Reads nanoGPT's ckpt.pt, so that a run can start from its weights.
+"""Reads nanoGPT's ckpt.pt: the model's shape, its weights, and the vocabulary that belongs to it.
 
 A .pt file is a zip archive around a pickle, and a pickle can run any code. `torch.load` with `weights_only=True` runs
 none: it reads tensors and plain data, and refuses everything else. No other way is tried.
 """
 
+import functools
 import re
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastgpt.config.fields import validate
-from fastgpt.config.model import ModelConfig
 from fastgpt.errors import UsageError
-from fastgpt.system import finite
-from fastgpt.system.units import counted
+from fastgpt.interchange import nanogpt_vocabulary
+from fastgpt.interchange.foreign import MASKS, ForeignModel, checked, shape_of
+from fastgpt.system.lazy_tensors import LazyTensors
 
 LARGEST_PICKLE = 64 << 20  # bytes; that of GPT-2's largest size takes less than one MiB
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")  # nanoGPT's model_args
 BIAS = True  # nanoGPT's default; versions before this setting always had biases
+FIXED = {"mlp": "gelu_exact"}  # what nanoGPT's model.py has no setting for, where our default differs
 WRAPPERS = ("_orig_mod.", "module.")  # of torch.compile and DistributedDataParallel, in either order
-PREFIX = "transformer."  # of nanoGPT's module
+PREFIX, HEAD, EMBEDDING = "transformer.", "lm_head.weight", "wte.weight"  # names in nanoGPT's module
 ESCAPE = re.compile(r"\x1b\[[0-9;]*m")  # by which PyTorch makes parts of a message bold
 GLOBAL = re.compile(r"GLOBAL (\S+)")  # a class or a function in a pickle, in PyTorch's messages
-DERIVED = ("lm_head.weight", ".attn.bias", ".attn.masked_bias")  # tied to the embedding; masks of old versions
-
-
-@dataclass(frozen=True)
-class ForeignModel:
-    """A model's shape, and its weights by the names of `fastgpt.model.gpt.GPT`, mapped from the file."""
-
-    path: Path
-    shape: ModelConfig
-    tensors: dict[str, torch.Tensor]
-
-    def weights(self, vocab_size: int) -> dict[str, torch.Tensor]:
-        """The weights for a vocabulary of this size; rows of the embedding beyond it are padding.
-
-        Raises:
-            UsageError: the model has a smaller vocabulary, or a weight that is not finite.
-        """
-        if vocab_size > (self.shape.vocab_size or 0):
-            raise UsageError(
-                f"`init_from` {self.path}: its vocabulary has {counted(self.shape.vocab_size or 0, 'token')}, and that "
-                f"of `dataset` {vocab_size:,}; name the data that it was trained on"
-            )
-        if bad := finite.first_not_finite(self.tensors):
-            raise UsageError(
-                f"`init_from` {self.path}: its weights are not finite: {bad} holds a NaN or an infinity; "
-                "take a checkpoint from before that"
-            )
-        return {name: tensor[:vocab_size] if name == "wte.weight" else tensor for name, tensor in self.tensors.items()}
 
 
 def load(path: str | Path) -> ForeignModel:
-    """Read a nanoGPT checkpoint. Its GELU is exact and ours the tanh form, which moves a loss by about 0.001.
+    """Open a nanoGPT checkpoint, whose weights are mapped from the file.
+
+    Its vocabulary is in another file, see `nanogpt_vocabulary.of_checkpoint`.
 
     Raises:
         UsageError: no such file, not one of torch.save's since PyTorch 1.6, one that holds more than tensors and plain
@@ -66,13 +41,22 @@ def load(path: str | Path) -> ForeignModel:
     try:
         _check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return ForeignModel(path, _shape(_part(content, "model_args")), _tensors(_part(content, "model")))
+        settings, weights = _settings(_part(content, "model_args")), _weights(_part(content, "model"))
+        _check_tied(weights.pop(HEAD, None), weights[EMBEDDING])
+        _check_rows(settings, weights[EMBEDDING])
     except OSError as error:
-        raise UsageError(f"`init_from` {path} cannot be read: {error.strerror or error}") from None
+        raise UsageError(f"{path} cannot be read: {error.strerror or error}") from None
     except Exception as error:  # a hostile or broken file may raise anything; none of it has run
-        raise UsageError(
-            f"`init_from` {path} is not nanoGPT's checkpoint: {_reason(error):.200}; nothing in it was run"
-        ) from None
+        raise UsageError(f"{path} is not nanoGPT's checkpoint: {_reason(error):.200}; nothing in it was run") from None
+    shape = shape_of(path, settings | FIXED)
+    tensors = LazyTensors(
+        {name: tuple(tensor.shape) for name, tensor in weights.items()},
+        lambda name: checked(path, name, weights[name]),
+    )
+    dataset = _dataset(content.get("config"))
+    return ForeignModel(
+        path, shape, tensors, functools.partial(nanogpt_vocabulary.of_checkpoint, path, shape.known_vocab, dataset)
+    )
 
 
 def _reason(error: Exception) -> str:
@@ -107,25 +91,37 @@ def _check_archive(path: Path) -> None:
         raise ValueError(f"its pickle is larger than {LARGEST_PICKLE >> 20} MiB")
 
 
-def _shape(arguments: dict[str, Any]) -> ModelConfig:
+def _settings(arguments: Mapping[str, Any]) -> dict[str, int]:
     if missing := [name for name in SHAPE if name not in arguments and name != "bias"]:
         raise ValueError(f"its model_args lack {missing[0]}")
-    shape = ModelConfig(**{name: arguments.get(name, BIAS) for name in SHAPE})
-    validate(shape)
-    return shape
+    settings = {name: arguments.get(name, BIAS) for name in SHAPE}
+    for name, value in settings.items():
+        if not isinstance(value, int):
+            raise ValueError(f"{name} in its model_args is of type {type(value).__name__}")
+    return settings
 
 
-def _tensors(weights: dict[str, Any]) -> dict[str, torch.Tensor]:
+def _dataset(config: Any) -> str | None:
+    """The name of the prepared folder in data/, or its absolute path."""
+    dataset = config.get("dataset") if isinstance(config, dict) else None
+    return dataset if isinstance(dataset, str) else None
+
+
+def _weights(stored: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The weights by our names, and the output layer's."""
     result = {}
-    for name, tensor in weights.items():
+    for full_name, tensor in stored.items():
+        name = full_name
         while name.startswith(WRAPPERS):
             name = name.partition(".")[2]
         name = name.removeprefix(PREFIX)
-        if name.endswith(DERIVED):
+        if name.endswith(MASKS):
             continue
+        if name in result:
+            raise ValueError(f"its weight {name} is there twice")
         _check_stored(name, tensor)
         result[name] = tensor
-    if "wte.weight" not in result or result["wte.weight"].dim() != 2:
+    if EMBEDDING not in result or result[EMBEDDING].dim() != 2:
         raise ValueError("it has no table of embeddings")
     return result
 
@@ -136,3 +132,18 @@ def _check_stored(name: str, tensor: Any) -> None:
         raise ValueError(f"its weight {name} is no plain tensor")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise ValueError(f"its weight {name} claims more bytes than it has")
+
+
+def _check_tied(head: torch.Tensor | None, embedding: torch.Tensor) -> None:
+    """Raise ValueError if the output layer has weights of its own. In nanoGPT's files it is the same tensor."""
+    if head is None or head.is_set_to(embedding):
+        return
+    if head.dtype != embedding.dtype or not torch.equal(head, embedding):
+        raise ValueError(f"its {HEAD} is not {EMBEDDING}, to which the output layer is tied")
+
+
+def _check_rows(settings: Mapping[str, int], embedding: torch.Tensor) -> None:
+    if len(embedding) != settings["vocab_size"]:
+        raise ValueError(
+            f"vocab_size in its model_args is {settings['vocab_size']}, and {EMBEDDING} is for {len(embedding)}"
+        )

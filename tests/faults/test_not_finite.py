@@ -97,7 +97,7 @@ def test_weights_of_nanogpt_are_refused(capsys, out: Path, workplace: Path):
     )
     assert code == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert f"--init_from ckpt.pt: its weights are not finite: {WEIGHT} holds a NaN or an infinity" in line
+    assert f"ckpt.pt: its weights are not finite: {WEIGHT} holds a NaN or an infinity" in line
     assert not Path("new").exists()
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fastgpt.errors import UsageError
 from fastgpt.interchange import nanogpt_vocabulary
 from fastgpt.system.files import sha256
 from fastgpt.tokenizer.char import CharTokenizer
@@ -137,3 +138,61 @@ class TestNanogptFolders:
     def test_a_huge_meta_is_not_read(self, foreign: Path, tmp_path: Path):
         os.truncate(foreign / "meta.pkl", nanogpt_vocabulary.LARGEST_META + 1)
         assert "larger than 4 MiB" in refused(foreign, tmp_path)
+
+
+class TestOfCheckpoint:
+    """The vocabulary of nanogpt/out/ckpt.pt; it need not exist itself."""
+
+    CKPT = Path("nanogpt/out/ckpt.pt")
+
+    @pytest.fixture(autouse=True)
+    def folders(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "nanogpt" / "out").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path)
+
+    @staticmethod
+    def put(meta: Path | str, chars: str) -> Path:
+        meta = Path(meta)
+        meta.parent.mkdir(parents=True, exist_ok=True)
+        meta.write_bytes(pickle.dumps({"vocab_size": len(chars), "itos": dict(enumerate(chars))}))
+        return meta
+
+    def found(self, size: int = 3, dataset: str | None = "letters"):
+        return nanogpt_vocabulary.of_checkpoint(self.CKPT, size, dataset)
+
+    def test_the_nearest_that_fits_is_taken(self):
+        places = ["nanogpt/out/meta.pkl", "data/letters/meta.pkl", "nanogpt/data/letters/meta.pkl"]
+        for place, chars in zip(places, ("abc", "def", "ghi"), strict=True):
+            self.put(place, chars)
+        for place, chars in zip(places, ("abc", "def", "ghi"), strict=True):
+            assert self.found() == CharTokenizer(chars)
+            self.put(place, "12345")
+        assert self.found() is None
+
+    def test_an_absolute_name_is_a_folder(self, tmp_path: Path):
+        self.put("elsewhere/meta.pkl", "abc")
+        assert self.found(dataset=str(tmp_path / "elsewhere")) == CharTokenizer("abc")
+
+    @pytest.mark.parametrize("dataset", ["", ".", "..", "../secret", "a/b", "a\\b", "//host/share", "\\\\host\\share"])
+    def test_no_other_path_is_opened(self, dataset: str):
+        for place in ("data", "data/a/b", "secret", "nanogpt", "nanogpt/data", "."):
+            self.put(Path(place) / "meta.pkl", "abc")
+        assert self.found(dataset=dataset) is None
+
+    @pytest.mark.parametrize("dataset", [None, "missing", "x" * 5000, "a\0b", "\ud800"])
+    def test_a_name_of_nothing_is_no_vocabulary(self, dataset: str | None):
+        assert self.found(dataset=dataset) is None
+
+    @needs_gpt2
+    @pytest.mark.parametrize(("size", "gpt2"), [(50_257, True), (50_304, True), (50_256, False), (3, False)])
+    def test_a_model_of_gpt2s_size_has_its_vocabulary(self, size: int, gpt2: bool):
+        assert self.found(size) == (Gpt2Tokenizer.from_files() if gpt2 else None)
+
+    def test_nothing_in_it_is_run(self, tmp_path: Path):
+        meta = self.put("data/letters/meta.pkl", "abc")
+        meta.write_bytes(pickle.dumps({"itos": {0: "a"}, "extra": Canary(tmp_path / "canary")}))
+        with pytest.raises(
+            UsageError, match=r"^data.letters.meta\.pkl is not nanoGPT's .* no plain data; copy the one"
+        ):
+            self.found()
+        assert not (tmp_path / "canary").exists()

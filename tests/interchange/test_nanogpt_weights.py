@@ -38,7 +38,7 @@ START = "--dataset text.txt --device cpu --dtype float32 --batch_size 2 --max_it
 
 def model_of(shape: dict) -> GPT:
     torch.manual_seed(7)
-    model = GPT(ModelConfig(**shape))
+    model = GPT(ModelConfig(**shape, mlp="gelu_exact"))
     with torch.no_grad():
         for parameter in model.parameters():  # biases and gains as after a training
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
@@ -130,6 +130,17 @@ class TestStart:
         assert store.find(Path("out"), "latest").name == "step-000002"
         Path("ckpt.pt").unlink()  # it is needed no more
         assert cli.run(train.main, ["--init_from", "resume", "--max_iters", "4"]) == 0
+
+    def test_a_copy_of_the_embedding_is_tied_too(self):
+        content = content_of(SHAPE)
+        content["model"]["lm_head.weight"] = content["model"]["lm_head.weight"].clone()
+        write(content)
+        assert "lm_head.weight" not in nanogpt_weights.load("ckpt.pt").tensors
+
+    def test_the_form_of_gelu_is_nanogpts_unless_another_is_asked_for(self):
+        write(content_of(SHAPE))
+        assert self.loaded().config.mlp == "gelu_exact"
+        assert self.loaded("--mlp gelu").config.mlp == "gelu"
 
     def test_other_settings_are_the_flags(self):
         write(content_of(SHAPE))
@@ -261,7 +272,7 @@ class TestRefused:
         FILES[file]()
         error = refusal(capsys)
         if "shape" not in file and "context" not in file and "weight" not in file and "embedding" not in file:
-            assert error.startswith(("error: --init_from ckpt.pt ", "error: --init_from 'ckpt.pt' "))
+            assert error.startswith(("error: ckpt.pt ", "error: --init_from 'ckpt.pt' "))
 
     @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
     @pytest.mark.slow
@@ -280,7 +291,7 @@ class TestRefused:
             if Path("ckpt.pt").is_file():
                 Path("ckpt.pt").unlink()
             FILES[name]()
-            with pytest.raises(UsageError, match=r"`init_from` ckpt\.pt"):
+            with pytest.raises(UsageError, match=r"^ckpt\.pt "):
                 nanogpt_weights.load("ckpt.pt")
 
 
@@ -342,9 +353,25 @@ class TestNothingIsRun:
             (lambda content: content.pop("model_args"), "it has no model_args, which nanoGPT's train.py saves"),
             (lambda content: content.pop("model"), "it has no model, which nanoGPT's train.py saves"),
             (lambda content: content["model_args"].pop("n_head"), "its model_args lack n_head"),
+            (
+                lambda content: content["model_args"].update(n_head=torch.zeros(10**12, device="meta")),
+                "n_head in its model_args is of type Tensor",
+            ),
+            (
+                lambda content: content["model_args"].update(vocab_size=99),
+                f"vocab_size in its model_args is 99, and wte.weight is for {LETTERS}",
+            ),
+            (
+                lambda content: content["model"].update({"lm_head.weight": torch.zeros(LETTERS, 16)}),
+                "its lm_head.weight is not wte.weight, to which the output layer is tied",
+            ),
+            (
+                lambda content: content["model"].update({"_orig_mod.wpe.weight": torch.zeros(8, 16)}),
+                "its weight wpe.weight is there twice",
+            ),
         ],
     )
-    def test_what_is_missing_is_named(self, capsys, change: Callable[[dict], object], reason: str):
+    def test_what_is_missing_or_wrong_is_named(self, capsys, change: Callable[[dict], object], reason: str):
         content = content_of(SHAPE)
         change(content)
         write(content)
