@@ -12,7 +12,7 @@ import torch
 
 from fastgpt.checkpoint import run_folder, store
 from fastgpt.config.training import TrainConfig
-from fastgpt.data import corpus, loader
+from fastgpt.data import corpus, loader, packing
 from fastgpt.data.corpus import Corpus
 from fastgpt.data.loader import Loader, MicroBatches
 from fastgpt.errors import UsageError
@@ -31,7 +31,7 @@ class Setup:
     """The parts of a run.
 
     Attributes:
-        config: its settings, with the vocabulary's size.
+        config: its settings, with the vocabulary's size and the choice of `pack`.
         asked: the settings that config.json records: as they were given, with absolute paths.
         dtype: of the matrix products.
         threads: CPU threads that compute.
@@ -69,6 +69,7 @@ class Setup:
                 "device": self.device.type,
                 "dtype": str(self.dtype).removeprefix("torch."),
                 "threads": self.threads,
+                "pack": self.config.pack,
                 "corpus": {
                     "name": self.data.name,
                     "source_sha256": self.data.source_sha256,
@@ -117,7 +118,8 @@ def prepare(config: TrainConfig) -> Setup:
     )
     if resuming:
         run_folder.check_resume(out_dir, config, data)
-    config = dataclasses.replace(config, vocab_size=data.tokenizer.vocab_size)
+    pack = run_folder.packed(about) if resuming else packing.chosen(config.pack, data)
+    config = dataclasses.replace(config, vocab_size=data.tokenizer.vocab_size, pack=pack)
     train_loader, val_loader = loader.loaders(data, config, device)
     memory.check_training(config, device)
     ops = resolve(choose=autotune.chooser(workloads.training(config, dtype)))

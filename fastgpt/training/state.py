@@ -9,6 +9,7 @@ from fastgpt.checkpoint import progress, store
 from fastgpt.checkpoint.progress import Progress
 from fastgpt.checkpoint.store import Snapshot
 from fastgpt.config.training import TrainConfig
+from fastgpt.data import packing
 from fastgpt.data.prepared import Corpus
 from fastgpt.errors import CorruptCheckpoint
 from fastgpt.interchange import nanogpt_weights
@@ -43,7 +44,7 @@ class TrainingState:
         self.config, self.ops, self.data, self.device = config, ops, data, device
         self.val_set, self.unnamed = val_set, unnamed
         self.model = self._make_model()
-        self.step = TrainStep(self.model, config, device, dtype)
+        self.step = TrainStep(self.model, config, device, dtype, packing.end_token(config, data))
         self.progress = Progress(val_set=val_set)
 
     @property
