@@ -44,7 +44,7 @@ WITH_DEFAULTS = {"n_head", "n_kv_head", "n_embd", "position", "learning_rate", "
 TOGETHER = {
     "n_head", "n_kv_head", "n_embd", "n_layer", "block_size", "batch_size", "gradient_accumulation_steps", "vocab_size",
     "learning_rate", "min_lr", "position", "tokenizer", "kernels", "init_from", "allow_data_change", "compile", "cache",
-    "kv_memory", "device", "dtype", "async_save", "keep_last", "resume",
+    "kv_memory", "device", "dtype", "async_save", "keep_last", "resume", "pack",
 }  # fmt: skip
 
 
@@ -211,7 +211,7 @@ def check_command(kind: type, field: dataclasses.Field, text: str) -> None:
     if field.name == "init_from" and due is None:  # a run to continue, which is looked for in its folder
         return
     # A switch that is on, and lacks another flag, is named without its value.
-    check_line(field, text, line, text_is_named=not (hint is bool and due))
+    check_line(field, text, line, text_is_named=not (bool in (hint, *typing.get_args(hint)) and due))
 
 
 def check_line(field: dataclasses.Field, text: str, line: str, *, text_is_named: bool) -> None:

@@ -216,6 +216,8 @@ def load(out_dir: Path) -> tuple[TrainConfig, dict[str, Any]]:
         raise CorruptCheckpoint(f"{path} is not the configuration of a run; put back a copy of it")
     if type(threads := content.get("threads", 1)) is not int or threads < 1:
         raise CorruptCheckpoint(f"{path} is not the configuration of a run; put back a copy of it")
+    if type(packed(content)) is not bool:
+        raise CorruptCheckpoint(f"{path} is not the configuration of a run; put back a copy of it")
     config = TrainConfig(**saved)
     validate(config)
     for name, least in (("windows", 0), ("batch_size", 1)):
@@ -237,15 +239,15 @@ def content_hash(content: Mapping[str, Any]) -> str:
 
 
 def check_resume(out_dir: Path, config: TrainConfig, data: Corpus) -> None:
-    """Check that a resumed run keeps its model, its vocabulary and, without `allow_data_change`, its text.
+    """Check that a resumed run keeps its model, vocabulary and packing and, without `allow_data_change`, its text.
 
     Raises:
         UsageError: one of them changed.
     """
     saved, about = load(out_dir)
-    has = _kept_settings(saved)
-    for name, asked in _kept_settings(config).items():
-        if asked != has[name]:
+    has = _kept_settings(saved) | {"pack": packed(about)}
+    for name, asked in (_kept_settings(config) | {"pack": config.pack}).items():
+        if asked != has[name] and (name, asked) != ("pack", None):
             raise UsageError(
                 f"`{name}` {asked}: the run in {out_dir} has {has[name]}, and a resume keeps it; leave it out"
             )
@@ -272,6 +274,11 @@ def _kept_settings(config: TrainConfig) -> dict[str, Any]:
         dataclasses.replace(config.architecture(), n_kv_head=config.kv_heads, n_inner=config.inner)
     )
     return {name: value for name, value in model.items() if name not in CHANGEABLE} | {"tokenizer": config.tokenizer}
+
+
+def packed(about: Mapping[str, Any]) -> bool:
+    """Whether the run is packed, by its `config.json`; older versions wrote nothing about it, and packed nothing."""
+    return about.get("pack", False)
 
 
 def anchored(config: TrainConfig) -> TrainConfig:

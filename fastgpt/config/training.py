@@ -39,6 +39,9 @@ class TrainConfig(ModelConfig):
         choices=("char", "byte", "gpt2", "bpe"),
     )
     gpt2_vocab: str | None = option(None, "folder with GPT-2's vocab.bpe and encoder.json", path=True)
+    pack: bool | None = option(
+        None, "keep attention within documents, and restart positions at each; auto: for document shards", auto=True
+    )
     allow_data_change: bool = option(False, "resume although the text changed since the run began")
 
     max_iters: int = option(600_000, "optimizer steps", low=1, group="Optimisation")

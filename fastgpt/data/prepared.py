@@ -31,6 +31,7 @@ class Corpus:
             token files.
         val_bytes: UTF-8 bytes of the val text, for bits per byte; like `characters` and `bytes`, which are
             those of the whole text, None for a folder that nanoGPT prepared.
+        documents: a run packs the corpus unless told otherwise: its attention stays within documents.
     """
 
     path: Path
@@ -43,6 +44,7 @@ class Corpus:
     val_bytes: int | None
     characters: int | None
     bytes: int | None
+    documents: bool = False
 
     def train(self) -> np.memmap:
         """The training tokens, (train_tokens,) of `dtype`, as a read-only memory map."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from fastgpt.config.training import TrainConfig
+from fastgpt.data import packing
 from fastgpt.data.loader import IGNORED, Counted, Loader
 from fastgpt.data.prepared import Corpus
 from fastgpt.model.gpt import GPT
@@ -26,6 +27,7 @@ class EvaluationSet:
         windows: the number of windows of `block_size` tokens, evenly spaced over the split; 0: the whole split.
         batch_size: the windows in a batch: the batch size that the run began with, also after a resume.
         text: sha256 of the text.
+        end_token: of a packed run, see `fastgpt.data.packing`.
     """
 
     windows: int
@@ -33,6 +35,7 @@ class EvaluationSet:
     block_size: int
     val_tokens: int
     text: str
+    end_token: int | None = None
 
     @classmethod
     def of(cls, config: TrainConfig, data: Corpus, batch_size: int) -> "EvaluationSet":
@@ -43,13 +46,15 @@ class EvaluationSet:
             config.block_size,
             data.val_tokens,
             data.source_sha256,
+            packing.end_token(config, data),
         )
 
     @property
     def identity(self) -> str:
         """A text that is equal for two sets if their losses compare; checkpoints and metrics.jsonl keep it."""
         number = counted(self.windows, "window") if self.windows else "all windows"
-        return f"{number} of {self.block_size:,} in {self.val_tokens:,} val tokens of text {self.text[:16]}"
+        packed = "" if self.end_token is None else ", packed"
+        return f"{number} of {self.block_size:,} in {self.val_tokens:,} val tokens of text {self.text[:16]}{packed}"
 
     def describe(self) -> str:
         """The set in words."""
@@ -89,10 +94,14 @@ def mean_loss(
     batches: Iterator[Counted],
     arithmetic: AbstractContextManager,
     stopping: Callable[[], bool] = lambda: False,
+    end_token: int | None = None,
 ) -> float | None:
     """The mean loss in nats over all targets but `IGNORED`. None if `stopping`, asked before each batch, is true.
 
     A batch that does not fit in memory is evaluated in halves.
+
+    Args:
+        end_token: of a packed run, see `fastgpt.data.packing`.
     """
     total, count = 0.0, 0
     model.eval()
@@ -100,7 +109,7 @@ def mean_loss(
         for x, y, counted in batches:
             if stopping():
                 break
-            total += _loss(model, x, y) * counted
+            total += _loss(model, x, y, packing.document_ids(x, end_token)) * counted
             count += counted
         else:
             model.train()
@@ -109,14 +118,15 @@ def mean_loss(
     return None
 
 
-def _loss(model: GPT, x: torch.Tensor, y: torch.Tensor) -> float:
-    """The mean loss of a batch in nats: tokens x and targets y, (B, T) each."""
+def _loss(model: GPT, x: torch.Tensor, y: torch.Tensor, doc_ids: torch.Tensor | None) -> float:
+    """The mean loss of a batch in nats: tokens x, targets y and numbers of documents, (B, T) each."""
     if len(x) == 1:
-        return model(x, y).item()
+        return model(x, y, doc_ids=doc_ids).item()
     with out_of_memory.caught():
-        return model(x, y).item()
+        return model(x, y, doc_ids=doc_ids).item()
     middle = len(x) // 2
-    halves = [(x[part], y[part]) for part in (slice(middle), slice(middle, None))]
-    counts = [int((targets != IGNORED).sum()) for _, targets in halves]
+    parts = (slice(middle), slice(middle, None))
+    halves = [(x[part], y[part], None if doc_ids is None else doc_ids[part]) for part in parts]
+    counts = [int((targets != IGNORED).sum()) for _, targets, _ in halves]
     losses = [_loss(model, *half) if count else 0.0 for half, count in zip(halves, counts, strict=True)]
     return sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)

@@ -20,7 +20,7 @@ from fastgpt.config.model import ModelConfig
 from fastgpt.errors import CorruptCheckpoint
 from fastgpt.model.activations import ACTIVATIONS
 from fastgpt.model.linear import Embedding, Linear, store_by_columns
-from fastgpt.model.positions import position_table, rotate
+from fastgpt.model.positions import position_table, positions_in_documents, rotate
 from fastgpt.ops import table
 from fastgpt.ops.table import Ops
 
@@ -233,7 +233,8 @@ class GPT(nn.Module):
         Args:
             tokens: int64 (B, T); with a cache, the tokens that follow those in it.
             targets: int64 (B, T), -100 where a position does not count.
-            doc_ids: integer (B, T): attention stays within a document; not with a cache.
+            doc_ids: integer (B, T), one number for the tokens of a document, which lie together. Each document is
+                computed as if it were alone: attention stays within it, and positions restart. Not with a cache.
             cache: keys and values of earlier tokens; extended in place.
             last_only: logits of the last position alone.
 
@@ -264,7 +265,11 @@ class GPT(nn.Module):
         T = tokens.shape[1]
         if cache is None and self.config.block_size < T:
             raise ValueError(f"{T} tokens do not fit in block_size {self.config.block_size}")
-        x, rotation = self.embed(tokens, slice(0, T) if cache is None else cache.positions(T))
+        if doc_ids is not None:
+            here = positions_in_documents(doc_ids)
+        else:
+            here = slice(0, T) if cache is None else cache.positions(T)
+        x, rotation = self.embed(tokens, here)
         x = F.dropout(x, self.config.dropout, self.training)
         dropping = self.training and self.config.dropout > 0
         seeds = torch.randint(2**31 - 1, (len(self.h),), device=x.device) if dropping else None
@@ -277,7 +282,7 @@ class GPT(nn.Module):
         return add_norm(self.ops, x, branch, self.ln_f)[1]
 
     def embed(self, tokens: torch.Tensor, here: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Tokens (B, T) at the positions `here` (T,) -> (B, T, C), and the rotation of rotary positions."""
+        """Tokens (B, T) at the positions `here`, (T,) or (B, T) -> (B, T, C), and the rotation of rotary positions."""
         x = self.wte(tokens)
         if self.wpe is not None:
             return x + (self.wpe.weight[here] if isinstance(here, slice) else self.wpe(here)), None

@@ -1,6 +1,7 @@
-"""Positions that are not learned: sinusoidal and rotary."""
+"""Positions that are not learned, sinusoidal and rotary, and positions that restart at each document."""
 
 import torch
+import torch.nn.functional as F
 
 from fastgpt.config.model import ModelConfig
 
@@ -29,8 +30,18 @@ def _computed_table(config: ModelConfig) -> torch.Tensor:
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)
 
 
+def positions_in_documents(doc_ids: torch.Tensor) -> torch.Tensor:
+    """Each token's position in its document, or after the window's start: integer (B, T) -> int64 (B, T)."""
+    documents = F.pad((doc_ids[:, 1:] != doc_ids[:, :-1]).cumsum(1), (1, 0))  # counted from 0, whatever their ids
+    first = torch.searchsorted(documents, documents)  # the position in the window where each begins
+    return torch.arange(doc_ids.shape[1], device=doc_ids.device) - first
+
+
 def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    """Turn the two halves of each head, channel i with channel i + D/2: (B, T, heads, D) -> the same."""
-    cos, sin = rotation[:, None].unbind(-1)  # each (T, 1, D / 2)
+    """Turn the two halves of each head, channel i with channel i + D/2: (B, T, heads, D) -> the same.
+
+    rotation: (T, D / 2, 2), or (B, T, D / 2, 2) where the sequences differ in their positions.
+    """
+    cos, sin = rotation.unsqueeze(-3).unbind(-1)  # each (T, 1, D / 2) or (B, T, 1, D / 2)
     left, right = x.float().chunk(2, dim=-1)
     return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1).to(x.dtype)

@@ -24,6 +24,7 @@ from fastgpt.ops.workload import Call, Calls, Workload, smaller
 
 LAYERS = 2  # the first adds no branch; all that follow are like the second
 PAGE = 16  # tokens; the default of `page_size`
+DOCUMENTS = 4  # that begin in a packed context, on average
 META = torch.device("meta")
 
 
@@ -37,9 +38,10 @@ def training(config: TrainConfig, dtype: torch.dtype) -> Workload:
 
     def record() -> Calls:
         few, short = smaller(B, model.block_size)
-        return _calls(_trained(model, dtype, B), _trained(dataclasses.replace(model, block_size=short), dtype, few))
+        small = dataclasses.replace(model, block_size=short)
+        return _calls(_trained(model, dtype, B, config.pack), _trained(small, dtype, few, config.pack))
 
-    return Workload(_name("training", B, model), dtype, record, config.compile)
+    return Workload(_name("training, packed" if config.pack else "training", B, model), dtype, record, config.compile)
 
 
 def generation(
@@ -92,14 +94,16 @@ def _largest(call: Call) -> int:
     return max(math.prod(tensor.shape) for _, tensor in call.tensors)
 
 
-def _trained(config: ModelConfig, dtype: torch.dtype, B: int) -> list[Call]:
-    """Those of a forward pass over B sequences of whole contexts."""
+def _trained(config: ModelConfig, dtype: torch.dtype, B: int, pack: bool | None) -> list[Call]:
+    """Those of a forward pass over B sequences of whole contexts, or of documents that are packed into them."""
     recorder, shape = Recorder(dtype), (B, config.block_size)
     with META:
         model = GPT(config, recorder.ops)
-    targets = torch.randint(config.known_vocab, shape, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.randint(config.known_vocab, shape, generator=generator)
+    doc_ids = (torch.rand(shape, generator=generator) < DOCUMENTS / shape[1]).cumsum(1) if pack else None
     with recorder:
-        model(_tokens(*shape), targets)
+        model(_tokens(*shape), targets, doc_ids=doc_ids)
     return recorder.calls()
 
 

@@ -53,6 +53,7 @@ def introduce(console: Console, setup: Setup) -> None:
     facts = {
         "model": f"{counted(model.num_parameters(), 'parameter')}: {shape}",
         "data": f"{data.name}: {tokens}, vocabulary {data.tokenizer.vocab_size:,} ({data.tokenizer.kind})",
+        **({"packing": "attention stays within documents, and positions restart at each"} if config.pack else {}),
         "machine": f"{describe(setup.device)}, {arithmetic}",
         "kernels": str(model.ops),
         "evaluation": f"{setup.evaluation.describe()}, every {counted(config.eval_interval, 'step')}",

@@ -13,7 +13,7 @@ import torch
 from fastgpt.checkpoint import run_folder, store
 from fastgpt.checkpoint.source import open_model
 from fastgpt.config.training import TrainConfig
-from fastgpt.data import corpus, loader
+from fastgpt.data import corpus, loader, packing
 from fastgpt.data.corpus import Corpus
 from fastgpt.data.loader import Loader, MicroBatches
 from fastgpt.errors import UsageError
@@ -32,7 +32,7 @@ class Setup:
     """The parts of a run.
 
     Attributes:
-        config: its settings, with the vocabulary's size.
+        config: its settings, with the vocabulary's size and the choice of `pack`.
         asked: the settings that config.json records: as they were given, with absolute paths.
         dtype: of the matrix products.
         threads: CPU threads that compute.
@@ -71,6 +71,7 @@ class Setup:
                 "device": self.device.type,
                 "dtype": str(self.dtype).removeprefix("torch."),
                 "threads": self.threads,
+                "pack": self.config.pack,
                 "corpus": {
                     "name": self.data.name,
                     "source_sha256": self.data.source_sha256,
@@ -127,7 +128,8 @@ def prepare(config: TrainConfig) -> Setup:
             f"`dataset` {config.dataset}: its vocabulary is not that of `init_from` {config.init_from}; "
             "give `dataset` the text itself"
         )
-    config = dataclasses.replace(config, vocab_size=data.tokenizer.vocab_size)
+    pack = run_folder.packed(about) if resuming else packing.chosen(config.pack, data)
+    config = dataclasses.replace(config, vocab_size=data.tokenizer.vocab_size, pack=pack)
     train_loader, val_loader = loader.loaders(data, config, device)
     memory.check_training(config, device)
     ops = resolve(choose=autotune.chooser(workloads.training(config, dtype)))

@@ -10,6 +10,7 @@ from fastgpt.checkpoint.progress import Progress
 from fastgpt.checkpoint.source import Source
 from fastgpt.checkpoint.store import Snapshot
 from fastgpt.config.training import TrainConfig
+from fastgpt.data import packing
 from fastgpt.data.prepared import Corpus
 from fastgpt.errors import CorruptCheckpoint
 from fastgpt.model.gpt import GPT
@@ -45,7 +46,7 @@ class TrainingState:
         self.config, self.ops, self.data, self.device = config, ops, data, device
         self.val_set, self.unnamed, self.source = val_set, unnamed, source
         self.model = self._make_model()
-        self.step = TrainStep(self.model, config, device, dtype)
+        self.step = TrainStep(self.model, config, device, dtype, packing.end_token(config, data))
         self.progress = Progress(val_set=val_set)
 
     @property

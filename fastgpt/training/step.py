@@ -14,6 +14,7 @@ import torch
 
 from fastgpt.config.training import TrainConfig
 from fastgpt.data.loader import Batch
+from fastgpt.data.packing import document_ids
 from fastgpt.errors import UsageError
 from fastgpt.model.gpt import GPT
 from fastgpt.system.device import autocast, seed
@@ -30,10 +31,21 @@ class TrainStep:
     """The model with what trains it: optimizer, guard, float16's loss scaler and, with `compile`, the compiled model.
 
     Weights, moments and gradients are float32; only matrix products are in `dtype`.
+
+    Args:
+        end_token: of a packed run, see `fastgpt.data.packing`.
     """
 
-    def __init__(self, model: GPT, config: TrainConfig, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self,
+        model: GPT,
+        config: TrainConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        end_token: int | None = None,
+    ):
         self.model, self.config, self.device, self.dtype = model, config, device, dtype
+        self.end_token = end_token
         self.parameters = list(model.parameters())
         self.optimizer = make_optimizer(model, config)
         self.guard = Guard(device, config.rollback_after, config.skip_loss_sigma)
@@ -132,10 +144,11 @@ class TrainStep:
         self.scaler.update(torch.where(torch.isfinite(loss), after, before))
 
     def _loss(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        doc_ids = document_ids(x, self.end_token)
         if not self.config.compile:
-            return self.model(x, y)
+            return self.model(x, y, doc_ids=doc_ids)
         try:
-            return self.compiled(x, y)
+            return self.compiled(x, y, doc_ids=doc_ids)
         except compile_error() as error:
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise UsageError(f"`compile` failed: {reason}; correct that, or pass `compile=False`") from error

@@ -40,8 +40,11 @@ class Validation:
             display.reach(next(done))
             return stopping()
 
-        batches = setup.evaluation.batches(setup.val_loader)
-        return evaluation_loss.mean_loss(self.state.model, batches, autocast(setup.device, setup.dtype), stopping_shown)
+        evaluation, arithmetic = setup.evaluation, autocast(setup.device, setup.dtype)
+        batches = evaluation.batches(setup.val_loader)
+        return evaluation_loss.mean_loss(
+            self.state.model, batches, arithmetic, stopping_shown, end_token=evaluation.end_token
+        )
 
     def take(self, loss: float) -> None:
         """Record a val loss; one that is not finite, or is of such weights, is never the best."""

@@ -275,16 +275,6 @@ def test_without_dropout_no_random_number_is_drawn(backend, dropout, training):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@backends
-def test_packed_documents_do_not_see_each_other(backend):
-    model, (tokens, targets) = tiny(backend, position="none"), batch()
-    parts = [(0, 5), (5, 9), (9, T)]
-    separate = [model(tokens[:, a:b], targets[:, a:b]) * (b - a) for a, b in parts]
-    packed = model(tokens, targets, doc_ids=torch.tensor([0] * 5 + [1] * 4 + [2] * 3).expand(3, T))
-    torch.testing.assert_close(packed, sum(separate) / T)
-    assert not torch.isclose(model(tokens, targets), packed)
-
-
 @pytest.mark.parametrize("n_layer", [1, 3])
 def test_the_model_is_built_from_the_tables_operations(n_layer):
     ops, calls = counting()

@@ -46,14 +46,14 @@ def looks(values) -> list:
     ]
 
 
-@pytest.mark.parametrize("options", [{}, {"bias": False}, {"position": "rotary"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"position": "rotary"}, {"pack": True}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_training_calls_are_the_models(dtype, options):
     config = TrainConfig(**SHAPE, batch_size=3, dropout=0.1, **options)
     ops, calls = watched()
     tokens = torch.randint(256, (3, 20))
     with autocast(CPU, dtype):
-        GPT(config, ops)(tokens, tokens)
+        GPT(config, ops)(tokens, tokens, doc_ids=torch.zeros_like(tokens) if config.pack else None)
     workload = workloads.training(config, dtype)
     assert {op for op in TABLE if calls[op]} == set(workload.ops)
     for op in workload.ops:
@@ -145,6 +145,17 @@ def test_recording_draws_nothing_and_is_put_off():
     torch.manual_seed(0)
     assert workload.calls is workload.calls
     assert torch.equal(torch.rand(1), expected)
+
+
+def test_packed_calls_are_checked_and_timed_with_several_documents():
+    config = TrainConfig(**SHAPE, batch_size=3, pack=True)
+    packed, usual = (
+        workloads.training(dataclasses.replace(config, pack=pack), torch.float32) for pack in (True, False)
+    )
+    assert str(packed) == str(usual).replace("training, ", "training, packed, ")
+    for case in (timed_case("causal_attention", packed, CPU), *checked_cases("causal_attention", packed, CPU)):
+        assert case.arguments["doc_ids"].amax() >= 2
+    assert timed_case("causal_attention", usual, CPU).arguments["doc_ids"] is None
 
 
 def test_its_text_tells_workloads_apart():
