@@ -131,7 +131,9 @@ def _compare_logits(name: str, config: ConvertConfig, known: Reference, logits: 
         ours, theirs = known.model(known.tokens), logits(known.tokens).float()
         difference, limit = _difference(theirs, ours), LOGITS[config.dtype]
         if not difference <= limit:
-            raise RunFailed(f"{name} computes other logits: they differ by {difference:.1e} of the largest, not {limit}")
+            raise RunFailed(
+                f"{name} computes other logits: they differ by {difference:.1e} of the largest, not {limit}"
+            )
         said = f"verified with {name}: logits differ by {difference:.1e} of the largest (at most {limit})"
         if config.dtype != "float32":
             return said
