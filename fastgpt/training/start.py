@@ -24,11 +24,22 @@ def complete(preset: str | None, given: Mapping[str, Any]) -> TrainConfig:
     Raises:
         UsageError: the settings do not fit each other, or there is no run to resume.
     """
+    _refuse_dry_resume(given)
     start, why = starting_point(preset, given)
     config = dataclasses.replace(start, **given)
     validate(config)
     print(why, file=sys.stderr)
     return config if config.resuming or "warmup_iters" in given else with_warmup(config)
+
+
+def _refuse_dry_resume(given: Mapping[str, Any]) -> None:
+    """Raise `UsageError` for a dry run of a resume, whose run has measured itself; nothing is changed before."""
+    init_from = str(given.get("init_from", "scratch"))
+    if given.get("dry_run") and TrainConfig(init_from=init_from).resuming:
+        raise UsageError(
+            f"`dry_run` measures a new run, and `init_from` {init_from} continues one, whose metrics.jsonl has its "
+            "tokens/s; leave one of them out"
+        )
 
 
 def starting_point(preset: str | None, given: Mapping[str, object]) -> tuple[TrainConfig, str]:
