@@ -139,9 +139,9 @@ class Stand:
 
 def random_batch(config: TrainConfig, sequences: int, device: torch.device) -> Batch:
     """Inputs and targets, each int64 (sequences, block_size)."""
-    shape = sequences, config.block_size + 1
-    tokens = torch.randint(config.known_vocab, shape, generator=torch.Generator().manual_seed(config.seed))
-    return tokens[:, :-1].to(device), tokens[:, 1:].to(device)
+    shape = 2, sequences, config.block_size
+    x, y = torch.randint(config.known_vocab, shape, generator=torch.Generator().manual_seed(config.seed)).to(device)
+    return x, y
 
 
 def moment_bytes(optimizer: torch.optim.Optimizer) -> int:

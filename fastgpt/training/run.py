@@ -59,7 +59,7 @@ def train(config: TrainConfig, sample: Sample, loggers: Sequence[Logger] = ()) -
     """
     validate_fields(TrainConfig, vars(config))
     if config.dry_run:
-        raise UsageError("`dry_run=True` prints a table and trains nothing; run python -m fastgpt.train --dry_run")
+        raise UsageError("`dry_run=True` is for the command, which prints a table; to train, leave it out")
     if config.resuming:
         run_folder.mend(Path(config.out_dir))
     validate(config)
