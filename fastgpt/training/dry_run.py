@@ -134,12 +134,13 @@ def _memory_rows(config: TrainConfig, measured: Measurement, device: torch.devic
     """Memory by kind. The first three are exact; activations are counted in the forward pass."""
     sequences = counted(config.batch_size, "sequence")
     compiled = ", before compiling" if config.compile else ""
+    divided = "; a run divides micro-batches that do not fit" if measured.total > free else ""
     rows = {
         "weights": format_bytes(measured.weights),
         "gradients": format_bytes(measured.gradients),
         "moments": f"{format_bytes(measured.moments)}, {counted(config.moments, 'number')} for each weight",
         "activations": f"{format_bytes(measured.activations)}, kept for the backward pass of {sequences}{compiled}",
-        "memory": f"at least {format_bytes(measured.total)} in all; {device} has {format_bytes(free)} free",
+        "memory": f"at least {format_bytes(measured.total)} in all; {device} has {format_bytes(free)} free{divided}",
     }
     if measured.peak is not None:
         rows["peak"] = f"{format_bytes(measured.peak)} allocated in the measurement"
@@ -167,7 +168,9 @@ def _described(found: Corpus | Unprepared) -> str:
 
 def _steps(config: TrainConfig, found: Corpus | Unprepared) -> str:
     tokens = config.max_iters * config.tokens_per_step
-    epochs = f"{tokens / found.train_tokens:,.3g} epochs" if isinstance(found, Corpus) else "epochs unknown till then"
+    epochs = (
+        f"{tokens / found.train_tokens:,.3g} epochs" if isinstance(found, Corpus) else "epochs are known once tokenized"
+    )
     return f"{config.max_iters:,} of them read {counted(tokens, 'token')}: {epochs}"
 
 

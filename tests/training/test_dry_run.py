@@ -92,7 +92,7 @@ def test_steps_tokens_and_parameters_are_those_of_the_run(capsys):
     total = count_parameters(config)
     assert found["parameters"] == f"{total:,}: {embeddings:,} in embeddings, {total - embeddings:,} in the rest"
     assert found["tokens a step"] == "64 = 4 sequences x 8 tokens x 2 micro-batches"
-    assert found["steps"] == "50 of them read 3,200 tokens: epochs unknown till then"
+    assert found["steps"] == "50 of them read 3,200 tokens: epochs are known once tokenized"
     assert found["data"].startswith(f"text: {len(runs.TEXT):,} characters, not tokenized yet; byte vocabulary of 256")
     assert found["checkpoint"].startswith("0 MiB, at most 5 checkpoints at once; ")
 
@@ -118,6 +118,15 @@ def test_the_time_is_that_of_all_micro_batches_and_one_update():
     assert found["micro-batch"] == "250 ms; 9.0 s while warming up"
     assert found["speed"] == "120 tokens/s, 2.0 s a step"
     assert found["time"].startswith("2 h 0 min in steps, without evaluations and checkpoints; it stops near step 30, ")
+
+
+@pytest.mark.parametrize(("free", "divided"), [(100 << 20, False), ((100 << 20) - 1, True)])
+def test_micro_batches_that_do_not_fit_are_told(free: int, divided: bool):
+    measured = Measurement(1, 1.0, 1.0, 1.0, 10 << 20, 10 << 20, 20 << 20, 60 << 20, None)
+    told = dry_run._memory_rows(CONFIG, measured, CPU, free)["memory"]
+    assert told == "at least 100 MiB in all; cpu has 100 MiB free" + divided * (
+        "; a run divides micro-batches that do not fit"
+    )
 
 
 def test_nothing_is_written(capsys, cache):
