@@ -3,8 +3,9 @@
     python -m fastgpt.train                                       # fits the machine, about a minute on a CPU
     python -m fastgpt.train --preset baby --dataset shakespeare
     python -m fastgpt.train --init_from resume --max_iters 4000
+    python -m fastgpt.train --config recipes/gpt2-124m.toml --dry_run      # what it takes; writes nothing
 
-The run itself is in `fastgpt.training.run`.
+The run itself is in `fastgpt.training.run`, a dry run in `fastgpt.training.dry_run`.
 """
 
 import sys
@@ -22,10 +23,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     # Only now, as they import PyTorch, which takes a second that --help and a mistyped flag do not wait for.
     from fastgpt.generation.sample import sample
+    from fastgpt.training.dry_run import dry_run
     from fastgpt.training.run import train
     from fastgpt.training.start import complete
 
-    summary = train(complete(preset, given), sample)
+    config = complete(preset, given)
+    if config.dry_run:
+        dry_run(config)
+        return 0
+    summary = train(config, sample)
     if summary.failures:
         return 1
     return 0 if summary.stopped_by is None else 128 + summary.stopped_by

@@ -34,7 +34,7 @@ LOCK = ".lock"
 RUN_FILES = ("tokenizer.json", "metrics.jsonl", "latest", "best", "config.json")
 PICTURE = "plots/loss.png"
 DATA_PATHS = ("corpus_file", "data_dir", "gpt2_vocab")  # beside the dataset, which may also be a name
-COMMANDS = ("init_from", "download", "overwrite", "allow_data_change")  # they concern one start, not the run
+COMMANDS = ("init_from", "download", "overwrite", "dry_run", "allow_data_change")  # they concern one start, not the run
 # The model's settings that a resume may change. Instead of vocab_size the vocabulary itself is compared.
 CHANGEABLE = ("vocab_size", "dropout")
 
@@ -100,6 +100,17 @@ def named_step(out_dir: Path, init_from: str) -> Path | None:
     return folder
 
 
+def checkpoint_bytes(config: TrainConfig, parameters: int) -> int:
+    """The size of a checkpoint: float32 weights and moments."""
+    return 4 * (1 + config.moments) * parameters
+
+
+def most_checkpoints(config: TrainConfig, step: int = 0) -> int:
+    """The most checkpoints that lie in the folder at once, from a step on."""
+    saves = -(-(config.max_iters - step) // config.eval_interval)
+    return min(saves, config.keep_last + 2)  # the best one, and the one that is being written
+
+
 def check_disk(out_dir: Path, config: TrainConfig, parameters: int, step: int) -> None:
     """Check that the disk has room for the checkpoints to come.
 
@@ -107,10 +118,8 @@ def check_disk(out_dir: Path, config: TrainConfig, parameters: int, step: int) -
         UsageError: the folder cannot be written, or there is no room.
     """
     weights = 4 * parameters
-    moments = config.moments * weights
-    size, largest_file = weights + moments, max(weights, moments)
-    saves = -(-(config.max_iters - step) // config.eval_interval)
-    count = min(saves, config.keep_last + 2)  # the best one, and the one that is being written
+    size, largest_file = checkpoint_bytes(config, parameters), max(weights, config.moments * weights)
+    count = most_checkpoints(config, step)
     probe = temporary_sibling(out_dir / "probe")
     with explained(out_dir):
         held = sum(store.size(folder) for folder in store.folders(out_dir))

@@ -28,6 +28,9 @@ class TrainConfig(ModelConfig):
     )
     download: bool = option(False, "fetch the model that `init_from` names from Hugging Face's hub")
     overwrite: bool = option(False, "delete the run that `out_dir` holds and start anew")
+    dry_run: bool = option(
+        False, "print parameters, memory, steps and time, measured in three micro-batches, and write nothing"
+    )
     dataset: str = option(
         "pydocs", "pydocs, shakespeare, or a path: a text file, a folder of text, tokens", path=True, group="Data"
     )

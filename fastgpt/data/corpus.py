@@ -44,6 +44,40 @@ class Statistics:
     chars: str
 
 
+@dataclass(frozen=True)
+class Unprepared:
+    """A text that is not tokenized yet, and what `prepare` makes of it.
+
+    Attributes:
+        dataset: the name that it was found by.
+        size: largest vocabulary of a kind that is trained to a size; None for the others.
+        ends: a token of its own ends each document.
+        vocabulary: the one to use, or None where the text decides.
+        target: the folder to write.
+    """
+
+    dataset: str
+    source: Source
+    statistics: Statistics
+    kind: type[Tokenizer]
+    size: int | None
+    ends: bool
+    vocabulary: Tokenizer | None
+    target: Path
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens in the vocabulary; of one that is trained to a size, at most."""
+        if self.vocabulary is not None:
+            return self.vocabulary.vocab_size
+        return self.kind.fixed_size(self.ends) or self.size or len(self.statistics.chars)
+
+    def write(self) -> Corpus:
+        """Tokenize the text into `target`."""
+        vocabulary = self.vocabulary or self.kind.made_from(_text(self.source, self.statistics, self.size, self.ends))
+        return _write(self.target, self.dataset, self.source, self.statistics, vocabulary)
+
+
 def prepare(
     dataset: str = "pydocs",
     *,
@@ -75,18 +109,54 @@ def prepare(
     Raises:
         UsageError: an argument, the text or the folder is wrong in a way that a user can mend.
     """
+    verb, found = find(
+        dataset,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        corpus_file=corpus_file,
+        gpt2_vocab=gpt2_vocab,
+        vocabulary=vocabulary,
+        data_dir=data_dir,
+        reading=reading,
+        quiet=quiet,
+    )
+    if isinstance(found, Unprepared):
+        verb, found = "prepared", found.write()
+    own = vocabulary if verb != "opened" or vocabulary == found.tokenizer else None
+    return _announced(verb, _started(found, own, reading), quiet)
+
+
+def find(
+    dataset: str,
+    *,
+    tokenizer: str,
+    vocab_size: int | None,
+    corpus_file: str | None,
+    gpt2_vocab: str | None,
+    data_dir: str,
+    vocabulary: Tokenizer | None = None,
+    reading: int = READING,
+    quiet: bool = False,
+    download: bool = True,
+) -> tuple[str, Corpus | Unprepared]:
+    """What `prepare` begins with: "opened" or "reused" and the corpus, or "found" and the text to tokenize.
+
+    Nothing is written, unless tiny Shakespeare is downloaded. The arguments and errors are those of `prepare`.
+
+    Args:
+        download: False raises instead of downloading.
+    """
     _check_arguments(dataset, tokenizer, vocab_size, corpus_file)
     if dataset == "pydocs":
         source = sources.pydocs()
     elif dataset == "shakespeare":
-        source = sources.shakespeare(corpus_file, quiet=quiet)
+        source = sources.shakespeare(corpus_file, quiet=quiet, download=download)
     else:
         path = _find(dataset, Path(data_dir))
         if any((path / file).exists() for file in TOKEN_FILES):
             corpus = load(path, gpt2_vocab)
             _check_prepared(corpus, tokenizer, vocab_size)
-            own = vocabulary if vocabulary == corpus.tokenizer else None
-            return _announced("opened", _started(corpus, own, reading), quiet)
+            return "opened", corpus
         source = sources.text_files(path, skip=Path(data_dir), as_before=reading == 1)
     kind = saved.KINDS[tokenizer]
     can_end = vocabulary.end_token is not None if vocabulary else kind.can_end
@@ -96,7 +166,7 @@ def prepare(
     if vocab_size is not None:
         kind.check_size(vocab_size, ends)
 
-    own, statistics = vocabulary, _measure(dataset, source)
+    statistics = _measure(dataset, source)
     size = (vocab_size or kind.default_size) if kind.default_size else None
     label = [_file_name(source.name), tokenizer, *([str(size)] if size else []), statistics.sha256[:8]]
     if vocabulary is not None:
@@ -105,11 +175,8 @@ def prepare(
         vocabulary = Gpt2Tokenizer.from_files(gpt2_vocab)
     target = Path(data_dir) / "-".join(label)
     if corpus := _reusable(target, statistics.sha256, vocabulary):
-        verb = "reused"
-    else:
-        vocabulary = vocabulary or kind.made_from(_text(source, statistics, size, ends))
-        verb, corpus = "prepared", _write(target, dataset, source, statistics, vocabulary)
-    return _announced(verb, _started(corpus, own, reading), quiet)
+        return "reused", corpus
+    return "found", Unprepared(dataset, source, statistics, kind, size, ends, vocabulary, target)
 
 
 def _started(corpus: Corpus, vocabulary: Tokenizer | None, reading: int) -> Corpus:

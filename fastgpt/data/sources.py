@@ -90,8 +90,11 @@ def pydocs() -> Text:
     return Text("pydocs", "\n".join(topics.values()))
 
 
-def shakespeare(corpus_file: str | Path | None = None, *, quiet: bool = False) -> TextFiles:
+def shakespeare(corpus_file: str | Path | None = None, *, quiet: bool = False, download: bool = True) -> TextFiles:
     """Tiny Shakespeare from `corpus_file`, else from the cache, else from its public address, and then cached.
+
+    Args:
+        download: False raises instead of downloading.
 
     Raises:
         UsageError: the file is missing, its checksum is not tiny Shakespeare's, or there is no network.
@@ -99,6 +102,11 @@ def shakespeare(corpus_file: str | Path | None = None, *, quiet: bool = False) -
     path = Path(corpus_file) if corpus_file is not None else cache_dir() / "tinyshakespeare.txt"
     if corpus_file is not None and not path.is_file():
         raise UsageError(f"`corpus_file` {corpus_file}: no such file")
+    if not path.is_file() and not download:
+        raise UsageError(
+            f"`dataset` shakespeare is not at {path}, and a dry run downloads nothing; pass `corpus_file` PATH, or use "
+            "`dataset` pydocs"
+        )
     if not path.is_file():
         _download(path, quiet)
     try:

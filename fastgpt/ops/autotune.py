@@ -69,6 +69,7 @@ def choose(
     environment: Environment | None = None,
     settle: Callable[[str, Workload, torch.device], Choice] | None = None,
     folder: Path | None = None,
+    keep: bool = True,
 ) -> Chosen:
     """The fastest backend of each operation that the workload uses, from the file of choices if it is known.
 
@@ -80,6 +81,7 @@ def choose(
         environment: what else the choice depends on; default this machine's.
         settle: makes the choice of one operation; default `contest`.
         folder: of the file; default the project's cache.
+        keep: add what was timed to the file.
     """
     environment, settle = environment or environment_of(device), settle or contest
     file = ChoiceFile((folder or cache_dir()) / FILE)
@@ -89,14 +91,15 @@ def choose(
         with _borrowed(device):
             timed = {op: settle(op, workload, device) for op in workload.ops if op not in choices}
         seconds = time.perf_counter() - began
-        file.add(environment, workload, timed)
+        if keep:
+            file.add(environment, workload, timed)
         choices |= timed
     return Chosen(choices, environment.gpu, seconds)
 
 
-def chooser(workload: Workload) -> Chooser:
+def chooser(workload: Workload, *, keep: bool = True) -> Chooser:
     """`choose` for this workload, as `table.resolve` takes it."""
-    return functools.partial(choose, workload)
+    return functools.partial(choose, workload, keep=keep)
 
 
 def contest(

@@ -13,6 +13,22 @@ def format_bytes(count: int | None) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
+def format_duration(seconds: float) -> str:
+    """A time in its two largest units: "91 ms", "8.4 s", "5 min 20 s", "9 h 12 min", "3 d 4 h"."""
+    if seconds < 1:
+        return f"{seconds * 1e3:.3g} ms"
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    hours, rest = divmod(round(seconds / 60), 60)
+    if hours < 24:
+        return f"{hours} h {rest} min"
+    days, rest = divmod(round(seconds / 3600), 24)
+    return f"{days:,} d {rest} h"
+
+
 def format_seconds(seconds: float) -> str:
     """h:mm:ss, or m:ss under an hour."""
     minutes, rest = divmod(round(seconds), 60)

@@ -18,7 +18,7 @@ import torch
 from fastgpt.checkpoint import run_folder
 from fastgpt.config.fields import validate, validate_fields
 from fastgpt.config.training import TrainConfig
-from fastgpt.errors import RunFailed
+from fastgpt.errors import RunFailed, UsageError
 from fastgpt.loggers import console
 from fastgpt.loggers.base import Logger
 from fastgpt.loggers.console import Display, print_product
@@ -58,6 +58,8 @@ def train(config: TrainConfig, sample: Sample, loggers: Sequence[Logger] = ()) -
         RunFailed: the run cannot go on; the checkpoints that it had saved are whole.
     """
     validate_fields(TrainConfig, vars(config))
+    if config.dry_run:
+        raise UsageError("`dry_run=True` is for the command, which prints a table; to train, leave it out")
     if config.resuming:
         run_folder.mend(Path(config.out_dir))
     validate(config)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,27 @@ from fastgpt.evaluation import loss as evaluation_loss
 from fastgpt.evaluation.loss import EvaluationSet
 from fastgpt.model import memory, workloads
 from fastgpt.ops import autotune, table
+from fastgpt.ops.table import Ops
 from fastgpt.system import threads
 from fastgpt.system.device import resolve_device, resolve_dtype
 from fastgpt.training.log import RunLog
 from fastgpt.training.state import TrainingState
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run computes, and in which arithmetic.
+
+    Attributes:
+        dtype: of the matrix products.
+        threads: CPU threads that compute.
+        resolve: `table.resolve` for this device.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    threads: int
+    resolve: Callable[..., Ops]
 
 
 @dataclass(frozen=True)
@@ -91,7 +108,7 @@ def prepare(config: TrainConfig) -> Setup:
         UsageError: the settings, the data, the machine or the folder make the run impossible.
     """
     resuming, out_dir = config.resuming, Path(config.out_dir)
-    device = resolve_device(config.device)
+    resolve_device(config.device)  # a wrong one is refused before the folder is looked at
     if resuming:
         store.require(out_dir)
         run_folder.named_step(out_dir, config.init_from)
@@ -101,11 +118,8 @@ def prepare(config: TrainConfig) -> Setup:
     if resuming:
         config = run_folder.relocated(out_dir, config)
     asked = run_folder.anchored(config)
-    choices = about if about.get("device") == device.type else {}  # those of another device do not apply
-    thread_count = _use_threads(asked, device, choices.get("threads"))
-    resolve = functools.partial(table.resolve, config.kernels, device, recorded=choices.get("columns"))
-    asked_dtype = choices.get("dtype", "auto") if config.dtype == "auto" else config.dtype
-    dtype = resolve_dtype(asked_dtype, device, interpreted=resolve().interpreted)
+    machine = choose_machine(config, about)
+    device, dtype = machine.device, machine.dtype
     source = open_model(config.init_from, download=config.download) if config.imports else None
     vocabulary = source.tokenizer if source else None
     if resuming and (config.allow_data_change or about.get("corpus", {}).get("own_vocabulary")):
@@ -132,14 +146,14 @@ def prepare(config: TrainConfig) -> Setup:
     config = dataclasses.replace(config, vocab_size=data.tokenizer.vocab_size, pack=pack)
     train_loader, val_loader = loader.loaders(data, config, device)
     memory.check_training(config, device)
-    ops = resolve(choose=autotune.chooser(workloads.training(config, dtype)))
+    ops = machine.resolve(choose=autotune.chooser(workloads.training(config, dtype)))
     evaluation, unnamed = _evaluation_set(config, data, saved, about.get("evaluation", {}))
     return Setup(
         config,
         asked,
         device,
         dtype,
-        thread_count,
+        machine.threads,
         data,
         vocabulary is not None,
         reading,
@@ -148,6 +162,24 @@ def prepare(config: TrainConfig) -> Setup:
         evaluation,
         TrainingState(config, ops, data, device, dtype, evaluation.identity, unnamed, source),
     )
+
+
+def choose_machine(config: TrainConfig, about: Mapping[str, Any] | None = None) -> Machine:
+    """The device, the arithmetic and the threads of the settings; from here on this process computes with the threads.
+
+    Args:
+        about: the config.json of a resumed run, whose choices are kept.
+
+    Raises:
+        UsageError: this machine lacks one of them.
+    """
+    device, about = resolve_device(config.device), about or {}
+    choices = about if about.get("device") == device.type else {}  # those of another device do not apply
+    count = _use_threads(config, device, choices.get("threads"))
+    resolve = functools.partial(table.resolve, config.kernels, device, recorded=choices.get("columns"))
+    asked = choices.get("dtype", "auto") if config.dtype == "auto" else config.dtype
+    dtype = resolve_dtype(asked, device, interpreted=resolve().interpreted)
+    return Machine(device, dtype, count, resolve)
 
 
 def open_folder(setup: Setup, log: RunLog) -> None:

@@ -25,11 +25,22 @@ def complete(preset: str | None, given: Mapping[str, Any]) -> TrainConfig:
     Raises:
         UsageError: the settings do not fit each other, or there is no run to resume.
     """
+    _refuse_dry_resume(given)
     start, why = starting_point(preset, given)
     config = dataclasses.replace(start, **given)
     validate(config)
     print(why, file=sys.stderr)
     return config if config.resuming or "warmup_iters" in given else with_warmup(config)
+
+
+def _refuse_dry_resume(given: Mapping[str, Any]) -> None:
+    """Raise `UsageError` for a dry run of a resume, whose run has measured itself; nothing is changed before."""
+    init_from = str(given.get("init_from", "scratch"))
+    if given.get("dry_run") and TrainConfig(init_from=init_from).resuming:
+        raise UsageError(
+            f"`dry_run` measures a new run, and `init_from` {init_from} continues one, whose metrics.jsonl has its "
+            "tokens/s; leave one of them out"
+        )
 
 
 def starting_point(preset: str | None, given: Mapping[str, object]) -> tuple[TrainConfig, str]:
@@ -60,7 +71,9 @@ def starting_point(preset: str | None, given: Mapping[str, object]) -> tuple[Tra
     config = PRESETS[preset or fitting]
     if asked.imports:
         validate(asked)
-        config = _shaped_as(open_model(init_from, download=bool(given.get("download"))), config, given)
+        config = _shaped_as(
+            open_model(init_from, download=bool(given.get("download") and not given.get("dry_run"))), config, given
+        )
         why += f"; the model's shape is that of {init_from}"
     # Another tokenizer than the preset's brings its own vocabulary.
     return (dataclasses.replace(config, vocab_size=None) if "tokenizer" in given else config), why

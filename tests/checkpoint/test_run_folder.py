@@ -195,7 +195,7 @@ class TestConfiguration:
         run_folder.save(tmp_path, config, CharTokenizer("añ"), about)
         content = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
         assert content.items() >= {"format": 1, **about}.items()
-        assert content["config"].keys() == vars(config).keys() - {"init_from", "overwrite", "allow_data_change"}
+        assert content["config"].keys() == vars(config).keys() - set(run_folder.COMMANDS)
         loaded, again = run_folder.load(tmp_path)
         assert vars(loaded) == vars(config) | {"overwrite": False}
         assert again == content

@@ -312,6 +312,11 @@ def test_what_may_change_is_not_kept(tmp_path):
     assert chosen(tmp_path)[1] == list(TRAINING.ops)
 
 
+def test_a_choice_that_is_not_to_be_kept_leaves_no_file(cache):
+    assert choose(TRAINING, CPU, environment=HERE, settle=Settled(), keep=False).seconds is not None
+    assert list(cache.iterdir()) == []
+
+
 def test_the_file_lies_in_the_projects_cache(cache):
     choose(TRAINING, CPU, environment=HERE, settle=Settled())
     assert [path.name for path in cache.iterdir()] == ["kernels.json"]

@@ -1,0 +1,214 @@
+"""Prints what a run takes, without starting it: parameters, memory by kind, tokens, steps, and the time.
+
+The time follows from a throughput that is measured in three micro-batches and one optimizer step. Nothing is written:
+no run's folder, no prepared corpus, no timing choice. Only compilers, Triton's and that of `compile`, fill their own
+caches.
+"""
+
+import dataclasses
+import functools
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from fastgpt.checkpoint import run_folder
+from fastgpt.checkpoint.source import open_model
+from fastgpt.config.training import TrainConfig
+from fastgpt.data import corpus, loader, packing
+from fastgpt.data.corpus import Corpus, Unprepared
+from fastgpt.errors import UsageError
+from fastgpt.model import memory, workloads
+from fastgpt.model.gpt import GPT
+from fastgpt.ops import autotune
+from fastgpt.system import out_of_memory, threads
+from fastgpt.system.device import describe, free_memory, peak_flops, seed
+from fastgpt.system.units import counted, format_bytes, format_duration
+from fastgpt.training.measurement import Measurement, Stand
+from fastgpt.training.setup import Machine, choose_machine
+from fastgpt.training.speed import flops_per_token
+from fastgpt.training.step import TrainStep
+
+
+def dry_run(config: TrainConfig) -> None:
+    """Print on stdout what the run takes, and on stderr what would refuse it.
+
+    Raises:
+        UsageError: the settings, the data or the machine make the run impossible.
+    """
+    with threads.restored():
+        machine = choose_machine(config)
+        found = _data(config, machine.device)
+        vocab_size = found.vocab_size if isinstance(found, Unprepared) else found.tokenizer.vocab_size
+        pack = packing.chosen(config.pack, found) if isinstance(found, Corpus) else bool(config.pack)
+        config = dataclasses.replace(config, vocab_size=vocab_size, pack=pack)
+        memory.check_training(config, machine.device)
+        free = free_memory(machine.device)
+        with out_of_memory.caught() as shortage:
+            step = _step(config, machine, packing.end_token(config, found) if isinstance(found, Corpus) else None)
+            measured = Stand(step, functools.partial(print, file=sys.stderr), machine.threads).measure()
+            _print_table(_rows(config, machine, step.model, found, measured, free))
+    if shortage.reason is not None:
+        raise UsageError(_too_large(config, shortage.reason))
+    try:
+        run_folder.claim(Path(config.out_dir), config.overwrite)
+    except UsageError as error:
+        print(f"the run itself would be refused: {error}", file=sys.stderr)
+
+
+def _data(config: TrainConfig, device: torch.device) -> Corpus | Unprepared:
+    """The data as it is now: a prepared corpus, whose splits are long enough, or a text."""
+    source = open_model(config.init_from) if config.imports else None
+    _, found = corpus.find(
+        config.dataset,
+        tokenizer=config.tokenizer,
+        vocab_size=config.vocab_size,
+        corpus_file=config.corpus_file,
+        gpt2_vocab=config.gpt2_vocab,
+        vocabulary=source.tokenizer if source else None,
+        data_dir=config.data_dir,
+        download=False,
+    )
+    if isinstance(found, Corpus):
+        loader.loaders(found, config, device)
+    return found
+
+
+def _step(config: TrainConfig, machine: Machine, end_token: int | None) -> TrainStep:
+    """The model and its training step, as a new run has them."""
+    choose = autotune.chooser(workloads.training(config, machine.dtype), keep=False)
+    ops = machine.resolve(choose=choose)
+    seed(config.seed, machine.device)
+    with machine.device:
+        model = GPT(config, ops)
+    return TrainStep(model, config, machine.device, machine.dtype, end_token)
+
+
+def _too_large(config: TrainConfig, reason: str) -> str:
+    """The message for a micro-batch that does not fit into the memory."""
+    size, count = config.batch_size, config.gradient_accumulation_steps
+    if size == 1:
+        return memory.lacking("with one sequence at a time", config, reason)
+    factor = next(n for n in range(2, size + 1) if size % n == 0)
+    return (
+        f"`batch_size` {size} does not fit into the memory, and a run would divide its micro-batches; measure them "
+        f"with `batch_size` {size // factor} `gradient_accumulation_steps` {count * factor}"
+    )
+
+
+def _rows(
+    config: TrainConfig,
+    machine: Machine,
+    model: GPT,
+    found: Corpus | Unprepared,
+    measured: Measurement,
+    free: int,
+) -> Mapping[str, str]:
+    """Names and values of the table, in its order."""
+    return {
+        "model": f"{config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, context {config.block_size}",
+        "parameters": _parameters(model),
+        "machine": _machine(config, machine),
+        "kernels": str(model.ops),
+        **_memory_rows(config, measured, machine.device, free),
+        "checkpoint": _checkpoint(config, model.num_parameters()),
+        "data": _described(found),
+        "tokens a step": f"{config.tokens_per_step:,} = {config.batch_size} sequences x {config.block_size:,} tokens x "
+        f"{counted(config.gradient_accumulation_steps, 'micro-batch')}",
+        "steps": _steps(config, found),
+        **_time_rows(config, machine, model, measured),
+    }
+
+
+def _parameters(model: GPT) -> str:
+    embedding = model.num_parameters() - sum(p.numel() for p in (*model.h.parameters(), *model.ln_f.parameters()))
+    return (
+        f"{model.num_parameters():,}: {embedding:,} in embeddings, {model.num_parameters() - embedding:,} in the rest"
+    )
+
+
+def _machine(config: TrainConfig, machine: Machine) -> str:
+    arithmetic = str(machine.dtype).removeprefix("torch.")
+    return f"{describe(machine.device)}, {arithmetic}" + (", compiled" if config.compile else "")
+
+
+def _memory_rows(config: TrainConfig, measured: Measurement, device: torch.device, free: int) -> dict[str, str]:
+    """Memory by kind. The first three are exact; activations are counted in the forward pass."""
+    sequences = counted(config.batch_size, "sequence")
+    compiled = ", before compiling" if config.compile else ""
+    divided = "; a run divides micro-batches that do not fit" if measured.total > free else ""
+    rows = {
+        "weights": format_bytes(measured.weights),
+        "gradients": format_bytes(measured.gradients),
+        "moments": f"{format_bytes(measured.moments)}, {counted(config.moments, 'number')} for each weight",
+        "activations": f"{format_bytes(measured.activations)}, kept for the backward pass of {sequences}{compiled}",
+        "memory": f"at least {format_bytes(measured.total)} in all; {device} has {format_bytes(free)} free{divided}",
+    }
+    if measured.peak is not None:
+        rows["peak"] = f"{format_bytes(measured.peak)} allocated in the measurement"
+    return rows
+
+
+def _checkpoint(config: TrainConfig, parameters: int) -> str:
+    size, count = run_folder.checkpoint_bytes(config, parameters), run_folder.most_checkpoints(config)
+    folder = Path(config.out_dir).absolute()
+    existing = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+    free = shutil.disk_usage(existing).free
+    return (
+        f"{format_bytes(size)}, at most {counted(count, 'checkpoint')} at once; the disk has {format_bytes(free)} free"
+    )
+
+
+def _described(found: Corpus | Unprepared) -> str:
+    if isinstance(found, Corpus):
+        tokens = f"{found.train_tokens:,} train and {counted(found.val_tokens, 'val token')}"
+        return f"{found.name}, prepared in {found.path}: {tokens}"
+    text = found.statistics
+    vocabulary = f"{found.kind.kind} vocabulary of {'at most ' if found.size else ''}{found.vocab_size:,}"
+    return f"{found.source.name}: {counted(text.characters, 'character')}, not tokenized yet; {vocabulary}"
+
+
+def _steps(config: TrainConfig, found: Corpus | Unprepared) -> str:
+    tokens = config.max_iters * config.tokens_per_step
+    epochs = (
+        f"{tokens / found.train_tokens:,.3g} epochs" if isinstance(found, Corpus) else "epochs are known once tokenized"
+    )
+    return f"{config.max_iters:,} of them read {counted(tokens, 'token')}: {epochs}"
+
+
+def _time_rows(config: TrainConfig, machine: Machine, model: GPT, measured: Measurement) -> dict[str, str]:
+    """The measured times, and the time of the run that follows from them."""
+    step_seconds = measured.step_seconds(config.gradient_accumulation_steps)
+    speed, whole = config.tokens_per_step / step_seconds, config.max_iters * step_seconds
+    few = measured.sequences < config.batch_size
+    note = f" for {config.batch_size} sequences, measured with {measured.sequences}" if few else ""
+    work = "compiling" if config.compile else "warming up"
+    peak, flops = peak_flops(machine.device, machine.dtype), flops_per_token(config, model.num_parameters())
+    time = f"{format_duration(whole)} in steps, without evaluations and checkpoints"
+    if config.max_minutes is not None and config.max_minutes * 60 < whole:
+        time += f"; it stops near step {int(config.max_minutes * 60 / step_seconds):,}, after {config.max_minutes} min"
+    return {
+        "micro-batch": f"{format_duration(measured.micro)}{note}; {format_duration(measured.first)} while {work}",
+        "optimizer": f"{format_duration(measured.update)} a step",
+        "speed": f"{speed:,.0f} tokens/s, {format_duration(step_seconds)} a step"
+        + (f", MFU {flops * speed / peak:.1%}" if peak else ""),
+        "time": time,
+    }
+
+
+def _print_table(rows: Mapping[str, str]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = 1 + sum(max(map(len, column)) + 3 for column in (rows, rows.values()))  # a row is a line
+    console.print(table)
