@@ -270,7 +270,7 @@ def test_help_lists_every_flag_and_ends_well(capsys):
             GenerateConfig,
             {
                 "Sampling": {"max_new_tokens", "temperature", "stop", "seed"},
-                "Checkpoints": {"out_dir", "checkpoint"},
+                "Model": {"out_dir", "checkpoint", "model", "download"},
                 "Prompts and answers": {"prompt", "prompts", "output", "interactive"},
                 "Cache and batches": {"cache", "kv_memory", "max_batch", "speculate"},
                 "Device": {"device", "threads", "dtype", "quantize", "compile", "kernels"},

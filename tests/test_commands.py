@@ -43,8 +43,8 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]):
 @pytest.mark.parametrize(
     ("word", "saying"),
     [
-        ("trian", "unknown command 'trian'; did you mean train?; the commands are train, generate, verify"),
-        ("xyz", "unknown command 'xyz'; the commands are train, generate, verify"),
+        ("trian", "unknown command 'trian'; did you mean train?; the commands are train, generate, convert, verify"),
+        ("xyz", "unknown command 'xyz'; the commands are train, generate, convert, verify"),
         ("--preset", "unknown command '--preset'"),
     ],
 )

@@ -23,7 +23,9 @@ from hypothesis import strategies as st
 
 from fastgpt import cli, generate, train
 from fastgpt.config.generation import GenerateConfig
+from fastgpt.config.sources import could_be_hub_name
 from fastgpt.config.training import PRESETS, TrainConfig
+from fastgpt.errors import nearest
 from fastgpt.model.gpt import GPT
 from tests.helpers import runs
 
@@ -31,6 +33,7 @@ BASE = shlex.split(
     "--dataset text.txt --device cpu --dtype float32 --n_layer 1 --n_head 2 --n_embd 16 --block_size 8 --batch_size 2 "
     "--gradient_accumulation_steps 1 --max_iters 1 --eval_interval 1 --eval_iters 1 --sample_interval 0"
 )
+STARTS = ("scratch", "resume")
 MOST = 9_223_372_036_854_775_807
 HOSTILE = [
     "", " ", "-", "--", "--n_layer", "-1", "0", "-0", "1", "2", "3", "1_0", " 5 ", "٣", "1.5", "0x10", "1e3", "1e-400",
@@ -158,9 +161,14 @@ def judge(field: dataclasses.Field, hint: typing.Any, text: str, *, whole: bool)
     if not name_fits:
         return False if os.name == "posix" else None
     if not whole:
-        return field.name != "init_from" or text in ("scratch", "resume") or Path(text).exists()
+        return field.name != "init_from" or text in STARTS or Path(text).exists() or could_be_new_name(text)
     new = field.name in ("out_dir", "data_dir", "output", "gpt2_vocab")  # need not exist
-    return None if new or text in ("scratch", "resume") or Path(text).exists() else False
+    return None if new or text in STARTS or Path(text).exists() else False
+
+
+def could_be_new_name(text: str) -> bool:
+    """Whether a text may name a model on the hub, and is not a misspelled `STARTS`."""
+    return could_be_hub_name(text) and not nearest(text, STARTS)
 
 
 def traces(text: str) -> set[str]:

@@ -105,27 +105,30 @@ class Source:
         return LazyTensors(shapes, tensor)
 
 
-def open_model(source: str | Path, *, checkpoint: str = "best", download: bool = False) -> Source:
+def open_model(
+    source: str | Path, *, checkpoint: str = "best", download: bool = False, setting: str = "source"
+) -> Source:
     """Find a model and check what can be checked without reading its weights; a run's hashes are checked.
 
     Args:
         source: a path or, if it is a text and no such path exists, a model's name on the hub.
         checkpoint: of a run's folder: best, latest, or a step's folder name.
         download: fetch a model of that name if it is not in the cache.
+        setting: the argument that names the source, for messages.
 
     Raises:
         UsageError: there is no model, or one that is damaged or not supported.
     """
     path = Path(source)
     if isinstance(source, str) and could_be_hub_name(source):
-        path = hub.folder(source, download)
-    opened = _open(path, checkpoint)
+        path = hub.folder(source, download, setting)
+    opened = _open(path, checkpoint, setting)
     if checkpoint != "best" and opened.step is None:
         raise UsageError(f"`checkpoint` {checkpoint} is for the folder of a run, and {path} is none; leave it out")
     return opened
 
 
-def _open(path: Path, checkpoint: str) -> Source:
+def _open(path: Path, checkpoint: str, setting: str) -> Source:
     if path.is_dir():
         if STEP_NAME.fullmatch(path.name) and not (path / huggingface.CONFIG).exists():
             return _open_run(path.parent, path.name)
@@ -138,9 +141,13 @@ def _open(path: Path, checkpoint: str) -> Source:
         return _foreign("nanogpt", nanogpt_weights.load(path))
     if exists(path):
         raise UsageError(
-            f"{path} is no model: name a run's or a step's folder, a Hugging Face folder, a .gguf file, or a .pt file"
+            f"`{setting}` {path} is no model: name a run's or a step's folder, a Hugging Face folder, a .gguf file or "
+            "a .pt file"
         )
-    return _open_run(path, checkpoint)  # which says that there is none
+    raise UsageError(
+        f"`{setting}` {path} holds no run, and is no other model; train one first: python -m fastgpt.train "
+        f"--out_dir {path}"
+    )
 
 
 def _is_huggingface(folder: Path) -> bool:

@@ -33,7 +33,7 @@ def convert(config: ConvertConfig) -> None:
     form, target = FORMATS[config.format or ""], Path(config.dst or "")
     _check_target(config, form, target)
     proof.check_peer(config)
-    original = open_model(config.src or "", checkpoint=config.checkpoint, download=config.download)
+    original = open_model(config.src or "", checkpoint=config.checkpoint, download=config.download, setting="src")
     if target.exists() and target.resolve() in (original.path.resolve(), original.file.resolve()):
         raise UsageError(f"`dst` {target} is the model itself; name another")
     source = formats.check(config.format or "", original, config.approximate)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgpt.checkpoint import progress, store
+from fastgpt.checkpoint.progress import Progress
 from fastgpt.checkpoint.source import Source
 from fastgpt.config.training import TrainConfig
 
@@ -13,11 +14,18 @@ from fastgpt.config.training import TrainConfig
 PLACES = ("out_dir", "data_dir", "corpus_file", "gpt2_vocab", "device", "threads", "vocab_size")
 
 
+def progress_of(source: Source) -> Progress:
+    """The steps and the loss of a run; of another program's model, none."""
+    if source.step is None:
+        return Progress()
+    return progress.read(store.load_state(source.step), source.step / store.STATE)
+
+
 def describe(source: Source) -> dict[str, str]:
     """Facts by name: of a run what it was trained on and how, of another program's model only what it was."""
-    if source.step is None or "corpus" not in source.about:
+    if "corpus" not in source.about:
         return {"converted from": f"{source.format} {source.path.name}"}
-    done = progress.read(store.load_state(source.step), source.step / store.STATE)
+    done = progress_of(source)
     facts = {
         "trained on": str(source.about["corpus"].get("name", "unknown")),
         "steps": f"{done.step:,}, {done.tokens:,} tokens",
@@ -31,12 +39,12 @@ def describe(source: Source) -> dict[str, str]:
 
 def command(config: TrainConfig) -> str:
     """The command that trains with these settings: the flags that differ from the defaults, without paths."""
-    words = ["python -m fastgpt.train"]
+    text = "python -m fastgpt.train"
     for field in dataclasses.fields(TrainConfig):
         value: Any = getattr(config, field.name)
         if value == field.default or field.name in PLACES:
             continue
         if field.name == "dataset":
             value = Path(value).name
-        words.append(f"--{field.name} {shlex.quote(str(value))}")
-    return " ".join(words)
+        text += f" --{field.name} {shlex.quote(str(value))}"
+    return text

@@ -8,7 +8,7 @@ from pathlib import Path
 from fastgpt.checkpoint.source import Source
 from fastgpt.config.model import ModelConfig
 from fastgpt.conversion import run_folder_export
-from fastgpt.conversion.description import describe
+from fastgpt.conversion.description import describe, progress_of
 from fastgpt.errors import UsageError
 from fastgpt.interchange import gguf_export, huggingface_export, nanogpt_export
 from fastgpt.interchange.exported import ExportedModel
@@ -44,7 +44,8 @@ def _as_gpt2(source: Source) -> ExportedModel:
         rows = tensors["wte.weight"].new_zeros(config.block_size, config.n_embd) if table is None else table
         tensors = {"wte.weight": tensors.pop("wte.weight"), "wpe.weight": rows} | tensors
     config = dataclasses.replace(config, position="learned")
-    return ExportedModel(config, source.required_tokenizer(), tensors, describe(source))
+    done = progress_of(source)
+    return ExportedModel(config, source.required_tokenizer(), tensors, describe(source), done.step, done.val_loss)
 
 
 FORMATS: dict[str, Format] = {

@@ -32,11 +32,12 @@ def load(
     batch: int = 1,
     compile: bool = False,
     threads: int | None = None,
+    setting: str = "source",
 ) -> TextGenerator:
     """The generator of a model: of a run's best checkpoint unless told otherwise, or of another program's file.
 
     Args:
-        source, download: see `fastgpt.checkpoint.source.open_model`.
+        source, download, setting: see `fastgpt.checkpoint.source.open_model`.
         checkpoint_name: of a run's folder: best, latest, or a step's folder name.
         quantize: "int8" keeps matrices in 8 bits; see `fastgpt.model.int8`.
         batch, compile: the number of continuations that will run at once, and whether the engine will compile. With
@@ -53,7 +54,7 @@ def load(
     if quantize not in QUANTIZATION:
         raise UsageError(f"`quantize` {quantize!r} is not one of {', '.join(QUANTIZATION)}")
     where = resolve_device(device)
-    opened = open_model(source, checkpoint=checkpoint_name, download=download)
+    opened = open_model(source, checkpoint=checkpoint_name, download=download, setting=setting)
     resolve = functools.partial(table.resolve, kernels, where, recorded=_recorded(opened, where))
     weights_dtype = resolve_weights_dtype(dtype, where, interpreted=resolve().interpreted)
     tokenizer, config = opened.required_tokenizer(), opened.config

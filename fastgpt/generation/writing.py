@@ -66,6 +66,7 @@ def _load(config: GenerateConfig) -> TextGenerator:
     generator = load(
         config.source,
         download=config.download,
+        setting="out_dir" if config.model is None else "model",
         checkpoint_name=config.checkpoint,
         device=config.device,
         dtype=config.dtype,

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -20,13 +19,16 @@ class ExportedModel:
         config: its shape, with the vocabulary's size and `position` learned.
         tensors: by the names of `fastgpt.model.gpt.GPT`, without the vocabulary's padding. Without `config.bias` there
             are no biases; `with_biases` adds zeros for formats that must have them.
-        about: facts for a description: the source, and of a run its settings, step and loss.
+        facts: for a description, by name.
+        step, val_loss: of the run, where it had any.
     """
 
     config: ModelConfig
     tokenizer: Tokenizer
     tensors: Mapping[str, torch.Tensor]
-    about: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, str] = field(default_factory=dict)
+    step: int = 0
+    val_loss: float | None = None
 
     def with_biases(self) -> dict[str, torch.Tensor]:
         """The tensors, and a bias of zeros for each layer that has none."""

@@ -11,8 +11,8 @@ from fastgpt.errors import UsageError, shown
 FILES = ["*.json", "*.safetensors", "merges.txt"]
 
 
-def folder(name: str, download: bool) -> Path:
-    """The folder of a model in the cache.
+def folder(name: str, download: bool, setting: str) -> Path:
+    """The folder of a model in the cache. `setting` is the argument that gave the name.
 
     Raises:
         UsageError: it is not there and may not be, or cannot be, downloaded, or huggingface_hub is not installed.
@@ -23,7 +23,7 @@ def folder(name: str, download: bool) -> Path:
         from huggingface_hub.errors import HfHubHTTPError
     except ImportError:
         raise UsageError(
-            f"{name} is no file or folder here; to look for a model of that name in Hugging Face's cache, "
+            f"`{setting}` {name} is no file or folder here; to look for a model of that name in Hugging Face's cache, "
             "pip install 'fastgpt-engine[hf]'"
         ) from None
     try:
@@ -31,11 +31,11 @@ def folder(name: str, download: bool) -> Path:
     except (OSError, ValueError, HfHubHTTPError) as error:
         if not download:
             raise UsageError(
-                f"{name} is no file or folder here, and no model of that name is in {constants.HF_HUB_CACHE}; "
+                f"`{setting}` {name} is no file or folder here, and {constants.HF_HUB_CACHE} has no such model; "
                 "fetch it with `download=True`, or name a path"
             ) from None
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UsageError(
-            f"{name} cannot be downloaded to {constants.HF_HUB_CACHE}: {shown(reason)}; "
+            f"`{setting}` {name} cannot be downloaded to {constants.HF_HUB_CACHE}: {shown(reason)}; "
             "download it elsewhere and name its folder"
         ) from None

@@ -92,13 +92,13 @@ def _settings(config: ModelConfig, dtype: str) -> dict[str, Any]:
 
 def _card(model: ExportedModel, dtype: str) -> str:
     """README.md: what the model is, where it comes from, and how to load it."""
-    config, about = model.config, model.about
+    config = model.config
     shape = f"{counted(config.n_layer, 'layer')}, {counted(config.n_head, 'head')}, width {config.n_embd:,}"
     rows = {
         "shape": f"{shape}, context {config.block_size:,}",
         "vocabulary": f"{counted(model.tokenizer.vocab_size, 'token')} ({model.tokenizer.kind})",
         "weights": dtype,
-        **about,
+        **model.facts,
         "written by": f"fastgpt {__version__}, torch {torch.__version__}",
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())

@@ -48,16 +48,11 @@ def limit(config: ModelConfig, tokenizer: Tokenizer) -> str | None:
     return ", ".join(part for part, there in parts.items() if there) or None
 
 
-def approximates(config: ModelConfig) -> str | None:
-    """The part of a model that nanoGPT computes a little differently, as a phrase; None where there is none."""
-    return "the tanh form of GELU (`mlp` gelu), as nanoGPT has the exact GELU alone" if config.mlp == "gelu" else None
-
-
 def write(model: ExportedModel, folder: Path, dtype: str, final: Path) -> None:
     """Write ckpt.pt and, for a char vocabulary, meta.pkl.
 
     Args:
-        model: of which `limit` is None. Its facts `step` and `val_loss`, where it has them, become nanoGPT's.
+        model: of which `limit` is None. Its `step` and `val_loss` become nanoGPT's.
         folder: where the files are written.
         dtype: of the weights; one of `exported.DTYPES`. nanoGPT computes in float32 or under autocast all the same.
         final: the place that the folder will have, which the checkpoint names.
@@ -71,8 +66,8 @@ def write(model: ExportedModel, folder: Path, dtype: str, final: Path) -> None:
         "model": weights,
         "optimizer": _optimizer(model),
         "model_args": {name: getattr(model.config, name) for name in (*SHAPE, "dropout")},
-        "iter_num": model.about.get("step", 0),
-        "best_val_loss": model.about.get("val_loss", NO_LOSS),
+        "iter_num": model.step,
+        "best_val_loss": NO_LOSS if model.val_loss is None else model.val_loss,
         "config": {"dataset": files.absolute(final)},
     }
     with (folder / CHECKPOINT).open("wb") as file:

@@ -60,7 +60,7 @@ def dry_run(config: TrainConfig) -> None:
 
 def _data(config: TrainConfig, device: torch.device) -> Corpus | Unprepared:
     """The data as it is now: a prepared corpus, whose splits are long enough, or a text."""
-    source = open_model(config.init_from) if config.imports else None
+    source = open_model(config.init_from, setting="init_from") if config.imports else None
     _, found = corpus.find(
         config.dataset,
         tokenizer=config.tokenizer,

@@ -120,7 +120,7 @@ def prepare(config: TrainConfig) -> Setup:
     asked = run_folder.anchored(config)
     machine = choose_machine(config, about)
     device, dtype = machine.device, machine.dtype
-    source = open_model(config.init_from, download=config.download) if config.imports else None
+    source = open_model(config.init_from, download=config.download, setting="init_from") if config.imports else None
     vocabulary = source.tokenizer if source else None
     if resuming and (config.allow_data_change or about.get("corpus", {}).get("own_vocabulary")):
         vocabulary = run_folder.vocabulary(out_dir)

@@ -71,9 +71,8 @@ def starting_point(preset: str | None, given: Mapping[str, object]) -> tuple[Tra
     config = PRESETS[preset or fitting]
     if asked.imports:
         validate(asked)
-        config = _shaped_as(
-            open_model(init_from, download=bool(given.get("download") and not given.get("dry_run"))), config, given
-        )
+        download = bool(given.get("download") and not given.get("dry_run"))
+        config = _shaped_as(open_model(init_from, download=download, setting="init_from"), config, given)
         why += f"; the model's shape is that of {init_from}"
     # Another tokenizer than the preset's brings its own vocabulary.
     return (dataclasses.replace(config, vocab_size=None) if "tokenizer" in given else config), why

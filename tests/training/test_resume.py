@@ -163,10 +163,9 @@ def test_a_run_goes_on_from_the_step_that_is_named(capsys):
     ("init_from", "flags", "words"),
     [
         ("out/step-000099", "", ["--init_from 'out/step-000099'", "is not one of scratch, resume", "path of a step"]),
-        ("out", "", ["--init_from out is not the folder of a step in ., such as out/step-000500"]),
-        ("out", "--out_dir out", ["--init_from out is not the folder of a step in out"]),
-        ("other/step-000002", "--out_dir out", ["--init_from other/step-000002 is not the folder of a step in out"]),
-        ("out/plots", "", ["--init_from out/plots is not the folder of a step in out"]),
+        ("out", "", ["--out_dir out already holds a run; continue it with --init_from resume"]),
+        ("other/step-000002", "--out_dir out", ["--out_dir out already holds a run"]),
+        ("out/plots", "--out_dir new", ["out/plots holds no run"]),
         ("resum", "", ["--init_from 'resum'", "did you mean resume?"]),
         ("out/step-000002", "--preset mini", ["--preset mini", "keeps the run's own settings"]),
         ("out/step-000002", "--overwrite", ["--overwrite deletes the run that --init_from out/step-000002"]),
