@@ -17,6 +17,8 @@ COMMANDS = {  # each is the module of that name in this folder, with a function 
     "train": "train a GPT on text, or continue a run",
     "generate": "continue prompts with a trained run",
     "verify": "check every checkpoint of a run, byte by byte",
+    "evaluate": "measure a model on a text, or on multiple-choice questions",
+    "compare": "compare two models on a text",
 }
 
 

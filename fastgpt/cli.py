@@ -13,6 +13,7 @@ import dataclasses
 import errno
 import functools
 import io
+import itertools
 import os
 import re
 import sys
@@ -88,6 +89,19 @@ def change(start: Config, given: Mapping[str, Any]) -> Config:
     result = dataclasses.replace(typing.cast(Any, start), **given)
     configuration.validate(result)
     return result
+
+
+def with_flags(argv: Sequence[str] | None, *names: str) -> list[str]:
+    """The words, with these flags before values at the beginning that have none: `a b --json` -> `--src=a --other=b`.
+
+    Args:
+        argv: the arguments, without the program's name; default `sys.argv[1:]`.
+        names: the arguments whose flags may be left out, in the order of their values.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    bare = itertools.takewhile(lambda word: not word.startswith("-"), words[: len(names)])
+    flags = [f"--{name}={word}" for name, word in zip(names, bare, strict=False)]
+    return flags + words[len(flags) :]
 
 
 def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:

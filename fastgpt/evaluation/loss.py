@@ -111,12 +111,9 @@ def mean_loss(
 
 def _loss(model: GPT, x: torch.Tensor, y: torch.Tensor) -> float:
     """The mean loss of a batch in nats: tokens x and targets y, (B, T) each."""
-    if len(x) == 1:
-        return model(x, y).item()
-    with out_of_memory.caught():
-        return model(x, y).item()
-    middle = len(x) // 2
-    halves = [(x[part], y[part]) for part in (slice(middle), slice(middle, None))]
-    counts = [int((targets != IGNORED).sum()) for _, targets in halves]
-    losses = [_loss(model, *half) if count else 0.0 for half, count in zip(halves, counts, strict=True)]
+    parts = out_of_memory.in_halves(lambda x, y: (model(x, y).item(), y), x, y)
+    if len(parts) == 1:
+        return parts[0][0]
+    losses = [loss for loss, _ in parts]
+    counts = [int((targets != IGNORED).sum()) for _, targets in parts]
     return sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
