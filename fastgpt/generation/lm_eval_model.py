@@ -19,12 +19,13 @@ from fastgpt.generation.load import load
 from fastgpt.generation.settings import sampling
 
 NAME = "fastgpt"
+ARGUMENTS = ("pretrained", "device", "dtype", "kernels", "quantize", "max_gen_toks", "prefix_token_id")
 LENGTHS = (
     "max_gen_toks",
     "max_new_tokens",
     "max_tokens",
     "max_completion_tokens",
-)  # names for one setting, first first
+)  # all for one setting
 DRAWING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
