@@ -168,5 +168,5 @@ def _batch_size(given: int | str) -> int:
     if str(given).startswith("auto"):
         return BATCH_SIZE
     if not str(given).isdecimal() or int(given) < 1:
-        raise UsageError(f"--batch_size {shown(given)} is not a whole number above 0, or auto")
+        raise UsageError(f"`batch_size` {shown(given)} is not a whole number above 0, or auto")
     return BATCH_SIZE if int(given) == 1 else int(given)
