@@ -1,5 +1,6 @@
 """Our model in lm-evaluation-harness: likelihoods, windows and answers, and its command line on a local task."""
 
+import functools
 import importlib.util
 import json
 import sys
@@ -149,12 +150,19 @@ class TestModel:
             HarnessModel("out", dtpye="float32")
 
 
-@pytest.mark.peers
-def test_the_harness_runs_local_tasks(workplace: Path, capsys, monkeypatch):
-    pytest.importorskip("lm_eval", reason="needs the extra eval")
+@pytest.fixture
+def offline(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches of the test's own, and none of the harness's tasks, whose thousands of files it would read first."""
+    tasks = pytest.importorskip("lm_eval.tasks", reason="needs the extra eval")
     datasets = pytest.importorskip("datasets", reason="needs the extra eval")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", workplace / "cache")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)
+    monkeypatch.setattr(tasks, "TaskManager", functools.partial(tasks.TaskManager, include_defaults=False))
+
+
+@pytest.mark.peers
+@pytest.mark.usefixtures("offline")
+def test_the_harness_runs_local_tasks(workplace: Path, capsys):
     runs.run("--max_iters 3 --block_size 32")
     data = workplace / "questions.jsonl"
     data.write_text("\n".join(map(json.dumps, QUESTIONS)), encoding="utf-8")
@@ -182,8 +190,8 @@ def test_the_harness_runs_local_tasks(workplace: Path, capsys, monkeypatch):
 
 
 @pytest.mark.peers
-def test_a_model_that_cannot_be_read_is_one_line(workplace: Path, capsys):
-    pytest.importorskip("lm_eval", reason="needs the extra eval")
+@pytest.mark.usefixtures("offline")
+def test_a_model_that_cannot_be_read_is_one_line(capsys):
     Path("t.yaml").write_text(TASK.format(name="choices", data="questions.jsonl") + CHOICES)
     words = "--model fastgpt --model_args pretrained=nowhere --tasks local_choices --include_path ."
     assert cli.run(command.main, words.split()) == 2
