@@ -16,7 +16,9 @@ from fastgpt.evaluation.sliding_window import Measurement
 from fastgpt.system.streams import Lasting
 from fastgpt.tokenizer.base import Tokenizer
 
-BEFORE = 24  # tokens that are shown before one at which two models differ
+BEFORE = 24  # tokens that are told before one at which two models differ
+LEFT = 30  # characters of them in the table
+PIPED_WIDTH = 160  # columns of a table that is not shown on a terminal
 Values = Mapping[str, Any]  # by the names of the JSON object
 SHARES = ("acc", "acc_norm", "equal_argmax")
 
@@ -121,11 +123,13 @@ def print_models(values: Mapping[str, Values]) -> None:
 def print_differences(differences: Sequence[Values]) -> None:
     """The tokens at which two models differ most, a line each."""
     table = Table(box=None, pad_edge=False)
-    for column, justify in (("KL", "right"), ("text before", "right"), ("token", "left"), ("A", "left"), ("B", "left")):
-        table.add_column(column, justify=cast(Any, justify), no_wrap=True)
+    table.add_column("KL", justify="right", min_width=7)
+    table.add_column("text before", justify="right", no_wrap=True)
+    for column in ("token", "A", "B"):
+        table.add_column(column, no_wrap=True)
     for one in differences:
-        guesses = (f"{own['text']!r} {own['probability']:.0%}" for own in (one["a"], one["b"]))
-        table.add_row(f"{one['kl']:.3f}", _shown(one["before"])[-30:], repr(one["text"]), *guesses)
+        guesses = (f"{own['text']!r} {own['probability']:.1%}" for own in (one["a"], one["b"]))
+        table.add_row(f"{one['kl']:.3g}", _shown(one["before"])[-LEFT:], repr(one["text"]), *guesses)
     _print(table)
 
 
@@ -149,4 +153,7 @@ def _text(name: str, value: Any) -> str:
 
 
 def _print(table: Table) -> None:
-    Console(file=cast(IO[str], Lasting(sys.stdout)), markup=False).print(table, highlight=False)
+    console = Console(file=cast(IO[str], Lasting(sys.stdout)), markup=False)
+    if not console.is_terminal:
+        console.width = PIPED_WIDTH
+    console.print(table, highlight=False)

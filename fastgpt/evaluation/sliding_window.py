@@ -17,7 +17,7 @@ import torch
 
 from fastgpt.data.loader import IGNORED, Batch
 from fastgpt.errors import RunFailed, UsageError
-from fastgpt.evaluation.token_scores import token_scores
+from fastgpt.evaluation.token_scores import token_losses
 from fastgpt.model.gpt import GPT
 from fastgpt.system import out_of_memory
 from fastgpt.system.device import send
@@ -132,7 +132,7 @@ def measure(
 
     def losses(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         counted = y != IGNORED
-        return token_scores(model, model.hidden(x)[counted], y[counted]).losses
+        return token_losses(model, model.hidden(x)[counted], y[counted])
 
     for x, y in windows.batches(batch_size, model.device):
         for part in out_of_memory.in_halves(losses, x, y):

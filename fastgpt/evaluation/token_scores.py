@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from fastgpt.model.gpt import GPT
 
@@ -32,11 +33,22 @@ def chunks(rows: int, vocab_size: int) -> Iterator[slice]:
     return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
 
 
+def token_losses(model: GPT, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The losses of targets, int64 (n,), n at least 1, by the hidden states (n, C) before them; as in `TokenScores`."""
+    parts = [F.cross_entropy(*part, reduction="none") for part in _logits(model, hidden, targets)]
+    return torch.cat(parts).cpu().double()
+
+
 def token_scores(model: GPT, hidden: torch.Tensor, targets: torch.Tensor) -> TokenScores:
-    """The scores of targets, int64 (n,), by the hidden states (n, C) before them."""
-    losses, greedy = [torch.empty(0, dtype=torch.float64)], [torch.empty(0, dtype=torch.bool)]
+    """The scores of targets, int64 (n,), n at least 1, by the hidden states (n, C) before them."""
+    losses, greedy = [], []
+    for logits, wanted in _logits(model, hidden, targets):
+        losses.append(F.cross_entropy(logits, wanted, reduction="none"))
+        greedy.append(logits.argmax(-1) == wanted)
+    return TokenScores(torch.cat(losses).cpu().double(), torch.cat(greedy).cpu())
+
+
+def _logits(model: GPT, hidden: torch.Tensor, targets: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The logits of some rows at a time, with their targets."""
     for part in chunks(len(targets), model.config.known_vocab):
-        logits, wanted = model.logits(hidden[part]), targets[part]
-        losses.append(torch.nn.functional.cross_entropy(logits, wanted, reduction="none").cpu().double())
-        greedy.append((logits.argmax(-1) == wanted).cpu())
-    return TokenScores(torch.cat(losses), torch.cat(greedy))
+        yield model.logits(hidden[part]), targets[part]
