@@ -142,6 +142,15 @@ def test_a_model_is_like_itself(capsys):
     assert (found["kl_ab"], found["kl_ba"], found["equal_argmax"], found["a"]) == (0, 0, 1, found["b"])
 
 
+def test_a_model_is_compared_with_its_own_int8_weights(capsys):
+    found = answered(capsys, compare.main, "out", "out", "--dataset=text.txt", "--other_quantize=int8")
+    int8 = answered(capsys, evaluate.main, "out", "--dataset=text.txt", "--quantize=int8")
+    assert found["b"]["loss"] == pytest.approx(int8["loss"], rel=1e-6)
+    assert 0 < found["kl_ab"] < 1e-2
+    half = answered(capsys, compare.main, "out", "out", "--dataset=text.txt", "--other_dtype=bfloat16")
+    assert 0 < half["kl_ab"] < 1e-2
+
+
 def test_other_vocabularies_have_bits_per_byte_alone(capsys):
     found = answered(capsys, compare.main, "out", "bytes", "--dataset=text.txt")
     assert "loss" not in found["a"]

@@ -72,6 +72,8 @@ class CompareConfig(MeasureConfig):
     other: str | None = option(
         None, "the model to compare with; the flag's name may be left out", path=True, group="Second model"
     )
+    other_dtype: str | None = option(None, "its `dtype`, if that is another", choices=DTYPES)
+    other_quantize: str | None = option(None, "its `quantize`, if that is another", choices=QUANTIZATION)
 
     def check(self) -> None:
         if self.other is None:

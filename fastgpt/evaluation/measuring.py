@@ -1,5 +1,6 @@
 """Does what `fastgpt evaluate` and `fastgpt compare` ask for: opens models and texts, measures, and prints."""
 
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -46,7 +47,10 @@ def compare(config: CompareConfig, load: Opener) -> int:
     """
     with threads.restored(), contention.watching(threads.use(config.threads)):
         names = (config.src, config.other or "")
-        opened = [_open(name, config, load) for name in names]
+        second = dataclasses.replace(
+            config, dtype=config.other_dtype or config.dtype, quantize=config.other_quantize or config.quantize
+        )
+        opened = [_open(name, own, load) for name, own in zip(names, (config, second), strict=True)]
         if opened[0].tokenizer == opened[1].tokenizer:
             return _by_distributions(config, names, opened)
         return _by_bytes(config, names, opened)

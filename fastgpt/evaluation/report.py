@@ -129,7 +129,7 @@ def print_differences(differences: Sequence[Values]) -> None:
         table.add_column(column, no_wrap=True)
     for one in differences:
         guesses = (f"{own['text']!r} {own['probability']:.1%}" for own in (one["a"], one["b"]))
-        table.add_row(f"{one['kl']:.3g}", _shown(one["before"])[-LEFT:], repr(one["text"]), *guesses)
+        table.add_row(f"{one['kl']:#.3g}", _shown(one["before"])[-LEFT:], repr(one["text"]), *guesses)
     _print(table)
 
 

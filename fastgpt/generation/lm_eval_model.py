@@ -7,6 +7,7 @@ boundaries of tokens, cut contexts and windows are the same, see `fastgpt.evalua
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from lm_eval import utils  # pyright: ignore[reportMissingImports]
 from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
 from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
@@ -19,6 +20,7 @@ from fastgpt.generation.load import load
 from fastgpt.generation.settings import sampling
 
 NAME = "fastgpt"
+DEFAULT_DEVICE = "cuda:0"  # of lm_eval, whether or not there is one
 ARGUMENTS = ("pretrained", "device", "dtype", "kernels", "quantize", "max_gen_toks", "prefix_token_id")
 LENGTHS = (
     "max_gen_toks",
@@ -56,6 +58,7 @@ class HarnessModel(LM):
         """
         Args:
             pretrained: the model, as `fastgpt.load` takes it.
+            device: default auto. So is "cuda:0", lm_eval's own default, where there is no CUDA GPU.
             batch_size: sequences that run at once; 1, lm_eval's default, and "auto" are 64.
             max_batch_size: for lm_eval's search for a batch size, which is not needed here.
             max_gen_toks: tokens of an answer, where the task does not say.
@@ -79,7 +82,7 @@ class HarnessModel(LM):
             raise UsageError(
                 f"model_args: unknown argument {name!r}{nearest(name, known)}; there are {', '.join(known)}"
             )
-        opened = load(str(pretrained), device=device or "auto", dtype=dtype, kernels=kernels, quantize=quantize)
+        opened = load(str(pretrained), device=_device(device), dtype=dtype, kernels=kernels, quantize=quantize)
         self.generator, self.model, self.tokenizer = opened, opened.model, opened.tokenizer
         if prefix_token_id is not None:
             try:
@@ -161,6 +164,10 @@ class HarnessModel(LM):
         return sampling(
             {**settings, "max_new_tokens": length, "stop": texts, "stop_tokens": () if end is None else (end,)}
         )
+
+
+def _device(given: str | None) -> str:
+    return "auto" if given is None or (given == DEFAULT_DEVICE and not torch.cuda.is_available()) else given
 
 
 def _batch_size(given: int | str) -> int:

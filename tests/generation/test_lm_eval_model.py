@@ -143,6 +143,16 @@ class TestModel:
         with pytest.raises(UsageError, match="`batch_size`"):
             _batch_size(f"{given}x" if given != "auto" and given != "auto:4" else 0)
 
+    @pytest.mark.parametrize(
+        ("given", "gpu", "expected"),
+        [(None, False, "auto"), ("cuda:0", False, "auto"), ("cuda:0", True, "cuda:0"), ("cuda:1", False, "cuda:1")],
+    )
+    def test_the_harness_default_device_need_not_be_there(self, harness, monkeypatch, given, gpu: bool, expected: str):
+        from fastgpt.generation.lm_eval_model import _device
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+        assert _device(given) == expected
+
     def test_an_unknown_argument_is_refused(self, harness):
         from fastgpt.generation.lm_eval_model import HarnessModel
 
@@ -169,7 +179,7 @@ def test_the_harness_runs_local_tasks(workplace: Path, capsys):
     (workplace / "tasks").mkdir()
     for name, rest in (("choices", CHOICES), ("rolling", ROLLING), ("until", UNTIL)):
         (workplace / "tasks" / f"{name}.yaml").write_text(TASK.format(name=name, data=data) + rest)
-    words = "--model fastgpt --model_args pretrained=out,dtype=float32 --device cpu --include_path tasks --log_samples "
+    words = "--model fastgpt --model_args pretrained=out,dtype=float32 --include_path tasks --log_samples "
     words += "--tasks local_choices,local_rolling,local_until --output_path found"
     before = list(sys.argv)
     assert cli.run(command.main, words.split()) == 0
