@@ -18,6 +18,8 @@ COMMANDS = {  # each is the module of that name in this folder, with a function 
     "generate": "continue prompts with a trained run",
     "convert": "write a model in another program's format, or another's in ours",
     "verify": "check every checkpoint of a run, byte by byte",
+    "evaluate": "measure a model on a text, or on multiple-choice questions",
+    "compare": "compare two models on a text",
 }
 
 

@@ -6,7 +6,6 @@ Exit code 0: all are whole; 1: one is not, or `latest` or `best` names none, or 
 run, or no vocabulary to read it by.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +22,11 @@ class VerifyConfig(Settings):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words and not words[0].startswith("-"):
-        words.insert(0, "--out_dir")
     config = cli.parse(
-        VerifyConfig, words, prog="python -m fastgpt.verify", description="Check every checkpoint of a run."
+        VerifyConfig,
+        cli.with_flags(argv, "out_dir"),
+        prog="python -m fastgpt.verify",
+        description="Check every checkpoint of a run.",
     )
     # Only now, as it imports PyTorch, which takes a second that --help and a mistyped flag do not wait for.
     from fastgpt.checkpoint.verification import verify

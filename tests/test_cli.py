@@ -294,6 +294,21 @@ def test_help_shows_each_flag_in_its_group(kind, groups, capsys):
         assert names <= shown[title]
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["a", "b", "--json"], ["--src=a", "--other=b", "--json"]),
+        (["a", "--json", "b"], ["--src=a", "--json", "b"]),
+        (["a", "b", "c"], ["--src=a", "--other=b", "c"]),
+        (["--json", "a"], ["--json", "a"]),
+        (["", "-x"], ["--src=", "-x"]),
+        ([], []),
+    ],
+)
+def test_flags_of_the_first_values_may_be_left_out(words, expected):
+    assert cli.with_flags(words, "src", "other") == expected
+
+
 def test_a_message_names_an_argument_and_stderr_shows_its_flag(capsys):
     def main(argv):
         print("`n_head` 5; pass `compile=False`, `overwrite=True`, `dynamic` or `n_head = 3`", file=sys.stderr)

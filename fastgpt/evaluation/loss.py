@@ -109,7 +109,7 @@ def mean_loss(
         for x, y, counted in batches:
             if stopping():
                 break
-            total += _loss(model, x, y, packing.document_ids(x, end_token)) * counted
+            total += _loss(model, x, y, end_token) * counted
             count += counted
         else:
             model.train()
@@ -118,15 +118,14 @@ def mean_loss(
     return None
 
 
-def _loss(model: GPT, x: torch.Tensor, y: torch.Tensor, doc_ids: torch.Tensor | None) -> float:
-    """The mean loss of a batch in nats: tokens x, targets y and numbers of documents, (B, T) each."""
-    if len(x) == 1:
-        return model(x, y, doc_ids=doc_ids).item()
-    with out_of_memory.caught():
-        return model(x, y, doc_ids=doc_ids).item()
-    middle = len(x) // 2
-    parts = (slice(middle), slice(middle, None))
-    halves = [(x[part], y[part], None if doc_ids is None else doc_ids[part]) for part in parts]
-    counts = [int((targets != IGNORED).sum()) for _, targets, _ in halves]
-    losses = [_loss(model, *half) if count else 0.0 for half, count in zip(halves, counts, strict=True)]
-    return sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
+def _loss(model: GPT, x: torch.Tensor, y: torch.Tensor, end_token: int | None) -> float:
+    """The mean loss of a batch in nats: tokens x and targets y, (B, T) each."""
+
+    def compute(x: torch.Tensor, y: torch.Tensor) -> tuple[float, torch.Tensor]:
+        return model(x, y, doc_ids=packing.document_ids(x, end_token)).item(), y
+
+    parts = out_of_memory.in_halves(compute, x, y)
+    if len(parts) == 1:
+        return parts[0][0]
+    counts = [int((targets != IGNORED).sum()) for _, targets in parts]
+    return sum(loss * count for (loss, _), count in zip(parts, counts, strict=True) if count) / sum(counts)

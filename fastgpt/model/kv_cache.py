@@ -31,18 +31,40 @@ class DenseCache:
         UsageError: the buffers are larger than the free memory.
     """
 
-    def __init__(self, config: ModelConfig, B: int = 1, *, device: torch.device | str = "cpu", dtype=torch.float32):
-        need, free = B * page_bytes(config, config.block_size, dtype), free_memory(torch.device(device))
+    def __init__(
+        self,
+        config: ModelConfig,
+        B: int = 1,
+        *,
+        capacity: int | None = None,
+        device: torch.device | str = "cpu",
+        dtype=torch.float32,
+    ):
+        """`capacity`: S, the tokens that fit; default block_size."""
+        self.config, self.capacity = config, capacity or config.block_size
+        need, free = B * page_bytes(config, self.capacity, dtype), free_memory(torch.device(device))
         if need > free:
             raise UsageError(
-                f"`cache` dense takes {counted(need, 'byte')} for a context of {counted(config.block_size, 'token')}, "
+                f"`cache` dense takes {counted(need, 'byte')} for a context of {counted(self.capacity, 'token')}, "
                 f"and {free:,} are free; use `cache` paged, which takes what there is"
             )
-        shape = (config.n_layer, B, config.block_size, config.kv_heads, config.head_size)
+        shape = (config.n_layer, B, self.capacity, config.kv_heads, config.head_size)
         self.keys = torch.empty(shape, device=device, dtype=dtype).unbind()
         self.values = torch.empty(shape, device=device, dtype=dtype).unbind()
-        self.capacity = config.block_size  # S, the tokens that fit
         self.length = 0
+
+    def fork(self, rows: torch.Tensor, room: int) -> "DenseCache":
+        """A new cache that begins with the tokens of these sequences, int64 (B,), and has room for more.
+
+        Raises:
+            UsageError: it is larger than the free memory.
+        """
+        keys, length = self.keys[0], self.length
+        forked = DenseCache(self.config, len(rows), capacity=length + room, device=keys.device, dtype=keys.dtype)
+        for ours, theirs in zip((*self.keys, *self.values), (*forked.keys, *forked.values), strict=True):
+            theirs[:, :length] = ours[rows, :length]
+        forked.length = length
+        return forked
 
     def positions(self, T: int) -> slice:
         """The positions of the next T tokens. Raises ValueError for more tokens than slots."""

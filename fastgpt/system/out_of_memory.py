@@ -5,15 +5,19 @@
     print(f"out of memory: {shortage.reason}")  # reached only where the memory ran out
 
 What to do instead comes after the block, and not in an except clause: there the exception would keep every tensor of
-the frames that it came through.
+the frames that it came through. `in_halves` computes a batch in parts where the whole does not fit.
 """
 
 import re
+from collections.abc import Callable
 from types import TracebackType
+from typing import Any, TypeVar
 
 import torch
 
 from fastgpt.errors import RunFailed
+
+Result = TypeVar("Result")
 
 # oneDNN, which multiplies matrices on a CPU, names what it could not make: a scratchpad, or the code of a product.
 MESSAGES = re.compile(
@@ -30,6 +34,21 @@ def is_out_of_memory(error: BaseException) -> bool:
         return False
     # PyTorch has no class of its own for those of CPUs, of Apple GPUs, and of making a CUDA graph ready.
     return isinstance(error, RuntimeError) and MESSAGES.search(str(error)) is not None
+
+
+def in_halves(compute: Callable[..., Result], *inputs: Any) -> list[Result]:
+    """The results of `compute(*inputs)`, or of the halves of the inputs as often as the memory is too small for them.
+
+    Args:
+        inputs: tensors or lists of one length, which are cut alike. A single row is never cut: its error passes.
+    """
+    if len(inputs[0]) == 1:
+        return [compute(*inputs)]
+    with caught():
+        return [compute(*inputs)]
+    middle = len(inputs[0]) // 2
+    halves = ([part[half] for part in inputs] for half in (slice(middle), slice(middle, None)))
+    return [result for half in halves for result in in_halves(compute, *half)]
 
 
 class caught:

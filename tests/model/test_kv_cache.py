@@ -91,3 +91,17 @@ def test_dtype_and_size_are_those_asked_for():
     config = ModelConfig(block_size=6, n_layer=1, n_head=4, n_kv_head=2, n_embd=12)
     keys, _ = DenseCache(config, B=2, dtype=torch.bfloat16).append(0, *torch.ones(2, 2, 4, 2, 3))
     assert (keys.shape, keys.dtype) == ((2, 4, 2, 3), torch.bfloat16)
+
+
+def test_a_fork_goes_on_from_chosen_sequences_and_leaves_the_cache_alone():
+    model, tokens = model_and_tokens(dtype=torch.float64)
+    cache, rows = DenseCache(model.config, B=3, capacity=7, dtype=torch.float64), torch.tensor([2, 0, 2, 2])
+    with torch.no_grad():
+        model(tokens[:, :7], cache=cache)
+        fork = cache.fork(rows, 5)
+        assert (fork.length, fork.capacity, cache.length) == (7, 12, 7)
+        found = model(tokens[rows, 7:], cache=fork)
+        again = model(tokens[rows, 7:], cache=cache.fork(rows, 5))
+        expected = model(tokens[rows])[:, 7:]
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    assert torch.equal(found, again)

@@ -1,0 +1,153 @@
+"""Does what `fastgpt evaluate` and `fastgpt compare` ask for: opens models and texts, measures, and prints."""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from fastgpt.config.evaluation import CompareConfig, EvaluateConfig, MeasureConfig
+from fastgpt.data.splits import Dataset
+from fastgpt.evaluation import comparison, questions, report, sliding_window
+from fastgpt.evaluation.progress_line import progress_line
+from fastgpt.evaluation.sliding_window import Measurement, text_bytes
+from fastgpt.model.gpt import GPT
+from fastgpt.system import contention, threads
+from fastgpt.system.units import counted
+from fastgpt.tokenizer.base import Tokenizer
+
+
+class Opened(Protocol):
+    """A model with its tokenizer."""
+
+    model: GPT
+    tokenizer: Tokenizer
+
+
+Opener = Callable[..., Opened]  # `fastgpt.generation.load.load`
+
+
+def evaluate(config: EvaluateConfig, load: Opener) -> int:
+    """Measure a model, and print what was found; the exit code.
+
+    Raises:
+        UsageError: a model, a text or questions that cannot be read, or settings that do not go together.
+        RunFailed: the model's logits are not numbers.
+    """
+    with threads.restored(), contention.watching(threads.use(config.threads)):
+        return _on_text(config, load) if config.choices is None else _on_questions(config, load)
+
+
+def compare(config: CompareConfig, load: Opener) -> int:
+    """Compare two models on a text, and print what was found; the exit code.
+
+    Raises:
+        UsageError, RunFailed: see `evaluate`.
+    """
+    with threads.restored(), contention.watching(threads.use(config.threads)):
+        names = (config.src, config.other or "")
+        second = dataclasses.replace(
+            config, dtype=config.other_dtype or config.dtype, quantize=config.other_quantize or config.quantize
+        )
+        opened = [_open(name, own, load) for name, own in zip(names, (config, second), strict=True)]
+        if opened[0].tokenizer == opened[1].tokenizer:
+            return _by_distributions(config, names, opened)
+        return _by_bytes(config, names, opened)
+
+
+def _open(name: str, config: MeasureConfig, load: Opener) -> Opened:
+    return load(name, device=config.device, dtype=config.dtype, kernels=config.kernels, quantize=config.quantize)
+
+
+def _tokens(config: MeasureConfig, tokenizer: Tokenizer) -> np.ndarray:
+    folders = {"data_dir": config.data_dir, "corpus_file": config.corpus_file, "gpt2_vocab": config.gpt2_vocab}
+    return Dataset(config.dataset or "", _split(config), **folders).tokens(tokenizer)
+
+
+def _split(config: MeasureConfig) -> str:
+    return config.split or "val"
+
+
+def _measured(config: MeasureConfig, opened: Opened, title: str) -> Measurement:
+    """The loss of a model on the text."""
+    model, tokenizer = opened.model, opened.tokenizer
+    tokens = _tokens(config, tokenizer)
+    with progress_line(title, len(tokens) - 1, "tokens") as advance:
+        return sliding_window.measure(
+            model, tokenizer, tokens, stride=config.stride, batch_size=config.batch_size, advance=advance
+        )
+
+
+def _print(config: MeasureConfig, values: dict[str, Any]) -> int:
+    report.print_json(values) if config.json else report.print_values(values)
+    return 0
+
+
+def _on_text(config: EvaluateConfig, load: Opener) -> int:
+    values = report.of_measurement(_measured(config, _open(config.src, config, load), "evaluate"))
+    return _print(config, values | {"split": _split(config), "dataset": config.dataset, "model": config.src})
+
+
+def _on_questions(config: EvaluateConfig, load: Opener) -> int:
+    asked = questions.read(config.choices or "")
+    opened = _open(config.src, config, load)
+    with progress_line("evaluate", sum(len(question.choices) for question in asked), "choices") as advance:
+        found = questions.answer(
+            opened.model,
+            opened.tokenizer,
+            asked,
+            delimiter=config.delimiter,
+            batch_size=config.batch_size,
+            advance=advance,
+        )
+    if found.cut:
+        _note(
+            f"{counted(found.cut, 'context')} of {len(asked):,} did not fit in block_size "
+            f"{opened.model.config.block_size}; their ends were kept"
+        )
+    return _print(config, report.of_answers(found) | {"file": config.choices, "model": config.src})
+
+
+def _by_distributions(config: CompareConfig, names: Sequence[str], opened: Sequence[Opened]) -> int:
+    """Compare two models with one vocabulary."""
+    tokenizer = opened[0].tokenizer
+    tokens = _tokens(config, tokenizer)
+    with progress_line("compare", len(tokens) - 1, "tokens") as advance:
+        found = comparison.compare(
+            opened[0].model,
+            opened[1].model,
+            tokens,
+            stride=config.stride,
+            batch_size=config.batch_size,
+            advance=advance,
+        )
+    values = report.of_comparison(found, tokenizer, tokens, text_bytes(tokenizer, tokens[1:]))
+    return _print_models(config, names, values)
+
+
+def _by_bytes(config: CompareConfig, names: Sequence[str], opened: Sequence[Opened]) -> int:
+    """Measure two models whose tokens do not compare, each in windows of its own block_size."""
+    _note("the vocabularies differ, so only bits per byte compare")
+    found = [_measured(config, one, name) for name, one in zip(names, opened, strict=True)]
+    keys = ("bits_per_byte", "tokens", "bytes", "seconds", "stride", "block_size")
+    values = [{key: report.of_measurement(one)[key] for key in keys} for one in found]
+    return _print_models(config, names, dict(zip(("a", "b"), values, strict=True)))
+
+
+def _print_models(config: CompareConfig, names: Sequence[str], values: dict[str, Any]) -> int:
+    values |= {"split": _split(config), "dataset": config.dataset, "model_a": names[0], "model_b": names[1]}
+    if config.json:
+        report.print_json(values)
+        return 0
+    report.print_models({f"{key.upper()} {name}": values[key] for key, name in zip(("a", "b"), names, strict=True)})
+    print()
+    report.print_values(values)
+    if "differences" in values:
+        print()
+        report.print_differences(values["differences"])
+    return 0
+
+
+def _note(text: str) -> None:
+    print(f"[{text}]", file=sys.stderr, flush=True)
