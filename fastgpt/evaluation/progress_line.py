@@ -15,7 +15,7 @@ PLAIN_INTERVAL = 5.0  # seconds
 @contextmanager
 def progress_line(title: str, total: int, noun: str) -> Iterator[Advance]:
     """A function that takes the number of things that were done since its last call, of `total` in all."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False, emoji=False)
     amount = TextColumn("{task.completed:,.0f} of {task.total:,.0f} " + noun, markup=False)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(20), amount, TimeRemainingColumn())
     progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
@@ -27,7 +27,7 @@ def progress_line(title: str, total: int, noun: str) -> Iterator[Advance]:
         progress.update(task, completed=done)
         if not console.is_terminal and time.monotonic() - shown >= PLAIN_INTERVAL:
             shown = time.monotonic()
-            console.print(f"{title}: {done:,} of {total:,} {noun}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"{title}: {done:,} of {total:,} {noun}", highlight=False, soft_wrap=True)
 
     with progress:
         yield advance

@@ -112,7 +112,7 @@ def print_models(values: Mapping[str, Values]) -> None:
     table = Table(box=None, pad_edge=False)
     table.add_column()
     for name in values:
-        table.add_column(name, justify="right", overflow="fold")
+        table.add_column(_shown(name), justify="right", overflow="fold")
     rows: dict[str, None] = {name: None for of_one in values.values() for name in of_one}
     for name in rows:
         cells = (_text(name, of_one.get(name)) for of_one in values.values())
@@ -153,7 +153,7 @@ def _text(name: str, value: Any) -> str:
 
 
 def _print(table: Table) -> None:
-    console = Console(file=cast(IO[str], Lasting(sys.stdout)), markup=False)
+    console = Console(file=cast(IO[str], Lasting(sys.stdout)), markup=False, emoji=False)
     if not console.is_terminal:
         console.width = PIPED_WIDTH
     console.print(table, highlight=False)
