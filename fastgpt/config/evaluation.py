@@ -14,7 +14,13 @@ SPLITS = ("train", "val", "all")
 class MeasureConfig(Settings):
     """A model, a text, and the way in which the model reads it."""
 
-    src: str = option("out", "the model, such as a run's folder; the flag's name may be left out", path=True)
+    src: str = option(
+        "out",
+        "the model: a run's or a step's folder, a Hugging Face folder or name, a .gguf file, nanoGPT's ckpt.pt; the "
+        "flag's name may be left out",
+        path=True,
+    )
+    download: bool = option(False, "fetch a model that is named from Hugging Face's hub")
     dataset: str | None = option(
         None, "pydocs, shakespeare, a text file, a folder of texts, or a prepared folder", path=True, group="Text"
     )
@@ -23,6 +29,9 @@ class MeasureConfig(Settings):
     )
     stride: int | None = option(
         None, "tokens between the starts of two windows, at most block_size, the default; fewer: more context", low=1
+    )
+    pack: bool | None = option(
+        None, "attention stays within documents, as in packed training; auto: for a run that was packed", auto=True
     )
     data_dir: str = option("data", "folder of prepared folders that `dataset` may name; not written to", path=True)
     corpus_file: str | None = option(None, "local copy of tiny Shakespeare, for `dataset` shakespeare", path=True)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from fastgpt.data import packing
 from fastgpt.data.loader import IGNORED
 from fastgpt.errors import RunFailed
 from fastgpt.evaluation.sliding_window import Advance, Windows
@@ -76,6 +77,7 @@ def compare(
     *,
     stride: int | None = None,
     batch_size: int | None = None,
+    end_token: int | None = None,
     advance: Advance = lambda done: None,
 ) -> Comparison:
     """Compare two models whose vocabularies are equal, on tokens (N,), N at least 2.
@@ -94,8 +96,8 @@ def compare(
     sums, worst = torch.zeros(5, dtype=torch.float64), []
 
     def compute(x: torch.Tensor, y: torch.Tensor) -> list[_Part]:
-        counted = y != IGNORED
-        hidden_a, hidden_b, targets = a.hidden(x)[counted], b.hidden(x)[counted], y[counted]
+        counted, doc_ids = y != IGNORED, packing.document_ids(x, end_token)
+        hidden_a, hidden_b, targets = a.hidden(x, doc_ids)[counted], b.hidden(x, doc_ids)[counted], y[counted]
         return [
             _part(a.logits(hidden_a[rows]), b.logits(hidden_b[rows]), targets[rows])
             for rows in chunks(len(targets), SMALLER * a.config.known_vocab)

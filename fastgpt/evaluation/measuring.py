@@ -9,6 +9,7 @@ import numpy as np
 
 from fastgpt.config.evaluation import CompareConfig, EvaluateConfig, MeasureConfig
 from fastgpt.data.splits import Dataset
+from fastgpt.errors import UsageError
 from fastgpt.evaluation import comparison, questions, report, sliding_window
 from fastgpt.evaluation.progress_line import progress_line
 from fastgpt.evaluation.sliding_window import Measurement, text_bytes
@@ -19,10 +20,11 @@ from fastgpt.tokenizer.base import Tokenizer
 
 
 class Opened(Protocol):
-    """A model with its tokenizer."""
+    """A model with its tokenizer, and whether it was trained on packed documents."""
 
     model: GPT
     tokenizer: Tokenizer
+    packed: bool
 
 
 Opener = Callable[..., Opened]  # `fastgpt.generation.load.load`
@@ -50,14 +52,22 @@ def compare(config: CompareConfig, load: Opener) -> int:
         second = dataclasses.replace(
             config, dtype=config.other_dtype or config.dtype, quantize=config.other_quantize or config.quantize
         )
-        opened = [_open(name, own, load) for name, own in zip(names, (config, second), strict=True)]
+        opened = [_open(config.src, config, load), _open(config.other or "", second, load, setting="other")]
         if opened[0].tokenizer == opened[1].tokenizer:
             return _by_distributions(config, names, opened)
         return _by_bytes(config, names, opened)
 
 
-def _open(name: str, config: MeasureConfig, load: Opener) -> Opened:
-    return load(name, device=config.device, dtype=config.dtype, kernels=config.kernels, quantize=config.quantize)
+def _open(name: str, config: MeasureConfig, load: Opener, setting: str = "src") -> Opened:
+    return load(
+        name,
+        download=config.download,
+        device=config.device,
+        dtype=config.dtype,
+        kernels=config.kernels,
+        quantize=config.quantize,
+        setting=setting,
+    )
 
 
 def _tokens(config: MeasureConfig, tokenizer: Tokenizer) -> np.ndarray:
@@ -69,13 +79,27 @@ def _split(config: MeasureConfig) -> str:
     return config.split or "val"
 
 
+def _end_token(config: MeasureConfig, *opened: Opened) -> int | None:
+    """The token that begins a document, if attention stays within documents; `pack` auto takes that from the models."""
+    end = opened[0].tokenizer.end_token
+    if config.pack and end is None:
+        raise UsageError(f"`pack`: the {opened[0].tokenizer.kind} vocabulary has no end-of-text; leave it out")
+    return end if config.pack or (config.pack is None and all(one.packed for one in opened)) else None
+
+
 def _measured(config: MeasureConfig, opened: Opened, title: str) -> Measurement:
     """The loss of a model on the text."""
     model, tokenizer = opened.model, opened.tokenizer
     tokens = _tokens(config, tokenizer)
     with progress_line(title, len(tokens) - 1, "tokens") as advance:
         return sliding_window.measure(
-            model, tokenizer, tokens, stride=config.stride, batch_size=config.batch_size, advance=advance
+            model,
+            tokenizer,
+            tokens,
+            stride=config.stride,
+            batch_size=config.batch_size,
+            end_token=_end_token(config, opened),
+            advance=advance,
         )
 
 
@@ -120,6 +144,7 @@ def _by_distributions(config: CompareConfig, names: Sequence[str], opened: Seque
             tokens,
             stride=config.stride,
             batch_size=config.batch_size,
+            end_token=_end_token(config, *opened),
             advance=advance,
         )
     values = report.of_comparison(found, tokenizer, tokens, text_bytes(tokenizer, tokens[1:]))

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from fastgpt.data import packing
 from fastgpt.data.loader import IGNORED, Batch
 from fastgpt.errors import RunFailed, UsageError
 from fastgpt.evaluation.token_scores import token_losses
@@ -110,6 +111,7 @@ def measure(
     *,
     stride: int | None = None,
     batch_size: int | None = None,
+    end_token: int | None = None,
     advance: Advance = lambda done: None,
 ) -> Measurement:
     """The loss of a model on tokens (N,), N at least 2.
@@ -120,6 +122,7 @@ def measure(
     Args:
         stride: default block_size: windows end to end.
         batch_size: windows in a batch; default: as many as have 8,192 tokens.
+        end_token: attention stays within the documents that begin with this token; None: within windows.
 
     Raises:
         UsageError: a stride above block_size.
@@ -132,7 +135,7 @@ def measure(
 
     def losses(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         counted = y != IGNORED
-        return token_losses(model, model.hidden(x)[counted], y[counted])
+        return token_losses(model, model.hidden(x, packing.document_ids(x, end_token))[counted], y[counted])
 
     for x, y in windows.batches(batch_size, model.device):
         for part in out_of_memory.in_halves(losses, x, y):

@@ -24,10 +24,14 @@ SINGLE_CACHES = ("none", "dense")
 
 
 class TextGenerator:
-    """A model and its tokenizer: text in, text out."""
+    """A model and its tokenizer: text in, text out.
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer):
-        self.model, self.tokenizer = model, tokenizer
+    Attributes:
+        packed: the model was trained with attention within documents only.
+    """
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer, packed: bool = False):
+        self.model, self.tokenizer, self.packed = model, tokenizer, packed
         self.decoder: CompiledDecoder | None = None
         self._idle: list[PagedText] = []  # paged caches of streams that have ended
 

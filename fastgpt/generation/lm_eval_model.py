@@ -39,7 +39,7 @@ def register() -> None:
 
 
 class HarnessModel(LM):
-    """A model with the interface of lm_eval. Its arguments are those of `--model_args`."""
+    """A model with the interface of lm_eval. Its arguments are the harness's model_args."""
 
     def __init__(
         self,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from fastgpt.checkpoint import store
+from fastgpt.checkpoint import run_folder, store
 from fastgpt.checkpoint.source import Source, open_model
 from fastgpt.config.fields import validate_fields
 from fastgpt.config.generation import QUANTIZATION, GenerateConfig
@@ -66,7 +66,7 @@ def load(
         model = GPT.from_weights(config, ops, opened.weights(config), where, weights_dtype)
     if quantize == "int8":
         quantize_model(model)
-    return TextGenerator(model, tokenizer)
+    return TextGenerator(model, tokenizer, run_folder.packed(opened.about))
 
 
 def _recorded(source: Source, where: torch.device) -> dict[str, str] | None:
