@@ -40,7 +40,7 @@ class MeasureConfig(Settings):
     )
     batch_size: int | None = option(
         None,
-        "windows, or choices, that run at once; the results stay the same; auto: some 8,192 tokens",
+        "windows, or choices, that run at once; the results stay the same; auto: some 8,192 tokens, or 64 choices",
         low=1,
         high=65_536,
         auto=True,
