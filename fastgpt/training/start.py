@@ -60,7 +60,12 @@ def starting_point(preset: str | None, given: Mapping[str, object]) -> tuple[Tra
             raise UsageError(f"`preset` {preset}: `init_from` {init_from} keeps the run's own settings; leave it out")
         run_folder.named_step(Path(out_dir), init_from)
         store.require(Path(out_dir))
-        saved, _ = run_folder.load(Path(out_dir))
+        saved, about = run_folder.load(Path(out_dir))
+        if origin := about.get(run_folder.CONVERTED_FROM):
+            raise UsageError(
+                f"`init_from` {init_from}: {out_dir} was converted from {origin} and holds no optimizer's state; start "
+                f"a new run from its weights, with `init_from` {out_dir} and another `out_dir`"
+            )
         why = f"resume: the settings of the run in {out_dir}, changed by what was given"
         return dataclasses.replace(saved, out_dir=out_dir), why
     if preset is not None and preset not in PRESETS:
@@ -73,7 +78,7 @@ def starting_point(preset: str | None, given: Mapping[str, object]) -> tuple[Tra
         validate(asked)
         download = bool(given.get("download") and not given.get("dry_run"))
         config = _shaped_as(open_model(init_from, download=download, setting="init_from"), config, given)
-        why += f"; the model's shape is that of {init_from}"
+        why += f"; the model's shape and weights are those of {init_from}"
     # Another tokenizer than the preset's brings its own vocabulary.
     return (dataclasses.replace(config, vocab_size=None) if "tokenizer" in given else config), why
 

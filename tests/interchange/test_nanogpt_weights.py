@@ -126,7 +126,7 @@ class TestStart:
         write(content_of(SHAPE, prefix))
         assert start() == 0
         err = capsys.readouterr().err
-        assert "the model's shape is that of ckpt.pt" in err
+        assert "the model's shape and weights are those of ckpt.pt" in err
         assert store.find(Path("out"), "latest").name == "step-000002"
         Path("ckpt.pt").unlink()  # it is needed no more
         assert cli.run(train.main, ["--init_from", "resume", "--max_iters", "4"]) == 0
