@@ -1,6 +1,0 @@
-def limit(config, tokenizer):
-    return None
-
-
-def write(*_):
-    raise NotImplementedError

@@ -1,7 +1,0 @@
-from pathlib import Path
-
-from fastgpt.interchange.foreign import ForeignModel
-
-
-def load(path: Path) -> ForeignModel:
-    raise NotImplementedError
