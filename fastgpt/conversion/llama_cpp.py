@@ -98,17 +98,15 @@ class LlamaCpp:
         return math.exp(sum(lost) / len(lost))
 
     def _log_probability(self, before: Sequence[int], token: int) -> float:
-        measured = self._measured(before, token, 1)
-        if measured is not None:
-            return measured["logprob"]
+        # Of a part of a character it reports nothing, or fails, by its version. Then all tokens are asked for.
+        with contextlib.suppress(RunFailed):
+            if measured := self._measured(before, token, 1):
+                return measured["logprob"]
         every = self._measured(before, self._spoken, self._tokens)["top_logprobs"]
         return next(entry["logprob"] for entry in every if entry["id"] == token)
 
     def _measured(self, before: Sequence[int], forced: int, likeliest: int) -> Any:
-        """Its log-probabilities after some tokens; None if the forced token is a part of a character.
-
-        It reports a generated token once its text is whole.
-        """
+        """Its log-probabilities after some tokens; None if the text of the forced one is no whole character."""
         request = {
             "prompt": list(before),
             "n_predict": 1,
@@ -140,9 +138,11 @@ class LlamaCpp:
             return address
         process.wait()
         errors.seek(0)
-        said = errors.read().decode(errors="replace").partition("\n")[0]  # after its time and level
+        lines = errors.read().decode(errors="replace").strip().splitlines() or ["its process has ended"]
         self.close()
-        raise RunFailed(f"llama.cpp cannot load {path}: {said.partition(' E ')[2] or said or 'it ended'}")
+        # The first line of its log has the reason, after time and level; of a traceback, the last.
+        said = lines[-1] if lines[0].startswith("Traceback") else lines[0]
+        raise RunFailed(f"llama.cpp cannot load {path}: {said.partition(' E ')[2] or said}")
 
     def _ask(self, route: str, question: Any) -> Any:
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}

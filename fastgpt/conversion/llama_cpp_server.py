@@ -4,15 +4,16 @@ It may end its process when it dislikes a file, and its OpenMP would slow PyTorc
 first line on stdout is the server's address; it serves until stdin ends.
 """
 
+import importlib
 import sys
+from typing import Any
 
 ERRORS = 1  # the level of its log that holds them only
 
 
 def serve(path: str, context: int, threads: int, key: str) -> None:
     """Load a GGUF file, and answer who knows the key. Attention is computed and cached in float32."""
-    import xllamacpp
-
+    xllamacpp: Any = importlib.import_module("xllamacpp")  # its names have no types
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel = path, context, 1
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
@@ -20,7 +21,7 @@ def serve(path: str, context: int, threads: int, key: str) -> None:
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.cache_ram_mib = 0  # no caches of earlier prompts besides the one in use
-    params.hostnames, params.port, params.api_keys = ["127.0.0.1"], 0, [key]
+    params.api_keys = [key]  # by default it listens on 127.0.0.1, at any free port
     server = xllamacpp.Server(params)
     print(server.listening_address, flush=True)
     sys.stdin.read()
