@@ -63,8 +63,7 @@ class LlamaCpp:
             text=True,
         )
         self._end = weakref.finalize(self, _end, self._process, errors)
-        address = urllib.parse.urlsplit(self._started(path, errors))
-        self._connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=PATIENCE)
+        self._address = urllib.parse.urlsplit(self._started(path, errors)).netloc
         self._spoken = self._token_with_text()
 
     def __enter__(self) -> Self:
@@ -86,8 +85,8 @@ class LlamaCpp:
         self._check_length(len(prompt) + count)
         tokens, choices = list(prompt), []
         for _ in range(count):
-            first, second = self._measured(tokens, self._spoken, 2)["top_logprobs"]
-            choices.append(Choice(first["id"], first["logprob"] - second["logprob"]))
+            first, *others = self._measured(tokens, self._spoken, 2)["top_logprobs"]
+            choices.append(Choice(first["id"], first["logprob"] - (others[0]["logprob"] if others else -math.inf)))
             tokens.append(first["id"])
         return choices
 
@@ -145,14 +144,18 @@ class LlamaCpp:
         raise RunFailed(f"llama.cpp cannot load {path}: {said.partition(' E ')[2] or said}")
 
     def _ask(self, route: str, question: Any) -> Any:
+        method, body = ("GET", None) if question is None else ("POST", json.dumps(question))
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}
+        # A new connection for each: the server ends one that is silent for some seconds.
+        connection = http.client.HTTPConnection(self._address, timeout=PATIENCE)
         try:
-            method, body = ("GET", None) if question is None else ("POST", json.dumps(question))
-            self._connection.request(method, route, body, headers)
-            response = self._connection.getresponse()
+            connection.request(method, route, body, headers)
+            response = connection.getresponse()
             answer = json.loads(response.read())
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise RunFailed(f"llama.cpp gives no answer: {error or type(error).__name__}") from None
+        finally:
+            connection.close()
         if response.status != http.client.OK:
             raise RunFailed(f"llama.cpp refuses: {answer['error']['message']}")
         return answer

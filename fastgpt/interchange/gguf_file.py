@@ -88,7 +88,7 @@ def _shape(path: Path, values: Mapping[str, Any], tensors: LazyTensors) -> Model
         del settings["n_inner"]  # the default
     epsilon = values[EPSILON]
     if isinstance(epsilon, float):
-        epsilon = float(str(np.float32(epsilon)))  # 1e-05, not the float32 next to it
+        epsilon = float(f"{epsilon:.7g}")  # 1e-05, not the float32 next to it
     return shape_of(path, settings | {"norm_eps": epsilon, "vocab_size": rows[0], "bias": True, "mlp": "gelu"})
 
 

@@ -208,6 +208,18 @@ class TestVocabulary:
         assert isinstance(found, Gpt2Tokenizer)
         assert found == Gpt2Tokenizer.from_files()
 
+    @needs_bpe
+    def test_all_but_normal_tokens_are_special(self, path: Path):
+        types = [gguf.TokenType.USER_DEFINED, gguf.TokenType.CONTROL, gguf.TokenType.UNUSED]
+        names = ["<|user|>", "<|stop|>", "[PAD258]"]
+        vocabulary = {"tokens": [*BYTES, *names], "token_type": [*[1] * 256, *types], "merges": [" ".join(NO_MERGES)]}
+        raw(path, tokenizer={"model": "gpt2", "pre": "gpt-2", "eos_token_id": 257} | vocabulary)
+        found = gguf_file.load(path).read_tokenizer()
+        assert isinstance(found, BpeTokenizer)
+        assert found.special == {name: 256 + i for i, name in enumerate(names)}
+        assert found.end_token == 257
+        assert found.encode("<|user|>").tolist() == list(b"<|user|>")
+
     def test_short_escapes_of_other_programs_are_read(self, path: Path):
         raw(path, tokenizer={"model": "rwkv", "tokens": [r"\n", r"\\", "é", r"\xc3\xa8", "a"]})
         found = gguf_file.load(path).read_tokenizer()
