@@ -54,7 +54,7 @@ def load(path: Path, header: Header) -> Tokenizer | None:
         return _characters(vocabulary) if model == LONGEST_FIRST else _byte_pairs(vocabulary)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
-    except (TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UsageError(f"{path}: its tokenizer is not supported: {error}") from None
 
 
