@@ -3,10 +3,10 @@
     write_gguf(model, "q8_0", path)
     (tokens,) = LlamaCpp(path, context=1024, threads=2)([[15, 7]], new_tokens=128)
 
-The file holds what llama.cpp's architecture "gpt2" asks for, under its names: matrices of the type asked for,
-positions, gains and biases in float32, as its own converter leaves them. The vocabulary is made up.
+The file is one of ours with a vocabulary that is made up.
 """
 
+import functools
 import re
 import statistics
 from collections.abc import Sequence
@@ -14,29 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import numpy as np
 import xllamacpp
 
+from fastgpt.interchange.gguf_export import write_file
 from fastgpt.model.gpt import GPT
 
-TYPES = {
-    "f32": gguf.GGMLQuantizationType.F32,
-    "f16": gguf.GGMLQuantizationType.F16,
-    "q8_0": gguf.GGMLQuantizationType.Q8_0,  # 32 int8 and their float16 scale: 8.5 bits a weight
-}
+TYPES = {"f32": "float32", "f16": "float16", "q8_0": "q8_0"}
 WORD, END = "w", "<|endoftext|>"  # token 15 is the word w15, so that a text says its tokens
 SILENT = -1  # the verbosity below its log's first level
-PARTS = {
-    "wte": "token_embd",
-    "wpe": "position_embd",
-    "ln_1": "attn_norm",
-    "attn.c_attn": "attn_qkv",
-    "attn.c_proj": "attn_output",
-    "ln_2": "ffn_norm",
-    "mlp.c_fc": "ffn_up",
-    "mlp.c_proj": "ffn_down",
-    "ln_f": "output_norm",
-}
 
 
 class LlamaCpp:
@@ -84,37 +69,12 @@ def system_info() -> str:
 
 def write_gguf(model: GPT, kind: str, path: Path) -> None:
     """The model's weights as a GGUF file with matrices of a kind in `TYPES`."""
-    config = model.config
     weights = model.weights()
-    vocab_size, C = weights["wte.weight"].shape
-    writer = gguf.GGUFWriter(path, "gpt2")
-    writer.add_block_count(config.n_layer)
-    writer.add_context_length(config.block_size)
-    writer.add_embedding_length(C)
-    writer.add_feed_forward_length(4 * C)
-    writer.add_head_count(config.n_head)
-    writer.add_layer_norm_eps(1e-5)
-    _add_vocabulary(writer, vocab_size)
-    for name, tensor in weights.items():
-        matrix = tensor.dim() == 2 and name != "wpe.weight"
-        kept = TYPES[kind if matrix else "f32"]
-        array = np.ascontiguousarray(tensor.float().cpu().numpy())
-        writer.add_tensor(gguf_name(name), gguf.quants.quantize(array, kept), raw_dtype=kept)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    add = functools.partial(_add_vocabulary, len(weights["wte.weight"]))
+    write_file(path, model.config, weights, TYPES[kind], add)
 
 
-def gguf_name(name: str) -> str:
-    """GPT-2's name of a parameter in GGUF's words: h.3.attn.c_attn.bias -> blk.3.attn_qkv.bias."""
-    part, kind = name.rsplit(".", 1)
-    if layer := re.match(r"h\.(\d+)\.", part):
-        return f"blk.{layer[1]}.{PARTS[part[layer.end() :]]}.{kind}"
-    return f"{PARTS[part]}.{kind}"
-
-
-def _add_vocabulary(writer: gguf.GGUFWriter, size: int) -> None:
+def _add_vocabulary(size: int, writer: gguf.GGUFWriter) -> None:
     """Made-up words and the end: enough to load, and to read tokens from a text; no prompt is ever spelled out."""
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")

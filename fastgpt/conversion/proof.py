@@ -5,6 +5,8 @@ near-tie. llama.cpp gives no logits of a prompt, so its perplexity is compared. 
 """
 
 import importlib.util
+import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 
 from fastgpt.checkpoint.source import Source, open_model
 from fastgpt.config.conversion import ConvertConfig
+from fastgpt.conversion.llama_cpp import LlamaCpp
 from fastgpt.errors import RunFailed, UsageError
 from fastgpt.interchange.exported import DTYPES
 from fastgpt.model.gpt import GPT
@@ -20,14 +23,23 @@ from fastgpt.ops import table
 from fastgpt.system.units import counted
 from fastgpt.tokenizer.base import Tokenizer
 
-TEXT = (
-    "A proof begins with what is known. The model reads these words, guesses the next one, and is compared: 3 + 4 = 7, "
-    "(x, y) -> x * y; it's done.\n\nEnd? Yes, and then it starts again.\n"
-)
+TEXT = """A language model reads a text one token at a time, and each time it says how likely every other token is to be
+the next one. Two programs that hold the same weights must say the same, whatever the text is about. So this one has a
+little of everything: numbers such as 3, 17 and 1,024; a line of code, def add(x, y): return x + y; a question, is it
+done? And a few words in a row that nobody would guess: copper, seldom, violin, between, eleven.
+
+The king said to his servant: "Go and see who is at the door, for I have heard a knock." The servant went, and he came
+back, and he said that there was nobody, only the wind and the rain. "Then shut it," said the king, "and let us go on
+with the game." They played until the lamp went out. In the morning the rain had stopped, the garden was full of light,
+and the two of them walked along the river to the old mill, where the children were waiting with bread and apples.
+
+What a model has learned shows in such lines: after "the" comes a noun, a bracket that opens will close, and a name that
+was said once is likely to be said again. It's the same in each program, up to the last digits.
+"""
 LOGITS = {"float32": 1e-5, "float16": 2e-2, "bfloat16": 2e-2}  # largest difference over the largest logit
 PERPLEXITY = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 1e-2, "q8_0": 1e-2}  # relative difference
 NEAR_TIE = 1e-2  # the two best logits' distance, below which either may win
-GREEDY, TOKENS = 32, 256
+GREEDY, TOKENS, FEWEST = 32, 256, 64
 PACKAGES = {"huggingface": ("transformers",), "gguf": ("xllamacpp",), "nanogpt": (), "fastgpt": ()}
 Logits = Callable[[torch.Tensor], torch.Tensor]
 
@@ -38,7 +50,7 @@ class Reference:
 
     Attributes:
         text: the fixed text, as far as the vocabulary can spell it.
-        tokens: int64 (1, T): the text's, and then some drawn from the whole vocabulary.
+        tokens: int64 (1, T): the text's first; of a vocabulary that cannot spell it, some that were drawn.
         path: int64 (1, P + N): the first of these, and after them the likeliest token each time.
         prompt: P.
         sure: how many of the N come before a near-tie.
@@ -89,8 +101,10 @@ def reference(source: Source) -> Reference:
     model, tokenizer = _model(source), source.required_tokenizer()
     V, block = model.config.known_vocab, model.config.block_size
     text = _spelled(tokenizer)
-    drawn = torch.randint(V, (TOKENS,), generator=torch.Generator().manual_seed(0))
-    tokens = torch.cat([torch.from_numpy(tokenizer.encode(text)), drawn])[: min(TOKENS, block)][None]
+    spelled = torch.from_numpy(tokenizer.encode(text))
+    if len(spelled) < FEWEST:
+        spelled = torch.randint(V, (TOKENS,), generator=torch.Generator().manual_seed(0))
+    tokens = spelled[: min(TOKENS, block)][None]
     new = min(GREEDY, block - 1)
     path = tokens[:, : max(1, block - new)]
     prompt, sure = path.shape[1], None
@@ -162,6 +176,29 @@ def _huggingface(config: ConvertConfig, source: Source, folder: Path) -> str:
     return _compare_logits("transformers", config, known, lambda tokens: model(tokens).logits)
 
 
+def _llama_cpp(config: ConvertConfig, source: Source, file: Path) -> str:
+    known, limit = reference(source), PERPLEXITY[config.dtype]
+    tokens = known.tokens[0]
+    print(f"verifying with llama.cpp: the perplexity of {counted(len(tokens), 'token')}", file=sys.stderr)
+    with LlamaCpp(file, known.model.config.block_size, torch.get_num_threads()) as judge:
+        if judge.tokenize(known.text) != source.required_tokenizer().encode(known.text).tolist():
+            raise RunFailed(f"llama.cpp's tokenizer reads {known.text!r:.40} otherwise than ours")
+        theirs = judge.perplexity(tokens.tolist())
+        greedy = [one.token for one in judge.greedy(known.path[0, : known.prompt].tolist(), known.sure)]
+    with torch.no_grad():
+        ours = math.exp(known.model(known.tokens[:, :-1], known.tokens[:, 1:]).item())
+    if not abs(theirs - ours) <= limit * ours:
+        raise RunFailed(
+            f"llama.cpp's perplexity is {theirs:.6g} and ours {ours:.6g}: they differ by more than {limit:.1%}"
+        )
+    said = f"verified with llama.cpp: perplexity {theirs:.6g}, ours {ours:.6g} (at most {limit:.1%} apart)"
+    if config.dtype != "float32":
+        return said
+    if greedy != known.greedy:
+        raise RunFailed(f"llama.cpp continues otherwise: {greedy}, not {known.greedy}")
+    return f"{said}, {counted(known.sure, 'greedy token')} the same"
+
+
 def _nanogpt(config: ConvertConfig, source: Source, folder: Path) -> str:
     from fastgpt.conversion import nanogpt
 
@@ -179,6 +216,7 @@ def _fastgpt(config: ConvertConfig, source: Source, folder: Path) -> str:
 
 PROOFS: dict[str, Callable[[ConvertConfig, Source, Path], str]] = {
     "huggingface": _huggingface,
+    "gguf": _llama_cpp,
     "nanogpt": _nanogpt,
     "fastgpt": _fastgpt,
 }

@@ -10,6 +10,7 @@ from fastgpt.checkpoint.store import Snapshot
 from fastgpt.config.training import TrainConfig
 from fastgpt.interchange.exported import DTYPES
 
+
 def write(source: Source, folder: Path, dtype: str) -> None:
     """Write the model into a folder that is there."""
     tokenizer, config = source.required_tokenizer(), source.config

@@ -29,9 +29,14 @@ def tokenizer_of(
         UsageError: a library is missing.
     """
     plain = {spelled: id for spelled, id in vocab.items() if spelled not in special}
-    tokenizer = _tokenizer(plain, merges, special, end)
-    known = start is not None and 0 <= start < tokenizer.vocab_size and start != tokenizer.start_token
-    return tokenizer.starting_from(start) if known and start is not None else tokenizer
+    return starting(_tokenizer(plain, merges, special, end), start)
+
+
+def starting(tokenizer: Tokenizer, start: int | None) -> Tokenizer:
+    """The tokenizer, with which generation starts from a token if that is one, and not so already."""
+    if start is None or start == tokenizer.start_token or not 0 <= start < tokenizer.vocab_size:
+        return tokenizer
+    return tokenizer.starting_from(start)
 
 
 def _tokenizer(plain: Mapping[str, int], merges: Merges, special: Mapping[str, int], end: int | None) -> Tokenizer:

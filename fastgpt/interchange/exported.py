@@ -35,6 +35,6 @@ class ExportedModel:
         result = dict(self.tensors)
         for name, tensor in self.tensors.items():
             bias = name.removesuffix("weight") + "bias"
-            if name not in ("wte.weight", "wpe.weight") and bias not in result:
+            if name.endswith("weight") and name not in ("wte.weight", "wpe.weight") and bias not in result:
                 result[bias] = torch.zeros(len(tensor))
         return result

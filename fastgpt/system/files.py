@@ -40,6 +40,12 @@ def regular(path: Path) -> Path:
     return path
 
 
+def stamp(path: Path) -> tuple[int, int, int]:
+    """Numbers that change when the file is replaced or written. Raises `OSError`."""
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def absolute(path: Path) -> str:
     """The absolute path. Links stay, unless the path holds `..`, which after a link leads elsewhere."""
     return str(path.resolve() if ".." in path.parts else path.absolute())

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from fastgpt.errors import CorruptCheckpoint
-from fastgpt.system.files import Block, regular
+from fastgpt.system.files import Block, regular, stamp
 from fastgpt.system.lazy_tensors import LazyTensors
 
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -45,7 +45,7 @@ def read(path: Path) -> LazyTensors:
             read: the file was replaced meanwhile.
     """
     try:
-        identity = _identity(path)
+        read_from = stamp(path)
         with safe_open(regular(path), framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no dict
     except (OSError, SafetensorError) as error:
@@ -55,15 +55,10 @@ def read(path: Path) -> LazyTensors:
         try:
             with safe_open(path, framework="pt") as file:
                 found = file.get_tensor(name)
-            if _identity(path) == identity:
+            if stamp(path) == read_from:
                 return found
         except (OSError, SafetensorError) as error:
             raise CorruptCheckpoint(f"{path} cannot be read: {error}") from None
         raise CorruptCheckpoint(f"{path} was replaced while it was read; try again")
 
     return LazyTensors(shapes, tensor)
-
-
-def _identity(path: Path) -> tuple[int, int, int]:
-    status = path.stat()
-    return status.st_ino, status.st_size, status.st_mtime_ns

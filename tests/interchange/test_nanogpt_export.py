@@ -163,7 +163,7 @@ def test_limits_are_named(shape: dict, tokenizer: Tokenizer, said: str | None):
 @pytest.mark.peers
 @pytest.mark.parametrize("bias", [True, False])
 def test_transformers_computes_the_same_from_it(tmp_path: Path, bias: bool):
-    transformers = pytest.importorskip("transformers", reason="needs the extra bench")
+    transformers = pytest.importorskip("transformers", reason="needs the extra peers")
     model, export = exported(bias=bias, **EXACT)
     content = write(export, tmp_path)
     sizes = {"n_positions": 12, "vocab_size": LETTERS.vocab_size, "n_layer": 2, "n_head": 2, "n_embd": 16}
