@@ -188,9 +188,7 @@ def _llama_cpp(config: ConvertConfig, source: Source, file: Path) -> str:
     with torch.no_grad():
         ours = math.exp(known.model(known.tokens[:, :-1], known.tokens[:, 1:]).item())
     if not abs(theirs - ours) <= limit * ours:
-        raise RunFailed(
-            f"llama.cpp's perplexity is {theirs:.6g} and ours {ours:.6g}: they differ by more than {limit:.1%}"
-        )
+        raise RunFailed(f"llama.cpp's perplexity is {theirs:.6g} and ours {ours:.6g}, more than {limit:.1%} apart")
     said = f"verified with llama.cpp: perplexity {theirs:.6g}, ours {ours:.6g} (at most {limit:.1%} apart)"
     if config.dtype != "float32":
         return said
