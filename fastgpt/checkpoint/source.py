@@ -134,6 +134,8 @@ def _open(path: Path, checkpoint: str, setting: str) -> Source:
             return _open_run(path.parent, path.name)
         if _is_huggingface(path):
             return _foreign("huggingface", huggingface.load(path))
+        if (checkpoint_file := path / nanogpt_weights.CHECKPOINT).exists() and not (path / "config.json").exists():
+            return _foreign("nanogpt", nanogpt_weights.load(checkpoint_file))
         return _open_run(path, checkpoint)
     if path.suffix == ".gguf":
         return _foreign("gguf", gguf_file.load(path))

@@ -1,7 +1,7 @@
 """The formats that a model can be written in: what each can hold, and its writer."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +45,8 @@ def _as_gpt2(source: Source) -> ExportedModel:
         tensors = {"wte.weight": tensors.pop("wte.weight"), "wpe.weight": rows} | tensors
     config = dataclasses.replace(config, position="learned")
     done = progress_of(source)
-    return ExportedModel(config, source.required_tokenizer(), tensors, describe(source), done.step, done.val_loss)
+    name = source.path.absolute().name.removesuffix(".gguf")
+    return ExportedModel(config, source.required_tokenizer(), tensors, name, describe(source), done.step, done.val_loss)
 
 
 FORMATS: dict[str, Format] = {
@@ -80,13 +81,18 @@ def check(name: str, source: Source, approximate: bool) -> Source:
     form, config, tokenizer = FORMATS[name], source.config, source.required_tokenizer()
     if what := form.limit(config, tokenizer):
         able = [other for other, kind in FORMATS.items() if kind.limit(config, tokenizer) is None]
-        raise UsageError(f"`format` {name} cannot hold {what}; use `format` {' or '.join(able)}")
+        raise UsageError(f"`format` {name} cannot hold {what}; use `format` {_or(able)}")
     if form.gelu is None or config.mlp in (form.gelu, "relu"):
         return source
     if not approximate:
         able = [other for other, kind in FORMATS.items() if kind.gelu in (None, config.mlp)]
         raise UsageError(
             f"`format` {name} has `mlp` {form.gelu} alone, and the model has {config.mlp}; take that one with "
-            f"`approximate=True`, which tells how far the logits move, or use `format` {' or '.join(able)}"
+            f"`approximate=True`, which tells how far the logits move, or use `format` {_or(able)}"
         )
     return dataclasses.replace(source, shape=dataclasses.replace(source.shape, mlp=form.gelu))
+
+
+def _or(names: Sequence[str]) -> str:
+    """A list in words: "a, b or c"."""
+    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

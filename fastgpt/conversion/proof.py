@@ -38,6 +38,7 @@ was said once is likely to be said again. It's the same in each program, up to t
 """
 LOGITS = {"float32": 1e-5, "float16": 2e-2, "bfloat16": 2e-2}  # largest difference over the largest logit
 PERPLEXITY = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 1e-2, "q8_0": 1e-2}  # relative difference
+GELUS = {"gelu": "GELU's tanh form", "gelu_exact": "the exact GELU"}
 NEAR_TIE = 1e-2  # the two best logits' distance, below which either may win
 GREEDY, TOKENS, FEWEST = 32, 256, 64
 PACKAGES = {"huggingface": ("transformers",), "gguf": ("xllamacpp",), "nanogpt": (), "fastgpt": ()}
@@ -88,11 +89,13 @@ def prove(config: ConvertConfig, source: Source, result: Path) -> str:
     return PROOFS[config.format or ""](config, source, result)
 
 
+@torch.no_grad()
 def approximation(original: Source, source: Source) -> str:
     """How far the logits move with another form of GELU, in words."""
     tokens = reference(original).tokens
     before, after = (_model(one)(tokens) for one in (original, source))
-    return f"with `mlp` {source.config.mlp} for {original.config.mlp}, logits move by {_difference(after, before):.1e}"
+    moved = _difference(after, before)
+    return f"{GELUS[source.config.mlp]} for {GELUS[original.config.mlp]}; logits move by {moved:.1e} of the largest"
 
 
 @torch.no_grad()

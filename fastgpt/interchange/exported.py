@@ -19,6 +19,7 @@ class ExportedModel:
         config: its shape, with the vocabulary's size and `position` learned.
         tensors: by the names of `fastgpt.model.gpt.GPT`, without the vocabulary's padding. Without `config.bias` there
             are no biases; `with_biases` adds zeros for formats that must have them.
+        name: what to call it.
         facts: for a description, by name.
         step, val_loss: of the run, where it had any.
     """
@@ -26,6 +27,7 @@ class ExportedModel:
     config: ModelConfig
     tokenizer: Tokenizer
     tensors: Mapping[str, torch.Tensor]
+    name: str = "gpt2"
     facts: Mapping[str, str] = field(default_factory=dict)
     step: int = 0
     val_loss: float | None = None

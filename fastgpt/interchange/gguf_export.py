@@ -59,7 +59,7 @@ def write(model: ExportedModel, path: Path, dtype: str) -> None:
         raise UsageError(f"a GGUF file of architecture {ARCHITECTURE} cannot hold {unfit}")
     vocabulary = gguf_tokenizer.vocabulary_of(model.tokenizer)
     add = functools.partial(gguf_tokenizer.add, vocabulary)
-    write_file(path, model.config, model.with_biases(), dtype, add, model.facts)
+    write_file(path, model.config, model.with_biases(), dtype, add, model.name, model.facts)
 
 
 def write_file(
@@ -68,14 +68,18 @@ def write_file(
     tensors: Mapping[str, torch.Tensor],
     dtype: str,
     add_vocabulary: Callable[[Any], None],
-    about: Mapping[str, Any] | None = None,
+    name: str = ARCHITECTURE,
+    facts: Mapping[str, str] | None = None,
 ) -> None:
     """Write tensors by our names, biases among them, and what `add_vocabulary` adds to the library's writer."""
     gguf = library()
     kinds = {name: _kind(gguf, name, tensor, dtype) for name, tensor in tensors.items()}
     writer = gguf.GGUFWriter(path, ARCHITECTURE)
     try:
-        _add_settings(writer, gguf, config, dtype, about or {})
+        _add_settings(writer, gguf, config, dtype)
+        writer.add_name(name)
+        if facts:
+            writer.add_description(json.dumps(facts))
         add_vocabulary(writer)
         for name, tensor in tensors.items():
             writer.add_tensor_info(gguf_name(name), *_stored(gguf, tensor, kinds[name]), raw_dtype=kinds[name])
@@ -88,10 +92,7 @@ def write_file(
         writer.close()
 
 
-def _add_settings(writer: Any, gguf: Any, config: ModelConfig, dtype: str, about: Mapping[str, Any]) -> None:
-    writer.add_name(Path(str(about.get("source", ARCHITECTURE))).name)
-    if about:
-        writer.add_description(json.dumps(dict(about), default=str))
+def _add_settings(writer: Any, gguf: Any, config: ModelConfig, dtype: str) -> None:
     writer.add_file_type(gguf.LlamaFileType[DTYPES[dtype][1]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_block_count(config.n_layer)

@@ -102,7 +102,7 @@ def _card(model: ExportedModel, dtype: str) -> str:
         "written by": f"fastgpt {__version__}, torch {torch.__version__}",
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    return CARD_TEXT.format(table=table)
+    return CARD_TEXT.format(name=model.name, table=table)
 
 
 CARD_TEXT = """---
@@ -113,7 +113,7 @@ tags:
 - fastgpt
 ---
 
-# A GPT
+# {name}
 
 | | |
 |---|---|

@@ -18,13 +18,12 @@ import torch
 from fastgpt.config.model import ModelConfig
 from fastgpt.interchange.exported import DTYPES, ExportedModel
 from fastgpt.interchange.nanogpt_vocabulary import META
-from fastgpt.interchange.nanogpt_weights import EMBEDDING, HEAD, PREFIX, SHAPE
+from fastgpt.interchange.nanogpt_weights import CHECKPOINT, EMBEDDING, HEAD, PREFIX, SHAPE
 from fastgpt.system import files
 from fastgpt.tokenizer.base import Tokenizer
 from fastgpt.tokenizer.char import CharTokenizer
 from fastgpt.tokenizer.gpt2 import Gpt2Tokenizer
 
-CHECKPOINT = "ckpt.pt"
 NORM_EPS = 1e-5
 VOCABULARIES = (CharTokenizer.kind, Gpt2Tokenizer.kind)
 NO_LOSS = 1e9  # nanoGPT's best_val_loss before its first evaluation

@@ -18,6 +18,7 @@ from fastgpt.interchange import nanogpt_vocabulary
 from fastgpt.interchange.foreign import MASKS, ForeignModel, checked, shape_of
 from fastgpt.system.lazy_tensors import LazyTensors
 
+CHECKPOINT = "ckpt.pt"
 LARGEST_PICKLE = 64 << 20  # bytes; that of GPT-2's largest size takes less than one MiB
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")  # nanoGPT's model_args
 BIAS = True  # nanoGPT's default; versions before this setting always had biases
