@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastgpt.config.choices import DTYPES, KERNELS
+from fastgpt.config.choices import DTYPES, KERNELS, TOKENIZERS
 from fastgpt.config.fields import option
 from fastgpt.config.model import ModelConfig
 from fastgpt.errors import UsageError, nearest, shown
@@ -32,9 +32,7 @@ class TrainConfig(ModelConfig):
     corpus_file: str | None = option(None, "a local copy of tiny Shakespeare for `dataset` shakespeare", path=True)
     data_dir: str = option("data", "where prepared corpora are kept", path=True)
     tokenizer: str = option(
-        "char",
-        "characters, UTF-8 bytes, GPT-2's, or a BPE trained here",
-        choices=("char", "byte", "gpt2", "bpe"),
+        "char", "characters, UTF-8 bytes, GPT-2's, or a BPE trained here", choices=TOKENIZERS
     )
     gpt2_vocab: str | None = option(None, "folder with GPT-2's vocab.bpe and encoder.json", path=True)
     allow_data_change: bool = option(False, "resume although the text changed since the run began")
