@@ -31,9 +31,7 @@ class TrainConfig(ModelConfig):
     )
     corpus_file: str | None = option(None, "a local copy of tiny Shakespeare for `dataset` shakespeare", path=True)
     data_dir: str = option("data", "where prepared corpora are kept", path=True)
-    tokenizer: str = option(
-        "char", "characters, UTF-8 bytes, GPT-2's, or a BPE trained here", choices=TOKENIZERS
-    )
+    tokenizer: str = option("char", "characters, UTF-8 bytes, GPT-2's, or a BPE trained here", choices=TOKENIZERS)
     gpt2_vocab: str | None = option(None, "folder with GPT-2's vocab.bpe and encoder.json", path=True)
     allow_data_change: bool = option(False, "resume although the text changed since the run began")
 
