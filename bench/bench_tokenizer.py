@@ -1,4 +1,4 @@
-"""Preparing documents with GPT-2's tokens, from files to checked shards: against tiktoken alone, which keeps ids in lists.
+"""Preparing documents with GPT-2's tokens, from files to checked shards, against tiktoken alone, in memory.
 
 The text is tiny Shakespeare, where it is at hand, Python's manual and its standard library, 32 MB in all, cut into
 documents of up to 8,000 characters, a line each in a .jsonl file. Ours reads it twice, once for its hash, starts its

@@ -17,13 +17,12 @@ import functools
 import hashlib
 import json
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastgpt.data import corpus, documents, token_file
 from fastgpt.data.documents import Document, Part, Source
@@ -32,14 +31,12 @@ from fastgpt.data.sharded_tokens import NAME
 from fastgpt.data.sources import Piece
 from fastgpt.errors import UsageError
 from fastgpt.system import cpus, files, lock
+from fastgpt.system.bars import Bars, bars
 from fastgpt.system.units import counted
 from fastgpt.system.workers import Workers, workers
 from fastgpt.tokenizer import saved
 from fastgpt.tokenizer.base import Text, Tokenizer
 from fastgpt.tokenizer.gpt2 import Gpt2Tokenizer
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
 
 UNFINISHED = ".unfinished"
 READING = 1  # the way documents are read, divided into parts and sent to splits
@@ -117,13 +114,12 @@ def prepare(
     if not parts:
         raise UsageError(f"`source` {source} is empty; name documents that hold text")
     wanted = _known_vocabulary(tokenizer, gpt2_vocab)
-    with workers(min(jobs or cpus.usable(), len(parts))) as helpers, _progress(quiet) as progress:
+    with workers(min(jobs or cpus.usable(), len(parts))) as helpers, bars(quiet) as progress:
         key = _key(found, rules, helpers, progress)
         size = vocab_size or saved.KINDS[tokenizer].default_size
         label = [corpus.file_name(found.name), tokenizer, *([str(size)] if wanted is None else []), key[:8]]
         target = where / "-".join(label)
-        if not quiet:
-            _remark(found, target)
+        _remark(found, target, progress)
         if there := corpus.reusable(target, key, wanted):
             return there
         try:
@@ -146,16 +142,15 @@ def prepare(
     return load(target)
 
 
-def _remark(found: Source, target: Path) -> None:
+def _remark(found: Source, target: Path, progress: Bars) -> None:
     """Say what is left out, and what preparations with other settings have left behind."""
     if found.others:
-        kinds = ", ".join(documents.KINDS)
-        print(f"left out {counted(found.others, 'file')} that are none of {kinds}", file=sys.stderr)
+        progress.say(f"left out {counted(found.others, 'file')} of other kinds than {', '.join(documents.KINDS)}")
+    own = target.with_name(f".{target.name}{UNFINISHED}")
     for folder in target.parent.glob(f".{corpus.file_name(found.name)}-*{UNFINISHED}"):
-        if folder != target.with_name(f".{target.name}{UNFINISHED}"):
-            print(
-                f"{folder} is unfinished, by other settings or of another text; delete it if it is not to go on",
-                file=sys.stderr,
+        if folder != own:
+            progress.say(
+                f"{folder} is unfinished, of another text or by other settings; delete it if it is not to go on"
             )
 
 
@@ -181,24 +176,13 @@ def _known_vocabulary(kind: str, gpt2_vocab: str | None) -> Tokenizer | None:
     return None
 
 
-@contextmanager
-def _progress(quiet: bool) -> "Iterator[Progress]":
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=quiet) as progress:
-        yield progress
-
-
-def _key(found: Source, rules: Rules, helpers: Workers, progress: "Progress") -> str:
+def _key(found: Source, rules: Rules, helpers: Workers, progress: Bars) -> str:
     """The sha256 of all that decides the texts of the two splits: the files' content and order, and the rules."""
     blocks = documents.blocks(found)
-    task = progress.add_task("reading", total=sum(block.bytes for block in blocks))
     digest = hashlib.sha256(json.dumps([READING, rules.text_key, rules.val_share]).encode())
-    for block, content in zip(blocks, helpers.map(documents.block_hash, blocks), strict=True):
+    contents = progress.track("reading", helpers.map(documents.block_hash, blocks), [block.bytes for block in blocks])
+    for block, content in zip(blocks, contents, strict=True):
         digest.update(f"{block.path.suffix.lower()} {block.start} {content}\n".encode())
-        progress.advance(task, block.bytes)
     return digest.hexdigest()
 
 
@@ -220,7 +204,8 @@ def _unfinished(target: Path) -> Iterator[Path]:
             except UsageError:
                 shutil.rmtree(folder)
                 if is_new:
-                    parent.rmdir()
+                    with suppress(OSError):  # something else was put there meanwhile
+                        parent.rmdir()
                 raise
             shutil.rmtree(folder)
     except lock.Locked as error:
@@ -229,7 +214,7 @@ def _unfinished(target: Path) -> Iterator[Path]:
         ) from None
 
 
-def _vocabulary_in(folder: Path, wanted: Tokenizer | None, kind: str, text: Text, progress: "Progress") -> Tokenizer:
+def _vocabulary_in(folder: Path, wanted: Tokenizer | None, kind: str, text: Text, progress: Bars) -> Tokenizer:
     """The vocabulary that an unfinished corpus began with, if it is the wanted one; else a new one, to begin anew."""
     path = folder / "tokenizer.json"
     with suppress(UsageError):  # none yet
@@ -239,7 +224,7 @@ def _vocabulary_in(folder: Path, wanted: Tokenizer | None, kind: str, text: Text
     for record in folder.glob("[0-9]*.json"):
         record.unlink()
     if wanted is None:
-        progress.add_task(f"training a vocabulary of {text.vocab_size:,}", total=None)
+        progress.say(f"training a vocabulary of {counted(text.vocab_size or 0, 'token')}")
         wanted = saved.KINDS[kind].made_from(text)
     wanted.save(path)
     return wanted
@@ -254,17 +239,13 @@ def _sample(parts: Sequence[Part], rules: Rules) -> Iterator[str]:
                 yield from document
 
 
-def _tokenized(tasks: Sequence[Task], helpers: Workers, progress: "Progress") -> list[dict[str, Any]]:
+def _tokenized(tasks: Sequence[Task], helpers: Workers, progress: Bars) -> list[dict[str, Any]]:
     """The facts about the shards of each part, all of which are made now or were before."""
     kept = sum(task.record.exists() for task in tasks)
-    if kept and not progress.disable:
-        progress.console.print(f"going on with {kept:,} of {counted(len(tasks), 'part')}, which were finished before")
+    if kept:
+        progress.say(f"going on with {kept:,} of {counted(len(tasks), 'part')}, which were finished before")
     sizes = [sum(one.bytes for one in task.part) for task in tasks]
-    bar, made = progress.add_task("tokenizing", total=sum(sizes)), []
-    for size, facts in zip(sizes, helpers.map(make_shards, tasks), strict=True):
-        made.append(facts)
-        progress.advance(bar, size)
-    return made
+    return list(progress.track("tokenizing", helpers.map(make_shards, tasks), sizes))
 
 
 def make_shards(task: Task) -> dict[str, Any]:
@@ -335,6 +316,11 @@ def _finish(
     """Write meta.json. Raises `UsageError` if a split holds no document."""
     splits = {split: _split(split, [facts[split] for facts in made]) for split in SPLITS}
     total = sum(split["documents"] for split in splits.values())
+    if total < 2:
+        raise UsageError(
+            f"`source` {source} has {counted(total, 'document')} with text, and a corpus needs one to train on and one "
+            "to validate on; prepare one text with `dataset` FILE"
+        )
     for split in SPLITS:
         if not splits[split]["documents"]:
             other = "larger" if split == "val" else "smaller"

@@ -26,22 +26,28 @@ class Workers:
         self._pool = pool
 
     def map(self, function: Callable[[Given], Made], items: Iterable[Given]) -> Iterator[Made]:
-        """The results in the order of the items. The first error in this order is raised.
+        """The results in the order of the items. The first error in this order is raised, when all processes are idle.
 
         Raises:
             RunFailed: a process was killed.
         """
+        if self._pool is None:
+            yield from map(function, items)
+            return
         try:
-            yield from map(function, items) if self._pool is None else self._pool.map(function, items)
+            yield from self._pool.map(function, items)
         except BrokenProcessPool:
             raise RunFailed(
-                "a worker process was killed, perhaps for its memory; run again with fewer `jobs`"
+                "a worker process was killed, perhaps for its memory; try again with fewer `jobs`"
             ) from None
+        except BaseException:
+            self._pool.shutdown(cancel_futures=True)
+            raise
 
 
 @contextmanager
 def workers(jobs: int) -> Iterator[Workers]:
-    """Processes for a block of code. When it ends, early too, what has begun is finished, and nothing else is begun."""
+    """Processes for a block of code. When it ends, early too, what has begun is finished and nothing else begins."""
     if jobs == 1:
         yield Workers(None)
         return
