@@ -121,6 +121,7 @@ def prepare(
         target = where / "-".join(label)
         _remark(found, target, progress)
         if there := corpus.reusable(target, key, wanted):
+            _delete_left(_unfinished_folder(target))
             return there
         try:
             with _unfinished(target) as folder:
@@ -146,7 +147,7 @@ def _remark(found: Source, target: Path, progress: Bars) -> None:
     """Say what is left out, and what preparations with other settings have left behind."""
     if found.others:
         progress.say(f"left out {counted(found.others, 'file')} of other kinds than {', '.join(documents.KINDS)}")
-    own = target.with_name(f".{target.name}{UNFINISHED}")
+    own = _unfinished_folder(target)
     for folder in target.parent.glob(f".{corpus.file_name(found.name)}-*{UNFINISHED}"):
         if folder != own:
             progress.say(
@@ -186,6 +187,17 @@ def _key(found: Source, rules: Rules, helpers: Workers, progress: Bars) -> str:
     return digest.hexdigest()
 
 
+def _unfinished_folder(target: Path) -> Path:
+    return target.with_name(f".{target.name}{UNFINISHED}")
+
+
+def _delete_left(folder: Path) -> None:
+    """Delete what is left beside a corpus that is complete, if the process died just then."""
+    if folder.exists():
+        with suppress(OSError, lock.Locked), lock.held(folder / ".lock"):
+            shutil.rmtree(folder)
+
+
 @contextmanager
 def _unfinished(target: Path) -> Iterator[Path]:
     """The folder of an unfinished corpus. It stays if the process dies or the disk is full, and is deleted otherwise.
@@ -194,7 +206,7 @@ def _unfinished(target: Path) -> Iterator[Path]:
         UsageError: another process has it.
         OSError: it cannot be made.
     """
-    parent, folder = target.parent, target.with_name(f".{target.name}{UNFINISHED}")
+    parent, folder = target.parent, _unfinished_folder(target)
     is_new = not parent.exists()
     (folder / "corpus").mkdir(parents=True, exist_ok=True)
     try:

@@ -37,9 +37,7 @@ class Workers:
         try:
             yield from self._pool.map(function, items)
         except BrokenProcessPool:
-            raise RunFailed(
-                "a worker process was killed, perhaps for its memory; try again with fewer `jobs`"
-            ) from None
+            raise RunFailed("a worker process was killed, perhaps for its memory; try fewer `jobs`") from None
         except BaseException:
             self._pool.shutdown(cancel_futures=True)
             raise
