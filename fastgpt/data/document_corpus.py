@@ -179,11 +179,12 @@ def _known_vocabulary(kind: str, gpt2_vocab: str | None) -> Tokenizer | None:
 
 def _key(found: Source, rules: Rules, helpers: Workers, progress: Bars) -> str:
     """The sha256 of all that decides the texts of the two splits: the files' content and order, and the rules."""
-    blocks = documents.blocks(found)
+    parts = documents.byte_parts(found)
     digest = hashlib.sha256(json.dumps([READING, rules.text_key, rules.val_share]).encode())
-    contents = progress.track("reading", helpers.map(documents.block_hash, blocks), [block.bytes for block in blocks])
-    for block, content in zip(blocks, contents, strict=True):
-        digest.update(f"{block.path.suffix.lower()} {block.start} {content}\n".encode())
+    for content in progress.track(
+        "reading", helpers.map(documents.content_hash, parts), list(map(documents.size, parts))
+    ):
+        digest.update(content.encode())
     return digest.hexdigest()
 
 
@@ -256,7 +257,7 @@ def _tokenized(tasks: Sequence[Task], helpers: Workers, progress: Bars) -> list[
     kept = sum(task.record.exists() for task in tasks)
     if kept:
         progress.say(f"going on with {kept:,} of {counted(len(tasks), 'part')}, which were finished before")
-    sizes = [sum(one.bytes for one in task.part) for task in tasks]
+    sizes = [documents.size(task.part) for task in tasks]
     return list(progress.track("tokenizing", helpers.map(make_shards, tasks), sizes))
 
 

@@ -88,39 +88,52 @@ def find(source: str, skip: Path) -> Source:
 
 
 def parts(source: Source, text_key: str) -> list[Part]:
-    """All ranges in order, small ones together.
+    """All documents in order.
 
     Raises:
         UsageError: a file cannot be read, or a .parquet file is damaged or lacks the column.
     """
-    found: list[Part] = []
-    part: list[Range] = []
-    for path in source.paths:
-        for one in _ranges(path, text_key):
-            if part and sum(other.bytes for other in part) + one.bytes > PART_BYTES:
-                found.append(tuple(part))
-                part = []
-            part.append(one)
-    return [*found, tuple(part)] if part else found
+    return _packed(one for path in source.paths for one in _ranges(path, text_key))
 
 
-def blocks(source: Source) -> list[Range]:
-    """Ranges of bytes that cover every file, whatever its kind, for `block_hash`."""
-    return [one for path in source.paths for one in _byte_ranges(path, PART_BYTES)]
+def byte_parts(source: Source) -> list[Part]:
+    """All bytes of the files in order, whatever their kind. Raises `UsageError` if a file cannot be read."""
+    return _packed(one for path in source.paths for one in _byte_ranges(path, PART_BYTES))
 
 
-def block_hash(block: Range) -> str:
-    """The sha256 of a range of bytes. Raises `UsageError` if they cannot be read."""
-    digest, left = hashlib.sha256(), block.bytes
-    try:
-        with block.path.open("rb") as file:
-            file.seek(block.start)
-            while left and (data := file.read(min(left, READ_BYTES))):
-                digest.update(data)
-                left -= len(data)
-    except OSError as error:
-        raise _unreadable(block.path, error) from None
+def content_hash(part: Part) -> str:
+    """The sha256 of a part's bytes, with the kinds of its files. Raises `UsageError` if a file cannot be read."""
+    digest = hashlib.sha256()
+    for one in part:
+        digest.update(f"{_kind(one.path)} {one.start} {one.bytes}\n".encode())
+        left = one.bytes
+        try:
+            with one.path.open("rb") as file:
+                file.seek(one.start)
+                while left and (data := file.read(min(left, READ_BYTES))):
+                    digest.update(data)
+                    left -= len(data)
+        except OSError as error:
+            raise _unreadable(one.path, error) from None
     return digest.hexdigest()
+
+
+def size(part: Part) -> int:
+    """The bytes of a part."""
+    return sum(one.bytes for one in part)
+
+
+def _packed(ranges: Iterable[Range]) -> list[Part]:
+    """Ranges in parts of at most `PART_BYTES`, except that a range is not divided."""
+    found: list[list[Range]] = []
+    room = 0
+    for one in ranges:
+        if one.bytes > room or not found:
+            found.append([])
+            room = PART_BYTES
+        found[-1].append(one)
+        room -= one.bytes
+    return list(map(tuple, found))
 
 
 def read(part: Part, text_key: str) -> Iterator[Document]:
