@@ -1,6 +1,6 @@
 """Preparing documents with GPT-2's tokens, from files to checked shards, against tiktoken alone, in memory.
 
-The text is tiny Shakespeare, where it is at hand, Python's manual and its standard library, 32 MB in all, cut into
+The text is tiny Shakespeare, where it is at hand, Python's manual and its standard library, 48 MB in all, cut into
 documents of up to 8,000 characters, a line each in a .jsonl file. Ours reads it twice, once for its hash, starts its
 processes, parses, tokenizes, writes, and checks what it wrote. The peer is given the documents in memory and as many
 threads as ours has processes.
@@ -19,7 +19,7 @@ from fastgpt.data import document_corpus, sources
 from fastgpt.tokenizer.gpt2 import Gpt2Tokenizer
 
 SHAKESPEARE = Path(__file__).parents[2] / "shared" / "data" / "tinyshakespeare.txt"
-BYTES, LONGEST = 32_000_000, 8_000
+BYTES, LONGEST = 48_000_000, 8_000
 ROUNDS = 5
 
 

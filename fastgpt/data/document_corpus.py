@@ -67,7 +67,7 @@ class Task:
     number: int
     part: Part
     rules: Rules
-    vocabulary: str  # sha256
+    vocabulary: str  # the sha256 of tokenizer.json
 
     @property
     def record(self) -> Path:
@@ -127,7 +127,7 @@ def prepare(
             with _unfinished(target) as folder:
                 text = Text("", lambda: _sample(parts, rules), size, ends=True)
                 vocabulary = _vocabulary_in(folder, wanted, tokenizer, text, progress)
-                sha256 = vocabulary.sha256()
+                sha256 = files.sha256(folder / "tokenizer.json")
                 tasks = [Task(folder, number, part, rules, sha256) for number, part in enumerate(parts)]
                 made = _tokenized(tasks, helpers, progress)
                 if found.states() != states:
@@ -283,7 +283,7 @@ def make_shards(task: Task) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=1)
 def _vocabulary(path: Path, sha256: str) -> Tokenizer:
-    """The vocabulary in a file, which has this hash; a worker reads it once."""
+    """The vocabulary in a file with this hash; a worker reads it once."""
     return saved.load(path)
 
 
