@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from fastgpt import cli
 from fastgpt.config.choices import TOKENIZERS
 from fastgpt.config.fields import Settings, option
-from fastgpt.errors import UsageError
+from fastgpt.errors import UsageError, shown
 
 if TYPE_CHECKING:
     from fastgpt.data.prepared import Corpus
@@ -56,13 +56,15 @@ class PrepareConfig(Settings):
 
     def check(self) -> None:
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        for name in OF_DOCUMENTS if self.source is None else OF_ONE_TEXT:
-            if getattr(self, name) != defaults[name]:
-                raise UsageError(
-                    f"`{name}` is for documents, which `source` names; name them, or leave it out"
-                    if self.source is None
-                    else f"`{name}` is for one text, and `source` {self.source} names documents; leave one of them out"
-                )
+        names = OF_DOCUMENTS if self.source is None else OF_ONE_TEXT
+        why = (
+            "is for documents; name them by `source`, or leave it out"
+            if self.source is None
+            else f"is for one text, and `source` {shown(self.source)} names documents; leave one of the two out"
+        )
+        for name in names:
+            if (value := getattr(self, name)) != defaults[name]:
+                raise UsageError(f"`{name}` {shown(value)} {why}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

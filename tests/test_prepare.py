@@ -24,11 +24,14 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["docs", "--dataset", "pydocs"], "error: --dataset is for one text, and --source docs names documents"),
-        (["docs", "--corpus_file", "x"], "error: --corpus_file is for one text"),
-        (["--jobs", "2"], "error: --jobs is for documents, which --source names"),
-        (["--dataset", "pydocs", "--text_key", "body"], "error: --text_key is for documents"),
-        (["--val_share", "0.1"], "error: --val_share is for documents"),
+        (
+            ["docs", "--dataset", "pydocs"],
+            "error: --dataset 'pydocs' is for one text, and --source 'docs' names documents; leave one of the two out",
+        ),
+        (["docs", "--corpus_file", "x"], "error: --corpus_file 'x' is for one text"),
+        (["--jobs", "2"], "error: --jobs 2 is for documents; name them by --source, or leave it out"),
+        (["--dataset", "pydocs", "--text_key", "body"], "error: --text_key 'body' is for documents"),
+        (["--val_share", "0.1"], "error: --val_share 0.1 is for documents"),
         (["nowhere", "--tokenizer", "byte"], "error: --source 'nowhere' is no file or folder"),
         (["nowhere", "more"], "error: 'more' is not a flag"),
         (["nowhere", "--val_share", "1"], "error: --val_share 1.0 must be below 1"),
