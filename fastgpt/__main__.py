@@ -16,6 +16,7 @@ from fastgpt.system import barriers
 COMMANDS = {  # each is the module of that name in this folder, with a function `main`
     "train": "train a GPT on text, or continue a run",
     "generate": "continue prompts with a trained run",
+    "prepare": "tokenize text before training, many documents in several processes",
     "convert": "write a model in another program's format, or another's in ours",
     "verify": "check every checkpoint of a run, byte by byte",
     "evaluate": "measure a model on a text, or on multiple-choice questions",

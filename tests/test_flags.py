@@ -27,6 +27,7 @@ from fastgpt.config.sources import could_be_hub_name
 from fastgpt.config.training import PRESETS, TrainConfig
 from fastgpt.errors import nearest
 from fastgpt.model.gpt import GPT
+from fastgpt.prepare import PrepareConfig
 from tests.helpers import runs
 
 BASE = shlex.split(
@@ -42,7 +43,9 @@ HOSTILE = [
     "a/" * 5000, "a\0b", "\0", "\ud800", "\udcff", "a\nb", "a\r\x85\u2028b", "\x1b[2J", "'", '"', "%s", "{}", "é", "👍",
 ]  # fmt: skip
 # A setting of these may be right by itself and not go with the defaults of others.
-WITH_DEFAULTS = {"n_head", "n_kv_head", "n_embd", "position", "learning_rate", "min_lr"}
+WITH_DEFAULTS = {
+    "n_head", "n_kv_head", "n_embd", "position", "learning_rate", "min_lr", "text_key", "val_share", "jobs",
+}  # fmt: skip
 # In a command it may also not go with the flags of BASE, or with this machine.
 TOGETHER = {
     "n_head", "n_kv_head", "n_embd", "n_layer", "block_size", "batch_size", "gradient_accumulation_steps", "vocab_size",
@@ -237,6 +240,12 @@ FIELDS = [
 ]
 
 
+PARSED = [
+    *FIELDS,
+    *(pytest.param(PrepareConfig, f, id=f"PrepareConfig.{f.name}") for f in dataclasses.fields(PrepareConfig)),
+]
+
+
 def values(field: dataclasses.Field) -> st.SearchStrategy[str]:
     """Numbers of any size, any text, and what resembles a right value."""
     near = [field.name, str(field.default), *(field.metadata["choices"] or ()), *PRESETS]
@@ -258,14 +267,14 @@ def values(field: dataclasses.Field) -> st.SearchStrategy[str]:
     )
 
 
-@pytest.mark.parametrize(("kind", "field"), FIELDS)
+@pytest.mark.parametrize(("kind", "field"), PARSED)
 @settings(max_examples=2, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_the_parser_takes_a_value_or_refuses_it_in_one_line(kind: type, field: dataclasses.Field, data):
     check_parser(kind, field, data.draw(values(field)))
 
 
-@pytest.mark.parametrize(("kind", "field"), FIELDS)
+@pytest.mark.parametrize(("kind", "field"), PARSED)
 @pytest.mark.parametrize("share", [8, pytest.param(1, marks=pytest.mark.slow, id="all")])
 def test_the_parser_takes_or_refuses_hostile_values(kind: type, field: dataclasses.Field, share: int):
     """By default each flag meets an eighth of them, and each of them many flags."""

@@ -1,4 +1,5 @@
-"""Choices that training and generation share."""
+"""Choices that commands share."""
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KERNELS = ("auto", "torch", "reference", "triton")
+TOKENIZERS = ("char", "byte", "gpt2", "bpe")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from fastgpt.config.choices import DTYPES, KERNELS
+from fastgpt.config.choices import DTYPES, KERNELS, TOKENIZERS
 from fastgpt.config.fields import option
 from fastgpt.config.model import ModelConfig
 from fastgpt.config.sources import could_be_hub_name, exists, is_step_in
@@ -36,11 +36,7 @@ class TrainConfig(ModelConfig):
     )
     corpus_file: str | None = option(None, "a local copy of tiny Shakespeare for `dataset` shakespeare", path=True)
     data_dir: str = option("data", "where prepared corpora are kept", path=True)
-    tokenizer: str = option(
-        "char",
-        "characters, UTF-8 bytes, GPT-2's, or a BPE trained here",
-        choices=("char", "byte", "gpt2", "bpe"),
-    )
+    tokenizer: str = option("char", "characters, UTF-8 bytes, GPT-2's, or a BPE trained here", choices=TOKENIZERS)
     gpt2_vocab: str | None = option(None, "folder with GPT-2's vocab.bpe and encoder.json", path=True)
     pack: bool | None = option(
         None, "keep attention within documents, and restart positions at each; auto: for document shards", auto=True

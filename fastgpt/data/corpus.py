@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from fastgpt.data import sources, token_file
-from fastgpt.data.prepared import FORMAT, TOKEN_FILES, Corpus, load
+from fastgpt.data.prepared import FORMAT, Corpus, is_prepared, load
 from fastgpt.data.sources import Source, TextFiles
 from fastgpt.errors import UsageError, nearest, shown
 from fastgpt.system import files
@@ -153,7 +153,7 @@ def find(
         source = sources.shakespeare(corpus_file, quiet=quiet, download=download)
     else:
         path = _find(dataset, Path(data_dir))
-        if any((path / file).exists() for file in TOKEN_FILES):
+        if is_prepared(path):
             corpus = load(path, gpt2_vocab)
             _check_prepared(corpus, tokenizer, vocab_size)
             return "opened", corpus
@@ -168,13 +168,13 @@ def find(
 
     statistics = _measure(dataset, source)
     size = (vocab_size or kind.default_size) if kind.default_size else None
-    label = [_file_name(source.name), tokenizer, *([str(size)] if size else []), statistics.sha256[:8]]
+    label = [file_name(source.name), tokenizer, *([str(size)] if size else []), statistics.sha256[:8]]
     if vocabulary is not None:
-        label = [_file_name(source.name), vocabulary.kind, f"of-{vocabulary.sha256()[:8]}", statistics.sha256[:8]]
+        label = [file_name(source.name), vocabulary.kind, f"of-{vocabulary.sha256()[:8]}", statistics.sha256[:8]]
     elif tokenizer == "gpt2" and gpt2_vocab is not None:
         vocabulary = Gpt2Tokenizer.from_files(gpt2_vocab)
     target = Path(data_dir) / "-".join(label)
-    if corpus := _reusable(target, statistics.sha256, vocabulary):
+    if corpus := reusable(target, statistics.sha256, vocabulary):
         return "reused", corpus
     return "found", Unprepared(dataset, source, statistics, kind, size, ends, vocabulary, target)
 
@@ -222,11 +222,11 @@ def _find(dataset: str, data_dir: Path) -> Path:
     try:
         if dataset and Path(dataset).exists():
             return Path(dataset)
-        if dataset and any((prepared / file).exists() for file in TOKEN_FILES):
+        if dataset and is_prepared(prepared):
             return prepared
     except OSError as error:  # a name that is too long, a folder that may not be entered
         raise UsageError(f"`dataset` {shown(dataset)} cannot be read: {error.strerror}") from None
-    known = [*NAMES, *sorted(p.parent.name for p in data_dir.glob("[!.]*/train.bin"))]
+    known = [*NAMES, *sorted(path.name for path in data_dir.glob("[!.]*/") if is_prepared(path))]
     more = f" and {len(known) - 8} more in {data_dir}" if len(known) > 8 else ""
     raise UsageError(
         f"`dataset` {shown(dataset)} is no file or folder and no known name ({', '.join(known[:8])}{more})"
@@ -243,7 +243,8 @@ def located(dataset: str, data_dir: str) -> str:
     return dataset if dataset in NAMES else files.absolute(_find(dataset, Path(data_dir)))
 
 
-def _file_name(name: str) -> str:
+def file_name(name: str) -> str:
+    """A name as a part of a folder's."""
     return re.sub(r"[^\w.-]+", "_", name)[:40].strip(".") or "corpus"
 
 
@@ -296,7 +297,7 @@ def _text(source: Source, statistics: Statistics, vocab_size: int | None, ends: 
     return Text(statistics.chars, train, vocab_size, ends)
 
 
-def _reusable(target: Path, sha256: str, vocabulary: Tokenizer | None) -> Corpus | None:
+def reusable(target: Path, sha256: str, vocabulary: Tokenizer | None) -> Corpus | None:
     """The corpus at `target`; None if it is missing or damaged, or has another text or vocabulary than the given."""
     if not target.exists():
         return None
@@ -330,7 +331,7 @@ def _write(target: Path, dataset: str, source: Source, statistics: Statistics, v
                 "tokenizer": vocabulary.to_json(),
             }
             files.write(temporary / "meta.json", [json.dumps(meta, indent=1).encode()])
-            _publish(temporary, target, statistics.sha256, vocabulary)
+            publish(temporary, target, statistics.sha256, vocabulary)
     except OSError as error:
         raise UsageError(
             f"`data_dir` {target.parent}: cannot write {target.name}: {error.strerror}; name another"
@@ -338,12 +339,12 @@ def _write(target: Path, dataset: str, source: Source, statistics: Statistics, v
     return load(target)
 
 
-def _publish(temporary: Path, target: Path, sha256: str, vocabulary: Tokenizer) -> None:
+def publish(temporary: Path, target: Path, sha256: str, vocabulary: Tokenizer) -> None:
     """Rename `temporary` to `target`, unless another process has finished the same corpus there meanwhile."""
     try:
         temporary.rename(target)
     except OSError:
-        if _reusable(target, sha256, vocabulary) is not None:
+        if reusable(target, sha256, vocabulary) is not None:
             return
         target.rename(temporary.with_name(temporary.name + ".damaged"))
         temporary.rename(target)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from fastgpt.config.training import TrainConfig
-from fastgpt.data.prepared import Corpus
+from fastgpt.data.prepared import Corpus, Tokens
 from fastgpt.errors import UsageError
 from fastgpt.system.units import counted
 
@@ -28,7 +28,7 @@ class Loader:
 
     def __init__(
         self,
-        tokens: np.ndarray,
+        tokens: Tokens,
         block_size: int,
         vocab_size: int,
         *,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from fastgpt.data.sharded_tokens import holds_shards
 from fastgpt.errors import UsageError
 from fastgpt.system.caches import cache_dir
 from fastgpt.system.files import sha256, write_atomic
@@ -137,7 +138,7 @@ def text_files(path: Path, skip: Path | None = None, *, as_before: bool = False)
     if not path.is_dir():
         raise UsageError(f"`dataset` {path} is neither a regular file nor a folder; give the text's own path")
     try:
-        found = sorted(_files_below(path, skip, as_before), key=lambda file: file.relative_to(path).as_posix())
+        found = sorted(files_below(path, skip, as_before), key=lambda file: file.relative_to(path).as_posix())
     except OSError as error:
         raise UsageError(
             f"`dataset` {path}: {error.filename} cannot be read: {error.strerror}; make it readable, or leave it out"
@@ -149,8 +150,8 @@ def text_files(path: Path, skip: Path | None = None, *, as_before: bool = False)
     return TextFiles(name, tuple(found), keep_bom=as_before)
 
 
-def _files_below(root: Path, skip: Path | None, as_before: bool) -> Iterator[Path]:
-    """The files in a folder and below it. Raises `OSError`, and `UsageError` for a broken link."""
+def files_below(root: Path, skip: Path | None, as_before: bool = False) -> Iterator[Path]:
+    """The files that `text_files` reads below a folder. Raises `OSError`, and `UsageError` for a broken link."""
     folders, linked, seen = [root], [], set()
     while folders or linked:
         folder = folders.pop() if folders else linked.pop(0)
@@ -172,7 +173,11 @@ def _files_below(root: Path, skip: Path | None, as_before: bool) -> Iterator[Pat
 
 
 def _is_left_out(folder: Path, skip: Path | None) -> bool:
-    return (folder / "train.bin").exists() or (skip is not None and folder.resolve() == skip.resolve())
+    return (
+        (folder / "train.bin").exists()
+        or holds_shards(folder)
+        or (skip is not None and folder.resolve() == skip.resolve())
+    )
 
 
 def read_text(path: Path, *, keep_bom: bool = False) -> Iterator[str]:

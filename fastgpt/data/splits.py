@@ -37,7 +37,7 @@ class Dataset:
                 vocabulary, or the split has less than 2 tokens.
         """
         path = Path(corpus.located(self.name, self.data_dir))
-        if self.name not in corpus.NAMES and any((path / file).exists() for file in prepared.TOKEN_FILES):
+        if self.name not in corpus.NAMES and prepared.is_prepared(path):
             tokens = self._prepared(path, vocabulary)
         else:
             tokens = self._encoded(self._source(path), vocabulary)
@@ -58,8 +58,8 @@ class Dataset:
                 f"{counted(vocabulary.vocab_size, 'token')}); give `dataset` the text itself"
             )
         if self.split == "all":
-            return np.concatenate([folder.train(), folder.val()])
-        return folder.train() if self.split == "train" else folder.val()
+            return np.concatenate([np.asarray(folder.train()), np.asarray(folder.val())])
+        return np.asarray(folder.train() if self.split == "train" else folder.val())
 
     def _source(self, path: Path) -> Source:
         if self.corpus_file is not None and self.name != "shakespeare":

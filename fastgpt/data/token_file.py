@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastgpt.data.sharded_tokens import ShardedTokens
 from fastgpt.data.sources import Piece, chunks
 from fastgpt.errors import UsageError
 from fastgpt.system import files
@@ -43,7 +44,7 @@ def write(path: Path, pieces: Iterable[Piece], vocabulary: Tokenizer) -> dict[st
     return counts | {"sha256": identity["sha256"]}
 
 
-def holds(tokens: np.ndarray, token: int) -> bool:
+def holds(tokens: np.ndarray | ShardedTokens, token: int) -> bool:
     """Whether tokens (T,) hold a token. Reading stops where it is found."""
     return any(bool((tokens[at : at + READ_BYTES] == token).any()) for at in range(0, len(tokens), READ_BYTES))
 

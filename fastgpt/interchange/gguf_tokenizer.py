@@ -13,7 +13,7 @@ from typing import Any
 from fastgpt.errors import UsageError, shown
 from fastgpt.interchange.byte_level import starting, tokenizer_of
 from fastgpt.interchange.gguf_header import Header
-from fastgpt.interchange.huggingface_tokenizer import special_tokens, vocabulary_and_merges
+from fastgpt.interchange.huggingface_tokenizer import vocabulary_and_merges
 from fastgpt.tokenizer.base import ENDOFTEXT, Tokenizer
 from fastgpt.tokenizer.bpe import BpeTokenizer
 from fastgpt.tokenizer.byte import ByteTokenizer
@@ -119,7 +119,7 @@ def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
     spelled = spellings(tokenizer)
     if isinstance(tokenizer, CharTokenizer):
         return Vocabulary(LONGEST_FIRST, spelled, [NORMAL] * len(spelled), [], tokenizer.start_token, None)
-    special = set(special_tokens(tokenizer).values())
+    special = set(tokenizer.special_tokens.values())
     types = [CONTROL if id in special else NORMAL for id in range(len(spelled))]
     end = spelled.index(NEVER) if tokenizer.end_token is None else tokenizer.end_token
     return Vocabulary(BYTE_PAIRS, spelled, types, _merges(tokenizer) or [NO_MERGES], tokenizer.start_token, end)
@@ -130,7 +130,7 @@ def spellings(tokenizer: Tokenizer) -> list[str]:
     tokens = [tokenizer.token_bytes(id) for id in range(tokenizer.vocab_size)]
     if isinstance(tokenizer, CharTokenizer):
         return [_escaped(token) for token in tokens]
-    names = {id: name for name, id in special_tokens(tokenizer).items()}
+    names = {id: name for name, id in tokenizer.special_tokens.items()}
     return [names.get(id) or spelling_of(token) for id, token in enumerate(tokens)]
 
 

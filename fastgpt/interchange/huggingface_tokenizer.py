@@ -118,15 +118,8 @@ def to_library(tokenizer: Tokenizer) -> dict[str, Any]:
         description = library_description(*vocabulary_and_merges(tokenizer))
     else:
         raise UsageError(f"`tokenizer` {tokenizer.kind} has no form in the tokenizers library")
-    description["added_tokens"] = [_added(name, id) for name, id in special_tokens(tokenizer).items()]
+    description["added_tokens"] = [_added(name, id) for name, id in tokenizer.special_tokens.items()]
     return description
-
-
-def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
-    """The ids of the tokens to which no text is encoded, by their names."""
-    if isinstance(tokenizer, BpeTokenizer):
-        return tokenizer.special
-    return {} if tokenizer.end_token is None else {ENDOFTEXT: tokenizer.end_token}
 
 
 def vocabulary_and_merges(tokenizer: Gpt2Tokenizer) -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -183,7 +176,7 @@ def settings_of(tokenizer: Tokenizer, block_size: int) -> dict[str, Any]:
         "model_max_length": block_size,
         "clean_up_tokenization_spaces": False,
     }
-    names = {id: name for name, id in special_tokens(tokenizer).items()}
+    names = {id: name for name, id in tokenizer.special_tokens.items()}
     if tokenizer.end_token is not None:
         content |= dict.fromkeys(("bos_token", "eos_token"), names[tokenizer.end_token])
     return content

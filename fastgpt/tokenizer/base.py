@@ -7,8 +7,9 @@ a run's folder needs no vocabulary files.
 import copy
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -111,9 +112,32 @@ class Tokenizer(ABC):
         except UnicodeDecodeError:  # the first byte of a longer character
             return ""
 
+    @property
+    def special_tokens(self) -> Mapping[str, int]:
+        """The tokens to which `encode` encodes no text: their names, by which `encode_special` knows them, and ids."""
+        return {} if self.end_token is None else {ENDOFTEXT: self.end_token}
+
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
-        """The ids of `text`, (T,) int64. Raises `UsageError` for a lone surrogate or an unknown character."""
+        """The ids of `text`, (T,) int64, in which the name of a special token is text like any other.
+
+        Raises:
+            UsageError: a lone surrogate, or an unknown character.
+        """
+
+    def encode_special(self, text: str) -> np.ndarray:
+        """The ids of `text`, (T,) int64, in which the name of a special token stands for that token.
+
+        Raises:
+            UsageError: as `encode`.
+        """
+        special = self.special_tokens
+        if not special:
+            return self.encode(text)
+        encoded(text)  # its message counts characters from the beginning of the whole text
+        longest_first = sorted(special, key=len, reverse=True)
+        parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
+        return np.concatenate([np.array([special[part]]) if part in special else self.encode(part) for part in parts])
 
     @abstractmethod
     def _describe(self) -> dict[str, Any]:

@@ -50,11 +50,11 @@ class BpeTokenizer(Tokenizer):
         if ends:
             end = len(spelled)
             special = {ENDOFTEXT: end}
-        self.special = dict(special or {})
-        if end is not None and end not in self.special.values():
+        self._special = dict(special or {})
+        if end is not None and end not in self._special.values():
             raise ValueError(f"its end {end!r:.20} is no special token")
         tokens = {id: bytes_of(token) for id, token in spelled.items()}
-        tokens |= {id: name.encode() for name, id in self.special.items()}
+        tokens |= {id: name.encode() for name, id in self._special.items()}
         if missing := next((id for id in range(len(tokens)) if id not in tokens), None):
             raise ValueError(f"no token has the id {missing}")
         by_bytes = {token: id for id, token in tokens.items()}
@@ -104,6 +104,10 @@ class BpeTokenizer(Tokenizer):
         trained.train_from_iterator((p for text in texts for p in PIECES.findall(text)), trainer)
         return cls(json.loads(trained.to_str()), ends)
 
+    @property
+    def special_tokens(self) -> Mapping[str, int]:
+        return self._special
+
     def encode(self, text: str) -> np.ndarray:
         encoded(text)
         ids: list[int] = []
@@ -113,7 +117,9 @@ class BpeTokenizer(Tokenizer):
 
     def _describe(self) -> dict[str, Any]:
         content = {"kind": self.kind, "tokenizer": self._description} | ending(self.ends)
-        return content if self.ends or not self.special else content | {"special": self.special, "end": self.end_token}
+        return (
+            content if self.ends or not self._special else content | {"special": self._special, "end": self.end_token}
+        )
 
 
 def _check_plain_bpe(description: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from fastgpt.errors import UsageError
 from fastgpt.system.caches import cache_dir
 from fastgpt.tokenizer.base import ENDOFTEXT, Text, Tokenizer, encoded, read_json
-from fastgpt.tokenizer.byte_pairs import GPT2_PATTERN, PIECES, bytes_of
+from fastgpt.tokenizer.byte_pairs import GPT2_PATTERN, bytes_of, pieces
 
 GPT2_MERGES = 50_000
 
@@ -70,10 +70,9 @@ class Gpt2Tokenizer(Tokenizer):
 
     def encode(self, text: str) -> np.ndarray:
         encoded(text)  # tiktoken would replace a lone surrogate in silence
-        ids: list[int] = []
-        for piece in PIECES.findall(text):
-            ids += self._encoding.encode_ordinary(piece)
-        return np.array(ids, dtype=np.int64)
+        # As arrays: lists of Python's numbers take a tenth of the time.
+        ids = [self._encoding.encode_to_numpy(piece, disallowed_special=()) for piece in pieces(text)]
+        return np.concatenate(ids or [np.empty(0)]).astype(np.int64)
 
     def _describe(self) -> dict[str, Any]:
         return {

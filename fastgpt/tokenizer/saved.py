@@ -10,8 +10,8 @@ from fastgpt.tokenizer.byte import ByteTokenizer
 from fastgpt.tokenizer.char import CharTokenizer
 from fastgpt.tokenizer.gpt2 import Gpt2Tokenizer
 
-# Every kind of tokenizer by its name. Another one is a file beside these, a line here, and a choice of
-# `TrainConfig.tokenizer`.
+# Every kind of tokenizer by its name. Another one is a file beside these, a line here, and a name in
+# config/choices.py.
 KINDS: dict[str, type[Tokenizer]] = {
     tokenizer.kind: tokenizer for tokenizer in (CharTokenizer, ByteTokenizer, Gpt2Tokenizer, BpeTokenizer)
 }

@@ -168,20 +168,20 @@ class TestReuse:
         def stopped(*_):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(corpus, "_publish", stopped)
+        monkeypatch.setattr(corpus, "publish", stopped)
         with pytest.raises(KeyboardInterrupt):
             prepare(text_file, tmp_path)
         assert list((tmp_path / "data").iterdir()) == []
 
     def test_two_processes_at_once(self, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-        publish = corpus._publish
+        publish = corpus.publish
 
         def overtaken(temporary: Path, target: Path, *rest):
             shutil.copytree(temporary, target)
             (target / "train.bin").touch()
             publish(temporary, target, *rest)
 
-        monkeypatch.setattr(corpus, "_publish", overtaken)
+        monkeypatch.setattr(corpus, "publish", overtaken)
         prepared = prepare(text_file, tmp_path)
         assert text_of(prepared) == TEXT
         assert [p.name for p in (tmp_path / "data").iterdir()] == [prepared.path.name]

@@ -24,11 +24,11 @@ from fastgpt.model.gpt import GPT
 from fastgpt.system import files
 from fastgpt.training.optimizer import make_optimizer
 from tests.helpers.covering import some
+from tests.helpers.killed import DISK, is_killed_at, start
 from tests.helpers.runs import FLAGS, at_call, records, resume
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 CONFIG = TrainConfig(vocab_size=11, block_size=8, n_layer=1, n_head=2, n_embd=8)
-DISK = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "fastgpt.write", "fastgpt.sync"}
 TINY = [  # at this rate the best checkpoint is step 2, still so after step 4, and then step 6
     *FLAGS,
     *shlex.split("--eval_interval 2 --keep_last 1 --dropout 0.1 --lr_decay_iters 6 --learning_rate 0.3 --min_lr 0.3"),
@@ -42,49 +42,12 @@ def parts() -> Parts:
     return model, make_optimizer(model, CONFIG)
 
 
-def start(action: Callable[[], None]) -> int:
-    """Run an action in a process of its own, whose number this is; its exit code is 0 or, where it raises, 1."""
-    child = os.fork()
-    if child:
-        return child
-    try:
-        action()
-        os._exit(0)
-    except BaseException as error:
-        os.write(2, f"{error!r}\n".encode())
-    finally:
-        os._exit(1)
-
-
-def reaches_the_disk(event: str, _: tuple) -> bool:
-    return event in DISK
-
-
 def changes_the_run(event: str, arguments: tuple) -> bool:
     """Whether a step that reaches the disk changes something in `out`, the rest being no concern of a resume."""
     if event not in DISK or (event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR)):
         return False
     # rmtree names what it deletes without its folder, which is open.
     return event in ("os.remove", "os.rmdir") or str(arguments[0]).partition("/")[0] == "out"
-
-
-def is_killed_at(
-    step: int, action: Callable[[], None], counts: Callable[[str, tuple], bool] = reaches_the_disk
-) -> bool:
-    """Run an action in a process that kills itself before its n-th step that counts; whether it did."""
-    count = itertools.count()
-
-    def hook(event: str, arguments: tuple) -> None:
-        if counts(event, arguments) and next(count) == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def watched() -> None:
-        sys.addaudithook(hook)
-        action()
-
-    status = os.waitstatus_to_exitcode(os.waitpid(start(watched), 0)[1])
-    assert status in (0, -signal.SIGKILL)
-    return status != 0
 
 
 def whole(run: Path) -> Path:

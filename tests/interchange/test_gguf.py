@@ -198,7 +198,7 @@ class TestVocabulary:
         raw(path, tokenizer={"model": "gpt2", "pre": "gpt-2", "eos_token_id": 257} | vocabulary)
         found = gguf_file.load(path).read_tokenizer()
         assert isinstance(found, BpeTokenizer)
-        assert found.special == {name: 256 + i for i, name in enumerate(names)}
+        assert found.special_tokens == {name: 256 + i for i, name in enumerate(names)}
         assert found.end_token == 257
         assert found.encode("<|user|>").tolist() == list(b"<|user|>")
 

@@ -131,6 +131,38 @@ def test_lone_surrogates_are_refused(any_kind: Tokenizer):
             any_kind.encode(text)
 
 
+class TestSpecialTokens:
+    @pytest.fixture(params=["byte", pytest.param("gpt2", marks=needs_gpt2), pytest.param("bpe", marks=needs_bpe)])
+    def ending(self, request: pytest.FixtureRequest) -> Tokenizer:
+        match request.param:
+            case "byte":
+                return ByteTokenizer(ends=True)
+            case "bpe":
+                return BpeTokenizer.train([CORPUS], 300, ends=True)
+            case kind:
+                return request.getfixturevalue(kind)
+
+    def test_a_name_is_a_token_only_where_asked_for(self, ending: Tokenizer):
+        end = ending.end_token
+        assert ending.special_tokens == {"<|endoftext|>": end}
+        text = "<|endoftext|>a<|endoftext|><|endoftext|>\nb<|endoftext|"
+        assert end not in ending.encode(text)
+        ids = ending.encode_special(text)
+        a, b = ending.encode("a").tolist(), ending.encode("\nb<|endoftext|").tolist()
+        assert (ids.tolist(), ids.dtype) == ([end, *a, end, end, *b], np.int64)
+        assert ending.decode(ids) == text
+        assert ending.encode_special("").tolist() == []
+
+    def test_a_vocabulary_without_an_end_has_none(self, any_kind: Tokenizer):
+        if any_kind.end_token is None:
+            assert any_kind.special_tokens == {}
+            assert any_kind.encode_special(CORPUS).tolist() == any_kind.encode(CORPUS).tolist()
+
+    def test_a_message_counts_characters_from_the_beginning(self, ending: Tokenizer):
+        with pytest.raises(UsageError, match="at character 14"):
+            ending.encode_special("<|endoftext|>a\ud800")
+
+
 def test_save_and_load(any_kind: Tokenizer, tmp_path: Path):
     path = tmp_path / "tokenizer.json"
     any_kind.save(path)
@@ -299,8 +331,20 @@ class TestGpt2:
 
     def test_pieces_give_the_tokens_of_the_whole(self, gpt2: Gpt2Tokenizer):
         text = CORPUS * 40 + "가나다 " * 5000
-        assert len(byte_pairs.PIECES.findall(text)) > 5
-        assert gpt2.encode(text).tolist() == gpt2._encoding.encode_ordinary(text)
+        long = text + "x" * 5000 + text
+        assert (len(byte_pairs.pieces(text)), byte_pairs.pieces("")) == (1, [])
+        assert len(byte_pairs.pieces(long)) == len(byte_pairs.PIECES.findall(long)) > 5
+        for whole in (text, long.replace("xx", "x ")):
+            pieces = byte_pairs.PIECES.findall(whole)
+            assert gpt2.encode(whole).tolist() == gpt2._encoding.encode_ordinary(whole)
+            assert [id for piece in pieces for id in gpt2.encode(piece).tolist()] == gpt2.encode(whole).tolist()
+
+    @pytest.mark.parametrize("char", ["x", " ", "\n", "\t", "가", "\u2003"])
+    def test_every_run_that_is_too_long_is_found(self, char: str):
+        for before in (0, 1, 2047, 2048, 5000):
+            text = "ab " * (before // 3) + "." * (before % 3)
+            assert byte_pairs._may_have_long_run(text + char * (byte_pairs.LONGEST_RUN + 1) + " b")
+        assert not byte_pairs._may_have_long_run(" a b\n" * 5000)
 
     def test_json_needs_no_files(self, gpt2: Gpt2Tokenizer, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(gpt2_module, "_find_gpt2_files", None)
