@@ -40,6 +40,13 @@ def slow(session: nox.Session) -> None:
 
 
 @nox.session
+def peers(session: nox.Session) -> None:
+    """The tests against other libraries, which it installs."""
+    session.run("pip", "install", "-e", ".[peers]", external=True)
+    shell(session, "pytest -n auto --dist loadfile -m peers")
+
+
+@nox.session
 def gate(session: nox.Session) -> None:
     """Compiles every row of the launch table and checks what came out."""
     shell(session, 'pytest -n auto --dist loadfile -m "slow or not slow" -k test_aot')

@@ -51,7 +51,7 @@ class LlamaCpp:
 
     def __init__(self, path: Path, context: int, threads: int):
         if importlib.util.find_spec("xllamacpp") is None:
-            raise UsageError("llama.cpp needs the xllamacpp library; pip install 'fastgpt-engine[peers]'")
+            raise UsageError("llama.cpp needs the xllamacpp library; pip install xllamacpp")
         self.context, self._key = context, secrets.token_hex()
         errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         # -P: no file beside the server's, such as one named like a module of Python's, can be imported.

@@ -176,7 +176,6 @@ def settings_of(tokenizer: Tokenizer, block_size: int) -> dict[str, Any]:
         "model_max_length": block_size,
         "clean_up_tokenization_spaces": False,
     }
-    names = {id: name for name, id in tokenizer.special_tokens.items()}
-    if tokenizer.end_token is not None:
-        content |= dict.fromkeys(("bos_token", "eos_token"), names[tokenizer.end_token])
-    return content
+    names: dict[int | None, str] = {id: name for name, id in tokenizer.special_tokens.items()}
+    named = {"bos_token": names.get(tokenizer.start_token), "eos_token": names.get(tokenizer.end_token)}
+    return content | {name: token for name, token in named.items() if token is not None}

@@ -195,5 +195,5 @@ def test_a_file_that_it_cannot_load_is_named(tmp_path: Path, capfd: pytest.Captu
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"pip install 'fastgpt-engine\[peers\]'"):
+    with pytest.raises(UsageError, match=r"pip install xllamacpp"):
         LlamaCpp(Path("model.gguf"), 8, 1)
