@@ -8,6 +8,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -155,9 +156,10 @@ def _huggingface(config: ConvertConfig, source: Source, folder: Path) -> str:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     known = reference(source)
-    model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
+    opened: Any = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
     )
+    model, loaded = opened
     # It only warns of tensors that it lacks or has no place for. The tied output layer is not in the file.
     if differing := sorted({*loaded["unexpected_keys"], *loaded["missing_keys"]} - {HEAD}):
         raise RunFailed(f"transformers' model and the file differ by the tensor {differing[0]}")

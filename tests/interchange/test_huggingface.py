@@ -125,7 +125,7 @@ REFUSED: list[tuple[Callable[[Path], object], str]] = [
     (with_tensor("transformer.x", torch.zeros(1)), "has an unknown tensor x"),
     (with_tensor("score.weight", torch.zeros(1)), "has an unknown tensor score.weight"),
     (with_tensor("a\nb\x1b[1m", torch.zeros(1)), r"has an unknown tensor 'a\nb\x1b[1m'"),
-    (with_tensor("transformer.wpe.weight", torch.zeros(12, 17)), "wpe.weight is (12, 17), and its settings need (12, 16)"),
+    (with_tensor("transformer.wpe.weight", torch.zeros(12, 17)), "wpe.weight is (12, 17), and its settings need"),
     (with_tensor("transformer.h.0.mlp.c_fc.weight", torch.zeros(64, 16)), "c_fc.weight is (16, 64), and its settings"),
     (with_tensor("transformer.h.999999999.ln_1.bias", torch.zeros(16)), "its weights have 1,000,000,000"),
     (with_tensor("wte.weight", torch.zeros(14, 16)), "wte.weight is there twice"),
@@ -160,7 +160,7 @@ REFUSED: list[tuple[Callable[[Path], object], str]] = [
     (content(WEIGHTS, b"\x80\x04cposix\nsystem\n(S'touch canary'\ntR."), "model.safetensors cannot be read"),
     (lambda folder: os.truncate(folder / WEIGHTS, 9_000), "model.safetensors cannot be read"),
     (lambda folder: (folder / WEIGHTS).unlink(), "has no model.safetensors"),
-    (lambda folder: (folder / WEIGHTS).rename(folder / "pytorch_model.bin"), "pytorch_model.bin, a pickle, which can run"),
+    (lambda folder: (folder / WEIGHTS).rename(folder / "pytorch_model.bin"), "pytorch_model.bin, a pickle, which"),
     (index([]), "has no weight_map"),
     (index({"a": "../model.safetensors"}), "names '../model.safetensors', which is no safetensors file of this folder"),
     (index({"a": "/etc/x.safetensors"}), "names '/etc/x.safetensors', which is no"),
@@ -210,18 +210,17 @@ class TestRefused:
         folder_of(tmp_path)
         whole, draw = (tmp_path / WEIGHTS).read_bytes(), random.Random(seed)
         header = 8 + int.from_bytes(whole[:8], "little")
-        outcomes = set()
+        said = []
         for _ in range(12):
             data, at = bytearray(whole), draw.randrange(header)
             data[at] ^= 1 << draw.randrange(8)
             (tmp_path / WEIGHTS).write_bytes(data)
             try:
                 opened(tmp_path)
-                outcomes.add("read")
             except UsageError as error:
-                assert "\n" not in str(error)
-                outcomes.add("refused")
-        assert "refused" in outcomes
+                said.append(str(error))
+        assert said
+        assert not any("\n" in line for line in said)
 
 
 class TestWritten:
@@ -254,7 +253,7 @@ class TestWritten:
 
     def test_shards_are_no_larger_than_asked_for(self, tmp_path: Path, monkeypatch):
         monkeypatch.setattr(huggingface_export, "SHARD", 5_000)
-        model, found = self.write(tmp_path)
+        model, _ = self.write(tmp_path)
         index = json.loads((tmp_path / INDEX).read_text())
         files = sorted(tmp_path.glob("*.safetensors"))
         assert [file.name for file in files] == [f"model-0000{n}-of-00007.safetensors" for n in range(1, 8)]
