@@ -78,11 +78,12 @@ def prove(config: ConvertConfig, source: Source, result: Path) -> str:
     return PROOFS[config.format or ""](config, source, result)
 
 
+@torch.no_grad()
 def approximation(original: Source, source: Source) -> str:
     """How far the logits move with another form of GELU, in words."""
     tokens = reference(original).tokens
     before, after = (_model(one)(tokens) for one in (original, source))
-    return f"with `mlp` {source.config.mlp} for {original.config.mlp}, logits move by {_difference(after, before):.1e}"
+    return f"with mlp {source.config.mlp} for {original.config.mlp}, logits move by {_difference(after, before):.1e}"
 
 
 @torch.no_grad()
