@@ -32,6 +32,8 @@ def settings_of(model: GPT) -> dict[str, Any]:
         "n_layer": config.n_layer,
         "n_head": config.n_head,
         "n_embd": config.n_embd,
+        "n_inner": config.n_inner,
+        "layer_norm_epsilon": config.norm_eps,
         "activation_function": {"gelu": "gelu_new", "gelu_exact": "gelu", "relu": "relu"}[config.mlp],
     }
 

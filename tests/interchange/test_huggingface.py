@@ -67,9 +67,9 @@ class TestRead:
             ({}, {"activation_function": ...}),
             ({"mlp": "gelu_exact"}, {}),
             ({"mlp": "relu"}, {}),
-            ({"n_inner": 24}, {"n_inner": 24}),
+            ({"n_inner": 24}, {}),
             ({}, {"n_inner": 64, "reorder_and_upcast_attn": True, "scale_attn_weights": True}),
-            ({"norm_eps": 1e-3}, {"layer_norm_epsilon": 1e-3}),
+            ({"norm_eps": 1e-3}, {}),
         ],
         ids=str,
     )

@@ -86,7 +86,7 @@ def test_gpt2s_merges_are_found_from_its_tokens():
 
 def test_an_unknown_character_is_an_error_of_the_library_and_does_not_vanish():
     library = tokenizers.Tokenizer.from_str(json.dumps(huggingface_tokenizer.to_library(LETTERS)))
-    with pytest.raises(Exception, match="unk_token|UNK"):
+    with pytest.raises(Exception, match=r"(?i)unk"):
         library.encode("abcZ")
 
 
@@ -182,10 +182,10 @@ def changed(content: dict, part: str, **changes: object) -> dict:
         (changed(BYTES, "", post_processor={"type": "TemplateProcessing"}), "'TemplateProcessing' would add tokens"),
         (changed(BYTES, "model", byte_fallback=True), "its model has byte_fallback"),
         (changed(BYTES, "model", end_of_word_suffix="</w>"), "its model has end_of_word_suffix"),
-        (changed(BYTES, "model", vocab={name: id for id, name in enumerate(SPELLED[1:])}), "no token for the byte 0x00"),
+        (changed(BYTES, "model", vocab={name: id for id, name in enumerate(SPELLED[1:])}), "for the byte 0x00"),
         (changed(BYTES, "model", vocab={name: 2 * id for id, name in enumerate(SPELLED)}), "no token has the id 1"),
         (changed(BYTES, "model", vocab={name: id + 1 for id, name in enumerate(SPELLED)}), "no token has the id 0"),
-        (changed(BYTES, "model", vocab=dict(zip(SPELLED, "x" * 256, strict=True))), "is no tokenizer that is supported"),
+        (changed(BYTES, "model", vocab=dict(zip(SPELLED, "x" * 256, strict=True))), "is no tokenizer"),
         (changed(BYTES, "model", vocab=BYTES["model"]["vocab"] | {"日": 256}), "no spelling of bytes"),
         (changed(BYTES, "model", merges=[["a", "zz"]]), "the tokenizers library cannot read it"),
         (changed(BYTES, "model", merges=["a b c"]), "is no tokenizer that is supported"),
