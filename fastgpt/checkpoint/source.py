@@ -17,7 +17,7 @@ import torch
 from fastgpt.checkpoint import run_folder, store
 from fastgpt.config.model import ModelConfig
 from fastgpt.config.sources import STEP_NAME, could_be_hub_name, exists
-from fastgpt.errors import CorruptCheckpoint, UsageError
+from fastgpt.errors import CorruptCheckpoint, UsageError, shown
 from fastgpt.interchange import gguf_file, hub, huggingface, nanogpt_weights
 from fastgpt.interchange.foreign import ForeignModel
 from fastgpt.model.facts import count_parameters, parameter_shapes
@@ -26,7 +26,7 @@ from fastgpt.system.units import counted
 from fastgpt.tokenizer import saved
 from fastgpt.tokenizer.base import Tokenizer
 
-PADDING = 128  # rows of an embedding beyond the vocabulary, fewer than this, fill up a multiple of 64 or 128
+PADDING = 128  # an embedding is filled up to a multiple of this power of two, or of a smaller one
 LAYER = re.compile(r"h\.(\d{1,9})\.")
 
 
@@ -61,7 +61,8 @@ class Source:
     def tokenizer(self) -> Tokenizer | None:
         """Its vocabulary; None where it has none. Raises `UsageError` if that is damaged, or not of these weights."""
         tokenizer, rows = self.read_tokenizer(), self.shape.known_vocab
-        if tokenizer is not None and not 0 <= rows - tokenizer.vocab_size < PADDING:
+        filled_up_to = min(rows & -rows, PADDING)  # the largest power of two that divides the rows
+        if tokenizer is not None and not 0 <= rows - tokenizer.vocab_size < filled_up_to:
             raise UsageError(
                 f"{self.path}: its vocabulary has {counted(tokenizer.vocab_size, 'token')}, and its embedding {rows:,} "
                 "rows; put the model's own tokenizer there"
@@ -129,9 +130,15 @@ def open_model(
 
 
 def _open(path: Path, checkpoint: str, setting: str) -> Source:
-    if path.is_dir():
-        if STEP_NAME.fullmatch(path.name) and not (path / huggingface.CONFIG).exists():
-            return _open_run(path.parent, path.name)
+    is_folder = exists(path) and path.is_dir()
+    is_step = STEP_NAME.fullmatch(path.name) and not exists(path / huggingface.CONFIG)
+    if is_step and (is_folder or store.holds_run(path.parent)):
+        if checkpoint not in ("best", path.name):
+            raise UsageError(
+                f"`checkpoint` {checkpoint} is for the folder of a run, and {path} is a step's; leave it out"
+            )
+        return _open_run(path.parent, path.name)
+    if is_folder:
         if _is_huggingface(path):
             return _foreign("huggingface", huggingface.load(path))
         if (checkpoint_file := path / nanogpt_weights.CHECKPOINT).exists() and not (path / "config.json").exists():
@@ -196,7 +203,8 @@ def _check_shapes(model: ForeignModel) -> None:
     for what, names in (("lacks", wanted.keys() - found.keys()), ("has an unknown", found.keys() - wanted.keys())):
         if names:
             first, more = min(names), f" and {len(names) - 1:,} more" if len(names) > 1 else ""
-            raise UsageError(f"{path} {what} tensor {first:.80}{more}; take the whole model anew")
+            named = first if first.isprintable() else shown(first)
+            raise UsageError(f"{path} {what} tensor {named:.80}{more}; take the whole model anew")
     for name, shape in wanted.items():
         if found[name] != shape:
             raise UsageError(f"{path}: its {name} is {found[name]}, and its settings need {shape}")

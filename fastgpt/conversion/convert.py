@@ -4,13 +4,18 @@ The result is written in a hidden folder beside its place, synced, verified ther
 whole result or nothing.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from fastgpt.checkpoint.source import open_model
+import torch
+
+from fastgpt.checkpoint.source import Source, open_model
 from fastgpt.config.conversion import ConvertConfig
 from fastgpt.conversion import formats, proof
 from fastgpt.conversion.formats import FORMATS, Format
 from fastgpt.errors import UsageError
+from fastgpt.interchange.exported import DTYPES
 from fastgpt.model.facts import count_parameters
 from fastgpt.system import files
 from fastgpt.system.scratch_folder import scratch_folder
@@ -22,6 +27,9 @@ OURS = (
     "meta.pkl", "model*.safetensors", "model.safetensors.index.json", "latest", "best", "step-*",
 )  # fmt: skip
 
+# The largest number of each dtype; q8_0 has a float16 scale for whole numbers up to 127.
+LARGEST = {name: torch.finfo(dtype).max for name, dtype in DTYPES.items()} | {"q8_0": 127 * 65_504.0}
+
 
 def convert(config: ConvertConfig) -> None:
     """Convert as the settings say, and print to stdout what was written and how it compares.
@@ -31,26 +39,47 @@ def convert(config: ConvertConfig) -> None:
         RunFailed: the other program computes something else from the result, which is deleted.
     """
     form, target = FORMATS[config.format or ""], Path(config.dst or "")
+    with _explained(target):
+        files.recover(target.absolute().parent, target.name)
     _check_target(config, form, target)
     proof.check_peer(config)
     original = open_model(config.src or "", checkpoint=config.checkpoint, download=config.download, setting="src")
-    if target.exists() and target.resolve() in (original.path.resolve(), original.file.resolve()):
-        raise UsageError(f"`dst` {target} is the model itself; name another")
+    for path in (original.path.resolve(), original.file.resolve()):
+        if target.resolve() in (path, *path.parents):
+            raise UsageError(f"`dst` {target} is, or holds, the model that is converted; name another")
     source = formats.check(config.format or "", original, config.approximate)
-    try:
-        with scratch_folder(target.absolute()) as scratch:
-            form.write(source, scratch, target.absolute(), config.dtype)
-            for file in scratch.rglob("*"):
-                files.sync(file)
-            said = proof.prove(config, source, scratch / target.name if form.is_file else scratch)
-            _publish(scratch, target.absolute(), form)
-    except OSError as error:
-        raise UsageError(f"`dst` {target} cannot be written: {error.strerror or error}; name another") from None
+    _check_range(config.dtype, source)
+    with _explained(target), scratch_folder(target.absolute()) as scratch:
+        form.write(source, scratch, target.absolute(), config.dtype)
+        for file in scratch.rglob("*"):
+            files.sync(file)
+        said = proof.prove(config, source, scratch / target.name if form.is_file else scratch)
+        _publish(scratch, target.absolute(), form)
     parameters = counted(count_parameters(source.config), "parameter")
     print(f"wrote {target}: {parameters}, {config.dtype}, {source.required_tokenizer().kind} vocabulary")
     if source is not original:
         print(f"approximated: {proof.approximation(original, source)}")
     print(said)
+
+
+@contextmanager
+def _explained(target: Path) -> Iterator[None]:
+    """Turn the errors of writing into a `UsageError` that names the target."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"`dst` {target} cannot be written: {error.strerror or error}; name another") from None
+
+
+def _check_range(dtype: str, source: Source) -> None:
+    """Raise `UsageError` if a weight would become an infinity."""
+    for name, tensor in source.weights(source.config).items():
+        low, high = map(float, tensor.aminmax())
+        if (largest := max(-low, high)) > LARGEST[dtype]:
+            raise UsageError(
+                f"`dtype` {dtype} holds numbers up to {LARGEST[dtype]:.6g}, and {name} has one of {largest:.6g}; use "
+                "`dtype` float32"
+            )
 
 
 def _check_target(config: ConvertConfig, form: Format, target: Path) -> None:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,6 +19,7 @@ from fastgpt.config.conversion import ConvertConfig
 from fastgpt.conversion.llama_cpp import LlamaCpp
 from fastgpt.errors import RunFailed, UsageError
 from fastgpt.interchange.exported import DTYPES
+from fastgpt.interchange.huggingface import HEAD
 from fastgpt.model.gpt import GPT
 from fastgpt.ops import table
 from fastgpt.system.units import counted
@@ -171,12 +173,18 @@ def _huggingface(config: ConvertConfig, source: Source, folder: Path) -> str:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     known = reference(source)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    opened: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+    )
+    model, loaded = opened
+    # It only warns of tensors that it lacks or has no place for. The tied output layer is not in the file.
+    if differing := sorted({*loaded["unexpected_keys"], *loaded["missing_keys"]} - {HEAD}):
+        raise RunFailed(f"transformers' model and the file differ by the tensor {differing[0]}")
     theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     ours = source.required_tokenizer().encode(known.text).tolist()
     if theirs(known.text)["input_ids"] != ours or theirs.decode(ours) != known.text:
         raise RunFailed(f"transformers' tokenizer reads or writes {known.text!r:.40} otherwise than ours")
-    return _compare_logits("transformers", config, known, lambda tokens: model(tokens).logits)
+    return _compare_logits("transformers", config, known, lambda tokens: model.eval()(tokens).logits)
 
 
 def _llama_cpp(config: ConvertConfig, source: Source, file: Path) -> str:

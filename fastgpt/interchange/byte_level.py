@@ -53,7 +53,8 @@ def _tokenizer(plain: Mapping[str, int], merges: Merges, special: Mapping[str, i
     description = library_description(plain, merges)
     if in_order and ends:
         return BpeTokenizer(description, ends=True)
-    return BpeTokenizer(description, special=special, end=end)
+    # Some settings name GPT-2's end, their default, beside a vocabulary of their own.
+    return BpeTokenizer(description, special=special, end=end if end in special.values() else None)
 
 
 def library_description(vocab: Mapping[str, int], merges: Merges) -> dict[str, Any]:

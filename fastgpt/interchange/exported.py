@@ -36,7 +36,7 @@ class ExportedModel:
         """The tensors, and a bias of zeros for each layer that has none."""
         result = dict(self.tensors)
         for name, tensor in self.tensors.items():
-            bias = name.removesuffix("weight") + "bias"
-            if name.endswith("weight") and name not in ("wte.weight", "wpe.weight") and bias not in result:
-                result[bias] = torch.zeros(len(tensor))
+            layer, _, part = name.rpartition(".")
+            if part == "weight" and layer not in ("wte", "wpe"):
+                result.setdefault(f"{layer}.bias", torch.zeros(len(tensor)))
         return result

@@ -39,7 +39,7 @@ def load(folder: Path) -> ForeignModel:
         UsageError: it is no such folder, is damaged, or asks for what is not supported.
     """
     settings = read_settings(folder)
-    tensors = _tensors(folder)
+    tensors = _tensors(folder, settings.get("tie_word_embeddings", True) is not False)
     tokenizer = functools.partial(huggingface_tokenizer.load, folder, settings)
     return ForeignModel(folder, _shape(folder, settings), tensors, tokenizer)
 
@@ -74,10 +74,10 @@ def read_object(path: Path) -> dict[str, Any]:
 def _shape(folder: Path, settings: Mapping[str, Any]) -> ModelConfig:
     path = folder / CONFIG
     wanted = ("vocab_size", "n_layer", "n_head", "n_embd", "n_positions")
-    if missing := next((name for name in wanted if name not in settings), None):
+    if missing := next((name for name in wanted if settings.get(name) is None), None):
         raise UsageError(f"{path} lacks {missing}")
     activation = settings.get("activation_function", "gelu_new")
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise UsageError(f"{path}: activation_function {shown(activation)} is not supported; only {known} are")
     sizes = {name: settings[name] for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
@@ -91,8 +91,8 @@ def _shape(folder: Path, settings: Mapping[str, Any]) -> ModelConfig:
     return shape_of(path, sizes | rest)
 
 
-def _tensors(folder: Path) -> LazyTensors:
-    """The weights by our names and in our shapes."""
+def _tensors(folder: Path, tied: bool) -> LazyTensors:
+    """The weights by our names and in our shapes; unless `tied`, the output layer's are there too."""
     files = _files(folder)
     named: dict[str, tuple[LazyTensors, str]] = {}  # our name: the file that has it, and its name there
     for file in files.values():
@@ -104,6 +104,8 @@ def _tensors(folder: Path) -> LazyTensors:
     named = {name: place for name, place in named.items() if not name.endswith(MASKS)}
     if head := named.pop(HEAD, None):
         _check_tied(folder, head, named.get(EMBEDDING))
+    elif not tied:
+        raise UsageError(f"{folder}: {CONFIG} has tie_word_embeddings False, and there is no {HEAD}; put it back")
 
     def tensor(name: str) -> torch.Tensor:
         file, theirs = named[name]
@@ -144,6 +146,7 @@ def _shards(folder: Path) -> list[str]:
         raise UsageError(f"{folder / INDEX} has no weight_map")
     names = sorted(set(map(str, weight_map.values())))
     for name in names:
-        if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+        own = Path(name).name == name and "\\" not in name and name.isprintable()
+        if not own or not name.endswith(".safetensors"):
             raise UsageError(f"{folder / INDEX} names {shown(name)}, which is no safetensors file of this folder")
     return names

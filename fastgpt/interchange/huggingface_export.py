@@ -101,8 +101,13 @@ def _card(model: ExportedModel, dtype: str) -> str:
         **model.facts,
         "written by": f"fastgpt {__version__}, torch {torch.__version__}",
     }
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items())
     return CARD_TEXT.format(name=model.name, table=table)
+
+
+def _cell(text: str) -> str:
+    """A text in a Markdown table, whatever names are in it."""
+    return " ".join(text.split()).replace("|", r"\|")
 
 
 CARD_TEXT = """---

@@ -44,7 +44,7 @@ def load(folder: Path, settings: Mapping[str, Any]) -> Tokenizer | None:
             return from_library(read_json(path), end, start)
         return _from_vocabulary(folder, end, start)
     except OSError as error:
-        raise UsageError(f"{error.filename} cannot be read: {error.strerror}") from None
+        raise UsageError(f"{error.filename or path} cannot be read: {error.strerror}") from None
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
     except KeyError as error:

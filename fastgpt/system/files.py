@@ -104,15 +104,20 @@ def delete_folder(path: Path) -> None:
     doomed.unlink() if doomed.is_symlink() else shutil.rmtree(doomed)
 
 
-def recover(parent: Path) -> None:
+def recover(parent: Path, only: str | None = None) -> None:
     """Clean up after a process that died while it wrote to a folder. No other process may be writing there.
 
     Folders that were put aside are put back, unless they were replaced. All other temporary files and folders are
     deleted if possible.
+
+    Args:
+        only: the name of a file or folder in `parent`; what belongs to others is left alone.
     """
     for path in sorted(parent.glob(f"{TEMPORARY}*")):
         name = path.name.removeprefix(TEMPORARY)
         original = parent / name.removeprefix(ASIDE).rpartition("-")[0]
+        if only not in (None, original.name):
+            continue
         if name.startswith(ASIDE) and path.is_dir() and not original.exists():
             path.rename(original)
         elif path.is_dir() and not path.is_symlink():

@@ -55,11 +55,11 @@ class BpeTokenizer(Tokenizer):
             raise ValueError(f"its end {end!r:.20} is no special token")
         tokens = {id: bytes_of(token) for id, token in spelled.items()}
         tokens |= {id: name.encode() for name, id in self._special.items()}
-        if missing := next((id for id in range(len(tokens)) if id not in tokens), None):
-            raise ValueError(f"no token has the id {missing}")
+        if missing := [id for id in range(len(tokens)) if id not in tokens]:
+            raise ValueError(f"no token has the id {missing[0]}")
         by_bytes = {token: id for id, token in tokens.items()}
-        if lacking := next((byte for byte in range(256) if bytes([byte]) not in by_bytes), None):
-            raise ValueError(f"it has no token for the byte 0x{lacking:02x}")
+        if lacking := [byte for byte in range(256) if bytes([byte]) not in by_bytes]:
+            raise ValueError(f"it has no token for the byte 0x{lacking[0]:02x}")
         ordered = [tokens[id] for id in range(len(tokens))]
         super().__init__(ordered, start_token=by_bytes[b"\n"], end_token=end)
 

@@ -121,6 +121,10 @@ def prepare(config: TrainConfig) -> Setup:
     machine = choose_machine(config, about)
     device, dtype = machine.device, machine.dtype
     source = open_model(config.init_from, download=config.download, setting="init_from") if config.imports else None
+    if source and source.step and source.path.resolve() == out_dir.resolve():  # rollbacks may read it again
+        raise UsageError(
+            f"`overwrite` deletes the run that `init_from` {config.init_from} starts from; name another `out_dir`"
+        )
     vocabulary = source.tokenizer if source else None
     if resuming and (config.allow_data_change or about.get("corpus", {}).get("own_vocabulary")):
         vocabulary = run_folder.vocabulary(out_dir)

@@ -9,10 +9,13 @@ from typing import Any
 from fastgpt.checkpoint import run_folder, store
 from fastgpt.checkpoint.source import Source, open_model
 from fastgpt.config.fields import validate
+from fastgpt.config.model import ModelConfig
 from fastgpt.config.sources import STEP_NAME
 from fastgpt.config.training import PRESETS, USUAL_WARMUP, TrainConfig
 from fastgpt.errors import UsageError, nearest, shown
 from fastgpt.system.device import resolve_device
+
+SHAPE = ("n_layer", "n_head", "n_kv_head", "n_embd", "n_inner", "bias", "position")  # of weights, whatever is trained
 
 
 def complete(preset: str | None, given: Mapping[str, Any]) -> TrainConfig:
@@ -87,8 +90,12 @@ def _shaped_as(source: Source, config: TrainConfig, given: Mapping[str, object])
     """The configuration with the shape of a model and, if it has one, its kind of vocabulary.
 
     Raises:
-        UsageError: another kind was asked for.
+        UsageError: another shape or kind was asked for.
     """
+    asked = dataclasses.replace(source.shape, **{name: given[name] for name in SHAPE if name in given})
+    for name, has in _shape(source.shape).items():
+        if _shape(asked)[name] != has:
+            raise UsageError(f"`{name}` {given[name]}: the weights of {source.path} are for {has}; leave it out")
     config = dataclasses.replace(config, **vars(source.shape) | {"vocab_size": None})
     if source.tokenizer is None:
         return config
@@ -96,6 +103,12 @@ def _shaped_as(source: Source, config: TrainConfig, given: Mapping[str, object])
     if given.get("tokenizer", kind) != kind:
         raise UsageError(f"`tokenizer` {given['tokenizer']}: {source.path} has its own, of kind {kind}; leave it out")
     return dataclasses.replace(config, tokenizer=kind)
+
+
+def _shape(config: ModelConfig) -> dict[str, Any]:
+    """The settings with which the weights mean what they meant, defaults filled in."""
+    filled = dataclasses.replace(config, n_kv_head=config.kv_heads, n_inner=config.inner)
+    return {name: getattr(filled, name) for name in SHAPE}
 
 
 def with_warmup(config: TrainConfig) -> TrainConfig:
