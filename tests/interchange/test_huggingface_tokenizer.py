@@ -111,7 +111,7 @@ class TestSpecialTokens:
     def test_they_are_known_by_name(self, tmp_path: Path, library):
         found = loaded(saved(tmp_path, json.loads(library.to_str())), eos_token_id=1, bos_token_id=0)
         assert isinstance(found, BpeTokenizer)
-        assert found.special == {"<s>": 0, "</s>": 1, "[PAD]": library.token_to_id("[PAD]")}
+        assert found.special_tokens == {"<s>": 0, "</s>": 1, "[PAD]": library.token_to_id("[PAD]")}
         assert (found.end_token, found.start_token) == (1, 0)
         assert found.vocab_size == library.get_vocab_size()
         assert found.encode(TEXT).tolist() == library.encode(TEXT).ids
@@ -131,9 +131,9 @@ class TestSpecialTokens:
     def test_they_survive_a_run_and_an_export(self, tmp_path: Path, library):
         found = loaded(saved(tmp_path, json.loads(library.to_str())), eos_token_id=1)
         again = BpeTokenizer.from_json(json.loads(json.dumps(found.to_json())))
-        assert (again, again.special, again.end_token) == (found, found.special, 1)
+        assert (again, again.special_tokens, again.end_token) == (found, found.special_tokens, 1)
         back = loaded(saved(tmp_path, huggingface_tokenizer.to_library(again)), eos_token_id=1)
-        assert (back, back.special, back.end_token) == (found, found.special, 1)
+        assert (back, back.special_tokens, back.end_token) == (found, found.special_tokens, 1)
 
     def test_vocab_json_and_merges_txt_say_the_same(self, tmp_path: Path, library):
         library.model.save(str(tmp_path))
