@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "loggers": ("system", "checkpoint"),
     "training": ("loggers", "evaluation"),
     "generation": ("loggers", "evaluation"),
-    "conversion": ("training", "generation"),
+    "conversion": ("generation",),
 }
 FOR_EVERYONE = {"fastgpt", "fastgpt.errors"}  # the version, and the errors
 FILES = sorted(PACKAGE.rglob("*.py"))
