@@ -110,7 +110,7 @@ def timings(monkeypatch) -> list[Workload]:
     """The workloads that are timed meanwhile, as if there were a GPU that runs Triton: its layer_norm is faster."""
     timed = []
 
-    def choose(workload: Workload, device: torch.device) -> autotune.Chosen:
+    def choose(workload: Workload, device: torch.device, keep: bool) -> autotune.Chosen:
         timed.append(workload)
         choices = {"layer_norm": Choice("triton"), "causal_attention": Choice("torch")}
         return autotune.Chosen(choices, "A GPU", 1.23)
