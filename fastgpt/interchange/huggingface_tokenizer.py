@@ -182,6 +182,8 @@ def settings_of(tokenizer: Tokenizer, block_size: int) -> dict[str, Any]:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": block_size,
         "clean_up_tokenization_spaces": False,
+        # transformers 4 would add token_type_ids, to which GPT-2 adds the embeddings of the tokens of these numbers.
+        "model_input_names": ["input_ids", "attention_mask"],
     }
     names = {id: name for name, id in special_tokens(tokenizer).items()}
     if tokenizer.end_token is not None:

@@ -461,3 +461,4 @@ def test_json_files_are_whole_objects():
                      "tokenizer_config.json", "README.md"}  # fmt: skip
     settings = json.loads(Path("new/tokenizer_config.json").read_text())
     assert (settings["tokenizer_class"], settings["model_max_length"]) == ("PreTrainedTokenizerFast", 12)
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
