@@ -166,6 +166,12 @@ class TestRefused:
         folder_of(Path("few"), CharTokenizer("abc"))
         assert "the char vocabulary has only 3 characters and lacks" in refusal(capsys, "--init_from few --out_dir new")
 
+    def test_data_of_fewer_tokens_than_weights_without_a_tokenizer_is_refused(self, capsys):
+        (Path("hf") / "tokenizer.json").unlink()
+        error = refusal(capsys, "--init_from hf --out_dir new")
+        assert f"hf: its vocabulary has 256 tokens, and that of the data {len(set(TEXT))}; name the data" in error
+        assert start(f"--init_from hf --out_dir new --tokenizer byte {STILL}") == 0
+
     def test_data_of_another_vocabulary_is_refused(self, capsys):
         run()
         prepared = next(path.parent for path in Path("data").rglob("train.bin"))
