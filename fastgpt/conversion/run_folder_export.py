@@ -10,8 +10,6 @@ from fastgpt.checkpoint.store import Snapshot
 from fastgpt.config.training import TrainConfig
 from fastgpt.interchange.exported import DTYPES
 
-CONVERTED = "converted_from"  # in config.json: what the model was, in place of the data that it was trained on
-
 
 def write(source: Source, folder: Path, dtype: str) -> None:
     """Write the model into a folder that is there."""
@@ -26,5 +24,5 @@ def write(source: Source, folder: Path, dtype: str) -> None:
         "vocabulary": tokenizer.sha256(),
     }
     tensors = {name: tensor.to(DTYPES[dtype]) for name, tensor in source.weights(config).items()}
-    run_folder.save(folder, saved, tokenizer, {CONVERTED: f"{source.format} {source.path.name}"})
+    run_folder.save(folder, saved, tokenizer, {run_folder.CONVERTED: f"{source.format} {source.path.name}"})
     store.save(folder, Snapshot(step, state, {store.MODEL: tensors, store.OPTIMIZER: {}}), best_step=step)

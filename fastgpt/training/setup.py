@@ -115,6 +115,11 @@ def prepare(config: TrainConfig) -> Setup:
     else:
         run_folder.claim(out_dir, config.overwrite)
     saved, about = run_folder.load(out_dir) if resuming else (config, {})
+    if run_folder.CONVERTED in about:
+        raise UsageError(
+            f"`init_from` {config.init_from}: {out_dir} was converted and has no optimizer's state; start a new run "
+            f"from its weights by `init_from` {out_dir} and another `out_dir`"
+        )
     if resuming:
         config = run_folder.relocated(out_dir, config)
     asked = run_folder.anchored(config)

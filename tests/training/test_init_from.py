@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastgpt import cli, train
+from fastgpt import convert as convert_command
 from fastgpt.checkpoint import run_folder, store
 from fastgpt.tokenizer import saved
 from fastgpt.tokenizer.byte import ByteTokenizer
@@ -92,6 +93,21 @@ def test_a_step_of_a_run_that_was_moved_resumes_it_there():
     assert cli.run(train.main, ["--init_from", "moved/step-000003"]) == 0
     assert not Path("out").exists()
     assert sorted(records(Path("moved"))) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_converted_run_has_no_training_to_resume(capsys):
+    run()
+    flags = ["out", "again", "--format", "fastgpt", "--verify", "False"]
+    assert cli.run(convert_command.main, flags) == 0
+    for source in ("resume", "again/step-000006"):
+        capsys.readouterr()
+        assert cli.run(train.main, ["--init_from", source, "--out_dir", "again"]) == 2
+        assert capsys.readouterr().err.splitlines()[-1] == (
+            f"error: --init_from {source}: again was converted and has no optimizer's state; start a new run from its "
+            "weights by --init_from again and another --out_dir"
+        )
+    assert start(f"--init_from again --out_dir new {STILL}") == 0
+    assert all(torch.equal(tensors(Path("new"))[n], tensor) for n, tensor in tensors(Path("again")).items())
 
 
 class TestRefused:
