@@ -61,8 +61,7 @@ class Source:
     def tokenizer(self) -> Tokenizer | None:
         """Its vocabulary; None where it has none. Raises `UsageError` if that is damaged, or not of these weights."""
         tokenizer, rows = self.read_tokenizer(), self.shape.known_vocab
-        filled_up_to = min(rows & -rows, PADDING)  # the largest power of two that divides the rows
-        if tokenizer is not None and not 0 <= rows - tokenizer.vocab_size < filled_up_to:
+        if tokenizer is not None and not _fills_up(rows, tokenizer.vocab_size):
             raise UsageError(
                 f"{self.path}: its vocabulary has {counted(tokenizer.vocab_size, 'token')}, and its embedding {rows:,} "
                 "rows; put the model's own tokenizer there"
@@ -82,13 +81,13 @@ class Source:
         return self.tokenizer
 
     def weights(self, config: ModelConfig) -> LazyTensors:
-        """The weights for a model with fewer tokens or a shorter context: the embeddings' first rows.
+        """The weights for a model without the vocabulary's padding, or with a shorter context: embeddings' first rows.
 
         Raises:
-            UsageError: the model lacks rows.
+            UsageError: the model is of another vocabulary, or lacks positions.
         """
         vocab, block = config.known_vocab, config.block_size
-        if vocab > self.shape.known_vocab:
+        if not _fills_up(self.shape.known_vocab, vocab):
             raise UsageError(
                 f"{self.path}: its vocabulary has {counted(self.shape.known_vocab, 'token')}, and that of the data "
                 f"{vocab:,}; name the data that it was trained on"
@@ -104,6 +103,11 @@ class Source:
 
         shapes = {name: (rows.get(name, shape[0]), *shape[1:]) for name, shape in self.tensors.shapes.items()}
         return LazyTensors(shapes, tensor)
+
+
+def _fills_up(rows: int, tokens: int) -> bool:
+    """Whether the rows are those of the tokens, filled up to a multiple of a power of two."""
+    return 0 <= rows - tokens < min(rows & -rows, PADDING)
 
 
 def open_model(

@@ -175,6 +175,8 @@ def settings_of(tokenizer: Tokenizer, block_size: int) -> dict[str, Any]:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": block_size,
         "clean_up_tokenization_spaces": False,
+        # transformers 4 would add token_type_ids, to which GPT-2 adds the embeddings of the tokens of these numbers.
+        "model_input_names": ["input_ids", "attention_mask"],
     }
     names: dict[int | None, str] = {id: name for name, id in tokenizer.special_tokens.items()}
     named = {"bos_token": names.get(tokenizer.start_token), "eos_token": names.get(tokenizer.end_token)}

@@ -188,7 +188,9 @@ class TestLimits:
     def test_the_other_gelu_is_taken_where_that_is_asked_for(self, trained, capsys):
         assert call(f"{trained()} new --format nanogpt --approximate {UNVERIFIED}") == 0
         said = capsys.readouterr().out.splitlines()[1]
-        assert re.fullmatch(r"approximated: the exact GELU for .* form; logits move by [1-9]\.\de-0[3-7] of the largest", said)
+        assert re.fullmatch(
+            r"approximated: the exact GELU for .* form; logits move by [1-9]\.\de-0[3-7] of the largest", said
+        )
         assert open_model("new/ckpt.pt").config.mlp == "gelu_exact"
 
     @pytest.mark.parametrize("tokenizer", [None, ByteTokenizer()], ids=str)
@@ -461,3 +463,4 @@ def test_json_files_are_whole_objects():
                      "tokenizer_config.json", "README.md"}  # fmt: skip
     settings = json.loads(Path("new/tokenizer_config.json").read_text())
     assert (settings["tokenizer_class"], settings["model_max_length"]) == ("PreTrainedTokenizerFast", 12)
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]

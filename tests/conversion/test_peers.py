@@ -114,6 +114,7 @@ def test_gpt2s_sizes_compute_the_same(tmp_path: Path, size: str):
     peer = saved_peer(tmp_path, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
     generator = fastgpt.load(tmp_path, device="cpu", dtype="float32")
     wanted, sure = greedy(peer, list(b"The "), 64)
+    assert sure >= 8
     assert tokens_of(generator, "The ", 64)[:sure] == wanted[:sure]
     assert_the_same_model(generator.model, peer)
 
@@ -211,7 +212,9 @@ def test_transformers_loads_what_we_write_without_a_warning(tmp_path: Path, kind
     assert (peer.generation_config.eos_token_id, peer.config.eos_token_id) == (tokenizer.end_token,) * 2
     assert peer.config.bos_token_id == tokenizer.start_token
     tokens = torch.randint(tokenizer.vocab_size, (2, 40))
+    inputs = theirs("a e", return_tensors="pt")
     with torch.no_grad():
+        assert difference(model(inputs["input_ids"]), peer.eval()(**inputs).logits) < LOGITS
         assert difference(model(tokens), peer.eval()(tokens).logits) < LOGITS
 
 

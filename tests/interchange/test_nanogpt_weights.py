@@ -148,7 +148,7 @@ class TestStart:
         assert (config.dropout, config.learning_rate, config.seed) == (0.25, 0.5, 3)
 
     def test_a_smaller_vocabulary_takes_the_first_rows(self):
-        shape = SHAPE | {"vocab_size": LETTERS + 100}  # as nanoGPT's padding of GPT-2's to 50,304
+        shape = SHAPE | {"vocab_size": 64}  # as nanoGPT's padding of GPT-2's to 50,304
         write(content_of(shape))
         run = self.loaded()
         assert run.config.vocab_size == LETTERS

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastgpt import cli, train
+from fastgpt import convert as convert_command
 from fastgpt.checkpoint import run_folder, store
 from fastgpt.tokenizer import saved
 from fastgpt.tokenizer.byte import ByteTokenizer
@@ -94,6 +95,21 @@ def test_a_step_of_a_run_that_was_moved_resumes_it_there():
     assert sorted(records(Path("moved"))) == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_converted_run_has_no_training_to_resume(capsys):
+    run()
+    flags = ["out", "again", "--format", "fastgpt", "--verify", "False"]
+    assert cli.run(convert_command.main, flags) == 0
+    for source in ("resume", "again/step-000006"):
+        capsys.readouterr()
+        assert cli.run(train.main, ["--init_from", source, "--out_dir", "again"]) == 2
+        assert capsys.readouterr().err.splitlines()[-1] == (
+            f"error: --init_from {source}: again was converted and has no optimizer's state; start a new run from its "
+            "weights by --init_from again and another --out_dir"
+        )
+    assert start(f"--init_from again --out_dir new {STILL}") == 0
+    assert all(torch.equal(tensors(Path("new"))[n], tensor) for n, tensor in tensors(Path("again")).items())
+
+
 class TestRefused:
     @pytest.fixture(autouse=True)
     def folder(self, workplace: Path) -> None:
@@ -165,6 +181,12 @@ class TestRefused:
     def test_text_that_its_characters_cannot_spell_is_refused(self, capsys):
         folder_of(Path("few"), CharTokenizer("abc"))
         assert "the char vocabulary has only 3 characters and lacks" in refusal(capsys, "--init_from few --out_dir new")
+
+    def test_data_of_fewer_tokens_than_weights_without_a_tokenizer_is_refused(self, capsys):
+        (Path("hf") / "tokenizer.json").unlink()
+        error = refusal(capsys, "--init_from hf --out_dir new")
+        assert f"hf: its vocabulary has 256 tokens, and that of the data {len(set(TEXT))}; name the data" in error
+        assert start(f"--init_from hf --out_dir new --tokenizer byte {STILL}") == 0
 
     def test_data_of_another_vocabulary_is_refused(self, capsys):
         run()
