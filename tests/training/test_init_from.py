@@ -103,8 +103,8 @@ def test_a_converted_run_has_no_training_to_resume(capsys):
         capsys.readouterr()
         assert cli.run(train.main, ["--init_from", source, "--out_dir", "again"]) == 2
         assert capsys.readouterr().err.splitlines()[-1] == (
-            f"error: --init_from {source}: again was converted and has no optimizer's state; start a new run from its "
-            "weights by --init_from again and another --out_dir"
+            f"error: --init_from {source}: again was converted from fastgpt out and holds no optimizer's state; start "
+            "a new run from its weights, with --init_from again and another --out_dir"
         )
     assert start(f"--init_from again --out_dir new {STILL}") == 0
     assert all(torch.equal(tensors(Path("new"))[n], tensor) for n, tensor in tensors(Path("again")).items())
