@@ -163,8 +163,8 @@ def _compare_logits(name: str, config: ConvertConfig, known: Reference, logits: 
 
 
 def _difference(theirs: torch.Tensor, ours: torch.Tensor) -> float:
-    """The largest difference over the largest logit."""
-    return float((theirs - ours).abs().max() / ours.abs().max())
+    """The largest difference over the largest logit, which may be zero."""
+    return float((theirs - ours).abs().max() / ours.abs().max().clamp(min=torch.finfo(torch.float32).tiny))
 
 
 def _huggingface(config: ConvertConfig, source: Source, folder: Path) -> str:

@@ -90,6 +90,7 @@ def place(folder: Path, format: str) -> Path:
 class TestWritten:
     @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
     @pytest.mark.parametrize("format", FORMATS)
+    @pytest.mark.covering_array(1)
     def test_the_result_holds_the_same_numbers(self, capsys, format: str, dtype: str):
         assert call(f"hf new --format {format} --dtype {dtype} {UNVERIFIED}") == 0
         out = capsys.readouterr().out
@@ -214,6 +215,7 @@ class TestNumbers:
             ("bfloat16", 3.4e38, "--dtype bfloat16 holds numbers up to 3.38953e+38, and h.1.ln_1.weight has one of"),
         ],
     )  # fmt: skip
+    @pytest.mark.covering_array(1)
     def test_those_that_the_dtype_has_not_are_refused(self, capsys, format: str, dtype: str, value: float, said: str):
         self.put(value)
         assert said in refusal(capsys, f"hf new --format {format} --dtype {dtype} {UNVERIFIED}")
@@ -288,6 +290,7 @@ class TestTargets:
 class TestDisks:
     @pytest.mark.parametrize("way", OS_CODES)
     @pytest.mark.parametrize("format", ["huggingface", "fastgpt"])
+    @pytest.mark.covering_array(1)
     def test_a_disk_that_refuses_leaves_nothing(self, here: Path, way: str, format: str):
         for number in range(0, 9, 4):
             disk, count = Disk(str(here), lambda event, path: True), iter(range(99))
@@ -443,6 +446,19 @@ class TestProof:
         else:
             with pytest.raises(RunFailed, match="peer computes other logits: they differ by"):
                 proof._compare_logits("peer", config, known, peer)
+
+    def test_a_model_of_zeros_is_equal_to_itself_and_to_no_other(self):
+        model, _ = exported()
+        zeros = {name: torch.zeros_like(tensor) for name, tensor in theirs(model).items()}
+        known = proof.reference(open_model(write(Path("zeros"), zeros, settings_of(model))))
+        config = ConvertConfig(src="zeros", dst="new", format="huggingface")
+        said = proof._compare_logits("peer", config, known, known.model)
+        assert (
+            said
+            == "verified with peer: logits differ by 0.0e+00 of the largest (at most 1e-05), 0 greedy tokens the same"
+        )
+        with pytest.raises(RunFailed, match="peer computes other logits"):
+            proof._compare_logits("peer", config, known, lambda tokens: known.model(tokens) + 1e-9)
 
     def test_greedy_tokens_count_up_to_a_near_tie(self):
         known = proof.reference(open_model("hf"))
