@@ -35,6 +35,7 @@ RUN_FILES = ("tokenizer.json", "metrics.jsonl", "latest", "best", "config.json")
 PICTURE = "plots/loss.png"
 DATA_PATHS = ("corpus_file", "data_dir", "gpt2_vocab")  # beside the dataset, which may also be a name
 COMMANDS = ("init_from", "download", "overwrite", "dry_run", "allow_data_change")  # they concern one start, not the run
+STARTED_FROM = "started_from"  # in config.json: the model whose weights the run began with
 CONVERTED_FROM = "converted_from"  # in config.json: what a model was that no run of ours trained
 # The model's settings that a resume may change. Instead of vocab_size the vocabulary itself is compared.
 CHANGEABLE = ("vocab_size", "dropout")

@@ -148,6 +148,8 @@ class TrainConfig(ModelConfig):
                 f"`init_from` {shown(self.init_from)} is not one of {', '.join(starts)}, nor the path of a "
                 f"step's folder or of another model{meant}"
             )
+        if self.download and not self.imports:
+            raise UsageError("`download` fetches the model that `init_from` names; name one, such as gpt2")
         if self.overwrite and self.resuming:
             raise UsageError(
                 f"`overwrite` deletes the run that `init_from` {self.init_from} would continue; pass only one"

@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from fastgpt.checkpoint import progress, store
+from fastgpt.checkpoint import progress, run_folder, store
 from fastgpt.checkpoint.progress import Progress
 from fastgpt.checkpoint.source import Source
 from fastgpt.config.training import TrainConfig
@@ -32,6 +32,8 @@ def describe(source: Source) -> dict[str, str]:
         "command": f"`{command(TrainConfig(**source.about['config']))}`",
         "trained with": f"fastgpt {source.about.get('fastgpt')}, torch {source.about.get('torch')}",
     }
+    if origin := source.about.get(run_folder.STARTED_FROM):
+        facts["started from"] = f"the weights of {Path(str(origin)).name}"
     if done.evaluated_step == done.step and done.val_loss is not None:
         facts["val loss"] = f"{done.val_loss:.4f} nats a token"
     return facts

@@ -88,7 +88,15 @@ def prove(config: ConvertConfig, source: Source, result: Path) -> str:
         return "not verified, as asked for"
     if reason := _missing(config):
         return f"not verified: {reason}"
-    return PROOFS[config.format or ""](config, source, result)
+    try:
+        return PROOFS[config.format or ""](config, source, result)
+    except (RunFailed, UsageError):
+        raise
+    except Exception as error:  # whatever another program raises, it cannot run the result
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise RunFailed(
+            f"the program that `format` {config.format} is for fails on the result: {reason:.300}"
+        ) from error
 
 
 @torch.no_grad()

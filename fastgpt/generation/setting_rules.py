@@ -19,6 +19,10 @@ RULES: tuple[tuple[Callable[[GenerateConfig], bool], str], ...] = (
         "`out_dir` {c.out_dir} and `model` {c.model} exclude each other; pass only one",
     ),
     (
+        lambda c: c.download and c.model is None,
+        "`download` fetches the model that `model` names; name one, such as gpt2",
+    ),
+    (
         lambda c: c.interactive and c.prompts is not None,
         "`interactive` and `prompts` exclude each other; pass only one",
     ),

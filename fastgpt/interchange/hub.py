@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fastgpt.errors import UsageError, shown
 
+CONFIG = "config.json"
 FILES = ["*.json", "*.safetensors", "merges.txt"]
 
 
@@ -27,12 +28,15 @@ def folder(name: str, download: bool, setting: str) -> Path:
             "pip install 'fastgpt-engine[hf]'"
         ) from None
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=FILES, local_files_only=not download))
+        found = Path(huggingface_hub.snapshot_download(name, allow_patterns=FILES, local_files_only=not download))
+        if not download and not ((found / CONFIG).exists() and any(found.glob("*.safetensors"))):
+            raise FileNotFoundError("only a part of the model is there")
+        return found
     except (OSError, ValueError, HfHubHTTPError) as error:
         if not download:
             raise UsageError(
-                f"`{setting}` {name} is no file or folder here, and {constants.HF_HUB_CACHE} has no such model; "
-                "fetch it with `download=True`, or name a path"
+                f"`{setting}` {name} is no file or folder here, and {constants.HF_HUB_CACHE} has no such model "
+                "in safetensors; fetch it with `download=True`, or name a path"
             ) from None
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UsageError(

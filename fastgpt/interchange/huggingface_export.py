@@ -9,6 +9,7 @@ import torch
 
 from fastgpt import __version__
 from fastgpt.config.model import ModelConfig
+from fastgpt.errors import UsageError
 from fastgpt.interchange import huggingface_tokenizer
 from fastgpt.interchange.exported import DTYPES, ExportedModel
 from fastgpt.interchange.huggingface import ACTIVATIONS, CONFIG, CONV1D, INDEX, MODEL_TYPE, PREFIX, WEIGHTS
@@ -17,6 +18,7 @@ from fastgpt.system.units import counted
 from fastgpt.tokenizer.base import Tokenizer
 
 SHARD = 5_000_000_000  # bytes of a file's tensors, at most, as transformers parts them
+PROMPT = "The "
 GENERATION, CARD = "generation_config.json", "README.md"
 
 
@@ -102,7 +104,16 @@ def _card(model: ExportedModel, dtype: str) -> str:
         "written by": f"fastgpt {__version__}, torch {torch.__version__}",
     }
     table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items())
-    return CARD_TEXT.format(name=model.name, table=table)
+    return CARD_TEXT.format(name=model.name, table=table, prompt=_prompt(model.tokenizer))
+
+
+def _prompt(tokenizer: Tokenizer) -> str:
+    """A prompt that the vocabulary can spell, as a literal of Python."""
+    try:
+        tokenizer.encode(PROMPT)
+        return repr(PROMPT)
+    except UsageError:
+        return repr(tokenizer.decode([tokenizer.start_token]))
 
 
 def _cell(text: str) -> str:
@@ -129,7 +140,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "."  # this folder
 model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-prompt = tokenizer("The ", return_tensors="pt")
+prompt = tokenizer({prompt}, return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50, do_sample=True)[0]))
 ```
 """

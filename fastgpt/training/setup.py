@@ -58,6 +58,7 @@ class Setup:
         reading: the rules by which the text is read, see `corpus.READING`.
         evaluation: the part of the val split that evaluations read.
         state: the model, what trains it, and the progress.
+        started_from: the model whose weights the run began with, by the name that was given; None for random ones.
     """
 
     config: TrainConfig
@@ -72,6 +73,7 @@ class Setup:
     val_loader: Loader
     evaluation: EvaluationSet
     state: TrainingState
+    started_from: str | None
 
     @property
     def out_dir(self) -> Path:
@@ -97,6 +99,7 @@ class Setup:
                 },
                 "evaluation": {"windows": self.evaluation.windows, "batch_size": self.evaluation.batch_size},
                 "torch": torch.__version__,
+                **({run_folder.STARTED_FROM: self.started_from} if self.started_from else {}),
             },
         )
 
@@ -165,6 +168,7 @@ def prepare(config: TrainConfig) -> Setup:
         val_loader,
         evaluation,
         TrainingState(config, ops, data, device, dtype, evaluation.identity, unnamed, source),
+        config.init_from if config.imports else about.get(run_folder.STARTED_FROM),
     )
 
 

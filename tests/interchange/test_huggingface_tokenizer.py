@@ -168,6 +168,12 @@ def changed(content: dict, part: str, **changes: object) -> dict:
     return content | changes if not part else content | {part: content[part] | changes}
 
 
+def test_a_length_that_the_file_cuts_or_fills_to_is_no_matter():
+    """Such settings concern batches of the library's, not the tokens of a text."""
+    content = changed(BYTES, "", truncation={"max_length": 5}, padding={"strategy": {"Fixed": 9}})
+    assert huggingface_tokenizer.from_library(content, None, None) == ByteTokenizer()
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -175,7 +181,6 @@ def changed(content: dict, part: str, **changes: object) -> dict:
         ([], "is no tokenizer that is supported"),
         (changed(BYTES, "model", type="Unigram"), "its model is 'Unigram', and only BPE on bytes is supported"),
         (changed(BYTES, "", normalizer={"type": "Lowercase"}), "its normalizer would change the text"),
-        (changed(BYTES, "", truncation={"max_length": 5}), "its truncation would change the text"),
         (changed(BYTES, "pre_tokenizer", add_prefix_space=True), "its text is not parted as a byte-level BPE"),
         (changed(BYTES, "pre_tokenizer", use_regex=False), "its text is not parted as a byte-level BPE"),
         (changed(BYTES, "", pre_tokenizer={"type": "Whitespace"}), "its text is not parted as a byte-level BPE"),
