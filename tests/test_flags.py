@@ -43,12 +43,12 @@ HOSTILE = [
     "a/" * 5000, "a\0b", "\0", "\ud800", "\udcff", "a\nb", "a\r\x85\u2028b", "\x1b[2J", "'", '"', "%s", "{}", "é", "👍",
 ]  # fmt: skip
 # A setting of these may be right by itself and not go with the defaults of others.
-WITH_DEFAULTS = {
+WITH_DEFAULTS = {"download", 
     "n_head", "n_kv_head", "n_embd", "position", "learning_rate", "min_lr", "text_key", "val_share", "jobs",
 }  # fmt: skip
 # In a command it may also not go with the flags of BASE, or with this machine.
 TOGETHER = {
-    "n_head", "n_kv_head", "n_embd", "n_layer", "block_size", "batch_size", "gradient_accumulation_steps", "vocab_size",
+    "download", "n_head", "n_kv_head", "n_embd", "n_layer", "block_size", "batch_size", "gradient_accumulation_steps", "vocab_size",
     "learning_rate", "min_lr", "position", "tokenizer", "kernels", "init_from", "allow_data_change", "compile", "cache",
     "kv_memory", "device", "dtype", "async_save", "keep_last", "resume", "pack",
 }  # fmt: skip

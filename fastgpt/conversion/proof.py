@@ -94,9 +94,7 @@ def prove(config: ConvertConfig, source: Source, result: Path) -> str:
         raise
     except Exception as error:  # whatever another program raises, it cannot run the result
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise RunFailed(
-            f"the program that `format` {config.format} is for fails on the result: {reason:.300}"
-        ) from error
+        raise RunFailed(f"the program for `format` {config.format} fails on the result: {reason:.300}") from error
 
 
 @torch.no_grad()
