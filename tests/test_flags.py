@@ -44,13 +44,13 @@ HOSTILE = [
 ]  # fmt: skip
 # A setting of these may be right by itself and not go with the defaults of others.
 WITH_DEFAULTS = {"download", 
-    "n_head", "n_kv_head", "n_embd", "position", "learning_rate", "min_lr", "text_key", "val_share", "jobs",
+    "n_head", "n_kv_head", "n_embd", "position", "learning_rate", "min_lr", "text_key", "val_share", "jobs", "download",
 }  # fmt: skip
 # In a command it may also not go with the flags of BASE, or with this machine.
 TOGETHER = {
-    "download", "n_head", "n_kv_head", "n_embd", "n_layer", "block_size", "batch_size", "gradient_accumulation_steps", "vocab_size",
+    "n_head", "n_kv_head", "n_embd", "n_layer", "block_size", "batch_size", "gradient_accumulation_steps", "vocab_size",
     "learning_rate", "min_lr", "position", "tokenizer", "kernels", "init_from", "allow_data_change", "compile", "cache",
-    "kv_memory", "device", "dtype", "async_save", "keep_last", "resume", "pack",
+    "kv_memory", "device", "dtype", "async_save", "keep_last", "resume", "pack", "download",
 }  # fmt: skip
 
 
