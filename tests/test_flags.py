@@ -15,6 +15,7 @@ import sys
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ HOSTILE = [
     "a/" * 5000, "a\0b", "\0", "\ud800", "\udcff", "a\nb", "a\r\x85\u2028b", "\x1b[2J", "'", '"', "%s", "{}", "é", "👍",
 ]  # fmt: skip
 # A setting of these may be right by itself and not go with the defaults of others.
-WITH_DEFAULTS = {"download", 
+WITH_DEFAULTS = {
     "n_head", "n_kv_head", "n_embd", "position", "learning_rate", "min_lr", "text_key", "val_share", "jobs", "download",
 }  # fmt: skip
 # In a command it may also not go with the flags of BASE, or with this machine.
@@ -197,14 +198,20 @@ def stays_inside(text: str) -> bool:
     return not text.startswith("/") and ".." not in text.split("/")
 
 
+def is_switch(hint: Any) -> bool:
+    """Whether a setting is on or off. One that is on, and lacks another flag, is named without its value."""
+    return bool in (hint, *typing.get_args(hint))
+
+
 def check_parser(kind: type, field: dataclasses.Field, text: str) -> None:
-    due = judge(field, typing.get_type_hints(kind)[field.name], text, whole=False)
+    hint = typing.get_type_hints(kind)[field.name]
+    due = judge(field, hint, text, whole=False)
     line = parsed(kind, flag(field, text))
     if line is None:
         assert due is not False, f"--{field.name} {text!r:.200} was taken"
         return
     assert due is not True or field.name in WITH_DEFAULTS, line
-    check_line(field, text, line, text_is_named=True)
+    check_line(field, text, line, text_is_named=not (is_switch(hint) and due))
 
 
 def check_command(kind: type, field: dataclasses.Field, text: str) -> None:
@@ -221,8 +228,7 @@ def check_command(kind: type, field: dataclasses.Field, text: str) -> None:
     assert due is not True or field.name in TOGETHER, line
     if field.name == "init_from" and due is None:  # a run to continue, which is looked for in its folder
         return
-    # A switch that is on, and lacks another flag, is named without its value.
-    check_line(field, text, line, text_is_named=not (bool in (hint, *typing.get_args(hint)) and due))
+    check_line(field, text, line, text_is_named=not (is_switch(hint) and due))
 
 
 def check_line(field: dataclasses.Field, text: str, line: str, *, text_is_named: bool) -> None:
