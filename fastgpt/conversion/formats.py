@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from fastgpt.checkpoint.source import Source
 from fastgpt.config.model import ModelConfig
 from fastgpt.conversion import run_folder_export
@@ -13,6 +15,7 @@ from fastgpt.errors import UsageError
 from fastgpt.interchange import gguf_export, huggingface_export, nanogpt_export
 from fastgpt.interchange.exported import ExportedModel
 from fastgpt.model.positions import position_table
+from fastgpt.system.lazy_tensors import LazyTensors
 from fastgpt.tokenizer.base import Tokenizer
 
 Limit = Callable[[ModelConfig, Tokenizer], str | None]
@@ -38,11 +41,12 @@ class Format:
 def _as_gpt2(source: Source) -> ExportedModel:
     """The model with learned positions: fixed ones become the weights of a table, missing ones zeros."""
     config = source.config
-    tensors = dict(source.weights(config))
+    tensors = weights = source.weights(config)
     if config.position != "learned":
         table = position_table(config)
-        rows = tensors["wte.weight"].new_zeros(config.block_size, config.n_embd) if table is None else table
-        tensors = {"wte.weight": tensors.pop("wte.weight"), "wpe.weight": rows} | tensors
+        rows = torch.zeros(config.block_size, config.n_embd) if table is None else table
+        shapes = {"wte.weight": weights.shapes["wte.weight"], "wpe.weight": tuple(rows.shape)} | weights.shapes
+        tensors = LazyTensors(shapes, lambda name: rows if name == "wpe.weight" else weights[name])
     config = dataclasses.replace(config, position="learned")
     done = progress_of(source)
     name = source.path.absolute().name.removesuffix(".gguf")

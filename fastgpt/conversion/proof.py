@@ -21,6 +21,7 @@ from fastgpt.errors import RunFailed, UsageError
 from fastgpt.interchange.exported import DTYPES
 from fastgpt.interchange.huggingface import HEAD
 from fastgpt.model.gpt import GPT
+from fastgpt.model.kv_cache import DenseCache
 from fastgpt.ops import table
 from fastgpt.system.units import counted
 from fastgpt.tokenizer.base import Tokenizer
@@ -78,16 +79,19 @@ def check_peer(config: ConvertConfig) -> None:
         raise UsageError(f"`verify`: {reason}")
 
 
-def prove(config: ConvertConfig, source: Source, result: Path) -> str:
-    """Compare what was written with the model; a line that says how they compare, or why they were not compared.
+def prove(config: ConvertConfig, source: Source, result: Path) -> str | None:
+    """Compare what was written with the model; a line that says how they compare.
+
+    None where they are not compared; stderr says why.
 
     Raises:
         RunFailed: they compute something else.
     """
     if config.verify is False:
-        return "not verified, as asked for"
+        return None
     if reason := _missing(config):
-        return f"not verified: {reason}"
+        print(f"not verified: {reason}", file=sys.stderr)
+        return None
     try:
         return PROOFS[config.format or ""](config, source, result)
     except (RunFailed, UsageError):
@@ -117,13 +121,14 @@ def reference(source: Source) -> Reference:
         spelled = torch.randint(V, (TOKENS,), generator=torch.Generator().manual_seed(0))
     tokens = spelled[: min(TOKENS, block)][None]
     new = min(GREEDY, block - 1)
-    path = tokens[:, : max(1, block - new)]
-    prompt, sure = path.shape[1], None
+    path = latest = tokens[:, : max(1, block - new)]
+    prompt, sure, cache = path.shape[1], None, DenseCache(model.config)
     for at in range(new):
-        best = model(path)[0, -1].topk(min(2, V))
+        best = model(latest, cache=cache, last_only=True)[0, -1].topk(min(2, V))
         if sure is None and float(best.values[0] - best.values[-1]) < NEAR_TIE:
             sure = at
-        path = torch.cat([path, best.indices[None, :1]], dim=1)
+        latest = best.indices[None, :1]
+        path = torch.cat([path, latest], dim=1)
     return Reference(model, text, tokens, path, prompt, new if sure is None else sure)
 
 

@@ -23,6 +23,6 @@ def write(source: Source, folder: Path, dtype: str) -> None:
         "progress": dataclasses.asdict(Progress(step=step)),
         "vocabulary": tokenizer.sha256(),
     }
-    tensors = {name: tensor.to(DTYPES[dtype]) for name, tensor in source.weights(config).items()}
+    tensors = source.weights(config).changed(lambda name, tensor: tensor.to(DTYPES[dtype]))
     run_folder.save(folder, saved, tokenizer, {run_folder.CONVERTED_FROM: f"{source.format} {source.path.name}"})
     store.save(folder, Snapshot(step, state, {store.MODEL: tensors, store.OPTIMIZER: {}}), best_step=step)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fastgpt.config.model import ModelConfig
+from fastgpt.system.lazy_tensors import LazyTensors
 from fastgpt.tokenizer.base import Tokenizer
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -32,11 +33,9 @@ class ExportedModel:
     step: int = 0
     val_loss: float | None = None
 
-    def with_biases(self) -> dict[str, torch.Tensor]:
+    def with_biases(self) -> LazyTensors:
         """The tensors, and a bias of zeros for each layer that has none."""
-        result = dict(self.tensors)
-        for name, tensor in self.tensors.items():
-            layer, _, part = name.rpartition(".")
-            if part == "weight" and layer not in ("wte", "wpe"):
-                result.setdefault(f"{layer}.bias", torch.zeros(len(tensor)))
-        return result
+        own = LazyTensors.of(self.tensors)
+        layers = [name.removesuffix(".weight") for name in own if name.endswith(".weight")]
+        zeros = {f"{layer}.bias": own.shapes[f"{layer}.weight"][:1] for layer in layers if layer not in ("wte", "wpe")}
+        return LazyTensors(zeros | own.shapes, lambda name: own[name] if name in own else torch.zeros(zeros[name]))

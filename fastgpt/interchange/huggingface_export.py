@@ -1,6 +1,7 @@
 """Writes a GPT-2 in transformers' layout: AutoModelForCausalLM and AutoTokenizer load it without code of its own."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from fastgpt.interchange import huggingface_tokenizer
 from fastgpt.interchange.exported import DTYPES, ExportedModel
 from fastgpt.interchange.huggingface import ACTIVATIONS, CONFIG, CONV1D, INDEX, MODEL_TYPE, PREFIX, WEIGHTS
 from fastgpt.system import files, safetensors_file
+from fastgpt.system.lazy_tensors import LazyTensors
 from fastgpt.system.units import counted
 from fastgpt.tokenizer.base import Tokenizer
 
@@ -31,16 +33,13 @@ def limit(config: ModelConfig, tokenizer: Tokenizer) -> str | None:
 
 def write(model: ExportedModel, folder: Path, dtype: str) -> None:
     """Write the model's files into a folder that is there."""
-    tensors = {
-        PREFIX + name: (tensor.t().contiguous() if name.endswith(CONV1D) else tensor).to(DTYPES[dtype])
-        for name, tensor in model.with_biases().items()
-    }
-    shards = list(_shards(tensors))
+    tensors = _theirs(model.with_biases(), DTYPES[dtype])
+    shards = list(_shards(tensors.shapes, DTYPES[dtype].itemsize))
     names = [WEIGHTS] if len(shards) == 1 else [_shard_name(at, len(shards)) for at in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):
-        files.write(folder / name, safetensors_file.parts(shard))
+        files.write(folder / name, safetensors_file.parts(tensors.only(shard)))
     if len(shards) > 1:
-        total = sum(tensor.nbytes for tensor in tensors.values())
+        total = DTYPES[dtype].itemsize * sum(map(math.prod, tensors.shapes.values()))
         weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     ends = {"bos_token_id": model.tokenizer.start_token, "eos_token_id": model.tokenizer.end_token}
@@ -56,15 +55,27 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     files.write(path, [(json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()])
 
 
-def _shards(tensors: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
-    """The tensors in their order, in parts of at most `SHARD` bytes."""
-    shard, size = {}, 0
-    for name, tensor in tensors.items():
-        if shard and size + tensor.nbytes > SHARD:
+def _theirs(ours: LazyTensors, dtype: torch.dtype) -> LazyTensors:
+    """The tensors by transformers' names, in its shapes and a dtype."""
+
+    def tensor(name: str) -> torch.Tensor:
+        found = ours[name.removeprefix(PREFIX)].to(dtype)
+        return found.t().contiguous() if name.endswith(CONV1D) else found
+
+    shapes = {name: shape[::-1] if name.endswith(CONV1D) else shape for name, shape in ours.shapes.items()}
+    return LazyTensors({PREFIX + name: shape for name, shape in shapes.items()}, tensor)
+
+
+def _shards(shapes: Mapping[str, tuple[int, ...]], width: int) -> Iterator[list[str]]:
+    """The names in their order, in parts whose tensors have at most `SHARD` bytes; `width` is that of a number."""
+    shard, size = [], 0
+    for name, shape in shapes.items():
+        bytes = width * math.prod(shape)
+        if shard and size + bytes > SHARD:
             yield shard
-            shard, size = {}, 0
-        shard[name] = tensor
-        size += tensor.nbytes
+            shard, size = [], 0
+        shard.append(name)
+        size += bytes
     yield shard
 
 

@@ -95,7 +95,7 @@ class TestWritten:
         assert call(f"hf new --format {format} --dtype {dtype} {UNVERIFIED}") == 0
         out = capsys.readouterr().out
         count = exported()[0].num_parameters()
-        assert out == f"wrote new: {count:,} parameters, {dtype}, char vocabulary\nnot verified, as asked for\n"
+        assert out == f"wrote new: {count:,} parameters, {dtype}, char vocabulary\n"
         source, result = open_model("hf"), open_model(place(Path("new"), format))
         assert (result.config, result.tokenizer, result.format) == (source.config, LETTERS, format)
         for name, tensor in source.tensors.items():
@@ -386,7 +386,7 @@ class TestProof:
 
     def test_without_the_peer_it_says_so(self, capsys):
         assert call("hf new --format huggingface") == 0
-        assert "not verified: transformers is not installed; pip install transformers" in capsys.readouterr().out
+        assert "not verified: transformers is not installed; pip install transformers" in capsys.readouterr().err
 
     def test_a_proof_that_was_asked_for_needs_the_peer_first(self, capsys):
         said = refusal(capsys, "hf new --format huggingface --verify")
