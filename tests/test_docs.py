@@ -31,7 +31,10 @@ CHANGES = (
     "a normalisation",
     "a kernel backend",
     "a command",
+    "a format of models",
     "a dataset source",
+    "a measurement",
+    "a kind of file with documents",
     "a preset",
 )
 SHELL = ("cd", "echo", "git", "printf", "pre-commit", "pyright", "ruff", "source")  # not ours to check

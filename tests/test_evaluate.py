@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fastgpt import cli, compare, evaluate
+from fastgpt import cli, compare, evaluate, prepare
 from tests.helpers import runs
 
 pytestmark = pytest.mark.usefixtures("in_place")
@@ -23,6 +23,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)), encoding="utf-8")
     for flags in ("", "--block_size 12 --out_dir longer", "--tokenizer byte --out_dir bytes"):
         runs.run_in(folder, f"--eval_iters 0 --max_iters 3 {flags}")
+    for number in range(90):
+        (folder / "docs").mkdir(exist_ok=True)
+        (folder / "docs" / f"{number}.txt").write_text(runs.TEXT[7 * number :][:7], encoding="utf-8")
+    flags = "--eval_iters 0 --max_iters 3 --dataset docs --tokenizer byte --pack --data_dir shards --out_dir packed"
+    runs.run_in(folder, flags)
     return folder
 
 
@@ -78,6 +83,31 @@ def test_a_prepared_folder_is_used_as_it_is(capsys):
     (folder,) = Path("data").glob("*-char-*")
     text, prepared = (answered(capsys, evaluate.main, "out", "--dataset", str(name)) for name in ("text.txt", folder))
     assert prepared["loss"] == text["loss"]
+
+
+def test_a_packed_run_is_measured_within_documents(capsys):
+    found, val_loss = (
+        answered(capsys, evaluate.main, "packed", "--dataset=docs"),
+        runs.records(Path("packed"), "val_loss"),
+    )
+    assert found["loss"] == pytest.approx(val_loss[3], rel=1e-6)
+    crossing = answered(capsys, evaluate.main, "packed", "--dataset=docs", "--no-pack")
+    assert crossing["loss"] != pytest.approx(val_loss[3], rel=1e-4)
+    both = answered(capsys, compare.main, "packed", "packed", "--dataset=docs")
+    assert both["a"]["loss"] == pytest.approx(val_loss[3], rel=1e-6)
+
+
+def test_a_corpus_of_documents_is_used_as_it_is(capsys, monkeypatch: pytest.MonkeyPatch):
+    """Its shards are one text: nothing of them is copied, and bytes are counted in parts."""
+    monkeypatch.setattr("fastgpt.data.documents.PART_BYTES", 1)  # a shard for each file
+    flags = ["docs", "--tokenizer=byte", "--val_share=0.4", "--data_dir=shards", "--jobs=1"]
+    assert cli.run(prepare.main, flags) == 0
+    capsys.readouterr()
+    (folder,) = (path.parent for path in Path("shards").glob("*/train-00000.bin"))
+    shards = [path.stat().st_size // 2 for path in folder.glob("*.bin")]
+    assert len(shards) > 4
+    found = answered(capsys, evaluate.main, "packed", f"--dataset={folder}", "--split=all")
+    assert (found["tokens"], found["bytes"]) == (sum(shards) - 1, sum(shards) - 1 - 90)  # ends have no text
 
 
 def test_nothing_is_written(place: Path, capsys):
@@ -170,6 +200,8 @@ def test_other_vocabularies_have_bits_per_byte_alone(capsys):
         (evaluate.main, ["out", "--dataset=a", "--choices=b"], "both are given"),
         (evaluate.main, ["out", "--choices=questions.jsonl", "--stride=3"], "--stride 3 is for --dataset"),
         (evaluate.main, ["out", "--choices=questions.jsonl", "--split=all"], "--split all is for --dataset"),
+        (evaluate.main, ["out", "--choices=questions.jsonl", "--pack"], "--pack True is for --dataset"),
+        (evaluate.main, ["out", "--dataset=text.txt", "--pack"], "--pack: the char vocabulary has no end-of-text"),
         (evaluate.main, ["out", "--choices=text.txt"], "--choices text.txt, line 1 is not JSON"),
         (evaluate.main, ["out", "--dataset=nowhere"], "--dataset 'nowhere' is no file or folder"),
         (evaluate.main, ["out", "--dataset=text.txt", "--stride=9"], "--stride 9 is above block_size 8"),

@@ -69,7 +69,7 @@ class EvaluateConfig(MeasureConfig):
         if (self.dataset is None) == (self.choices is None):
             both = "both are given" if self.dataset is not None else "neither is given"
             raise UsageError(f"`dataset` TEXT or `choices` FILE: {both}; give one of them")
-        for name in ("split", "stride"):
+        for name in ("split", "stride", "pack", "corpus_file", "gpt2_vocab"):
             if self.choices is not None and (value := getattr(self, name)) is not None:
                 raise UsageError(f"`{name}` {value} is for `dataset`, and `choices` is given; leave one of them out")
 

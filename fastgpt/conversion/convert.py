@@ -12,6 +12,7 @@ import torch
 
 from fastgpt.checkpoint.source import Source, open_model
 from fastgpt.config.conversion import ConvertConfig
+from fastgpt.config.sources import STEP_NAME
 from fastgpt.conversion import formats, proof
 from fastgpt.conversion.formats import FORMATS, Format
 from fastgpt.errors import UsageError
@@ -90,6 +91,8 @@ def _check_target(config: ConvertConfig, form: Format, target: Path) -> None:
     if form.is_file != (target.suffix == ".gguf"):
         wanted = "a file, whose name ends in .gguf" if form.is_file else "a folder"
         raise UsageError(f"`dst` {target}: `format` {config.format} is {wanted}")
+    if STEP_NAME.fullmatch(target.name):
+        raise UsageError(f"`dst` {target} has the name of a checkpoint of a run; name another")
     if not target.exists() and not target.is_symlink():
         return
     if not config.overwrite:

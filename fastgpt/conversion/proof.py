@@ -228,6 +228,8 @@ def _nanogpt(config: ConvertConfig, source: Source, folder: Path) -> str:
 
 def _fastgpt(config: ConvertConfig, source: Source, folder: Path) -> str:
     wanted, found = source.weights(source.config), open_model(folder, checkpoint="latest")
+    if found.config != source.config or found.tokenizer != source.tokenizer:
+        raise RunFailed("the result has another shape or vocabulary")
     for name, tensor in found.tensors.items():
         if not torch.equal(tensor, wanted[name].to(DTYPES[config.dtype])):
             raise RunFailed(f"the result holds other numbers in {name}")

@@ -70,6 +70,10 @@ class Corpus:
         """The validation tokens, (val_tokens,) of `dtype`, mapped into memory and read-only."""
         return self._tokens(self.val_files)
 
+    def whole(self) -> Tokens:
+        """The tokens of both splits, mapped into memory and read-only."""
+        return self._tokens(self.train_files + self.val_files)
+
     def _tokens(self, names: tuple[str, ...]) -> Tokens:
         paths = [self.path / name for name in names]
         return ShardedTokens(paths, self.dtype) if len(paths) > 1 else np.memmap(paths[0], dtype=self.dtype, mode="r")

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fastgpt.data import corpus, prepared, sources, token_file
+from fastgpt.data.prepared import Tokens
 from fastgpt.data.sources import Source, TextFiles
 from fastgpt.errors import UsageError, shown
 from fastgpt.system.units import counted
@@ -27,8 +28,8 @@ class Dataset:
     corpus_file: str | None = None
     gpt2_vocab: str | None = None
 
-    def tokens(self, vocabulary: Tokenizer) -> np.ndarray:
-        """The tokens of the split, (N,) uint16 or uint32, N at least 2.
+    def tokens(self, vocabulary: Tokenizer) -> Tokens:
+        """The tokens of the split, (N,) uint16 or uint32, N at least 2. Those of a prepared folder are mapped.
 
         Documents, the files of a folder, each end with the vocabulary's end-of-text, if it has one.
 
@@ -48,7 +49,7 @@ class Dataset:
             )
         return tokens
 
-    def _prepared(self, path: Path, vocabulary: Tokenizer) -> np.ndarray:
+    def _prepared(self, path: Path, vocabulary: Tokenizer) -> Tokens:
         folder = prepared.load(path, self.gpt2_vocab)
         if folder.tokenizer != vocabulary:
             own = folder.tokenizer
@@ -58,8 +59,8 @@ class Dataset:
                 f"{counted(vocabulary.vocab_size, 'token')}); give `dataset` the text itself"
             )
         if self.split == "all":
-            return np.concatenate([np.asarray(folder.train()), np.asarray(folder.val())])
-        return np.asarray(folder.train() if self.split == "train" else folder.val())
+            return folder.whole()
+        return folder.train() if self.split == "train" else folder.val()
 
     def _source(self, path: Path) -> Source:
         if self.corpus_file is not None and self.name != "shakespeare":

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from fastgpt.data import packing
 from fastgpt.data.loader import IGNORED
+from fastgpt.data.prepared import Tokens
 from fastgpt.errors import RunFailed
 from fastgpt.evaluation.sliding_window import Advance, Windows
 from fastgpt.evaluation.token_scores import chunks
@@ -73,7 +73,7 @@ class _Part(NamedTuple):
 def compare(
     a: GPT,
     b: GPT,
-    tokens: np.ndarray,
+    tokens: Tokens,
     *,
     stride: int | None = None,
     batch_size: int | None = None,

@@ -101,15 +101,18 @@ def log_likelihoods(
 
     Raises:
         UsageError: a continuation longer than block_size.
-        RunFailed: a likelihood is not a number.
+        RunFailed: a likelihood is not a number, or the memory is too small for a single context.
     """
     model.eval()
     alone, shared = _groups(requests, model.config.block_size)
     scores: dict[int, Likelihood] = {}
     B = batch_size or BATCH_SIZE
-    for scored in itertools.chain(_alone(model, alone, B), _shared(model, shared, B)):
-        scores.update(scored)
-        advance(len(scored))
+    try:
+        for scored in itertools.chain(_alone(model, alone, B), _shared(model, shared, B)):
+            scores.update(scored)
+            advance(len(scored))
+    except out_of_memory.DoesNotFit:
+        raise RunFailed("the keys and values of a single context do not fit into the memory; free some") from None
     return [scores[number] for number in range(len(requests))]
 
 

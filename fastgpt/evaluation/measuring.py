@@ -3,16 +3,16 @@
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from fastgpt.config.evaluation import CompareConfig, EvaluateConfig, MeasureConfig
+from fastgpt.data.prepared import Tokens
 from fastgpt.data.splits import Dataset
 from fastgpt.errors import UsageError
 from fastgpt.evaluation import comparison, questions, report, sliding_window
 from fastgpt.evaluation.progress_line import progress_line
-from fastgpt.evaluation.sliding_window import Measurement, text_bytes
+from fastgpt.evaluation.sliding_window import Measurement, predicted_bytes
 from fastgpt.model.gpt import GPT
 from fastgpt.system import contention, threads
 from fastgpt.system.units import counted
@@ -60,7 +60,7 @@ def compare(config: CompareConfig, load: Opener) -> int:
 
 def _open(name: str, config: MeasureConfig, load: Opener, setting: str = "src") -> Opened:
     return load(
-        name,
+        Path(name) if name == MeasureConfig.src else name,  # the default run is no name on the hub
         download=config.download,
         device=config.device,
         dtype=config.dtype,
@@ -70,7 +70,7 @@ def _open(name: str, config: MeasureConfig, load: Opener, setting: str = "src") 
     )
 
 
-def _tokens(config: MeasureConfig, tokenizer: Tokenizer) -> np.ndarray:
+def _tokens(config: MeasureConfig, tokenizer: Tokenizer) -> Tokens:
     folders = {"data_dir": config.data_dir, "corpus_file": config.corpus_file, "gpt2_vocab": config.gpt2_vocab}
     return Dataset(config.dataset or "", _split(config), **folders).tokens(tokenizer)
 
@@ -147,7 +147,7 @@ def _by_distributions(config: CompareConfig, names: Sequence[str], opened: Seque
             end_token=_end_token(config, *opened),
             advance=advance,
         )
-    values = report.of_comparison(found, tokenizer, tokens, text_bytes(tokenizer, tokens[1:]))
+    values = report.of_comparison(found, tokenizer, tokens, predicted_bytes(tokenizer, tokens))
     return _print_models(config, names, values)
 
 

@@ -6,10 +6,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import IO, Any, cast
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from fastgpt.data.prepared import Tokens
 from fastgpt.evaluation.comparison import Comparison, Guess
 from fastgpt.evaluation.questions import Answers
 from fastgpt.evaluation.sliding_window import Measurement
@@ -58,7 +58,7 @@ def of_answers(found: Answers) -> dict[str, Any]:
     }
 
 
-def of_comparison(found: Comparison, tokenizer: Tokenizer, tokens: np.ndarray, text_bytes: int) -> dict[str, Any]:
+def of_comparison(found: Comparison, tokenizer: Tokenizer, tokens: Tokens, text_bytes: int) -> dict[str, Any]:
     """The values of a comparison on tokens (N,), whose text has so many bytes without the first token."""
 
     def model(nats: float) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch
 
 from fastgpt.data import packing
 from fastgpt.data.loader import IGNORED, Batch
+from fastgpt.data.prepared import Tokens
 from fastgpt.errors import RunFailed, UsageError
 from fastgpt.evaluation.token_scores import token_losses
 from fastgpt.model.gpt import GPT
@@ -24,6 +25,7 @@ from fastgpt.system import out_of_memory
 from fastgpt.system.device import send
 from fastgpt.tokenizer.base import Tokenizer
 
+COUNTED = 1 << 20  # tokens whose bytes are counted at a time
 BATCH_TOKENS = 8192  # in a batch of windows, where the number of windows is not given
 Advance = Callable[[int], None]  # is called with the number of tokens or requests that were done since the last call
 
@@ -32,7 +34,7 @@ Advance = Callable[[int], None]  # is called with the number of tokens or reques
 class Windows:
     """Windows over tokens (N,), N at least 2; see above."""
 
-    tokens: np.ndarray
+    tokens: Tokens
     size: int
     stride: int
 
@@ -107,7 +109,7 @@ class Measurement:
 def measure(
     model: GPT,
     tokenizer: Tokenizer,
-    tokens: np.ndarray,
+    tokens: Tokens,
     *,
     stride: int | None = None,
     batch_size: int | None = None,
@@ -144,12 +146,18 @@ def measure(
     if not math.isfinite(nats):
         raise RunFailed(f"the model's loss is {nats}: its weights or logits are not finite; try `dtype` float32")
     return Measurement(
-        nats, windows.targets, text_bytes(tokenizer, tokens[1:]), time.perf_counter() - began, size, windows.stride
+        nats,
+        windows.targets,
+        predicted_bytes(tokenizer, tokens),
+        time.perf_counter() - began,
+        size,
+        windows.stride,
     )
 
 
-def text_bytes(tokenizer: Tokenizer, tokens: np.ndarray) -> int:
-    """The UTF-8 bytes of the text of tokens. An end-of-text counts none."""
+def predicted_bytes(tokenizer: Tokenizer, tokens: Tokens) -> int:
+    """The UTF-8 bytes of the text of all tokens but the first. An end-of-text counts none."""
     ids = range(tokenizer.vocab_size)
     lengths = np.array([0 if id == tokenizer.end_token else len(tokenizer.token_bytes(id)) for id in ids])
-    return int(lengths @ np.bincount(tokens, minlength=len(lengths)))
+    blocks = (np.asarray(tokens[at : at + COUNTED]) for at in range(0, len(tokens), COUNTED))
+    return sum(int(lengths[block].sum()) for block in blocks) - int(lengths[tokens[0]])

@@ -21,7 +21,6 @@ from fastgpt.generation.settings import sampling
 
 NAME = "fastgpt"
 DEFAULT_DEVICE = "cuda:0"  # of lm_eval, whether or not there is one
-ARGUMENTS = ("pretrained", "device", "dtype", "kernels", "quantize", "max_gen_toks", "prefix_token_id")
 LENGTHS = (
     "max_gen_toks",
     "max_new_tokens",
@@ -156,7 +155,7 @@ class HarnessModel(LM):
         for name in settings:
             if name not in DRAWING:
                 raise UsageError(f"generation_kwargs: unknown setting {name!r}{nearest(name, DRAWING)}")
-        settings = {"temperature": 0.0, "top_k": 0} | settings
+        settings = {"temperature": 1.0 if drawn else 0.0, "top_k": 0} | settings
         if drawn is False:
             settings["temperature"] = 0.0
         texts = tuple(text for text in ((stop,) if isinstance(stop, str) else stop) if text)

@@ -1,5 +1,6 @@
 """A model in another program's file, by our names: what every reader of such files returns."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,13 +35,21 @@ class ForeignModel:
     read_tokenizer: Callable[[], Tokenizer | None]
 
 
-def shape_of(path: Path, settings: Mapping[str, object]) -> ModelConfig:
-    """The shape that a file's settings describe. Raises `UsageError`, naming the file, for values out of range."""
+def shape_of(path: Path, settings: Mapping[str, object], names: Mapping[str, str]) -> ModelConfig:
+    """The shape that a file's settings describe.
+
+    Args:
+        names: what the file calls those settings that it calls otherwise than we do.
+
+    Raises:
+        UsageError: a value is out of range; the message names the file, and the setting as the file does.
+    """
     try:
         shape = ModelConfig(**settings)  # pyright: ignore[reportArgumentType] - checked next
         validate(shape)
     except UsageError as error:
-        raise UsageError(f"{path}: {error}") from None
+        told = re.sub(r"`(\w+)`", lambda match: names.get(match[1], match[1]), str(error))
+        raise UsageError(f"{path}: {told}") from None
     return shape
 
 

@@ -89,7 +89,8 @@ def _shape(path: Path, values: Mapping[str, Any], tensors: LazyTensors) -> Model
     epsilon = values[EPSILON]
     if isinstance(epsilon, float):
         epsilon = float(f"{epsilon:.7g}")  # 1e-05, not the float32 next to it
-    return shape_of(path, settings | {"norm_eps": epsilon, "vocab_size": rows[0], "bias": True, "mlp": "gelu"})
+    rest = {"norm_eps": epsilon, "vocab_size": rows[0], "bias": True, "mlp": "gelu"}
+    return shape_of(path, settings | rest, {ours: key for key, ours in keys.items()} | {"norm_eps": EPSILON})
 
 
 def _place(name: str, info: TensorInfo, data: int, size: int) -> _Place:

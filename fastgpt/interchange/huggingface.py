@@ -27,6 +27,7 @@ PREFIX, HEAD, EMBEDDING = "transformer.", "lm_head.weight", "wte.weight"
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 # Their names of activations. The first of ours is the one that is written.
 ACTIVATIONS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_exact", "relu": "relu"}
+NAMES = {"block_size": "n_positions", "mlp": "activation_function", "norm_eps": "layer_norm_epsilon"}
 # Settings that change what the model computes, with the only value that is supported. reorder_and_upcast_attn is not
 # among them: attention accumulates in float32 here, with or without it.
 FIXED = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
@@ -88,7 +89,7 @@ def _shape(folder: Path, settings: Mapping[str, Any]) -> ModelConfig:
         "n_inner": settings.get("n_inner"),
         "norm_eps": settings.get("layer_norm_epsilon", 1e-5),
     }
-    return shape_of(path, sizes | rest)
+    return shape_of(path, sizes | rest, NAMES)
 
 
 def _tensors(folder: Path, tied: bool) -> LazyTensors:

@@ -49,7 +49,7 @@ def load(path: str | Path) -> ForeignModel:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}") from None
     except Exception as error:  # a hostile or broken file may raise anything; none of it has run
         raise UsageError(f"{path} is not nanoGPT's checkpoint: {_reason(error):.200}; nothing in it was run") from None
-    shape = shape_of(path, settings | FIXED)
+    shape = shape_of(path, settings | FIXED, {})
     tensors = LazyTensors(
         {name: tuple(tensor.shape) for name, tensor in weights.items()},
         lambda name: checked(path, name, weights[name]),

@@ -13,6 +13,7 @@ from fastgpt.config.model import ModelConfig
 from fastgpt.errors import UsageError
 from fastgpt.model.pages import BlockAllocator, BlockTable
 from fastgpt.system.device import free_memory
+from fastgpt.system.out_of_memory import DoesNotFit
 from fastgpt.system.units import counted
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class DenseCache:
     """Two contiguous buffers a layer, keys and values of B sequences of equal length: (B, S, Hkv, D).
 
     Raises:
-        UsageError: the buffers are larger than the free memory.
+        DoesNotFit: the buffers are larger than the free memory.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class DenseCache:
         self.config, self.capacity = config, capacity or config.block_size
         need, free = B * page_bytes(config, self.capacity, dtype), free_memory(torch.device(device))
         if need > free:
-            raise UsageError(
+            raise DoesNotFit(
                 f"`cache` dense takes {counted(need, 'byte')} for a context of {counted(self.capacity, 'token')}, "
                 f"and {free:,} are free; use `cache` paged, which takes what there is"
             )
@@ -57,7 +58,7 @@ class DenseCache:
         """A new cache that begins with the tokens of these sequences, int64 (B,), and has room for more.
 
         Raises:
-            UsageError: it is larger than the free memory.
+            DoesNotFit: it is larger than the free memory.
         """
         keys, length = self.keys[0], self.length
         forked = DenseCache(self.config, len(rows), capacity=length + room, device=keys.device, dtype=keys.dtype)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from fastgpt.errors import RunFailed
+from fastgpt.errors import RunFailed, UsageError
 
 Result = TypeVar("Result")
 
@@ -24,6 +24,10 @@ MESSAGES = re.compile(
     "DefaultCPUAllocator|MPS backend out of memory|CUDA error: out of memory|std::bad_alloc|"
     "could not (create|execute) a (primitive|memory)"
 )
+
+
+class DoesNotFit(UsageError, MemoryError):
+    """What would take more memory than is free, refused before it is allocated."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

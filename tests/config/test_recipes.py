@@ -13,7 +13,7 @@ RECIPE = ROOT / "recipes" / "gpt2-124m.toml"
 # The recipe's own; all others are the preset's.
 CHANGED = {
     "out_dir", "dataset", "batch_size", "gradient_accumulation_steps", "max_iters", "warmup_iters", "min_lr",
-    "eval_interval", "eval_iters",
+    "eval_interval", "eval_iters", "pack",
 }  # fmt: skip
 
 

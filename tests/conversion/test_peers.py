@@ -26,7 +26,7 @@ from tests.helpers.exports import exported
 from tests.helpers.gpt2_folders import BY_COLUMNS
 
 pytestmark = pytest.mark.peers
-transformers = pytest.importorskip("transformers", reason="needs the extra bench")
+transformers = pytest.importorskip("transformers", reason="needs the extra peers")
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 

@@ -5,6 +5,8 @@ import torch
 
 from fastgpt.errors import RunFailed, UsageError
 from fastgpt.evaluation.likelihood import Request, encode_pair, is_cut, log_likelihoods
+from fastgpt.model import kv_cache
+from fastgpt.model.kv_cache import page_bytes
 from tests.helpers.corpora import needs_gpt2
 from tests.helpers.untrained import BLOCK, fresh
 
@@ -81,6 +83,16 @@ def test_a_batch_that_does_not_fit_is_halved(monkeypatch):
     halved = log_likelihoods(model, ALL, advance=done.append)
     assert [own.nats for own in halved] == pytest.approx([own.nats for own in whole], rel=1e-5)
     assert sum(done) == len(ALL)
+
+
+def test_a_cache_that_does_not_fit_is_halved(monkeypatch):
+    model = fresh().model
+    whole, room = log_likelihoods(model, ALL), page_bytes(model.config, 2 * BLOCK, torch.float32)
+    monkeypatch.setattr(kv_cache, "free_memory", lambda device: room)
+    assert [own.nats for own in log_likelihoods(model, ALL)] == pytest.approx([own.nats for own in whole], rel=1e-5)
+    monkeypatch.setattr(kv_cache, "free_memory", lambda device: 0)
+    with pytest.raises(RunFailed, match="a single context do not fit into the memory"):
+        log_likelihoods(model, ALL)
 
 
 def test_no_requests_have_no_likelihoods():

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from fastgpt.errors import RunFailed, UsageError
 from fastgpt.evaluation import token_scores
-from fastgpt.evaluation.sliding_window import Windows, measure, text_bytes
+from fastgpt.evaluation.sliding_window import Windows, measure, predicted_bytes
 from fastgpt.model.int8 import quantize_model
 from fastgpt.tokenizer.byte import ByteTokenizer
 from tests.helpers.untrained import BLOCK, fresh
@@ -107,8 +107,8 @@ def test_int8_weights_have_a_loss_too():
 
 def test_bits_per_byte_count_the_text_and_no_end_of_text():
     bytes_of = ByteTokenizer(ends=True)
-    assert text_bytes(bytes_of, np.array([104, 256, 195, 169, 256])) == 3
-    assert text_bytes(fresh(chars="aé한").tokenizer, np.array([0, 1, 2, 2])) == 1 + 2 + 3 + 3
+    assert predicted_bytes(bytes_of, np.array([104, 256, 195, 169, 256])) == 2
+    assert predicted_bytes(fresh(chars="aé한").tokenizer, np.array([0, 1, 2, 2])) == 2 + 3 + 3
 
 
 def test_bits_per_byte_compare_across_tokenizers():

@@ -340,8 +340,11 @@ class TestOtherPrograms:
         [
             ({"architecture": "llama"}, "architecture 'llama' is not supported; only gpt2 is"),
             ({"settings": {"attention.head_count_kv": 1}}, "head_count_kv 1 is not supported"),
-            ({"settings": {"attention.head_count": 3}}, "`n_head` 3 does not divide `n_embd` 4"),
-            ({"settings": {"block_count": 0}}, "`n_layer` 0"),
+            (
+                {"settings": {"attention.head_count": 3}},
+                "gpt2.attention.head_count 3 does not divide gpt2.embedding_length 4",
+            ),
+            ({"settings": {"block_count": 0}}, "gpt2.block_count 0"),
             ({"tensors": {"output_norm.weight": (np.ones(4, np.float32), Type.F32)}}, f"no matrix {EMBEDDING}"),
             ({"tensors": {EMBEDDING: (np.ones(4, np.float32), Type.F32)}}, f"no matrix {EMBEDDING}"),
         ],
