@@ -1,5 +1,6 @@
 """`python -m fastgpt.convert`: the whole result under its name, or nothing."""
 
+import dataclasses
 import errno
 import importlib.util
 import itertools
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from fastgpt import cli, convert
 from fastgpt.checkpoint import store
-from fastgpt.checkpoint.source import open_model
+from fastgpt.checkpoint.source import Source, open_model
 from fastgpt.config.conversion import ConvertConfig
 from fastgpt.conversion import formats, proof
 from fastgpt.errors import RunFailed
@@ -247,6 +248,7 @@ class TestTargets:
             ("foreign", "--dst foreign holds notes.txt, which no conversion writes; name another"),
             ("run", "--dst run holds metrics.jsonl, which no conversion writes; name another"),
             ("x.gguf", "--dst x.gguf: --format huggingface is a folder"),
+            ("step-000099", "--dst step-000099 has the name of a checkpoint of a run; name another"),
             ("a" * 250, "cannot be written: File name too long; name another"),
             ("/proc/new", "--dst /proc/new cannot be written"),
         ],
@@ -408,6 +410,25 @@ class TestProof:
         monkeypatch.setitem(formats.FORMATS, "fastgpt", formats.Format(formats.FORMATS["fastgpt"].limit, wrong))
         shutil.rmtree("new")
         assert "the result holds other numbers in wpe.weight" in refusal(capsys, "hf new --format fastgpt", code=1)
+
+    def test_our_own_format_has_the_same_shape_and_vocabulary(self, capsys, monkeypatch):
+        def other(folder: Path, **named) -> Source:
+            found = open_model(folder, **named)
+            return dataclasses.replace(found, shape=dataclasses.replace(found.shape, norm_eps=1e-3))
+
+        monkeypatch.setattr(proof, "open_model", other)
+        assert "the result has another shape or vocabulary" in refusal(capsys, "hf new --format fastgpt", code=1)
+
+    @pytest.mark.parametrize("error", [OSError("Can't load it"), ValueError("no such\nmodel"), ImportError("no jax")])
+    def test_whatever_the_peer_raises_is_a_failed_proof(self, capsys, monkeypatch, error: Exception):
+        def fail(*_: object) -> str:
+            raise error
+
+        monkeypatch.setattr(proof, "_missing", lambda config: None)
+        monkeypatch.setitem(proof.PROOFS, "huggingface", fail)
+        line = refusal(capsys, "hf new --format huggingface", code=1)
+        said = " ".join(str(error).split())
+        assert line == f"error: the program for --format huggingface fails on the result: {said}\n"
 
     def test_a_failed_proof_leaves_the_old_result(self, capsys, monkeypatch):
         assert call(f"hf new --format huggingface {UNVERIFIED}") == 0
