@@ -60,7 +60,8 @@ def parents_of(path: Path) -> Iterator[None]:
     """
     missing = [folder for folder in path.parents if not folder.exists()]
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        for folder in reversed(missing):
+            folder.mkdir(exist_ok=True)
         yield
     except BaseException:
         for folder in missing:

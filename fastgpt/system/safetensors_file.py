@@ -65,4 +65,5 @@ def read(path: Path) -> LazyTensors:
 
 
 def _unreadable(path: Path, error: Exception) -> CorruptCheckpoint:
-    return CorruptCheckpoint(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}")
+    reason = getattr(error, "strerror", None) or str(error).removesuffix(f": {path}")
+    return CorruptCheckpoint(f"{path} cannot be read: {reason}")
