@@ -13,7 +13,6 @@ import dataclasses
 import errno
 import functools
 import io
-import itertools
 import os
 import re
 import sys
@@ -44,9 +43,10 @@ def parse(
     prog: str,
     description: str,
     presets: Mapping[str, Config] | None = None,
+    unnamed: Sequence[str] = (),
 ) -> Config:
     """A configuration of the given dataclass: its defaults or a preset, changed by what was given. See `read`."""
-    preset, given = read(kind, argv, prog=prog, description=description, presets=presets)
+    preset, given = read(kind, argv, prog=prog, description=description, presets=presets, unnamed=unnamed)
     return change(kind() if preset is None or presets is None else presets[preset], given)
 
 
@@ -57,6 +57,7 @@ def read(
     prog: str,
     description: str,
     presets: Mapping[str, Any] | None = None,
+    unnamed: Sequence[str] = (),
 ) -> tuple[str | None, dict[str, Any]]:
     """The named preset, and the fields that `--config file.toml` or flags give, each within its own limits.
 
@@ -64,12 +65,13 @@ def read(
         kind: a frozen dataclass whose fields were made by `config.option`.
         argv: the arguments, without the program's name; default `sys.argv[1:]`.
         presets: named starting points, which add `--preset` and `--config`.
+        unnamed: the fields whose flags may be left out, in the order of their values: `a --json b` gives two.
 
     Raises:
         UsageError: an unknown flag or key (the nearest is named) or a value outside its limits.
     """
     parser, flags = _parser(kind, prog, description, presets)
-    given = _parse(parser, flags, sys.argv[1:] if argv is None else argv)
+    given = _parse(parser, flags, sys.argv[1:] if argv is None else argv, unnamed)
     file = given.pop("config", None)
     given = (_read_toml(Path(file), kind) if file is not None else {}) | given
     preset = given.pop("preset", None)
@@ -89,19 +91,6 @@ def change(start: Config, given: Mapping[str, Any]) -> Config:
     result = dataclasses.replace(typing.cast(Any, start), **given)
     configuration.validate(result)
     return result
-
-
-def with_flags(argv: Sequence[str] | None, *names: str) -> list[str]:
-    """The words, with these flags before values at the beginning that have none: `a b --json` -> `--src=a --other=b`.
-
-    Args:
-        argv: the arguments, without the program's name; default `sys.argv[1:]`.
-        names: the arguments whose flags may be left out, in the order of their values.
-    """
-    words = list(sys.argv[1:] if argv is None else argv)
-    bare = itertools.takewhile(lambda word: not word.startswith("-"), words[: len(names)])
-    flags = [f"--{name}={word}" for name, word in zip(names, bare, strict=False)]
-    return flags + words[len(flags) :]
 
 
 def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
@@ -244,18 +233,22 @@ def _add(group: Any, field: dataclasses.Field, hint: Any, presets: Mapping[str, 
 
 
 def _parse(
-    parser: argparse.ArgumentParser, flags: Mapping[str, argparse.Action], argv: Sequence[str]
+    parser: argparse.ArgumentParser, flags: Mapping[str, argparse.Action], argv: Sequence[str], unnamed: Sequence[str]
 ) -> dict[str, Any]:
     """Parse the words into a value for each field that they give. Raises `UsageError`."""
     try:
-        return vars(parser.parse_args(_marked(argv, flags)))
+        return vars(parser.parse_args(_marked(argv, flags, unnamed)))
     except argparse.ArgumentError as error:
         raise UsageError(error.message) from None
 
 
-def _marked(argv: Sequence[str], flags: Mapping[str, argparse.Action]) -> list[str]:
-    """The words, flags spelled as the parser knows them and values marked. Raises `UsageError` for what is neither."""
+def _marked(argv: Sequence[str], flags: Mapping[str, argparse.Action], unnamed: Sequence[str]) -> list[str]:
+    """The words, flags spelled as the parser knows them and values marked. Raises `UsageError` for what is neither.
+
+    A bare word is the value of the first of the `unnamed` fields that has none yet.
+    """
     words: list[str] = []
+    missing = list(unnamed)
     for word in argv:
         before = flags.get(words[-1]) if words else None  # the flag that this word may be the value of
         wanted = before is not None and before.nargs is None
@@ -267,10 +260,13 @@ def _marked(argv: Sequence[str], flags: Mapping[str, argparse.Action]) -> list[s
             if equals and flags[flag].nargs == 0:
                 raise UsageError(f"{shown(word)}: {typed} takes no value; write {typed} alone")
             words.append(f"{flag}={MARK}{value}" if equals else flag)
+            missing = [name for name in missing if name != flags[flag].dest]
         elif wanted or (before is not None and before.nargs == "?" and word.lower() in (*TRUE, *FALSE, AUTO)):
             words.append(MARK + word)
         elif word.startswith("--"):
             raise UsageError(f"unknown flag {flag[: LONGEST_SHOWN + 2]}{nearest(flag, flags)}")
+        elif missing and not word.startswith("-"):
+            words.append(f"--{missing.pop(0)}={MARK}{word}")
         else:
             raise UsageError(f"{shown(word)} is not a flag; every value follows a flag such as {next(iter(flags))}")
     if words and words[-1] in flags and flags[words[-1]].nargs is None:

@@ -14,9 +14,10 @@ from fastgpt.system import barriers
 def main(argv: Sequence[str] | None = None) -> int:
     config = cli.parse(
         CompareConfig,
-        cli.with_flags(argv, "src", "other"),
+        argv,
         prog="python -m fastgpt.compare",
         description="Compare two models on a text.",
+        unnamed=("src", "other"),
     )
     # Only now, as they import PyTorch, which takes a second that --help and a mistyped flag do not wait for.
     from fastgpt.evaluation import measuring

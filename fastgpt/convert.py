@@ -16,9 +16,10 @@ from fastgpt.config.conversion import ConvertConfig
 def main(argv: Sequence[str] | None = None) -> int:
     config = cli.parse(
         ConvertConfig,
-        cli.with_flags(argv, "src", "dst"),
+        argv,
         prog="python -m fastgpt.convert",
         description="Convert a model to another program's format, or to ours.",
+        unnamed=("src", "dst"),
     )
     # Only now, as it imports PyTorch, which takes a second that --help and a mistyped flag do not wait for.
     from fastgpt.conversion.convert import convert

@@ -15,9 +15,10 @@ from fastgpt.system import barriers
 def main(argv: Sequence[str] | None = None) -> int:
     config = cli.parse(
         EvaluateConfig,
-        cli.with_flags(argv, "src"),
+        argv,
         prog="python -m fastgpt.evaluate",
         description="Measure a model: its loss on a text, or its accuracy in multiple-choice questions.",
+        unnamed=("src",),
     )
     # Only now, as they import PyTorch, which takes a second that --help and a mistyped flag do not wait for.
     from fastgpt.evaluation import measuring

@@ -8,7 +8,6 @@ written.
 """
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,6 +16,7 @@ from fastgpt import cli
 from fastgpt.config.choices import TOKENIZERS
 from fastgpt.config.fields import Settings, option
 from fastgpt.errors import UsageError, shown
+from fastgpt.system.tables import print_rows
 
 if TYPE_CHECKING:
     from fastgpt.data.prepared import Corpus
@@ -44,9 +44,10 @@ class PrepareConfig(Settings):
         group="Or one text, its end to validate on, as training prepares it by itself",
     )
     corpus_file: str | None = option(None, "a local copy of tiny Shakespeare for `dataset` shakespeare", path=True)
-    tokenizer: str = option(
-        "char",
-        "characters (not of documents), UTF-8 bytes, GPT-2's, or a BPE trained here",
+    tokenizer: str | None = option(
+        None,
+        "characters (not of documents), UTF-8 bytes, GPT-2's, or a BPE trained here; where it is not given, gpt2 for "
+        "documents and char for one text",
         choices=TOKENIZERS,
         group="Tokens",
     )
@@ -69,16 +70,14 @@ class PrepareConfig(Settings):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prepare the corpus that the flags name and print a table about it on stdout."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words and not words[0].startswith("-"):
-        words.insert(0, "--source")
     config = cli.parse(
         PrepareConfig,
-        words,
+        argv,
         prog="python -m fastgpt.prepare",
         description="Tokenize text before training: documents, by `python -m fastgpt.prepare SRC`, or one text.",
+        unnamed=("source",),
     )
-    _print_table(_prepare(config))
+    print_rows(_rows(_prepare(config)))
     return 0
 
 
@@ -89,7 +88,7 @@ def _prepare(config: PrepareConfig) -> "Corpus":
     if config.source is None:
         return corpus.prepare(
             config.dataset or "pydocs",
-            tokenizer=config.tokenizer,
+            tokenizer=config.tokenizer or "char",
             vocab_size=config.vocab_size,
             corpus_file=config.corpus_file,
             gpt2_vocab=config.gpt2_vocab,
@@ -98,7 +97,7 @@ def _prepare(config: PrepareConfig) -> "Corpus":
         )
     return document_corpus.prepare(
         config.source,
-        tokenizer=config.tokenizer,
+        tokenizer=config.tokenizer or "gpt2",
         vocab_size=config.vocab_size,
         gpt2_vocab=config.gpt2_vocab,
         text_key=config.text_key,
@@ -108,11 +107,7 @@ def _prepare(config: PrepareConfig) -> "Corpus":
     )
 
 
-def _print_table(prepared: "Corpus") -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
+def _rows(prepared: "Corpus") -> dict[str, str]:
     tokens = prepared.train_tokens + prepared.val_tokens
     rows = {
         "name": prepared.name,
@@ -123,13 +118,7 @@ def _print_table(prepared: "Corpus") -> None:
     }
     if prepared.documents:
         rows["shards"] = f"{len(prepared.train_files):,} train, {len(prepared.val_files):,} val"
-    rows["folder"] = str(prepared.path)
-    table = Table(box=box.SIMPLE, show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows.items():
-        table.add_row(name, value)
-    Console(highlight=False, markup=False).print(table)
+    return rows | {"folder": str(prepared.path)}
 
 
 if __name__ == "__main__":

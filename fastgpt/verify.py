@@ -24,9 +24,10 @@ class VerifyConfig(Settings):
 def main(argv: Sequence[str] | None = None) -> int:
     config = cli.parse(
         VerifyConfig,
-        cli.with_flags(argv, "out_dir"),
+        argv,
         prog="python -m fastgpt.verify",
         description="Check every checkpoint of a run.",
+        unnamed=("out_dir",),
     )
     # Only now, as it imports PyTorch, which takes a second that --help and a mistyped flag do not wait for.
     from fastgpt.checkpoint.verification import verify

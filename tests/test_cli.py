@@ -4,6 +4,7 @@ import ast
 import contextlib
 import io
 import re
+import shlex
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 
 from fastgpt import cli
 from fastgpt.config import fields as configuration
+from fastgpt.config.evaluation import CompareConfig
 from fastgpt.config.generation import GenerateConfig
 from fastgpt.config.training import PRESETS, TrainConfig
 from fastgpt.errors import UsageError
@@ -23,6 +25,11 @@ def parse(*words, kind=TrainConfig, presets=PRESETS, **more):
 
 def generate(*words):
     return parse(*words, kind=GenerateConfig, presets=None)
+
+
+def unnamed(words):
+    kind, names = CompareConfig, ("src", "other")
+    return cli.read(kind, shlex.split(words), prog="program", description="A program.", unnamed=names)[1]
 
 
 def toml(folder, text):
@@ -297,16 +304,40 @@ def test_help_shows_each_flag_in_its_group(kind, groups, capsys):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["a", "b", "--json"], ["--src=a", "--other=b", "--json"]),
-        (["a", "--json", "b"], ["--src=a", "--json", "b"]),
-        (["a", "b", "c"], ["--src=a", "--other=b", "c"]),
-        (["--json", "a"], ["--json", "a"]),
-        (["", "-x"], ["--src=", "-x"]),
-        ([], []),
+        ("a b --json", {"src": "a", "other": "b", "json": True}),
+        ("--json a --dataset d b", {"src": "a", "other": "b", "json": True, "dataset": "d"}),
+        ("--json=false a", {"src": "a", "json": False}),
+        ("--json true a", {"src": "a", "json": True}),
+        ("a --src b", {"src": "b"}),
+        ("--src a b", {"src": "a", "other": "b"}),
+        ("--other=b a", {"src": "a", "other": "b"}),
+        ("--dataset d", {"dataset": "d"}),
+        ("'' -h", None),
+        ("", {}),
     ],
 )
-def test_flags_of_the_first_values_may_be_left_out(words, expected):
-    assert cli.with_flags(words, "src", "other") == expected
+def test_flags_of_some_values_may_be_left_out(words, expected):
+    if expected is None:
+        with pytest.raises(SystemExit):
+            unnamed(words)
+    else:
+        assert unnamed(words) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "saying"),
+    [
+        ("a b c", "'c' is not a flag"),
+        ("a b --json c", "'c' is not a flag"),
+        ("--src a b c", "'c' is not a flag"),
+        ("a -x", "'-x' is not a flag"),
+        ("a --dataset", "--dataset needs a value"),
+        ("a --dataset --json", "--dataset needs a value, and --json is the next flag"),
+    ],
+)
+def test_words_beyond_those_values_are_refused(words, saying):
+    with pytest.raises(UsageError, match=saying):
+        unnamed(words)
 
 
 def test_a_message_names_an_argument_and_stderr_shows_its_flag(capsys):

@@ -20,6 +20,7 @@ QUESTIONS = [
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a text, questions, a run of characters, one with a longer window, and one of bytes."""
     folder = tmp_path_factory.mktemp("evaluate")
+    (folder / "letters.txt").write_text("ABCäöü" * 9, encoding="utf-8")
     (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)), encoding="utf-8")
     for flags in ("", "--block_size 12 --out_dir longer", "--tokenizer byte --out_dir bytes"):
         runs.run_in(folder, f"--eval_iters 0 --max_iters 3 {flags}")
@@ -205,7 +206,7 @@ def test_other_vocabularies_have_bits_per_byte_alone(capsys):
         (evaluate.main, ["out", "--choices=text.txt"], "--choices text.txt, line 1 is not JSON"),
         (evaluate.main, ["out", "--dataset=nowhere"], "--dataset 'nowhere' is no file or folder"),
         (evaluate.main, ["out", "--dataset=text.txt", "--stride=9"], "--stride 9 is above block_size 8"),
-        (evaluate.main, ["out", "--dataset=questions.jsonl"], "the char vocabulary has only"),
+        (evaluate.main, ["out", "--dataset=letters.txt"], "--dataset 'letters.txt': the char vocabulary has only"),
         (evaluate.main, ["nowhere", "--dataset=text.txt"], "nowhere"),
         (evaluate.main, ["out", "more", "--dataset=text.txt"], "'more' is not a flag"),
         (evaluate.main, ["", "--dataset=text.txt"], "--src '' is empty"),

@@ -37,7 +37,8 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         (["nowhere", "--val_share", "1"], "error: --val_share 1.0 must be below 1"),
         (["nowhere", "--jobs", "0"], "error: --jobs 0 must be at least 1"),
         (["nowhere", "--tokenizer", "word"], "error: --tokenizer 'word' is not one of"),
-        (["nowhere"], "error: --tokenizer char has no end-of-text token"),
+        (["nowhere"], "error: --source 'nowhere' is no file or folder"),
+        (["--tokenizer", "char", "docs"], "error: --tokenizer char has no end-of-text token"),
     ],
 )
 def test_words_that_do_not_go_together(words: list[str], message: str, capsys: pytest.CaptureFixture[str]):

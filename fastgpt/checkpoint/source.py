@@ -21,6 +21,7 @@ from fastgpt.errors import CorruptCheckpoint, UsageError, shown
 from fastgpt.interchange import gguf_file, hub, huggingface, nanogpt_weights
 from fastgpt.interchange.foreign import ForeignModel
 from fastgpt.model.facts import count_parameters, parameter_shapes
+from fastgpt.system import json_files
 from fastgpt.system.lazy_tensors import LazyTensors
 from fastgpt.system.units import counted
 from fastgpt.tokenizer import saved
@@ -167,7 +168,7 @@ def _is_huggingface(folder: Path) -> bool:
     config = folder / huggingface.CONFIG
     if not config.exists() or (folder / "latest").exists():
         return any((folder / name).exists() for name in (huggingface.WEIGHTS, huggingface.INDEX, *huggingface.PICKLES))
-    return not isinstance(huggingface.read_object(config).get("config"), dict)
+    return not isinstance(json_files.read_object(config).get("config"), dict)
 
 
 def _open_run(out_dir: Path, checkpoint: str) -> Source:

@@ -21,13 +21,12 @@ import torch
 from fastgpt.config.sources import STEP_NAME
 from fastgpt.errors import CorruptCheckpoint, UsageError
 from fastgpt.model.gpt import GPT
-from fastgpt.system import finite, safetensors_file
+from fastgpt.system import finite, json_files, safetensors_file
 from fastgpt.system.device import synchronize
 from fastgpt.system.files import (
     ASIDE,
     TEMPORARY,
     delete_folder,
-    regular,
     replace_folder,
     sha256,
     sync,
@@ -341,17 +340,7 @@ def check_vocabulary(folder: Path, vocabulary: Tokenizer) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file of a run. Raises `CorruptCheckpoint`."""
-    try:
-        if regular(path).stat().st_size > LARGEST_JSON:
-            raise CorruptCheckpoint(f"{path} is larger than {LARGEST_JSON >> 20} MiB, which no file of a run is")
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CorruptCheckpoint(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        raise CorruptCheckpoint(f"{path} is not JSON: it is truncated or altered") from None
-    if not isinstance(content, dict):
-        raise CorruptCheckpoint(f"{path} holds no JSON object")
-    return content
+    return json_files.read_object(path, LARGEST_JSON, CorruptCheckpoint)
 
 
 def _named_by(pointer: Path) -> Path | None:

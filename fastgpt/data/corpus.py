@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from fastgpt.system.scratch_folder import scratch_folder
 from fastgpt.system.units import counted
 from fastgpt.tokenizer import saved
 from fastgpt.tokenizer.base import Text, Tokenizer
+from fastgpt.tokenizer.char import UnknownCharacters
 from fastgpt.tokenizer.gpt2 import Gpt2Tokenizer
 
 NAMES = ("pydocs", "shakespeare")
@@ -314,8 +316,10 @@ def _write(target: Path, dataset: str, source: Source, statistics: Statistics, v
     train_end = int(TRAIN_SHARE * statistics.characters)
     try:
         with scratch_folder(target) as temporary:
-            train = token_file.write(temporary / "train.bin", sources.span(source.texts(), 0, train_end), vocabulary)
-            val = token_file.write(temporary / "val.bin", sources.span(source.texts(), train_end), vocabulary)
+            splits = sources.span(source.texts(), 0, train_end), sources.span(source.texts(), train_end)
+            with encoding(dataset):
+                train = token_file.write(temporary / "train.bin", splits[0], vocabulary)
+                val = token_file.write(temporary / "val.bin", splits[1], vocabulary)
             if train["bytes"] + val["bytes"] != statistics.bytes:
                 raise UsageError(f"`dataset` {shown(dataset)} changed while it was read; run again when it is complete")
             meta = {
@@ -337,6 +341,16 @@ def _write(target: Path, dataset: str, source: Source, statistics: Statistics, v
             f"`data_dir` {target.parent}: cannot write {target.name}: {error.strerror}; name another"
         ) from None
     return load(target)
+
+
+@contextmanager
+def encoding(dataset: str) -> Iterator[None]:
+    """Name the dataset, and a way out for it, in the error of a vocabulary that lacks characters of its text."""
+    try:
+        yield
+    except UnknownCharacters as error:
+        advice = error.normalization or "leave those out, or name another text or model"
+        raise UsageError(f"`dataset` {shown(dataset)}: {error.lack}; {advice}") from None
 
 
 def publish(temporary: Path, target: Path, sha256: str, vocabulary: Tokenizer) -> None:

@@ -208,19 +208,16 @@ def _unfinished(target: Path) -> Iterator[Path]:
         OSError: it cannot be made.
     """
     parent, folder = target.parent, _unfinished_folder(target)
-    is_new = not parent.exists()
-    (folder / "corpus").mkdir(parents=True, exist_ok=True)
     try:
-        with lock.held(folder / ".lock"):
-            try:
-                yield folder
-            except UsageError:
+        with files.parents_of(folder):
+            (folder / "corpus").mkdir(parents=True, exist_ok=True)
+            with lock.held(folder / ".lock"):
+                try:
+                    yield folder
+                except UsageError:
+                    shutil.rmtree(folder)
+                    raise
                 shutil.rmtree(folder)
-                if is_new:
-                    with suppress(OSError):  # something else was put there meanwhile
-                        parent.rmdir()
-                raise
-            shutil.rmtree(folder)
     except lock.Locked as error:
         raise UsageError(
             f"`data_dir` {parent}: process {error.owner} is preparing {target.name} there; wait for it, or stop it"

@@ -1,17 +1,16 @@
 """Reads texts from a range of a .jsonl file: of the lines that begin in it, which are JSON objects."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from fastgpt.errors import UsageError, shown
+from fastgpt.system.json_files import kind_of, parse_object
 from fastgpt.system.text_encoding import advice
 from fastgpt.tokenizer.base import encoded
 
 READ_BYTES = 1 << 20
 BOM = b"\xef\xbb\xbf"
-NAMES = {dict: "an object", list: "a list", str: "text", float: "a number", bool: "true or false", type(None): "null"}
 
 
 def texts(path: Path, start: int, stop: int, text_key: str) -> Iterator[str]:
@@ -43,27 +42,18 @@ def texts(path: Path, start: int, stop: int, text_key: str) -> Iterator[str]:
 def _text(line: bytes, text_key: str) -> str:
     """The text of a line. Raises `ValueError`, whose message continues the line's name."""
     try:
-        fields = json.loads(line.decode("utf-8"), parse_int=float)  # Python refuses an int of thousands of digits
+        content = line.decode("utf-8")
     except UnicodeDecodeError as error:
         place = f"byte {error.start:,} of the line (0x{line[error.start]:02x})"
         raise ValueError(f"is not UTF-8: {error.reason} at {place}; {advice(line)}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"is not JSON: {error.msg} at column {error.colno:,}") from None
-    except RecursionError:
-        raise ValueError("is nested too deep") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f'is {_kind(fields)}, not an object; each line is to be one, such as {{"{text_key}": "..."}}')
+    fields = parse_object(content, f'; each line is to be one, such as {{"{text_key}": "..."}}')
     if text_key not in fields:
         raise ValueError(f"has no {text_key!r}, only {shown(list(fields))}; name the key of the text by `text_key`")
     text = fields[text_key]
     if not isinstance(text, str):
-        raise ValueError(f"has {_kind(text)} under {text_key!r}, not text; name the key of the text by `text_key`")
+        raise ValueError(f"has {kind_of(text)} under {text_key!r}, not text; name the key of the text by `text_key`")
     encoded(text, name=f"has text under {text_key!r} that")
     return text
-
-
-def _kind(value: Any) -> str:
-    return NAMES[type(value)]
 
 
 def _line_number(file: BinaryIO, position: int) -> int:

@@ -18,9 +18,9 @@ from fastgpt.data import token_file
 from fastgpt.data.sharded_tokens import ShardedTokens, holds_shards
 from fastgpt.errors import UsageError
 from fastgpt.interchange import nanogpt_vocabulary
-from fastgpt.system import cpus
+from fastgpt.system import cpus, json_files
 from fastgpt.system.units import format_seconds
-from fastgpt.tokenizer import base, saved
+from fastgpt.tokenizer import saved
 from fastgpt.tokenizer.base import Tokenizer
 from fastgpt.tokenizer.gpt2 import Gpt2Tokenizer
 
@@ -150,7 +150,7 @@ def _warn_of_stale_val(path: Path) -> None:
 
 def _load_ours(path: Path) -> Corpus:
     try:
-        meta = base.read_json(path / "meta.json")
+        meta = json_files.read(path / "meta.json")
         if meta["format"] not in (FORMAT, DOCUMENTS_FORMAT):
             raise ValueError(f"its format is {meta['format']!r}, this fastgpt reads {FORMAT} and {DOCUMENTS_FORMAT}")
         documents = meta["format"] == DOCUMENTS_FORMAT

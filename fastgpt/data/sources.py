@@ -16,6 +16,7 @@ from typing import Protocol
 
 from fastgpt.data.sharded_tokens import holds_shards
 from fastgpt.errors import UsageError
+from fastgpt.system.bars import MB, bar
 from fastgpt.system.caches import cache_dir
 from fastgpt.system.files import sha256, write_atomic
 from fastgpt.system.text_encoding import advice, without_bom
@@ -134,6 +135,7 @@ def text_files(path: Path, skip: Path | None = None, *, as_before: bool = False)
     """
     name = path.resolve().stem if path.is_file() else path.resolve().name
     if path.is_file():
+        _check_text(path)
         return TextFiles(name, (path,), keep_bom=as_before)
     if not path.is_dir():
         raise UsageError(f"`dataset` {path} is neither a regular file nor a folder; give the text's own path")
@@ -148,6 +150,15 @@ def text_files(path: Path, skip: Path | None = None, *, as_before: bool = False)
             f"`dataset` {path}: the folder holds no text file; hidden files are not read, name them by `dataset`"
         )
     return TextFiles(name, tuple(found), keep_bom=as_before)
+
+
+def _check_text(path: Path) -> None:
+    """Raise `UsageError` for a file of documents that is no text, and say on stderr that the lines of one are JSON."""
+    way_out = f"prepare its documents first, by: python -m fastgpt.prepare {path}"
+    if path.suffix.lower() == ".parquet":
+        raise UsageError(f"`dataset` {path} is a Parquet file, no text; {way_out}")
+    if path.suffix.lower() == ".jsonl":
+        print(f"warning: `dataset` {path} is read as plain text, its JSON included; {way_out}", file=sys.stderr)
 
 
 def files_below(root: Path, skip: Path | None, as_before: bool = False) -> Iterator[Path]:
@@ -274,20 +285,16 @@ def _download(path: Path, quiet: bool) -> None:
     import urllib.error
     import urllib.request
 
-    from rich.console import Console
-    from rich.progress import Progress
-
     ways_out = f"pass `corpus_file` PATH, put the file at {path}, or use `dataset` pydocs"
     data = bytearray()
     try:
         with (
             urllib.request.urlopen(SHAKESPEARE_URL, timeout=TIMEOUT_SECONDS) as response,
-            Progress(console=Console(stderr=True), disable=quiet) as progress,
+            bar("tiny Shakespeare", SHAKESPEARE_BYTES, MB, quiet=quiet) as advance,
         ):
-            task = progress.add_task("tiny Shakespeare", total=SHAKESPEARE_BYTES)
             while len(data) <= SHAKESPEARE_BYTES and (block := response.read(1 << 16)):
                 data += block
-                progress.advance(task, len(block))
+                advance(len(block))
     except (OSError, http.client.HTTPException) as error:  # URLError, HTTPError and timeouts are OSErrors
         reason = error.reason if type(error) is urllib.error.URLError else error
         raise UsageError(f"`dataset` shakespeare cannot be downloaded ({reason}); {ways_out}") from None

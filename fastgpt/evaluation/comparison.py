@@ -12,10 +12,11 @@ from fastgpt.data import packing
 from fastgpt.data.loader import IGNORED
 from fastgpt.data.prepared import Tokens
 from fastgpt.errors import RunFailed
-from fastgpt.evaluation.sliding_window import Advance, Windows
+from fastgpt.evaluation.sliding_window import Windows
 from fastgpt.evaluation.token_scores import chunks
 from fastgpt.model.gpt import GPT
 from fastgpt.system import out_of_memory
+from fastgpt.system.bars import Advance
 
 MOST_DIFFERENT = 20
 SMALLER = 4  # times fewer tokens in a part than for losses alone: some ten tensors of their logits' size are held

@@ -18,11 +18,11 @@ from typing import NamedTuple
 import torch
 
 from fastgpt.errors import RunFailed, UsageError
-from fastgpt.evaluation.sliding_window import Advance
 from fastgpt.evaluation.token_scores import token_scores
 from fastgpt.model.gpt import GPT
 from fastgpt.model.kv_cache import DenseCache
 from fastgpt.system import out_of_memory
+from fastgpt.system.bars import Advance
 from fastgpt.system.device import send
 from fastgpt.system.units import counted
 from fastgpt.tokenizer.base import Tokenizer

@@ -11,10 +11,10 @@ from fastgpt.data.prepared import Tokens
 from fastgpt.data.splits import Dataset
 from fastgpt.errors import UsageError
 from fastgpt.evaluation import comparison, questions, report, sliding_window
-from fastgpt.evaluation.progress_line import progress_line
 from fastgpt.evaluation.sliding_window import Measurement, predicted_bytes
 from fastgpt.model.gpt import GPT
 from fastgpt.system import contention, threads
+from fastgpt.system.bars import bar
 from fastgpt.system.units import counted
 from fastgpt.tokenizer.base import Tokenizer
 
@@ -91,7 +91,7 @@ def _measured(config: MeasureConfig, opened: Opened, title: str) -> Measurement:
     """The loss of a model on the text."""
     model, tokenizer = opened.model, opened.tokenizer
     tokens = _tokens(config, tokenizer)
-    with progress_line(title, len(tokens) - 1, "tokens") as advance:
+    with bar(title, len(tokens) - 1, "tokens") as advance:
         return sliding_window.measure(
             model,
             tokenizer,
@@ -116,7 +116,7 @@ def _on_text(config: EvaluateConfig, load: Opener) -> int:
 def _on_questions(config: EvaluateConfig, load: Opener) -> int:
     asked = questions.read(config.choices or "")
     opened = _open(config.src, config, load)
-    with progress_line("evaluate", sum(len(question.choices) for question in asked), "choices") as advance:
+    with bar("evaluate", sum(len(question.choices) for question in asked), "choices") as advance:
         found = questions.answer(
             opened.model,
             opened.tokenizer,
@@ -137,7 +137,7 @@ def _by_distributions(config: CompareConfig, names: Sequence[str], opened: Seque
     """Compare two models with one vocabulary."""
     tokenizer = opened[0].tokenizer
     tokens = _tokens(config, tokenizer)
-    with progress_line("compare", len(tokens) - 1, "tokens") as advance:
+    with bar("compare", len(tokens) - 1, "tokens") as advance:
         found = comparison.compare(
             opened[0].model,
             opened[1].model,

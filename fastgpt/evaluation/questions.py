@@ -8,7 +8,6 @@ Scores are those of EleutherAI's lm-evaluation-harness: `acc` takes the choice w
 equal ones, the first is taken.
 """
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,9 +16,10 @@ from typing import Any
 
 from fastgpt.errors import UsageError
 from fastgpt.evaluation.likelihood import Request, encode_pair, is_cut, log_likelihoods
-from fastgpt.evaluation.sliding_window import Advance
 from fastgpt.model.gpt import GPT
+from fastgpt.system.bars import Advance
 from fastgpt.system.files import decode_utf8
+from fastgpt.system.json_files import parse_object
 from fastgpt.system.units import counted
 from fastgpt.tokenizer.base import Tokenizer, check_unicode
 
@@ -89,11 +89,9 @@ def read(name: str) -> list[Question]:
 
 def _question(where: str, line: str) -> Question:
     try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{where} is not JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise UsageError(f"{where} is not an object with {', '.join(KEYS[0])}")
+        fields = parse_object(line, f" with {', '.join(KEYS[0])}")
+    except ValueError as error:
+        raise UsageError(f"{where} {error}") from None
     names = KEYS[1] if KEYS[1][0] in fields and KEYS[0][0] not in fields else KEYS[0]
     if missing := [name for name in names if name not in fields]:
         raise UsageError(f"{where} has no {missing[0]!r}; a question has {', '.join(names)}")

@@ -9,7 +9,7 @@ this is also how the val loss of a training run is computed.
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,12 +22,12 @@ from fastgpt.errors import RunFailed, UsageError
 from fastgpt.evaluation.token_scores import token_losses
 from fastgpt.model.gpt import GPT
 from fastgpt.system import out_of_memory
+from fastgpt.system.bars import Advance
 from fastgpt.system.device import send
 from fastgpt.tokenizer.base import Tokenizer
 
 COUNTED = 1 << 20  # tokens whose bytes are counted at a time
 BATCH_TOKENS = 8192  # in a batch of windows, where the number of windows is not given
-Advance = Callable[[int], None]  # is called with the number of tokens or requests that were done since the last call
 
 
 @dataclass(frozen=True)

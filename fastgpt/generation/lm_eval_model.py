@@ -15,9 +15,9 @@ from lm_eval.api.registry import register_model  # pyright: ignore[reportMissing
 from fastgpt.config.generation import SamplingParams
 from fastgpt.errors import RunFailed, UsageError, nearest, shown
 from fastgpt.evaluation.likelihood import BATCH_SIZE, Likelihood, Request, encode_pair, log_likelihoods
-from fastgpt.evaluation.progress_line import progress_line
 from fastgpt.generation.load import load
 from fastgpt.generation.settings import sampling
+from fastgpt.system.bars import bar
 
 NAME = "fastgpt"
 DEFAULT_DEVICE = "cuda:0"  # of lm_eval, whether or not there is one
@@ -117,7 +117,7 @@ class HarnessModel(LM):
             ids = self.tokenizer.encode(context).tolist() or [self.tokenizer.start_token]
             prompts.append(ids[-(self.block_size - params[-1].max_new_tokens) :])
         engine, texts = self.generator.engine(max_batch=self.max_batch), [""] * len(requests)
-        with progress_line("generate", len(requests), "answers") as advance:
+        with bar("generate", len(requests), "answers") as advance:
             for piece in engine.stream(prompts, params):
                 if piece.completion is not None:
                     if piece.completion.error is not None:
@@ -129,7 +129,7 @@ class HarnessModel(LM):
         return texts
 
     def _likelihoods(self, requests: Sequence[Request]) -> list[Likelihood]:
-        with progress_line("likelihoods", len(requests), "requests") as advance:
+        with bar("likelihoods", len(requests), "requests") as advance:
             return log_likelihoods(self.model, requests, batch_size=self.max_batch, advance=advance)
 
     def _windows(self, text: str) -> list[Request]:

@@ -5,7 +5,6 @@ of `SamplingParams` that is to differ from the command line's; blank lines are s
 in `fastgpt.generation.answers`.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from fastgpt.errors import UsageError, UsageErrors, shown
 from fastgpt.generation.answers import Job
 from fastgpt.generation.settings import sampling
 from fastgpt.system.files import decode_utf8
+from fastgpt.system.json_files import parse_object
 from fastgpt.tokenizer.base import check_unicode
 
 MOST_ERRORS = 50  # lines of a file that are reported as wrong
@@ -71,12 +71,13 @@ def _read_objects(name: str, lines: Sequence[str], defaults: SamplingParams) -> 
 
 
 def _read_object(where: str, line: str, defaults: SamplingParams) -> Job:
+    wanted = ' with either "prompt" or "tokens"'
     try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{where} is not JSON: {error}") from None
-    if not isinstance(fields, dict) or ("prompt" in fields) == ("tokens" in fields):
-        raise UsageError(f'{where} is not an object with either "prompt" or "tokens"')
+        fields = parse_object(line, wanted)
+    except ValueError as error:
+        raise UsageError(f"{where} {error}") from None
+    if ("prompt" in fields) == ("tokens" in fields):
+        raise UsageError(f"{where} is not an object{wanted}")
     if "prompt" in fields:
         prompt = fields.pop("prompt")
         fits = isinstance(prompt, str)

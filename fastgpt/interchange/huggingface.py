@@ -16,9 +16,8 @@ from fastgpt.config.model import ModelConfig
 from fastgpt.errors import UsageError, shown
 from fastgpt.interchange import huggingface_tokenizer
 from fastgpt.interchange.foreign import MASKS, ForeignModel, checked, shape_of
-from fastgpt.system import safetensors_file
+from fastgpt.system import json_files, safetensors_file
 from fastgpt.system.lazy_tensors import LazyTensors
-from fastgpt.tokenizer.base import read_json
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -47,7 +46,7 @@ def load(folder: Path) -> ForeignModel:
 
 def read_settings(folder: Path) -> dict[str, Any]:
     """The content of config.json. Raises `UsageError` if it is not that of a GPT-2."""
-    settings = read_object(folder / CONFIG)
+    settings = json_files.read_object(folder / CONFIG)
     if settings.get("model_type") != MODEL_TYPE:
         found = shown(settings.get("model_type"))
         raise UsageError(f"{folder / CONFIG}: model_type {found} is not supported; only {MODEL_TYPE} is")
@@ -57,19 +56,6 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if settings.get("quantization_config") is not None:
         raise UsageError(f"{folder / CONFIG}: quantization_config is not supported; save the model unquantized")
     return settings
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of at most 64 MiB. Raises `UsageError`."""
-    try:
-        content = read_json(path)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise UsageError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UsageError(f"{path} holds no JSON object")
-    return content
 
 
 def _shape(folder: Path, settings: Mapping[str, Any]) -> ModelConfig:
@@ -142,7 +128,7 @@ def _files(folder: Path) -> dict[str, LazyTensors]:
 
 
 def _shards(folder: Path) -> list[str]:
-    weight_map = read_object(folder / INDEX).get("weight_map")
+    weight_map = json_files.read_object(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UsageError(f"{folder / INDEX} has no weight_map")
     names = sorted(set(map(str, weight_map.values())))

@@ -13,7 +13,8 @@ from typing import Any
 
 from fastgpt.errors import UsageError, shown
 from fastgpt.interchange.byte_level import BYTES, library_description, tokenizer_of
-from fastgpt.tokenizer.base import ENDOFTEXT, Tokenizer, read_json
+from fastgpt.system import json_files
+from fastgpt.tokenizer.base import ENDOFTEXT, Tokenizer
 from fastgpt.tokenizer.bpe import BpeTokenizer
 from fastgpt.tokenizer.byte import ByteTokenizer
 from fastgpt.tokenizer.byte_pairs import spelling_of
@@ -41,7 +42,7 @@ def load(folder: Path, settings: Mapping[str, Any]) -> Tokenizer | None:
     end, start = (token if type(token) is int else None for token in (end, start))
     try:
         if path.name == TOKENIZER:
-            return from_library(read_json(path), end, start)
+            return from_library(json_files.read(path), end, start)
         return _from_vocabulary(folder, end, start)
     except OSError as error:
         raise UsageError(f"{error.filename or path} cannot be read: {error.strerror}") from None
@@ -97,10 +98,10 @@ def _characters(content: Mapping[str, Any], special: Mapping[str, int], start: i
 
 def _from_vocabulary(folder: Path, end: int | None, start: int | None) -> Tokenizer:
     """The byte-level BPE of vocab.json and merges.txt, and the tokens that added_tokens.json names."""
-    vocab = read_json(folder / VOCAB)
+    vocab = json_files.read(folder / VOCAB)
     lines = (folder / MERGES).read_text(encoding="utf-8").splitlines()
     merges = [_pair(line) for line in lines if line and not line.startswith("#version")]
-    special = read_json(folder / ADDED) if (folder / ADDED).exists() else {}
+    special = json_files.read(folder / ADDED) if (folder / ADDED).exists() else {}
     special |= {name: id for name, id in vocab.items() if name == ENDOFTEXT or id == end}
     return tokenizer_of(vocab, merges, special, end, start)
 

@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypedDict
 
@@ -49,6 +49,25 @@ def stamp(path: Path) -> tuple[int, int, int]:
 def absolute(path: Path) -> str:
     """The absolute path. Links stay, unless the path holds `..`, which after a link leads elsewhere."""
     return str(path.resolve() if ".." in path.parts else path.absolute())
+
+
+@contextmanager
+def parents_of(path: Path) -> Iterator[None]:
+    """Make the folders above a path. If the block raises, those that were made here and are empty are removed.
+
+    Raises:
+        OSError: they cannot be made.
+    """
+    missing = [folder for folder in path.parents if not folder.exists()]
+    try:
+        for folder in reversed(missing):
+            folder.mkdir(exist_ok=True)
+        yield
+    except BaseException:
+        for folder in missing:
+            with suppress(OSError):  # something was put there
+                folder.rmdir()
+        raise
 
 
 def temporary_sibling(path: Path, purpose: str = "") -> Path:

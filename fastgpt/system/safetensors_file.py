@@ -49,7 +49,7 @@ def read(path: Path) -> LazyTensors:
         with safe_open(regular(path), framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no dict
     except (OSError, SafetensorError) as error:
-        raise CorruptCheckpoint(f"{path} cannot be read: {error}") from None
+        raise _unreadable(path, error) from None
 
     def tensor(name: str) -> torch.Tensor:
         try:
@@ -58,7 +58,12 @@ def read(path: Path) -> LazyTensors:
             if stamp(path) == read_from:
                 return found
         except (OSError, SafetensorError) as error:
-            raise CorruptCheckpoint(f"{path} cannot be read: {error}") from None
+            raise _unreadable(path, error) from None
         raise CorruptCheckpoint(f"{path} was replaced while it was read; try again")
 
     return LazyTensors(shapes, tensor)
+
+
+def _unreadable(path: Path, error: Exception) -> CorruptCheckpoint:
+    reason = getattr(error, "strerror", None) or str(error).removesuffix(f": {path}")
+    return CorruptCheckpoint(f"{path} cannot be read: {reason}")

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from fastgpt.system import lock
+from fastgpt.system.files import parents_of
 
 SUFFIX, LOCK = ".scratch", ".lock"
 
@@ -15,15 +16,16 @@ SUFFIX, LOCK = ".scratch", ".lock"
 def scratch_folder(target: Path) -> Iterator[Path]:
     """A new folder beside `target`. At the end of the block it is deleted, unless it was renamed to `target`.
 
+    If the block raises, the folders above it that were made for it are removed too.
+
     Files and folders whose names begin with its name belong to it. A lock beside it shows that its process is alive.
 
     Raises:
         OSError: it cannot be made.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for path in target.parent.glob(f".*{SUFFIX}{LOCK}"):
-        _delete_if_left(path)
-    with ExitStack() as stack:
+    with parents_of(target), ExitStack() as stack:
+        for path in target.parent.glob(f".*{SUFFIX}{LOCK}"):
+            _delete_if_left(path)
         while True:
             folder = target.with_name(f".{target.name}.{secrets.token_hex(4)}{SUFFIX}")
             stack.callback(_delete, folder)

@@ -17,11 +17,10 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from fastgpt.errors import UsageError
-from fastgpt.system.files import regular, write_atomic
+from fastgpt.system.files import write_atomic
 from fastgpt.system.units import counted
 
 ENDOFTEXT = "<|endoftext|>"
-LARGEST_JSON = 64 << 20  # bytes; GPT-2's vocabulary takes less than 1 MiB
 
 
 @dataclass(frozen=True)
@@ -184,23 +183,6 @@ def has_end(description: dict[str, Any]) -> bool:
     if type(ends) is not bool:
         raise ValueError(f"end_of_text {ends!r:.20} is neither true nor false")
     return ends
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file that describes a vocabulary, which is at most 64 MiB large.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is larger, or no JSON.
-    """
-    with regular(path).open("rb") as file:
-        data = file.read(LARGEST_JSON + 1)
-    if len(data) > LARGEST_JSON:
-        raise ValueError(f"it is larger than {LARGEST_JSON >> 20} MiB")
-    try:
-        return json.loads(data)
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
 
 
 def check_unicode(text: str, name: str) -> str:

@@ -11,6 +11,20 @@ from fastgpt.system.units import counted
 from fastgpt.tokenizer.base import Text, Tokenizer, encoded
 
 
+class UnknownCharacters(UsageError):
+    """A text has characters that the vocabulary lacks.
+
+    Attributes:
+        lack: the part of the message that names them.
+        normalization: advice that would help, or "".
+    """
+
+    def __init__(self, lack: str, normalization: str):
+        advice = normalization or "leave those out, or train with `tokenizer` byte, gpt2 or bpe"
+        super().__init__(f"{lack}; {advice}")
+        self.lack, self.normalization = lack, normalization
+
+
 class CharTokenizer(Tokenizer):
     """One token per character; id i is `chars[i]`. Raises ValueError if `chars` is empty or repeats one."""
 
@@ -42,10 +56,9 @@ class CharTokenizer(Tokenizer):
         if unknown:
             named = ", ".join(f"{char!r} (U+{ord(char):04X})" for char in unknown[:5])
             more = f" and {len(unknown) - 5:,} more" if len(unknown) > 5 else ""
-            way_out = self._normalization(text, unknown)
-            raise UsageError(
-                f"the char vocabulary has only {counted(self.vocab_size, 'character')} and lacks {named}{more}; "
-                f"{way_out or 'leave those out, or train with `tokenizer` byte, gpt2 or bpe'}"
+            raise UnknownCharacters(
+                f"the char vocabulary has only {counted(self.vocab_size, 'character')} and lacks {named}{more}",
+                self._normalization(text, unknown),
             )
         return ids
 

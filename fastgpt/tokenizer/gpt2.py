@@ -9,8 +9,9 @@ from typing import Any, Self
 import numpy as np
 
 from fastgpt.errors import UsageError
+from fastgpt.system import json_files
 from fastgpt.system.caches import cache_dir
-from fastgpt.tokenizer.base import ENDOFTEXT, Text, Tokenizer, encoded, read_json
+from fastgpt.tokenizer.base import ENDOFTEXT, Text, Tokenizer, encoded
 from fastgpt.tokenizer.byte_pairs import GPT2_PATTERN, bytes_of, pieces
 
 GPT2_MERGES = 50_000
@@ -101,7 +102,7 @@ def _find_gpt2_files(gpt2_vocab: str | Path | None) -> Path:
 def _read_gpt2_ranks(folder: Path) -> list[bytes]:
     """Tokens 0 .. 50255 by encoder.json, checked against vocab.bpe: merge i must be token 256 + i."""
     try:
-        ids = read_json(folder / "encoder.json")
+        ids = json_files.read(folder / "encoder.json")
         lines = (folder / "vocab.bpe").read_text(encoding="utf-8").splitlines()
         merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
         spelled = {id: token for token, id in ids.items()}

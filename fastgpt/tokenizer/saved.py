@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from fastgpt.errors import UsageError
-from fastgpt.tokenizer.base import Tokenizer, read_json
+from fastgpt.system import json_files
+from fastgpt.tokenizer.base import Tokenizer
 from fastgpt.tokenizer.bpe import BpeTokenizer
 from fastgpt.tokenizer.byte import ByteTokenizer
 from fastgpt.tokenizer.char import CharTokenizer
@@ -36,7 +37,7 @@ def from_json(description: dict[str, Any]) -> Tokenizer:
 def load(path: str | Path) -> Tokenizer:
     """The tokenizer that `save` wrote. Raises `UsageError`, naming the file, if it is missing or corrupt."""
     try:
-        return from_json(read_json(Path(path)))
+        return from_json(json_files.read(Path(path)))
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}; a run's folder holds its tokenizer.json") from None
     except UsageError as error:

@@ -25,6 +25,7 @@ from fastgpt.model.gpt import GPT
 from fastgpt.ops import autotune
 from fastgpt.system import out_of_memory, threads
 from fastgpt.system.device import describe, free_memory, peak_flops, seed
+from fastgpt.system.tables import print_rows
 from fastgpt.system.units import counted, format_bytes, format_duration
 from fastgpt.training.measurement import Measurement, Stand
 from fastgpt.training.setup import Machine, choose_machine
@@ -49,7 +50,7 @@ def dry_run(config: TrainConfig) -> None:
         with out_of_memory.caught() as shortage:
             step = _step(config, machine, packing.end_token(config, found) if isinstance(found, Corpus) else None)
             measured = Stand(step, functools.partial(print, file=sys.stderr), machine.threads).measure()
-            _print_table(_rows(config, machine, step.model, found, measured, free))
+            print_rows(_rows(config, machine, step.model, found, measured, free))
     if shortage.reason is not None:
         raise UsageError(_too_large(config, shortage.reason))
     try:
@@ -196,19 +197,3 @@ def _time_rows(config: TrainConfig, machine: Machine, model: GPT, measured: Meas
         + (f", MFU {flops * speed / peak:.1%}" if peak else ""),
         "time": time,
     }
-
-
-def _print_table(rows: Mapping[str, str]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE, show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows.items():
-        table.add_row(name, value)
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console.width = 1 + sum(max(map(len, column)) + 3 for column in (rows, rows.values()))  # a row is a line
-    console.print(table)

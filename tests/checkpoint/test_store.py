@@ -310,6 +310,19 @@ def test_the_library_reads_and_writes_the_same_tensors(tmp_path: Path):
     assert all(torch.equal(theirs[name], tensor) for name, tensor in tensors.items())
 
 
+def test_tensors_that_cannot_be_read_are_named_once(tmp_path: Path):
+    path = tmp_path / "tensors"
+    with pytest.raises(CorruptCheckpoint) as error:
+        safetensors_file.read(path)
+    assert str(error.value) == f"{path} cannot be read: No such file or directory"
+    save_file({"a": torch.zeros(2)}, path)
+    tensors = safetensors_file.read(path)
+    path.unlink()
+    with pytest.raises(CorruptCheckpoint) as error:
+        tensors["a"]
+    assert str(error.value) == f"{path} cannot be read: No such file or directory"
+
+
 def test_steps_are_found_by_name_and_unknown_ones_listed(step_dir: Path):
     run = step_dir.parent
     assert store.find(run, "latest") == store.find(run, "step-000002") == step_dir

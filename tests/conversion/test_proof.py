@@ -85,6 +85,7 @@ class TestProof:
 
         monkeypatch.setattr(proof, "prove", fail)
         assert "it computes other logits" in refusal(capsys, "hf new --format huggingface --overwrite", code=1)
+        assert "it computes other logits" in refusal(capsys, "--format huggingface hf an/other/new", code=1)
 
     @pytest.mark.parametrize(
         ("scale", "dtype", "passes"),

@@ -171,7 +171,7 @@ class TestReuse:
         monkeypatch.setattr(corpus, "publish", stopped)
         with pytest.raises(KeyboardInterrupt):
             prepare(text_file, tmp_path)
-        assert list((tmp_path / "data").iterdir()) == []
+        assert list(tmp_path.iterdir()) == [text_file]
 
     def test_two_processes_at_once(self, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         publish = corpus.publish

@@ -289,6 +289,13 @@ class TestRefused:
         assert not (tmp_path / "data").exists()
         return str(error.value)
 
+    def test_no_folder_above_is_left(self, source: Path, tmp_path: Path):
+        (source / "c.jsonl").write_text("[1, 2]\n")
+        (tmp_path / "data").mkdir()
+        with pytest.raises(UsageError, match="is a list"):
+            prepare(source, tmp_path, data_dir=str(tmp_path / "data" / "is" / "deep"))
+        assert list((tmp_path / "data").iterdir()) == []
+
     def test_a_line_that_is_no_object(self, source: Path, tmp_path: Path):
         with (source / "c.jsonl").open("a") as file:
             file.write("[1, 2]\n")

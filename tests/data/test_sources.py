@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastgpt.data import corpus, sources
+from fastgpt.errors import UsageError
 from tests.helpers.corpora import TEXT, needs_bpe, needs_gpt2, prepare, refused, text_of
 
 
@@ -199,3 +200,23 @@ class TestDownload:
             address = f"http://127.0.0.1:{silent.getsockname()[1]}/input.txt"
             monkeypatch.setattr(sources, "SHAKESPEARE_URL", address)
             assert "timed out" in refused("shakespeare", tmp_path)
+
+
+class TestDocuments:
+    """Files of documents that are named as one text."""
+
+    def test_json_lines_are_read_as_text_and_this_is_said(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+        path = tmp_path / "a.jsonl"
+        path.write_text(content := '{"text": "a"}\n')
+        assert "".join(filter(None, sources.text_files(path).texts())) == content
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1)
+        assert err == (
+            f"warning: `dataset` {path} is read as plain text, its JSON included; prepare its documents first, by: "
+            f"python -m fastgpt.prepare {path}\n"
+        )
+
+    def test_parquet_is_refused(self, tmp_path: Path):
+        (path := tmp_path / "a.parquet").write_bytes(b"PAR1")
+        with pytest.raises(UsageError, match=r"a\.parquet is a Parquet file, no text; prepare its documents first"):
+            sources.text_files(path)

@@ -82,7 +82,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, text: Path):
     corpus = prepare(text, tmp_path)
     with pytest.raises(UsageError, match=r"prepared with another vocabulary .*char.* than the model's .*byte, 256"):
         Dataset(str(corpus.path)).tokens(ByteTokenizer())
-    with pytest.raises(UsageError, match="the char vocabulary has only 2 characters and lacks"):
+    with pytest.raises(UsageError, match=r"`dataset` '.*': the char vocabulary has only 2 characters and lacks"):
         Dataset(str(text)).tokens(CharTokenizer("\nF"))
     with pytest.raises(UsageError, match="is no file or folder and no known name"):
         Dataset(str(tmp_path / "nowhere")).tokens(ByteTokenizer())

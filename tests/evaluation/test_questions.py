@@ -90,7 +90,7 @@ GOOD = {"context": "a", "choices": ["b", "c"], "answer": 0}
     [
         ("{", "is not JSON"),
         ("[" * 100_000, "is not JSON"),
-        ("[1]", "is not an object with context, choices, answer"),
+        ("[1]", "is a list, not an object with context, choices, answer"),
         ({"choices": ["a", "b"], "answer": 0}, "has no 'context'; a question has context, choices, answer"),
         ({"ctx": "a", "endings": ["a", "b"]}, "has no 'label'; a question has ctx, endings, label"),
         (GOOD | {"context": 3}, "context 3 is not text"),
@@ -101,6 +101,7 @@ GOOD = {"context": "a", "choices": ["b", "c"], "answer": 0}
         (GOOD | {"answer": 2}, "answer 2 is not the place of a choice, 0 to 1"),
         (GOOD | {"answer": -1}, "answer -1 is not"),
         (GOOD | {"answer": True}, "answer True is not"),
+        ('{"context": "a", "choices": ["b", "c"], "answer": %s}' % ("1" * 5000), "answer inf is not the place"),
         (GOOD | {"answer": "b"}, "answer 'b' is not"),
         (GOOD | {"answer": "9" * 5000}, "is not the place"),
     ],

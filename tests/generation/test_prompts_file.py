@@ -95,6 +95,8 @@ def test_a_line_of_json_may_have_settings_of_its_own(tmp_path: Path):
         ('{"prompt": 7}', ["prompt must be text", "not 7"]),
         ('{"prompt": null}', ["prompt must be text", "not None"]),
         ('{"tokens": [1, "a"]}', ["tokens a list of token ids"]),
+        ('{"tokens": [%s]}' % ("1" * 5000), ["tokens a list of token ids"]),
+        ('{"prompt": "a", "seed": %s}' % ("1" * 5000), ["--seed inf is not of type int"]),
         ('{"tokens": [1.0]}', ["tokens a list of token ids"]),
         ('{"tokens": [true]}', ["tokens a list of token ids"]),
         ('{"prompt": "a", "temprature": 1}', ["unknown setting 'temprature'", "did you mean temperature?"]),

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,34 @@ def test_text_and_bytes_are_written_as_they_are(tmp_path: Path, content: str | b
         write_atomic(path, content)
         assert path.read_bytes() == (content.encode() if isinstance(content, str) else content)
         assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("there", "put", "left"),
+    [
+        (".", None, []),
+        ("a", None, ["a"]),
+        (".", "a/other", ["a", "a/other"]),
+        (".", "a/b/target", ["a", "a/b", "a/b/target"]),
+    ],
+)
+def test_parents_that_were_made_are_removed_if_they_are_empty(tmp_path: Path, there: str, put: str | None, left):
+    (tmp_path / there).mkdir(exist_ok=True)
+    with suppress(Killed), files.parents_of(tmp_path / "a" / "b" / "target"):
+        assert (tmp_path / "a" / "b").is_dir()
+        if put is not None:
+            (tmp_path / put).write_text("")
+        raise Killed
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == left
+
+
+def test_parents_stay_after_a_success_and_none_are_left_of_a_failure_to_make_them(tmp_path: Path):
+    with files.parents_of(tmp_path / "a" / "b" / "target"):
+        pass
+    assert (tmp_path / "a" / "b").is_dir()
+    with pytest.raises(OSError), files.parents_of(tmp_path / "c" / ("x" * 300) / "target"):
+        pass
+    assert not (tmp_path / "c").exists()
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])

@@ -1,14 +1,12 @@
 """A dry run prints numbers that formulas and a count of live tensors confirm, and writes nothing."""
 
 import dataclasses
-import io
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 import fastgpt
 from bench.tools.live_bytes import LiveBytes
@@ -182,15 +180,3 @@ def test_from_python_it_is_refused():
     with pytest.raises(UsageError, match="`dry_run=True` is for the command"):
         fastgpt.fit(dry_run=True, dataset="text.txt", preset="mini")
     assert [path.name for path in Path().iterdir()] == ["text.txt"]
-
-
-@pytest.mark.parametrize(("terminal", "lines"), [(False, 1), (True, 2)])
-def test_a_row_is_a_line_where_it_is_piped_and_fits_a_terminal(monkeypatch, terminal: bool, lines: int):
-    stream = io.StringIO()
-    console = Console(file=stream, force_terminal=terminal, width=60, highlight=False, markup=False)
-    monkeypatch.setattr("rich.console.Console", lambda **_: console)
-    dry_run._print_table({"time": " ".join(["word"] * 16), "steps": "1"})
-    plain = re.sub(r"\x1b\[[\d;]*m", "", stream.getvalue())
-    assert len([line for line in plain.splitlines() if "word" in line]) == lines
-    assert not terminal or max(map(len, plain.splitlines())) <= 60
-    assert plain.count("word") == 16

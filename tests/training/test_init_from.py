@@ -180,7 +180,9 @@ class TestRefused:
 
     def test_text_that_its_characters_cannot_spell_is_refused(self, capsys):
         folder_of(Path("few"), CharTokenizer("abc"))
-        assert "the char vocabulary has only 3 characters and lacks" in refusal(capsys, "--init_from few --out_dir new")
+        error = refusal(capsys, "--init_from few --out_dir new")
+        assert "--dataset 'text.txt': the char vocabulary has only 3 characters and lacks" in error
+        assert error.endswith("; leave those out, or name another text or model")
 
     def test_data_of_fewer_tokens_than_weights_without_a_tokenizer_is_refused(self, capsys):
         (Path("hf") / "tokenizer.json").unlink()
