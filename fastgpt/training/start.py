@@ -57,10 +57,10 @@ def complete(preset: str | None, given: Mapping[str, Any]) -> tuple[TrainConfig,
 
 def asked_start(given: Mapping[str, Any]) -> TrainConfig:
     """The settings that say where a run starts, and its folder: a step's own, unless another one is given."""
-    commands = {name: given[name] for name in run_folder.COMMANDS if name in given}
-    init_from = Path(commands.get("init_from", TrainConfig.init_from))
+    settings = {name: given[name] for name in ("init_from", "download", "dry_run") if name in given}
+    init_from = Path(settings.get("init_from", TrainConfig.init_from))
     own_folder = str(init_from.parent) if STEP_NAME.fullmatch(init_from.name) else TrainConfig.out_dir
-    return TrainConfig(out_dir=given.get("out_dir", own_folder), **commands)
+    return TrainConfig(out_dir=given.get("out_dir", own_folder), **settings)
 
 
 def of_resumed_run(preset: str | None, asked: TrainConfig) -> tuple[TrainConfig, str]:
