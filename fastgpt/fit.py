@@ -65,8 +65,8 @@ def fit(preset: str | None = None, *, on_log: Callable[[Record], object] | None 
     plain = TrainConfig(**settings | paths)  # numbers of NumPy and PyTorch become Python's
     given = {name: getattr(plain, name) for name in settings}
     validate_fields(TrainConfig, given)
-    config = complete(preset, given)
-    summary = train(config, sample, [] if on_log is None else [Callback(on_log)])
+    config, source = complete(preset, given)
+    summary = train(config, sample, [] if on_log is None else [Callback(on_log)], source)
     out_dir = Path(config.out_dir)
     return FitSummary(**vars(summary), out_dir=out_dir, history=jsonl.read_metrics(out_dir / jsonl.NAME))
 

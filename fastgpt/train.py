@@ -27,11 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from fastgpt.training.run import train
     from fastgpt.training.start import complete
 
-    config = complete(preset, given)
+    config, source = complete(preset, given)
     if config.dry_run:
-        dry_run(config)
+        dry_run(config, source)
         return 0
-    summary = train(config, sample)
+    summary = train(config, sample, source=source)
     if summary.failures:
         return 1
     return 0 if summary.stopped_by is None else 128 + summary.stopped_by

@@ -173,18 +173,19 @@ class TestStartingPoint:
     @pytest.mark.parametrize(("kind", "fitting"), [("cpu", "cpu"), ("cuda", "baby")])
     def test_without_a_preset_the_device_decides(self, monkeypatch, kind: str, fitting: str):
         monkeypatch.setattr(start, "resolve_device", lambda name: torch.device(kind))
-        found, why = start.starting_point(None, {})
+        found, why = start.of_preset(None, {})
         assert found == PRESETS[fitting]
         assert fitting in why
 
     def test_another_tokenizer_brings_its_own_vocabulary(self):
-        assert start.starting_point("gpt2", {})[0].vocab_size == 50257
-        assert start.starting_point("gpt2", {"tokenizer": "byte"})[0].vocab_size is None
+        assert start.of_preset("gpt2", {})[0].vocab_size == 50257
+        assert start.of_preset("gpt2", {"tokenizer": "byte"})[0].vocab_size is None
 
     def test_a_resume_starts_at_the_runs_own_settings(self):
         run("--beta1 0.8", "mine")
-        found, why = start.starting_point(None, {"init_from": "resume", "out_dir": "mine"})
+        asked = start.asked_start({"init_from": "resume", "out_dir": "mine"})
+        found, why = start.of_resumed_run(None, asked)
         assert (found.beta1, found.out_dir, found.init_from) == (0.8, "mine", "scratch")
         assert "mine" in why
         with pytest.raises(UsageError, match="`preset` mini: `init_from` resume keeps the run's own settings"):
-            start.starting_point("mini", {"init_from": "resume", "out_dir": "mine"})
+            start.of_resumed_run("mini", asked)

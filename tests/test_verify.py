@@ -41,6 +41,11 @@ def verified(capsys) -> Callable[..., Verified]:
     return lambda *arguments: Verified(capsys, *arguments)
 
 
+def kibibytes(out: Path, step: int) -> str:
+    """The size of a checkpoint's files."""
+    return f"{sum(file.stat().st_size for file in (out / f'step-{step:06d}').iterdir()) / 1024:.0f}"
+
+
 def named(found: Verified, name: str | Path) -> str:
     """The one fault that was found, which names this."""
     assert found.code == 1
@@ -61,7 +66,13 @@ class TestWhole:
         assert list(found.rows) == list(losses) == list(STEPS)
         for step, loss in losses.items():
             marks = ",".join(name for name, at in (("latest", 8), ("best", best)) if at == step)
-            assert found.cells(step) == [str(step), "0", "yes", f"{loss:.4f}", *([marks] if marks else [])]
+            assert found.cells(step) == [
+                str(step),
+                kibibytes(out, step),
+                "yes",
+                f"{loss:.4f}",
+                *([marks] if marks else []),
+            ]
 
     def test_latest_and_best_are_marked_where_their_files_point(self, out: Path, verified):
         store.point(out, "latest", out / "step-000006")
@@ -90,7 +101,7 @@ class TestWhole:
         (folder / STATE).write_bytes(store.json_bytes(state))
         runs.forge_manifest(folder)
         found = verified("out")
-        assert (found.code, found.cells(6)) == (0, ["6", "0", "yes", "-"])
+        assert (found.code, found.cells(6)) == (0, ["6", kibibytes(out, 6), "yes", "-"])
 
     def test_a_run_that_is_under_way_can_be_checked(self, out: Path, verified):
         with lock.held(out / run_folder.LOCK):

@@ -150,6 +150,11 @@ class TrainConfig(ModelConfig):
             )
         if self.download and not self.imports:
             raise UsageError("`download` fetches the model that `init_from` names; name one, such as gpt2")
+        if self.download and self.dry_run:
+            raise UsageError(
+                f"`download` fetches {self.init_from}, and `dry_run` writes nothing; leave one of them out (python -m "
+                f"fastgpt.generate --model {self.init_from} --download fetches it too)"
+            )
         if self.overwrite and self.resuming:
             raise UsageError(
                 f"`overwrite` deletes the run that `init_from` {self.init_from} would continue; pass only one"

@@ -38,12 +38,28 @@ READING = 2
 
 @dataclass(frozen=True)
 class Statistics:
-    """The results of the first pass over a text; `chars` are its distinct characters in code point order."""
+    """The results of the first pass over a text.
+
+    Attributes:
+        chars: its distinct characters in code point order.
+        document_ends: for each document that a token of its own ends, the number of characters before that token.
+    """
 
     sha256: str
     characters: int
     bytes: int
     chars: str
+    document_ends: tuple[int, ...]
+
+    @property
+    def train_end(self) -> int:
+        """Characters in the train split."""
+        return int(TRAIN_SHARE * self.characters)
+
+    @property
+    def train_ends(self) -> int:
+        """Documents that end in the train split."""
+        return sum(end <= self.train_end for end in self.document_ends)
 
 
 @dataclass(frozen=True)
@@ -68,11 +84,36 @@ class Unprepared:
     target: Path
 
     @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
     def vocab_size(self) -> int:
         """Tokens in the vocabulary; of one that is trained to a size, at most."""
         if self.vocabulary is not None:
             return self.vocabulary.vocab_size
         return self.kind.fixed_size(self.ends) or self.size or len(self.statistics.chars)
+
+    @property
+    def end_token(self) -> int | None:
+        """The id that would end a document, or None: of a vocabulary that is yet to be made, the last one."""
+        if self.vocabulary is not None:
+            return self.vocabulary.end_token
+        return (self.kind.fixed_size(True) or self.vocab_size) - 1 if self.kind.can_end else None
+
+    @property
+    def most_tokens(self) -> tuple[int, int]:
+        """The most tokens that the train and the val split can have."""
+        text, kind = self.statistics, type(self.vocabulary) if self.vocabulary else self.kind
+        train, val = text.train_end, text.characters - text.train_end
+        train_size, val_size = (min(4 * one, text.bytes - other) for one, other in ((train, val), (val, train)))
+        train_most, val_most = kind.most_tokens(train, train_size), kind.most_tokens(val, val_size)
+        return train_most + text.train_ends, val_most + len(text.document_ends) - text.train_ends
+
+    def check_characters(self) -> None:
+        """Raise `UsageError` for a character that the given vocabulary lacks."""
+        if self.vocabulary is not None:
+            self.vocabulary.encode(self.statistics.chars)
 
     def write(self) -> Corpus:
         """Tokenize the text into `target`."""
@@ -267,11 +308,12 @@ def _measure(dataset: str, source: Source) -> Statistics:
 
     The hash is that of the text. The end of a document counts as a byte that never occurs in UTF-8.
     """
-    digest, characters, length = hashlib.sha256(), 0, 0
+    digest, characters, length, ends = hashlib.sha256(), 0, 0, list[int]()
     seen = np.zeros(sys.maxunicode + 1, dtype=bool)
     for text in source.texts():
         if text is None:
             digest.update(b"\xff")
+            ends.append(characters)
             continue
         data = text.encode()
         digest.update(data)
@@ -285,15 +327,14 @@ def _measure(dataset: str, source: Source) -> Statistics:
             "one to train on and one to validate with"
         )
     chars = "".join(map(chr, np.flatnonzero(seen)))
-    return Statistics(digest.hexdigest(), characters, length, chars)
+    return Statistics(digest.hexdigest(), characters, length, chars, tuple(ends))
 
 
 def _text(source: Source, statistics: Statistics, vocab_size: int | None, ends: bool) -> Text:
     """The text that a vocabulary is made from."""
-    train_end = int(TRAIN_SHARE * statistics.characters)
 
     def train() -> Iterator[str]:
-        pieces = sources.chunks(sources.span(source.texts(), 0, train_end))
+        pieces = sources.chunks(sources.span(source.texts(), 0, statistics.train_end))
         return (text for text in pieces if text is not None)
 
     return Text(statistics.chars, train, vocab_size, ends)
@@ -313,7 +354,7 @@ def reusable(target: Path, sha256: str, vocabulary: Tokenizer | None) -> Corpus 
 
 def _write(target: Path, dataset: str, source: Source, statistics: Statistics, vocabulary: Tokenizer) -> Corpus:
     """The second pass. It writes to a hidden sibling of `target`, which is renamed when it is complete."""
-    train_end = int(TRAIN_SHARE * statistics.characters)
+    train_end = statistics.train_end
     try:
         with scratch_folder(target) as temporary:
             splits = sources.span(source.texts(), 0, train_end), sources.span(source.texts(), train_end)

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from fastgpt.config.training import TrainConfig
+from fastgpt.data.corpus import Unprepared
 from fastgpt.data.prepared import Corpus, Tokens
 from fastgpt.errors import UsageError
 from fastgpt.system.units import counted
@@ -127,19 +128,28 @@ class MicroBatches:
         return True
 
 
+def check_length(data: Corpus | Unprepared, block_size: int) -> None:
+    """Raise `UsageError` if a split is shorter than block_size + 1 tokens, or will be once the text is tokenized."""
+    if isinstance(data, Unprepared):
+        (train, val), most = data.most_tokens, "at most "
+    else:
+        train, val, most = data.train_tokens, data.val_tokens, ""
+    needed, shortest = block_size + 1, min(train, val)
+    if shortest < needed:
+        fix = f"try `block_size` {shortest - 1}, or " if shortest > 1 else ""
+        raise UsageError(
+            f"`block_size` {block_size} needs {counted(needed, 'token')} in each split, and {data.name} "
+            f"has {most}{train:,} to train on and {most}{val:,} to validate on; {fix}use a longer text"
+        )
+
+
 def loaders(data: Corpus, config: TrainConfig, device: torch.device) -> tuple[Loader, Loader]:
     """Loaders of the train and the val split.
 
     Raises:
         UsageError: a split is shorter than block_size + 1 tokens.
     """
-    needed, shortest = config.block_size + 1, min(data.train_tokens, data.val_tokens)
-    if shortest < needed:
-        fix = f"try `block_size` {shortest - 1}, or " if shortest > 1 else ""
-        raise UsageError(
-            f"`block_size` {config.block_size} needs {counted(needed, 'token')} in each split, and {data.name} "
-            f"has {data.train_tokens:,} to train on and {data.val_tokens:,} to validate on; {fix}use a longer text"
-        )
+    check_length(data, config.block_size)
     vocab_size, block_size, seed = data.tokenizer.vocab_size, config.block_size, config.seed
     train, val = (
         Loader(tokens, block_size, vocab_size, seed=seed, device=device, name=f"{data.name}'s {split} split")

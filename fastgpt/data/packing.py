@@ -8,33 +8,42 @@ import torch
 
 from fastgpt.config.training import TrainConfig
 from fastgpt.data import token_file
+from fastgpt.data.corpus import Unprepared
 from fastgpt.data.prepared import Corpus
 from fastgpt.errors import UsageError
 
 
-def chosen(pack: bool | None, data: Corpus) -> bool:
+def chosen(pack: bool | None, data: Corpus | Unprepared) -> bool:
     """The choice of a new run: `pack` itself or, if it is None, true for a corpus of documents that can be told apart.
 
     Raises:
         UsageError: `pack` is true, and the corpus has no ends of documents.
     """
-    if pack is False or (pack is None and not data.documents):
+    unprepared = isinstance(data, Unprepared)  # a text, which is no corpus of document shards
+    if pack is False or (pack is None and (unprepared or not data.documents)):
         return False
-    end = data.tokenizer.end_token
-    if end is not None and token_file.holds(data.train(), end):
+    end = _end(data)
+    if unprepared and data.statistics.train_ends:
+        return True
+    if not unprepared and end is not None and token_file.holds(data.train(), end):
         return True
     if pack is None:
         return False
-    lacking = f"{data.tokenizer.kind} vocabulary" if end is None else "train split"
+    kind = data.kind if unprepared else data.tokenizer
+    lacking = f"{kind.kind} vocabulary" if end is None else "train split"
     raise UsageError(
         f"`pack` tells documents apart by end-of-text tokens, and the {lacking} of {data.name} has none; give "
         "`dataset` a folder of text files with `tokenizer` byte, gpt2 or bpe, or leave `pack` out"
     )
 
 
-def end_token(config: TrainConfig, data: Corpus) -> int | None:
+def end_token(config: TrainConfig, data: Corpus | Unprepared) -> int | None:
     """The vocabulary's `end_token` for a packed run, None for any other."""
-    return data.tokenizer.end_token if config.pack else None
+    return _end(data) if config.pack else None
+
+
+def _end(data: Corpus | Unprepared) -> int | None:
+    return data.end_token if isinstance(data, Unprepared) else data.tokenizer.end_token
 
 
 def document_ids(tokens: torch.Tensor, end_token: int | None) -> torch.Tensor | None:

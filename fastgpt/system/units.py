@@ -10,6 +10,8 @@ def counted(number: int, noun: str) -> str:
 def format_bytes(count: int | None) -> str:
     if count is None:
         return "memory unknown"
+    if count < 2**20:
+        return f"{count / 2**10:.0f} KiB"
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 

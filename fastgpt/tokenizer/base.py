@@ -86,6 +86,11 @@ class Tokenizer(ABC):
         return None
 
     @classmethod
+    def most_tokens(cls, characters: int, size: int) -> int:
+        """The most tokens of a text with this many characters and UTF-8 bytes."""
+        return size
+
+    @classmethod
     def check_size(cls, vocab_size: int, ends: bool | None = None) -> None:
         """Raise `UsageError` for a size that no vocabulary of this kind has; `ends` None: with or without an end."""
         if vocab_size not in {cls.fixed_size(with_end) for with_end in ((False, True) if ends is None else (ends,))}:

@@ -49,6 +49,10 @@ class CharTokenizer(Tokenizer):
     def from_json(cls, description: dict[str, Any]) -> Self:
         return cls(description["chars"])
 
+    @classmethod
+    def most_tokens(cls, characters: int, size: int) -> int:
+        return characters
+
     def encode(self, text: str) -> np.ndarray:
         codes = np.frombuffer(encoded(text, "utf-32-le"), dtype="<u4")  # (T,)
         ids = self._ids[np.minimum(codes, len(self._ids) - 1)]

@@ -5,7 +5,6 @@ no run's folder, no prepared corpus, no timing choice. Only compilers, Triton's 
 caches.
 """
 
-import dataclasses
 import functools
 import shutil
 import sys
@@ -15,40 +14,44 @@ from pathlib import Path
 import torch
 
 from fastgpt.checkpoint import run_folder
-from fastgpt.checkpoint.source import open_model
+from fastgpt.checkpoint.source import Source
 from fastgpt.config.training import TrainConfig
-from fastgpt.data import corpus, loader, packing
+from fastgpt.data import corpus, packing
 from fastgpt.data.corpus import Corpus, Unprepared
 from fastgpt.errors import UsageError
 from fastgpt.model import memory, workloads
 from fastgpt.model.gpt import GPT
 from fastgpt.ops import autotune
 from fastgpt.system import out_of_memory, threads
-from fastgpt.system.device import describe, free_memory, peak_flops, seed
+from fastgpt.system.device import describe, free_memory, peak_flops
 from fastgpt.system.tables import print_rows
 from fastgpt.system.units import counted, format_bytes, format_duration
 from fastgpt.training.measurement import Measurement, Stand
-from fastgpt.training.setup import Machine, choose_machine
+from fastgpt.training.setup import Machine, choose_machine, data_settings, fitted, open_source
 from fastgpt.training.speed import flops_per_token
+from fastgpt.training.state import make_model
 from fastgpt.training.step import TrainStep
 
 
-def dry_run(config: TrainConfig) -> None:
+def dry_run(config: TrainConfig, source: Source | None = None) -> None:
     """Print on stdout what the run takes, and on stderr what would refuse it.
+
+    Args:
+        source: the model that `init_from` names, if it is open already.
 
     Raises:
         UsageError: the settings, the data or the machine make the run impossible.
     """
     with threads.restored():
         machine = choose_machine(config)
-        found = _data(config, machine.device)
-        vocab_size = found.vocab_size if isinstance(found, Unprepared) else found.tokenizer.vocab_size
-        pack = packing.chosen(config.pack, found) if isinstance(found, Corpus) else bool(config.pack)
-        config = dataclasses.replace(config, vocab_size=vocab_size, pack=pack)
+        source = open_source(config, source)
+        vocabulary = source.tokenizer if source else None
+        _, found = corpus.find(**data_settings(config), vocabulary=vocabulary, download=False)
+        config = fitted(config, found, source)
         memory.check_training(config, machine.device)
         free = free_memory(machine.device)
         with out_of_memory.caught() as shortage:
-            step = _step(config, machine, packing.end_token(config, found) if isinstance(found, Corpus) else None)
+            step = _step(config, machine, packing.end_token(config, found), source)
             measured = Stand(step, functools.partial(print, file=sys.stderr), machine.threads).measure()
             print_rows(_rows(config, machine, step.model, found, measured, free))
     if shortage.reason is not None:
@@ -59,31 +62,11 @@ def dry_run(config: TrainConfig) -> None:
         print(f"the run itself would be refused: {error}", file=sys.stderr)
 
 
-def _data(config: TrainConfig, device: torch.device) -> Corpus | Unprepared:
-    """The data as it is now: a prepared corpus, whose splits are long enough, or a text."""
-    source = open_model(config.init_from, setting="init_from") if config.imports else None
-    _, found = corpus.find(
-        config.dataset,
-        tokenizer=config.tokenizer,
-        vocab_size=config.vocab_size,
-        corpus_file=config.corpus_file,
-        gpt2_vocab=config.gpt2_vocab,
-        vocabulary=source.tokenizer if source else None,
-        data_dir=config.data_dir,
-        download=False,
-    )
-    if isinstance(found, Corpus):
-        loader.loaders(found, config, device)
-    return found
-
-
-def _step(config: TrainConfig, machine: Machine, end_token: int | None) -> TrainStep:
+def _step(config: TrainConfig, machine: Machine, end_token: int | None, source: Source | None) -> TrainStep:
     """The model and its training step, as a new run has them."""
     choose = autotune.chooser(workloads.training(config, machine.dtype), keep=False)
     ops = machine.resolve(choose=choose)
-    seed(config.seed, machine.device)
-    with machine.device:
-        model = GPT(config, ops)
+    model = make_model(config, ops, machine.device, source)
     return TrainStep(model, config, machine.device, machine.dtype, end_token)
 
 

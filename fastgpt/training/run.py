@@ -16,6 +16,7 @@ from typing import NoReturn
 import torch
 
 from fastgpt.checkpoint import run_folder
+from fastgpt.checkpoint.source import Source
 from fastgpt.config.fields import validate, validate_fields
 from fastgpt.config.training import TrainConfig
 from fastgpt.errors import RunFailed, UsageError
@@ -46,12 +47,15 @@ MOST_UNREAD = 1000  # steps whose verdicts may stay on the device
 Sample = Callable[[GPT, Tokenizer, str, int], Iterator[str]]
 
 
-def train(config: TrainConfig, sample: Sample, loggers: Sequence[Logger] = ()) -> RunSummary:
+def train(
+    config: TrainConfig, sample: Sample, loggers: Sequence[Logger] = (), source: Source | None = None
+) -> RunSummary:
     """Train, or continue, the run that the configuration describes.
 
     Args:
         sample: continues a text, for the samples that the run shows.
         loggers: get the run's records beside the loggers that every run has.
+        source: the model that `init_from` names, if it is open already.
 
     Raises:
         UsageError: the flags, the data or the folder make the run impossible; nothing was lost.
@@ -67,7 +71,7 @@ def train(config: TrainConfig, sample: Sample, loggers: Sequence[Logger] = ()) -
         config = with_warmup(config)
     run_folder.check_free(Path(config.out_dir))
     with out_of_memory.caught() as shortage, threads.restored(), Signals(patient=False) as signals:
-        setup = prepare(config)
+        setup = prepare(config, source)
         with run_folder.locked(setup.out_dir):
             log = _log_of(setup, loggers)
             with log:

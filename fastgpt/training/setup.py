@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from fastgpt.checkpoint import run_folder, store
-from fastgpt.checkpoint.source import open_model
+from fastgpt.checkpoint.source import Source, open_model
 from fastgpt.config.training import TrainConfig
 from fastgpt.data import corpus, loader, packing
-from fastgpt.data.corpus import Corpus
+from fastgpt.data.corpus import Corpus, Unprepared
 from fastgpt.data.loader import Loader, MicroBatches
 from fastgpt.errors import UsageError
 from fastgpt.evaluation import loss as evaluation_loss
@@ -24,6 +24,7 @@ from fastgpt.ops import autotune, table
 from fastgpt.ops.table import Ops
 from fastgpt.system import threads
 from fastgpt.system.device import resolve_device, resolve_dtype
+from fastgpt.tokenizer.base import Tokenizer
 from fastgpt.training.log import RunLog
 from fastgpt.training.state import TrainingState
 
@@ -104,62 +105,35 @@ class Setup:
         )
 
 
-def prepare(config: TrainConfig) -> Setup:
+def prepare(config: TrainConfig, source: Source | None = None) -> Setup:
     """Make what the run needs, without writing into its folder; a resumed run keeps the choices that it recorded.
+
+    Args:
+        source: the model that `init_from` names, if it is open already.
 
     Raises:
         UsageError: the settings, the data, the machine or the folder make the run impossible.
     """
-    resuming, out_dir = config.resuming, Path(config.out_dir)
     resolve_device(config.device)  # a wrong one is refused before the folder is looked at
-    if resuming:
-        store.require(out_dir)
-        run_folder.named_step(out_dir, config.init_from)
-    else:
-        run_folder.claim(out_dir, config.overwrite)
-    saved, about = run_folder.load(out_dir) if resuming else (config, {})
-    if resuming:
-        config = run_folder.relocated(out_dir, config)
+    saved, about = _record(config)
+    if config.resuming:
+        config = run_folder.relocated(Path(config.out_dir), config)
     asked = run_folder.anchored(config)
     machine = choose_machine(config, about)
-    device, dtype = machine.device, machine.dtype
-    source = open_model(config.init_from, download=config.download, setting="init_from") if config.imports else None
-    if source and source.step and source.path.resolve() == out_dir.resolve():  # rollbacks may read it again
-        raise UsageError(
-            f"`overwrite` deletes the run that `init_from` {config.init_from} starts from; name another `out_dir`"
-        )
-    vocabulary = source.tokenizer if source else None
-    if resuming and (config.allow_data_change or about.get("corpus", {}).get("own_vocabulary")):
-        vocabulary = run_folder.vocabulary(out_dir)
-    reading = run_folder.reading(about) if resuming else corpus.READING
-    data = corpus.prepare(
-        config.dataset,
-        tokenizer=config.tokenizer,
-        vocab_size=config.vocab_size,
-        corpus_file=config.corpus_file,
-        gpt2_vocab=config.gpt2_vocab,
-        vocabulary=vocabulary,
-        data_dir=config.data_dir,
-        reading=reading,
-    )
-    if resuming:
-        run_folder.check_resume(out_dir, config, data)
-    if source and vocabulary is not None and data.tokenizer != vocabulary:
-        raise UsageError(
-            f"`dataset` {config.dataset}: its vocabulary is not that of `init_from` {config.init_from}; "
-            "give `dataset` the text itself"
-        )
-    pack = run_folder.packed(about) if resuming else packing.chosen(config.pack, data)
-    config = dataclasses.replace(config, vocab_size=data.tokenizer.vocab_size, pack=pack)
-    train_loader, val_loader = loader.loaders(data, config, device)
-    memory.check_training(config, device)
-    ops = machine.resolve(choose=autotune.chooser(workloads.training(config, dtype)))
+    source = open_source(config, source)
+    vocabulary = _own_vocabulary(config, about, source)
+    reading = run_folder.reading(about) if config.resuming else corpus.READING
+    data = corpus.prepare(**data_settings(config), vocabulary=vocabulary, reading=reading)
+    config = _resumed(config, data, about) if config.resuming else fitted(config, data, source)
+    train_loader, val_loader = loader.loaders(data, config, machine.device)
+    memory.check_training(config, machine.device)
+    ops = machine.resolve(choose=autotune.chooser(workloads.training(config, machine.dtype)))
     evaluation, unnamed = _evaluation_set(config, data, saved, about.get("evaluation", {}))
     return Setup(
         config,
         asked,
-        device,
-        dtype,
+        machine.device,
+        machine.dtype,
         machine.threads,
         data,
         vocabulary is not None,
@@ -167,9 +141,87 @@ def prepare(config: TrainConfig) -> Setup:
         MicroBatches(train_loader, config.batch_size, config.gradient_accumulation_steps),
         val_loader,
         evaluation,
-        TrainingState(config, ops, data, device, dtype, evaluation.identity, unnamed, source),
+        TrainingState(config, ops, data, machine.device, machine.dtype, evaluation.identity, unnamed, source),
         config.init_from if config.imports else about.get(run_folder.STARTED_FROM),
     )
+
+
+def _record(config: TrainConfig) -> tuple[TrainConfig, dict[str, Any]]:
+    """The settings and the config.json of the run that is resumed; for a new run, its own settings and nothing.
+
+    Raises:
+        UsageError: there is no such run or checkpoint, or the folder of a new run is taken.
+    """
+    out_dir = Path(config.out_dir)
+    if not config.resuming:
+        run_folder.claim(out_dir, config.overwrite)
+        return config, {}
+    store.require(out_dir)
+    run_folder.named_step(out_dir, config.init_from)
+    return run_folder.load(out_dir)
+
+
+def open_source(config: TrainConfig, opened: Source | None = None) -> Source | None:
+    """The model whose weights a new run starts from; None for random ones, and for a resume.
+
+    Args:
+        opened: the same, if it is open already: its weights' hashes are not checked again.
+
+    Raises:
+        UsageError: there is no such model, or `overwrite` would delete it.
+    """
+    if not config.imports:
+        return None
+    source = opened or open_model(config.init_from, download=config.download, setting="init_from")
+    if source.step and source.path.resolve() == Path(config.out_dir).resolve():  # rollbacks may read it again
+        raise UsageError(
+            f"`overwrite` deletes the run that `init_from` {config.init_from} starts from; name another `out_dir`"
+        )
+    return source
+
+
+def data_settings(config: TrainConfig) -> dict[str, Any]:
+    """The settings by which `corpus.prepare` and `corpus.find` look for the data."""
+    names = ("dataset", "tokenizer", "vocab_size", "corpus_file", "gpt2_vocab", "data_dir")
+    return {name: getattr(config, name) for name in names}
+
+
+def fitted(config: TrainConfig, data: Corpus | Unprepared, source: Source | None) -> TrainConfig:
+    """The settings of a new run with its vocabulary's size and the choice of `pack`.
+
+    For a text that is not tokenized yet, everything is checked that its statistics tell.
+
+    Raises:
+        UsageError: the data does not fit the settings, or the model that the run starts from.
+    """
+    if isinstance(data, Unprepared):
+        data.check_characters()
+    elif source and source.tokenizer not in (None, data.tokenizer):
+        raise UsageError(
+            f"`dataset` {config.dataset}: its vocabulary is not that of `init_from` {config.init_from}; "
+            "give `dataset` the text itself"
+        )
+    size = data.vocab_size if isinstance(data, Unprepared) else data.tokenizer.vocab_size
+    config = dataclasses.replace(config, vocab_size=size, pack=packing.chosen(config.pack, data))
+    if source:
+        source.weights(config)
+    loader.check_length(data, config.block_size)
+    return config
+
+
+def _own_vocabulary(config: TrainConfig, about: Mapping[str, Any], source: Source | None) -> Tokenizer | None:
+    """The vocabulary by which the text is read instead of its own; None where there is none."""
+    if source:
+        return source.tokenizer
+    if config.resuming and (config.allow_data_change or about.get("corpus", {}).get("own_vocabulary")):
+        return run_folder.vocabulary(Path(config.out_dir))
+    return None
+
+
+def _resumed(config: TrainConfig, data: Corpus, about: Mapping[str, Any]) -> TrainConfig:
+    """The settings of a resumed run with its vocabulary's size and its choice of `pack`. Raises as `check_resume`."""
+    run_folder.check_resume(Path(config.out_dir), config, data)
+    return dataclasses.replace(config, vocab_size=data.tokenizer.vocab_size, pack=run_folder.packed(about))
 
 
 def choose_machine(config: TrainConfig, about: Mapping[str, Any] | None = None) -> Machine:

@@ -15,73 +15,82 @@ from fastgpt.config.training import PRESETS, USUAL_WARMUP, TrainConfig
 from fastgpt.errors import UsageError, nearest, shown
 from fastgpt.system.device import resolve_device
 
-SHAPE = ("n_layer", "n_head", "n_kv_head", "n_embd", "n_inner", "bias", "position")  # of weights, whatever is trained
+# Of weights: with another one of these they would mean something else.
+SHAPE = ("n_layer", "n_head", "n_kv_head", "n_embd", "n_inner", "bias", "position", "mlp", "norm_eps")
 
 
-def complete(preset: str | None, given: Mapping[str, Any]) -> TrainConfig:
-    """The whole configuration of a run; says on stderr which settings were chosen, and why.
+def complete(preset: str | None, given: Mapping[str, Any]) -> tuple[TrainConfig, Source | None]:
+    """The whole configuration of a run, and the model that it starts from; says on stderr what was chosen, and why.
 
     Args:
         preset: its name; None takes the one that fits the device.
         given: settings that change it, each within its own limits.
 
+    Returns:
+        The configuration, and the model whose weights a new run begins with; None where it begins with random ones,
+        and for a resume.
+
     Raises:
         UsageError: the settings do not fit each other, or there is no run to resume.
     """
-    _refuse_dry_resume(given)
-    start, why = starting_point(preset, given)
+    asked = asked_start(given)
+    if asked.dry_run and asked.resuming:
+        raise UsageError(
+            f"`dry_run` measures a new run, and `init_from` {asked.init_from} continues one, whose metrics.jsonl has "
+            "its tokens/s; leave one of them out"
+        )
+    source = None
+    if asked.resuming:
+        start, why = of_resumed_run(preset, asked)
+    else:
+        start, why = of_preset(preset, given)
+        if asked.imports:
+            validate(asked)
+            source = open_model(asked.init_from, download=asked.download, setting="init_from")
+            start = _shaped_as(source, start, given)
+            why += f"; the model's shape and weights are those of {asked.init_from}"
     config = dataclasses.replace(start, **given)
     validate(config)
     print(why, file=sys.stderr)
-    return config if config.resuming or "warmup_iters" in given else with_warmup(config)
+    return (config if config.resuming or "warmup_iters" in given else with_warmup(config)), source
 
 
-def _refuse_dry_resume(given: Mapping[str, Any]) -> None:
-    """Raise `UsageError` for a dry run of a resume, whose run has measured itself; nothing is changed before."""
-    init_from = str(given.get("init_from", "scratch"))
-    if given.get("dry_run") and TrainConfig(init_from=init_from).resuming:
+def asked_start(given: Mapping[str, Any]) -> TrainConfig:
+    """The settings that say where a run starts, and its folder: a step's own, unless another one is given."""
+    settings = {name: given[name] for name in ("init_from", "download", "dry_run") if name in given}
+    init_from = Path(settings.get("init_from", TrainConfig.init_from))
+    own_folder = str(init_from.parent) if STEP_NAME.fullmatch(init_from.name) else TrainConfig.out_dir
+    return TrainConfig(out_dir=given.get("out_dir", own_folder), **settings)
+
+
+def of_resumed_run(preset: str | None, asked: TrainConfig) -> tuple[TrainConfig, str]:
+    """The configuration of the run that is resumed, and why it is this one."""
+    out_dir, init_from = Path(asked.out_dir), asked.init_from
+    run_folder.check_free(out_dir)
+    run_folder.mend(out_dir)
+    validate(asked)
+    if preset is not None:
+        raise UsageError(f"`preset` {preset}: `init_from` {init_from} keeps the run's own settings; leave it out")
+    run_folder.named_step(out_dir, init_from)
+    store.require(out_dir)
+    saved, about = run_folder.load(out_dir)
+    if origin := about.get(run_folder.CONVERTED_FROM):
         raise UsageError(
-            f"`dry_run` measures a new run, and `init_from` {init_from} continues one, whose metrics.jsonl has its "
-            "tokens/s; leave one of them out"
+            f"`init_from` {init_from}: {out_dir} was converted from {origin} and holds no optimizer's state; start "
+            f"a new run from its weights, with `init_from` {out_dir} and another `out_dir`"
         )
+    why = f"resume: the settings of the run in {out_dir}, changed by what was given"
+    return dataclasses.replace(saved, out_dir=asked.out_dir), why
 
 
-def starting_point(preset: str | None, given: Mapping[str, object]) -> tuple[TrainConfig, str]:
-    """The configuration that the given settings change, and why it is this one.
-
-    It is that of the run which is resumed or, for a new run, the named preset or the one that fits the device.
-    """
-    init_from = str(given.get("init_from", "scratch"))
-    own_folder = str(Path(init_from).parent) if STEP_NAME.fullmatch(Path(init_from).name) else TrainConfig.out_dir
-    out_dir = str(given.get("out_dir", own_folder))
-    asked = TrainConfig(init_from=init_from, out_dir=out_dir)
-    if asked.resuming:
-        run_folder.check_free(Path(out_dir))
-        run_folder.mend(Path(out_dir))
-        validate(asked)
-        if preset is not None:
-            raise UsageError(f"`preset` {preset}: `init_from` {init_from} keeps the run's own settings; leave it out")
-        run_folder.named_step(Path(out_dir), init_from)
-        store.require(Path(out_dir))
-        saved, about = run_folder.load(Path(out_dir))
-        if origin := about.get(run_folder.CONVERTED_FROM):
-            raise UsageError(
-                f"`init_from` {init_from}: {out_dir} was converted from {origin} and holds no optimizer's state; start "
-                f"a new run from its weights, with `init_from` {out_dir} and another `out_dir`"
-            )
-        why = f"resume: the settings of the run in {out_dir}, changed by what was given"
-        return dataclasses.replace(saved, out_dir=out_dir), why
+def of_preset(preset: str | None, given: Mapping[str, Any]) -> tuple[TrainConfig, str]:
+    """The configuration of the named preset, or of the one that fits the device, and why it is this one."""
     if preset is not None and preset not in PRESETS:
         raise UsageError(f"`preset` {shown(preset)} is not one of {', '.join(PRESETS)}{nearest(preset, PRESETS)}")
-    kind = resolve_device(str(given.get("device", "auto"))).type
+    kind = resolve_device(given.get("device", "auto")).type
     fitting = "baby" if kind == "cuda" else "cpu"
     why = f"preset {preset}" if preset else f"preset {fitting}: it fits a {kind} device (others: `preset` NAME)"
     config = PRESETS[preset or fitting]
-    if asked.imports:
-        validate(asked)
-        download = bool(given.get("download") and not given.get("dry_run"))
-        config = _shaped_as(open_model(init_from, download=download, setting="init_from"), config, given)
-        why += f"; the model's shape and weights are those of {init_from}"
     # Another tokenizer than the preset's brings its own vocabulary.
     return (dataclasses.replace(config, vocab_size=None) if "tokenizer" in given else config), why
 

@@ -45,7 +45,7 @@ class TrainingState:
     ):
         self.config, self.ops, self.data, self.device = config, ops, data, device
         self.val_set, self.unnamed, self.source = val_set, unnamed, source
-        self.model = self._make_model()
+        self.model = make_model(config, ops, device, source)
         self.step = TrainStep(self.model, config, device, dtype, packing.end_token(config, data))
         self.progress = Progress(val_set=val_set)
 
@@ -92,15 +92,21 @@ class TrainingState:
 
     def reset(self) -> None:
         """Take the state that it had before the first step."""
-        self.model.load_weights(self._make_model().weights())
+        self.model.load_weights(make_model(self.config, self.ops, self.device, self.source).weights())
         self.step.reset()
         self.progress = Progress(val_set=self.val_set)
 
-    def _make_model(self) -> GPT:
-        seed(self.config.seed, self.device)
-        with self.device:
-            model = GPT(self.config, self.ops)
-        if self.source:
-            with store.naming(self.source.file):
-                model.load_weights(self.source.weights(model.config))
-        return model
+
+def make_model(config: TrainConfig, ops: Ops, device: torch.device, source: Source | None) -> GPT:
+    """The model of a run before its first step: with the weights of the source, or random ones that the seed gives.
+
+    Raises:
+        UsageError: the source's weights are not of this shape, or not finite.
+    """
+    seed(config.seed, device)
+    with device:
+        model = GPT(config, ops)
+    if source:
+        with store.naming(source.file):
+            model.load_weights(source.weights(model.config))
+    return model

@@ -19,4 +19,4 @@ class Verified:
 
     def cells(self, step: int) -> list[str]:
         """The row of a step, without the size's unit."""
-        return re.sub(r"(?<=\d) [MG]iB", "", self.rows[step]).replace(", ", ",").split()
+        return re.sub(r"(?<=\d) [KMG]iB", "", self.rows[step]).replace(", ", ",").split()

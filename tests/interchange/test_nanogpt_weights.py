@@ -87,10 +87,10 @@ class TestStart:
         """The run before its first step, from the flags of a command line."""
         seen = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(training_run, "train", lambda config, sample: seen.append(config) or pytest.exit)
+            patch.setattr(training_run, "train", lambda config, sample, source: seen.append((config, source)))
             with pytest.raises(AttributeError):  # what a run returns is not there
                 train.main(["--init_from", "ckpt.pt", *shlex.split(f"{START} {flags}")])
-        return prepare(seen[0])
+        return prepare(*seen[0])
 
     @pytest.mark.parametrize("prefix", PREFIXES)
     @pytest.mark.parametrize("bias", [True, False])
@@ -137,10 +137,10 @@ class TestStart:
         write(content)
         assert "lm_head.weight" not in nanogpt_weights.load("ckpt.pt").tensors
 
-    def test_the_form_of_gelu_is_nanogpts_unless_another_is_asked_for(self):
+    def test_the_form_of_gelu_is_nanogpts(self, capsys):
         write(content_of(SHAPE))
-        assert self.loaded().config.mlp == "gelu_exact"
-        assert self.loaded("--mlp gelu").config.mlp == "gelu"
+        assert self.loaded("--mlp gelu_exact").config.mlp == self.loaded().config.mlp == "gelu_exact"
+        assert "--mlp gelu: the weights of ckpt.pt are for gelu_exact; leave it out" in refusal(capsys, "--mlp gelu")
 
     def test_other_settings_are_the_flags(self):
         write(content_of(SHAPE))

@@ -179,7 +179,17 @@ def test_seconds_are_written_as_a_clock(seconds: float, text: str):
     assert format_seconds(seconds) == text
 
 
-@pytest.mark.parametrize(("count", "text"), [(None, "memory unknown"), (5 << 20, "5 MiB"), (3 << 29, "1.5 GiB")])
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (None, "memory unknown"),
+        (0, "0 KiB"),
+        (5000, "5 KiB"),
+        (1 << 20, "1 MiB"),
+        (5 << 20, "5 MiB"),
+        (3 << 29, "1.5 GiB"),
+    ],
+)
 def test_bytes_are_written_in_binary_units(count: int | None, text: str):
     assert format_bytes(count) == text
 

@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import fastgpt
 from bench.tools.live_bytes import LiveBytes
 from fastgpt import cli, train
+from fastgpt.checkpoint import store
 from fastgpt.config.training import TrainConfig
+from fastgpt.data import corpus
 from fastgpt.errors import UsageError
+from fastgpt.interchange import hub
 from fastgpt.model.facts import count_parameters
 from fastgpt.model.gpt import GPT
 from fastgpt.training import dry_run, measurement
@@ -20,10 +24,13 @@ from fastgpt.training.measurement import Measurement, Stand, random_batch
 from fastgpt.training.step import TrainStep
 from tests.helpers import runs
 from tests.helpers.corpora import needs_bpe
+from tests.helpers.exports import LETTERS
+from tests.helpers.gpt2_folders import folder_of
 
 pytestmark = pytest.mark.usefixtures("workplace")
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(vocab_size=131, n_layer=2, n_head=2, n_embd=16, block_size=8, batch_size=5, dropout=0.1)
+SHAPE = "--n_layer 2 --bias True"  # of gpt2_folders' models
 PADDED = 256  # of the vocabulary's 131 tokens
 
 
@@ -92,7 +99,7 @@ def test_steps_tokens_and_parameters_are_those_of_the_run(capsys):
     assert found["tokens a step"] == "64 = 4 sequences x 8 tokens x 2 micro-batches"
     assert found["steps"] == "50 of them read 3,200 tokens: epochs are known once tokenized"
     assert found["data"].startswith(f"text: {len(runs.TEXT):,} characters, not tokenized yet; byte vocabulary of 256")
-    assert found["checkpoint"].startswith("0 MiB, at most 5 checkpoints at once; ")
+    assert found["checkpoint"].startswith(f"{12 * total / 1024:.0f} KiB, at most 5 checkpoints at once; ")
 
 
 @pytest.mark.parametrize(
@@ -152,13 +159,142 @@ def test_a_run_and_its_corpus_stay_as_they_are(capsys, cache):
 
 
 def test_what_a_run_would_refuse_is_refused(capsys):
-    assert refused(capsys, "--init_from resume").startswith("error: --dry_run measures a new run, and --init_from res")
     assert refused(capsys, "--dataset shakespeare").endswith("pass --corpus_file PATH, or use --dataset pydocs")
     assert refused(capsys, "--dataset nowhere").startswith("error: --dataset 'nowhere' is no file or folder")
     assert refused(capsys, f"--batch_size {10**12}").startswith(f"error: --batch_size {10**12} with --block_size 8 ")
+    assert "--block_size 100000 needs 100,001 tokens" in refused(capsys, "--block_size 100000")
     runs.run()
     capsys.readouterr()
     assert "--block_size 100000 needs 100,001 tokens" in refused(capsys, "--block_size 100000")
+
+
+class TestAResume:
+    """A step in the run's own folder is one, and with another folder it is a new run's weights."""
+
+    @pytest.mark.parametrize("init_from", ["resume", "out/step-000006", "out/step-000003"])
+    def test_is_refused_before_anything_is_touched(self, capsys, init_from: str):
+        out = runs.run()
+        (out / "step-000003").rename(out / ".fastgpt-tmp-aside-step-000003-1")  # a resume would put it back
+        capsys.readouterr()
+        said = refused(capsys, f"--init_from {init_from}")
+        assert said.startswith(f"error: --dry_run measures a new run, and --init_from {init_from} continues one, whose")
+
+    def test_is_none_with_another_folder(self, capsys):
+        runs.run()
+        capsys.readouterr()
+        found = rows(capsys, "--init_from out/step-000003 --out_dir new")
+        assert found["model"] == "1 layers, 2 heads, width 16, context 8"
+        assert not Path("new").exists()
+
+
+class TestAnotherModel:
+    """`--init_from` of another model: what the run refuses is refused by the same line."""
+
+    @pytest.fixture(autouse=True)
+    def models(self, workplace: Path) -> None:
+        Path("text.txt").write_text(LETTERS.chars * 100, encoding="utf-8", newline="")
+        folder_of(Path("hf"), LETTERS)
+
+    def both(self, capsys, flags: str) -> str:
+        """The line by which the run and its dry run are refused."""
+        said = refused(capsys, f"{SHAPE} {flags}")
+        assert cli.run(train.main, [*runs.FLAGS, *shlex.split(f"{SHAPE} {flags}")]) == 2
+        assert capsys.readouterr().err.splitlines()[-1] == said
+        return said
+
+    def test_is_measured(self, capsys):
+        assert rows(capsys, f"{SHAPE} --init_from hf --out_dir new")["model"].startswith("2 layers, ")
+
+    def test_has_no_more_positions(self, capsys):
+        said = self.both(capsys, "--init_from hf --out_dir new --block_size 13")
+        assert said == "error: --block_size 13: hf has learned 12 positions; pass less"
+
+    def test_knows_no_other_characters(self, capsys):
+        Path("text.txt").write_text("abc?" * 100)
+        said = self.both(capsys, "--init_from hf --out_dir new")
+        assert "has only 14 characters and lacks '?' (U+003F)" in said
+
+    def test_reads_no_data_of_another_vocabulary(self, capsys):
+        prepared = corpus.prepare("text.txt", tokenizer="byte", quiet=True).path
+        said = self.both(capsys, f"--init_from hf --out_dir new --dataset {prepared}")
+        assert "its vocabulary is not that of --init_from hf; give --dataset the text itself" in said
+
+    def test_without_a_tokenizer_has_as_many_tokens_as_the_data(self, capsys):
+        (Path("hf") / "tokenizer.json").unlink()
+        said = self.both(capsys, "--init_from hf --out_dir new --tokenizer byte")
+        assert "its vocabulary has 14 tokens, and that of the data 256" in said
+
+    def test_of_weights_that_are_not_finite_is_refused(self, capsys):
+        weights = load_file("hf/model.safetensors")
+        weights["transformer.h.1.ln_1.weight"][3] = float("inf")
+        save_file(weights, "hf/model.safetensors")
+        assert "h.1.ln_1.weight holds a NaN or an infinity" in self.both(capsys, "--init_from hf --out_dir new")
+
+    def test_is_not_deleted(self, capsys):
+        runs.run(SHAPE)
+        capsys.readouterr()
+        said = self.both(capsys, "--init_from out --out_dir out --overwrite")
+        assert said == "error: --overwrite deletes the run that --init_from out starts from; name another --out_dir"
+
+    def test_is_not_downloaded(self, capsys, monkeypatch):
+        monkeypatch.setattr(hub, "folder", lambda *_: pytest.fail("it was looked for"))
+        assert refused(capsys, "--init_from gpt2 --download") == (
+            "error: --download fetches gpt2, and --dry_run writes nothing; leave one of them out (python -m "
+            "fastgpt.generate --model gpt2 --download fetches it too)"
+        )
+
+    @pytest.mark.parametrize("more", ["", "--dry_run"])
+    def test_is_opened_once(self, capsys, monkeypatch, more: str):
+        runs.run(SHAPE)
+        opened = []
+        verify = store.verify
+        monkeypatch.setattr(store, "verify", lambda *given: opened.append(given[0].name) or verify(*given))
+        flags = f"{SHAPE} --init_from out --out_dir new --max_iters 1 {more}"
+        assert cli.run(train.main, [*runs.FLAGS, *shlex.split(flags)]) == 0
+        assert opened == ["step-000006"]
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+class TestDataThatDoesNotFit:
+    """The same line refuses the run and its dry run, before the text is tokenized and after."""
+
+    @pytest.fixture(autouse=True)
+    def texts(self, workplace: Path) -> None:
+        Path("short.txt").write_text("The quick brown fox.\n" * 5)  # 95 and 11 characters
+        for folder, lengths in {"docs": (30, 30, 40), "late": (950, 30)}.items():
+            Path(folder).mkdir()
+            for number, length in enumerate(lengths):
+                Path(folder, f"{number}.txt").write_text("x" * length)
+
+    @pytest.mark.parametrize(
+        ("flags", "said"),
+        [
+            ("--dataset short.txt --block_size 64", "--block_size 64 needs 65 tokens in each split, and short has "),
+            ("--dataset short.txt --block_size 64 --tokenizer byte", "--block_size 64 needs 65 tokens in each split, "),
+            ("--dataset docs --block_size 14 --tokenizer byte", "--block_size 14 needs 15 tokens in each split, and "),
+            (
+                "--dataset docs --pack",
+                "--pack tells documents apart by end-of-text tokens, and the char vocabulary of ",
+            ),
+            ("--dataset late --pack --tokenizer byte", "end-of-text tokens, and the train split of late has none; "),
+        ],
+    )
+    def test_is_refused(self, capsys, prepared: bool, flags: str, said: str):
+        if prepared:
+            dataset, tokenizer = shlex.split(flags)[1], "byte" if "byte" in flags else "char"
+            corpus.prepare(dataset, tokenizer=tokenizer, quiet=True)
+        assert said in (measured := refused(capsys, flags))
+        assert cli.run(train.main, [*runs.FLAGS, *shlex.split(flags)]) == 2
+        run = capsys.readouterr().err.splitlines()[-1]
+        assert measured.replace("at most ", "") == run
+
+    @pytest.mark.parametrize("flags", ["--block_size 10 --tokenizer byte", "--pack --block_size 10 --tokenizer byte"])
+    def test_what_fits_is_measured(self, capsys, prepared: bool, flags: str):
+        """The 10 characters that are left of the val split have the end of a document after them."""
+        if prepared:
+            corpus.prepare("docs", tokenizer="byte", quiet=True)
+        assert "docs" in rows(capsys, f"--dataset docs {flags}")["data"]
+        runs.run(f"--dataset docs {flags} --max_iters 1")
 
 
 @pytest.mark.parametrize(

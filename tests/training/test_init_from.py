@@ -125,6 +125,9 @@ class TestRefused:
             ("--n_inner 32", "--n_inner 32: the weights of hf are for 64; leave it out"),
             ("--no-bias", "--bias False: the weights of hf are for True; leave it out"),
             ("--position none", "--position none: the weights of hf are for learned; leave it out"),
+            ("--mlp gelu_exact", "--mlp gelu_exact: the weights of hf are for gelu; leave it out"),
+            ("--mlp relu", "--mlp relu: the weights of hf are for gelu; leave it out"),
+            ("--norm_eps 1e-3", "--norm_eps 0.001: the weights of hf are for 1e-05; leave it out"),
             ("--block_size 13", "--block_size 13: hf has learned 12 positions; pass less"),
             ("--tokenizer char", "--tokenizer char: hf has its own, of kind byte; leave it out"),
             ("--vocab_size 99", "--vocab_size 99 is for --tokenizer bpe"),
@@ -133,7 +136,10 @@ class TestRefused:
     def test_another_shape_is_named_by_its_flag(self, capsys, flags: str, said: str):
         assert said in refusal(capsys, f"--init_from hf --out_dir new {flags}")
 
-    @pytest.mark.parametrize("flags", ["--n_layer 2", "--n_kv_head 2", "--n_inner 64", "--bias True", "--block_size 6"])
+    @pytest.mark.parametrize(
+        "flags",
+        ["--n_layer 2", "--n_kv_head 2", "--n_inner 64", "--bias True", "--block_size 6", "--mlp gelu --norm_eps 1e-5"],
+    )
     def test_the_same_shape_may_be_given(self, flags: str):
         assert start(f"--init_from hf --out_dir new {flags} {STILL}") == 0
 
