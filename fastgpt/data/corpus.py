@@ -113,7 +113,8 @@ class Unprepared:
     def check_characters(self) -> None:
         """Raise `UsageError` for a character that the given vocabulary lacks."""
         if self.vocabulary is not None:
-            self.vocabulary.encode(self.statistics.chars)
+            with encoding(self.dataset):
+                self.vocabulary.encode(self.statistics.chars)
 
     def write(self) -> Corpus:
         """Tokenize the text into `target`."""
