@@ -179,7 +179,7 @@ def _difference(theirs: torch.Tensor, ours: torch.Tensor) -> float:
 
 
 def _huggingface(config: ConvertConfig, source: Source, folder: Path) -> str:
-    import transformers
+    import transformers  # pyright: ignore[reportMissingImports]
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from lm_eval import utils  # pyright: ignore[reportMissingImports]
+from lm_eval import utils  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
 from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
 from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
 
