@@ -1,4 +1,4 @@
-"""Generate text from a trained run: one continuation at a time, or many at once.
+"""Generate text from a model: one continuation at a time, or many at once.
 
     python -m fastgpt.generate --prompt "The with statement"
     python -m fastgpt.generate --prompts prompts.txt --output answers.jsonl
@@ -11,16 +11,17 @@ from collections.abc import Sequence
 
 from fastgpt import cli
 from fastgpt.config.generation import GenerateConfig
+from fastgpt.errors import UsageError
 from fastgpt.system import barriers
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    config = cli.parse(
-        GenerateConfig,
-        argv,
-        prog="python -m fastgpt.generate",
-        description="Generate text from a trained run.",
+    _, given = cli.read(
+        GenerateConfig, argv, prog="python -m fastgpt.generate", description="Generate text from a model."
     )
+    if given.get("model") is not None and "out_dir" in given:
+        raise UsageError(f"--out_dir {given['out_dir']} and --model {given['model']} exclude each other; pass only one")
+    config = cli.change(GenerateConfig(), given)
     # Only now, as it imports PyTorch, which takes a second that --help and a mistyped flag do not wait for.
     from fastgpt.generation.writing import write
 

@@ -51,7 +51,7 @@ WITH_DEFAULTS = {
 TOGETHER = {
     "n_head", "n_kv_head", "n_embd", "n_layer", "block_size", "batch_size", "gradient_accumulation_steps", "vocab_size",
     "learning_rate", "min_lr", "position", "tokenizer", "kernels", "init_from", "allow_data_change", "compile", "cache",
-    "kv_memory", "device", "dtype", "async_save", "keep_last", "resume", "pack", "download", "out_dir",
+    "kv_memory", "device", "dtype", "async_save", "keep_last", "resume", "pack", "download",
 }  # fmt: skip
 
 

@@ -47,7 +47,7 @@ class SamplingParams(Settings):
 class GenerateConfig(SamplingParams):
     """Generation from a model."""
 
-    out_dir: str | None = option(None, "folder of the run; default out", path=True, group="Model")
+    out_dir: str = option("out", "folder of the run", path=True, group="Model")
     checkpoint: str = option("best", "best, latest, or a step's folder name such as step-000500", path=True)
     model: str | None = option(
         None,
@@ -98,7 +98,7 @@ class GenerateConfig(SamplingParams):
     @property
     def source(self) -> str | Path:
         """What to load: a name on the hub is a text, the folder of a run always a path."""
-        return self.model if self.model is not None else Path(self.out_dir or "out")
+        return self.model if self.model is not None else Path(self.out_dir)
 
     def sampling(self) -> SamplingParams:
         """The settings of sampling. Raises `UsageError` for an unknown escape in a stop text."""

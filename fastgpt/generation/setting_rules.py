@@ -15,10 +15,6 @@ NEEDS_PAGES: dict[str, Callable[[GenerateConfig], bool]] = {
 # What is wrong, in the order in which it is looked for, and the message; `c` is the configuration.
 RULES: tuple[tuple[Callable[[GenerateConfig], bool], str], ...] = (
     (
-        lambda c: c.model is not None and c.out_dir is not None,
-        "`out_dir` {c.out_dir} and `model` {c.model} exclude each other; pass only one",
-    ),
-    (
         lambda c: c.download and c.model is None,
         "`download` fetches the model that `model` names; name one, such as gpt2",
     ),
