@@ -28,6 +28,7 @@ from fastgpt.tokenizer import saved
 from fastgpt.tokenizer.base import Tokenizer
 
 PADDING = 128  # an embedding is filled up to a multiple of this power of two, or of a smaller one
+WAYS_OUT = "name a run's or a step's folder, a Hugging Face folder, a .gguf file or a .pt file"
 LAYER = re.compile(r"h\.(\d{1,9})\.")
 
 
@@ -95,7 +96,8 @@ class Source:
             )
         if block > self.shape.block_size and "wpe.weight" in self.tensors:
             raise UsageError(
-                f"`block_size` {block}: {self.path} has learned {counted(self.shape.block_size, 'position')}; pass less"
+                f"`block_size` {block}: {self.path} has learned {counted(self.shape.block_size, 'position')}; pass "
+                f"{self.shape.block_size} or less"
             )
         rows = {"wte.weight": vocab, "wpe.weight": block}
 
@@ -148,16 +150,15 @@ def _open(path: Path, checkpoint: str, setting: str) -> Source:
             return _foreign("huggingface", huggingface.load(path))
         if (checkpoint_file := path / nanogpt_weights.CHECKPOINT).exists() and not (path / "config.json").exists():
             return _foreign("nanogpt", nanogpt_weights.load(checkpoint_file))
+        if setting != "out_dir" and not (store.holds_run(path) or store.aside(path)):
+            raise UsageError(f"`{setting}` {path} holds no run, and is no other model; {WAYS_OUT}")
         return _open_run(path, checkpoint)
     if path.suffix == ".gguf":
         return _foreign("gguf", gguf_file.load(path))
     if path.suffix == ".pt":
         return _foreign("nanogpt", nanogpt_weights.load(path))
     if exists(path):
-        raise UsageError(
-            f"`{setting}` {path} is no model: name a run's or a step's folder, a Hugging Face folder, a .gguf file or "
-            "a .pt file"
-        )
+        raise UsageError(f"`{setting}` {path} is no model; {WAYS_OUT}")
     raise UsageError(
         f"`{setting}` {path} holds no run, and is no other model; train one first: python -m fastgpt.train "
         f"--out_dir {path}"

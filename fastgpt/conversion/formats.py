@@ -92,7 +92,7 @@ def check(name: str, source: Source, approximate: bool) -> Source:
         able = [other for other, kind in FORMATS.items() if kind.gelu in (None, config.mlp)]
         raise UsageError(
             f"`format` {name} has `mlp` {form.gelu} alone, and the model has {config.mlp}; take that one with "
-            f"`approximate=True`, which tells how far the logits move, or use `format` {_or(able)}"
+            f"`approximate=True`, and see how far the logits move, or use `format` {_or(able)}"
         )
     return dataclasses.replace(source, shape=dataclasses.replace(source.shape, mlp=form.gelu))
 

@@ -20,7 +20,7 @@ from fastgpt.system.units import counted
 from fastgpt.tokenizer.base import Tokenizer
 
 SHARD = 5_000_000_000  # bytes of a file's tensors, at most, as transformers parts them
-PROMPT = "The "
+PROMPT, NEW_TOKENS = "The ", 50
 GENERATION, CARD = "generation_config.json", "README.md"
 
 
@@ -115,16 +115,18 @@ def _card(model: ExportedModel, dtype: str) -> str:
         "written by": f"fastgpt {__version__}, torch {torch.__version__}",
     }
     table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items())
-    return CARD_TEXT.format(name=model.name, table=table, prompt=_prompt(model.tokenizer))
+    prompt = _prompt(model.tokenizer)
+    new = max(1, min(NEW_TOKENS, config.block_size - len(model.tokenizer.encode(prompt))))
+    return CARD_TEXT.format(name=model.name, table=table, prompt=repr(prompt), new=new)
 
 
 def _prompt(tokenizer: Tokenizer) -> str:
-    """A prompt that the vocabulary can spell, as a literal of Python."""
+    """A prompt that the vocabulary can spell."""
     try:
         tokenizer.encode(PROMPT)
-        return repr(PROMPT)
+        return PROMPT
     except UsageError:
-        return repr(tokenizer.decode([tokenizer.start_token]))
+        return tokenizer.decode([tokenizer.start_token])
 
 
 def _cell(text: str) -> str:
@@ -152,6 +154,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 folder = "."  # this folder
 model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 prompt = tokenizer({prompt}, return_tensors="pt")
-print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50, do_sample=True)[0]))
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens={new}, do_sample=True)[0]))
 ```
+
+The prompt and the new tokens together must fit into the context.
 """

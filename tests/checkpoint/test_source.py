@@ -104,7 +104,7 @@ class TestForeign:
     @pytest.mark.parametrize(
         ("source", "said"),
         [
-            ("text.txt", "`thing` text.txt is no model: name a run's or a step's folder"),
+            ("text.txt", "`thing` text.txt is no model; name a run's or a step's folder"),
             ("text.txt/x", "`thing` text.txt/x holds no run"),
             ("nope.pt", "nope.pt cannot be read: No such file"),
             ("", "holds no run"),

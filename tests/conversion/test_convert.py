@@ -71,6 +71,7 @@ class TestWritten:
             f"torch {torch.__version__} |",
         ):
             assert row in card
+        assert "max_new_tokens=4," in card  # the prompt and these fill the context
         assert "--dataset text.txt" in card
         assert "--n_embd 16" in card
         assert str(folder) not in card

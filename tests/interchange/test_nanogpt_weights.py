@@ -272,7 +272,7 @@ class TestRefused:
         FILES[file]()
         error = refusal(capsys)
         if "shape" not in file and "context" not in file and "weight" not in file and "embedding" not in file:
-            assert error.startswith(("error: ckpt.pt ", "error: --init_from 'ckpt.pt' "))
+            assert error.startswith(("error: ckpt.pt ", "error: --init_from ckpt.pt ", "error: --init_from 'ckpt.pt' "))
 
     @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
     @pytest.mark.slow

@@ -207,7 +207,7 @@ class TestAnotherModel:
 
     def test_has_no_more_positions(self, capsys):
         said = self.both(capsys, "--init_from hf --out_dir new --block_size 13")
-        assert said == "error: --block_size 13: hf has learned 12 positions; pass less"
+        assert said == "error: --block_size 13: hf has learned 12 positions; pass 12 or less"
 
     def test_knows_no_other_characters(self, capsys):
         Path("text.txt").write_text("abc?" * 100)

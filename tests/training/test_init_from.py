@@ -128,7 +128,7 @@ class TestRefused:
             ("--mlp gelu_exact", "--mlp gelu_exact: the weights of hf are for gelu; leave it out"),
             ("--mlp relu", "--mlp relu: the weights of hf are for gelu; leave it out"),
             ("--norm_eps 1e-3", "--norm_eps 0.001: the weights of hf are for 1e-05; leave it out"),
-            ("--block_size 13", "--block_size 13: hf has learned 12 positions; pass less"),
+            ("--block_size 13", "--block_size 13: hf has learned 12 positions; pass 12 or less"),
             ("--tokenizer char", "--tokenizer char: hf has its own, of kind byte; leave it out"),
             ("--vocab_size 99", "--vocab_size 99 is for --tokenizer bpe"),
         ],
