@@ -26,7 +26,7 @@ OF_DOCUMENTS, OF_ONE_TEXT = ("text_key", "val_share", "jobs"), ("dataset", "corp
 
 @dataclass(frozen=True)
 class PrepareConfig(Settings):
-    """What to prepare, and where."""
+    """The text to prepare, its tokenizer, and the folder for the corpus."""
 
     source: str | None = option(
         None,

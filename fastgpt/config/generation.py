@@ -97,7 +97,7 @@ class GenerateConfig(SamplingParams):
 
     @property
     def source(self) -> str | Path:
-        """What to load: a name on the hub is a text, the folder of a run always a path."""
+        """The model to load: a text may be a name on the hub, and the folder of a run is always a path."""
         return self.model if self.model is not None else Path(self.out_dir)
 
     def sampling(self) -> SamplingParams:

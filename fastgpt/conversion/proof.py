@@ -103,7 +103,7 @@ def prove(config: ConvertConfig, source: Source, result: Path) -> str | None:
 
 @torch.no_grad()
 def approximation(original: Source, source: Source) -> str:
-    """How far the logits move with another form of GELU, in words."""
+    """Describe the largest change of the logits with another form of GELU."""
     tokens = reference(original).tokens
     before, after = (_model(one)(tokens) for one in (original, source))
     moved = _difference(after, before)

@@ -11,7 +11,6 @@ import json
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +25,6 @@ from fastgpt.system.scratch_folder import scratch_folder
 from fastgpt.system.units import counted
 from fastgpt.tokenizer import saved
 from fastgpt.tokenizer.base import Text, Tokenizer
-from fastgpt.tokenizer.char import UnknownCharacters
 from fastgpt.tokenizer.gpt2 import Gpt2Tokenizer
 
 NAMES = ("pydocs", "shakespeare")
@@ -113,7 +111,7 @@ class Unprepared:
     def check_characters(self) -> None:
         """Raise `UsageError` for a character that the given vocabulary lacks."""
         if self.vocabulary is not None:
-            with encoding(self.dataset):
+            with token_file.encoding(self.dataset):
                 self.vocabulary.encode(self.statistics.chars)
 
     def write(self) -> Corpus:
@@ -183,7 +181,7 @@ def find(
     quiet: bool = False,
     download: bool = True,
 ) -> tuple[str, Corpus | Unprepared]:
-    """What `prepare` begins with: "opened" or "reused" and the corpus, or "found" and the text to tokenize.
+    """Find the data of `prepare`: "opened" or "reused" and the corpus, or "found" and the text to tokenize.
 
     Nothing is written, unless tiny Shakespeare is downloaded. The arguments and errors are those of `prepare`.
 
@@ -359,7 +357,7 @@ def _write(target: Path, dataset: str, source: Source, statistics: Statistics, v
     try:
         with scratch_folder(target) as temporary:
             splits = sources.span(source.texts(), 0, train_end), sources.span(source.texts(), train_end)
-            with encoding(dataset):
+            with token_file.encoding(dataset):
                 train = token_file.write(temporary / "train.bin", splits[0], vocabulary)
                 val = token_file.write(temporary / "val.bin", splits[1], vocabulary)
             if train["bytes"] + val["bytes"] != statistics.bytes:
@@ -383,16 +381,6 @@ def _write(target: Path, dataset: str, source: Source, statistics: Statistics, v
             f"`data_dir` {target.parent}: cannot write {target.name}: {error.strerror}; name another"
         ) from None
     return load(target)
-
-
-@contextmanager
-def encoding(dataset: str) -> Iterator[None]:
-    """Name the dataset, and a way out for it, in the error of a vocabulary that lacks characters of its text."""
-    try:
-        yield
-    except UnknownCharacters as error:
-        advice = error.normalization or "leave those out, or name another text or model"
-        raise UsageError(f"`dataset` {shown(dataset)}: {error.lack}; {advice}") from None
 
 
 def publish(temporary: Path, target: Path, sha256: str, vocabulary: Tokenizer) -> None:

@@ -79,7 +79,7 @@ class Dataset:
             cut = int(corpus.TRAIN_SHARE * sum(len(piece) for piece in source.texts() if piece is not None))
             pieces = sources.span(pieces, 0, cut) if self.split == "train" else sources.span(pieces, cut)
         dtype = token_file.dtype_of(vocabulary.vocab_size)
-        with corpus.encoding(self.name):
+        with token_file.encoding(self.name):
             blocks = [
                 np.array([vocabulary.end_token] if chunk is None else vocabulary.encode(chunk)).astype(dtype)
                 for chunk in sources.chunks(pieces)

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,10 +10,11 @@ import numpy as np
 
 from fastgpt.data.sharded_tokens import ShardedTokens
 from fastgpt.data.sources import Piece, chunks
-from fastgpt.errors import UsageError
+from fastgpt.errors import UsageError, shown
 from fastgpt.system import files
 from fastgpt.system.units import counted
 from fastgpt.tokenizer.base import Tokenizer
+from fastgpt.tokenizer.char import UnknownCharacters
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -42,6 +44,16 @@ def write(path: Path, pieces: Iterable[Piece], vocabulary: Tokenizer) -> dict[st
 
     identity = files.write(path, blocks())
     return counts | {"sha256": identity["sha256"]}
+
+
+@contextmanager
+def encoding(dataset: str) -> Iterator[None]:
+    """Name the dataset, and a way out for it, in the error of a vocabulary that lacks characters of its text."""
+    try:
+        yield
+    except UnknownCharacters as error:
+        advice = error.normalization or "leave those out, or name another text or model"
+        raise UsageError(f"`dataset` {shown(dataset)}: {error.lack}; {advice}") from None
 
 
 def holds(tokens: np.ndarray | ShardedTokens, token: int) -> bool:

@@ -72,14 +72,19 @@ def library_description(vocab: Mapping[str, int], merges: Merges) -> dict[str, A
         "vocab": dict(sorted(vocab.items(), key=lambda entry: entry[1])),
         "merges": [list(pair) for pair in merges],
     }
+    return library_json(byte_level, {**byte_level, "add_prefix_space": True}, model)
+
+
+def library_json(pre_tokenizer: dict[str, Any], decoder: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
+    """The content of tokenizer.json with these parts, and no others, in the library's own order."""
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [],
         "normalizer": None,
-        "pre_tokenizer": byte_level,
+        "pre_tokenizer": pre_tokenizer,
         "post_processor": None,
-        "decoder": {**byte_level, "add_prefix_space": True},
+        "decoder": decoder,
         "model": model,
     }

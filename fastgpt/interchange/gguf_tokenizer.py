@@ -59,7 +59,7 @@ def load(path: Path, header: Header) -> Tokenizer | None:
 
 
 def _vocabulary(model: str, header: Header) -> Vocabulary:
-    """What the metadata say. Raises ValueError for other models, and for arrays that do not fit each other."""
+    """The vocabulary in the metadata. Raises ValueError for other models, and for arrays that do not fit each other."""
     if model not in (BYTE_PAIRS, LONGEST_FIRST):
         raise ValueError(f"its model is {shown(model)}, and only {BYTE_PAIRS} and {LONGEST_FIRST} are read")
     parting = header.values.get(f"{KEYS}pre", PARTINGS[-1])

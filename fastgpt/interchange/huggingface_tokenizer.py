@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgpt.errors import UsageError, shown
-from fastgpt.interchange.byte_level import BYTES, library_description, tokenizer_of
+from fastgpt.interchange.byte_level import BYTES, library_description, library_json, tokenizer_of
 from fastgpt.system import json_files
 from fastgpt.tokenizer.base import ENDOFTEXT, Tokenizer
 from fastgpt.tokenizer.bpe import BpeTokenizer
@@ -147,26 +147,13 @@ def _added(name: str, id: int) -> dict[str, Any]:
 
 
 def _character_description(tokenizer: CharTokenizer) -> dict[str, Any]:
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [],
-        "normalizer": None,
-        "pre_tokenizer": {
-            "type": "Split",
-            "pattern": {"Regex": ANY_CHARACTER},
-            "behavior": "Isolated",
-            "invert": False,
-        },
-        "post_processor": None,
-        "decoder": {"type": "Fuse"},
-        "model": {
-            "type": "WordLevel",
-            "vocab": {char: id for id, char in enumerate(tokenizer.chars)},
-            "unk_token": "<unk>",  # no token of it: an unknown character is an error and does not vanish
-        },
+    parts = {"type": "Split", "pattern": {"Regex": ANY_CHARACTER}, "behavior": "Isolated", "invert": False}
+    model = {
+        "type": "WordLevel",
+        "vocab": {char: id for id, char in enumerate(tokenizer.chars)},
+        "unk_token": "<unk>",  # no token of it: an unknown character is an error and does not vanish
     }
+    return library_json(parts, {"type": "Fuse"}, model)
 
 
 def settings_of(tokenizer: Tokenizer, block_size: int) -> dict[str, Any]:

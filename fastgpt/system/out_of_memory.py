@@ -27,7 +27,7 @@ MESSAGES = re.compile(
 
 
 class DoesNotFit(UsageError, MemoryError):
-    """What would take more memory than is free, refused before it is allocated."""
+    """A request for more memory than is free, refused before it is allocated."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

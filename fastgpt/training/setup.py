@@ -31,7 +31,7 @@ from fastgpt.training.state import TrainingState
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a run computes, and in which arithmetic.
+    """The device, the arithmetic and the threads of a run.
 
     Attributes:
         dtype: of the matrix products.

@@ -113,7 +113,7 @@ class TestWritten:
 
 
 class TestLimits:
-    """What a format cannot express is refused by name, with the formats that can."""
+    """Refusals name the part of a model that a format cannot express, and the formats that can."""
 
     @pytest.mark.parametrize(
         ("flags", "format", "said"),

@@ -1,4 +1,4 @@
-"""Which runs are packed, and where a document begins in a window."""
+"""The choice of packing, and the first tokens of documents in a window."""
 
 import dataclasses
 from pathlib import Path

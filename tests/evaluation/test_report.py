@@ -1,4 +1,4 @@
-"""What is printed: text as it is, one line each, and values without a number as such."""
+"""Printed tables: text as it is, a line each, and a mark for values without a number."""
 
 import json
 

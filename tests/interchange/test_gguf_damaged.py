@@ -31,7 +31,7 @@ def read_whole(path: Path) -> None:
 
 
 def outcome(path: Path) -> str | None:
-    """What is said of a file that is refused, in one line; None if all of it can be read."""
+    """The one line that refuses a file; None if all of it can be read."""
     said = None
     try:
         read_whole(path)
