@@ -72,6 +72,12 @@ class Reference:
         """The likeliest tokens before a near-tie."""
         return self.path[0, self.prompt : self.prompt + self.sure].tolist()
 
+    @property
+    def agreement(self) -> str:
+        """The number of greedy tokens that were compared and are the same, in words."""
+        said = f"{counted(self.sure, 'greedy token')} the same"
+        return said if self.sure == self.path.shape[1] - self.prompt else f"{said} before a near-tie"
+
 
 def check_peer(config: ConvertConfig) -> None:
     """Raise `UsageError` if a proof was asked for and the program for it is missing."""
@@ -170,7 +176,7 @@ def _compare_logits(name: str, config: ConvertConfig, known: Reference, logits: 
         theirs = logits(known.path)[0, known.prompt - 1 :].argmax(-1)[: known.sure].tolist()
     if theirs != known.greedy:
         raise RunFailed(f"{name} continues otherwise: {theirs}, not {known.greedy}")
-    return f"{said}, {counted(known.sure, 'greedy token')} the same"
+    return f"{said}, {known.agreement}"
 
 
 def _difference(theirs: torch.Tensor, ours: torch.Tensor) -> float:
@@ -216,7 +222,7 @@ def _llama_cpp(config: ConvertConfig, source: Source, file: Path) -> str:
         return said
     if greedy != known.greedy:
         raise RunFailed(f"llama.cpp continues otherwise: {greedy}, not {known.greedy}")
-    return f"{said}, {counted(known.sure, 'greedy token')} the same"
+    return f"{said}, {known.agreement}"
 
 
 def _nanogpt(config: ConvertConfig, source: Source, folder: Path) -> str:

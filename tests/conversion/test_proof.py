@@ -123,7 +123,8 @@ class TestProof:
         said = proof._compare_logits("peer", config, known, known.model)
         assert (
             said
-            == "verified with peer: logits differ by 0.0e+00 of the largest (at most 1e-05), 0 greedy tokens the same"
+            == "verified with peer: logits differ by 0.0e+00 of the largest (at most 1e-05), 0 greedy tokens the same "
+            "before a near-tie"
         )
         with pytest.raises(RunFailed, match="peer computes other logits"):
             proof._compare_logits("peer", config, known, lambda tokens: known.model(tokens) + 1e-9)
