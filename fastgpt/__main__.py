@@ -21,6 +21,7 @@ COMMANDS = {  # each is the module of that name in this folder, with a function 
     "verify": "check every checkpoint of a run, byte by byte",
     "evaluate": "measure a model on a text, or on multiple-choice questions",
     "compare": "compare two models on a text",
+    "inspect": "look inside: attention, memory, time, this machine",
 }
 
 

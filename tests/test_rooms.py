@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "training": ("loggers", "evaluation"),
     "generation": ("loggers", "evaluation"),
     "conversion": ("generation",),
+    "inspection": ("training", "conversion"),
 }
 FOR_EVERYONE = {"fastgpt", "fastgpt.errors"}  # the version, and the errors
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -47,7 +47,7 @@ def complete(preset: str | None, given: Mapping[str, Any]) -> tuple[TrainConfig,
         if asked.imports:
             validate(asked)
             source = open_model(asked.init_from, download=asked.download, setting="init_from")
-            start = _shaped_as(source, start, given)
+            start = shaped_as(source, start, given)
             why += f"; the model's shape and weights are those of {asked.init_from}"
     config = dataclasses.replace(start, **given)
     validate(config)
@@ -95,7 +95,7 @@ def of_preset(preset: str | None, given: Mapping[str, Any]) -> tuple[TrainConfig
     return (dataclasses.replace(config, vocab_size=None) if "tokenizer" in given else config), why
 
 
-def _shaped_as(source: Source, config: TrainConfig, given: Mapping[str, object]) -> TrainConfig:
+def shaped_as(source: Source, config: TrainConfig, given: Mapping[str, object]) -> TrainConfig:
     """The configuration with the shape of a model and, if it has one, its kind of vocabulary.
 
     Raises:
