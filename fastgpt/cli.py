@@ -58,6 +58,7 @@ def read(
     description: str,
     presets: Mapping[str, Any] | None = None,
     unnamed: Sequence[str] = (),
+    shares: type | None = None,
 ) -> tuple[str | None, dict[str, Any]]:
     """The named preset, and the fields that `--config file.toml` or flags give, each within its own limits.
 
@@ -66,6 +67,7 @@ def read(
         argv: the arguments, without the program's name; default `sys.argv[1:]`.
         presets: named starting points, which add `--preset` and `--config`.
         unnamed: the fields whose flags may be left out, in the order of their values: `a --json b` gives two.
+        shares: a dataclass whose TOML files may be given too; what is in them for that one alone is left out.
 
     Raises:
         UsageError: an unknown flag or key (the nearest is named) or a value outside its limits.
@@ -73,7 +75,7 @@ def read(
     parser, flags = _parser(kind, prog, description, presets)
     given = _parse(parser, flags, sys.argv[1:] if argv is None else argv, unnamed)
     file = given.pop("config", None)
-    given = (_read_toml(Path(file), kind) if file is not None else {}) | given
+    given = (_read_toml(Path(file), kind, shares or kind) if file is not None else {}) | given
     preset = given.pop("preset", None)
     if preset is not None and preset not in (presets or {}):
         known = presets or {}
@@ -320,7 +322,7 @@ def _is_auto(field: dataclasses.Field, value: Any) -> bool:
     return field.metadata["auto"] and isinstance(value, str) and value.lower() == AUTO
 
 
-def _read_toml(path: Path, kind: type) -> dict[str, Any]:
+def _read_toml(path: Path, kind: type, written_for: type) -> dict[str, Any]:
     try:
         content = path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
@@ -331,14 +333,16 @@ def _read_toml(path: Path, kind: type) -> dict[str, Any]:
         table = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # TOML's, and those of a hostile nesting or number
         raise UsageError(f"--config {path} is not TOML: {error}") from None
-    spelled = {name: field for field in dataclasses.fields(kind) for name in (field.name, *field.metadata["alias"])}
+    spelled, known = _spellings(kind), _spellings(written_for)
     for key in table:
-        if key not in spelled and key != "preset":
+        if key not in {*spelled, *known, "preset"}:
             raise UsageError(f"--config {path}: unknown key {key!r}{nearest(key, spelled)}")
     if not isinstance(table.get("preset", ""), str):
         raise UsageError(f"--config {path}: preset {table['preset']!r} is not a preset's name")
-    given = {}
-    for key, value in table.items():
-        field = spelled.get(key)  # None for the preset
-        given[field.name if field else key] = None if field and _is_auto(field, value) else value
-    return given
+    given = {spelled[key].name: None if _is_auto(spelled[key], v) else v for key, v in table.items() if key in spelled}
+    return given | {key: value for key, value in table.items() if key == "preset"}
+
+
+def _spellings(kind: type) -> dict[str, dataclasses.Field]:
+    """A dataclass's fields by their names and aliases."""
+    return {name: field for field in dataclasses.fields(kind) for name in (field.name, *field.metadata["alias"])}

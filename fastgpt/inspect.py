@@ -14,7 +14,7 @@ from typing import NamedTuple
 from fastgpt import cli
 from fastgpt.config.fields import Settings
 from fastgpt.config.inspection import AttentionConfig, MachineConfig, MemoryConfig, ProfileConfig, WorkConfig
-from fastgpt.config.training import PRESETS
+from fastgpt.config.training import PRESETS, TrainConfig
 from fastgpt.errors import UsageError, nearest, shown
 from fastgpt.system import barriers
 
@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=f"{view.text[0].upper()}{view.text[1:]}.",
         presets={preset: view.config.of(config) for preset, config in PRESETS.items()} if of_work else None,
         unnamed=("src",),
+        shares=TrainConfig if of_work else None,
     )
     # Only now, as they import PyTorch, which takes a second that --help and a mistyped flag do not wait for.
     module = importlib.import_module(f"fastgpt.inspection.{view.module}")

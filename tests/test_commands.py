@@ -9,7 +9,7 @@ import pytest
 
 import fastgpt
 from fastgpt import __main__ as commands
-from fastgpt import cli
+from fastgpt import cli, inspect
 from tests.helpers.places import ROOT
 
 HEAVY = ("torch", "numpy", "triton", "rich", "safetensors", "matplotlib")
@@ -80,6 +80,7 @@ def test_the_console_script_is_the_same_program(capsys: pytest.CaptureFixture[st
     [
         ["fastgpt"],
         *([*start, "--help"] for name in commands.COMMANDS for start in (["fastgpt", name], [f"fastgpt.{name}"])),
+        *(["fastgpt", "inspect", view, "--help"] for view in inspect.VIEWS),
     ],
 )
 def test_help_imports_nothing_heavy(words: list[str]):

@@ -8,6 +8,7 @@ from fastgpt.config.choices import DTYPES, KERNELS
 from fastgpt.config.fields import Settings, option
 from fastgpt.config.model import ModelConfig
 from fastgpt.config.training import TrainConfig
+from fastgpt.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,11 @@ class WorkConfig(ModelConfig):
         """A run with these settings, and the defaults for the others."""
         values: dict[str, Any] = {name: getattr(self, name) for name in _shared(type(self))}
         return TrainConfig(**values, gradient_accumulation_steps=1)
+
+    def check(self) -> None:
+        super().check()
+        if self.download and self.src is None:
+            raise UsageError("`download` fetches the model that `src` names; name one, such as gpt2")
 
 
 def _shared(kind: type[WorkConfig]) -> list[str]:
