@@ -9,7 +9,7 @@ python -m fastgpt.inspect machine
 import importlib
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fastgpt import cli
 from fastgpt.config.fields import Settings
@@ -44,23 +44,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in VIEWS:
         raise UsageError(f"unknown view {shown(name)}{nearest(name, VIEWS)}; the views are {', '.join(VIEWS)}")
     view = VIEWS[name]
-    of_work = issubclass(view.config, WorkConfig)
+    kind, prog, description = view.config, f"python -m fastgpt.inspect {name}", f"{view.text.capitalize()}."
+    # PyTorch is imported only once the flags are read: --help and a mistyped flag do not wait a second for it.
+    if not issubclass(kind, WorkConfig):
+        config = cli.parse(kind, rest, prog=prog, description=description, unnamed=("src",))
+        return _room(view.module).show(config)
+    presets = {preset: kind.of(config) for preset, config in PRESETS.items()}
     preset, given = cli.read(
-        view.config,
-        rest,
-        prog=f"python -m fastgpt.inspect {name}",
-        description=f"{view.text[0].upper()}{view.text[1:]}.",
-        presets={preset: view.config.of(config) for preset, config in PRESETS.items()} if of_work else None,
-        unnamed=("src",),
-        shares=TrainConfig if of_work else None,
+        kind, rest, prog=prog, description=description, presets=presets, unnamed=("src",), shares=TrainConfig
     )
-    # Only now, as they import PyTorch, which takes a second that --help and a mistyped flag do not wait for.
-    module = importlib.import_module(f"fastgpt.inspection.{view.module}")
-    if not of_work:
-        return module.show(cli.change(view.config(), given))
-    from fastgpt.inspection import subject
+    return _room(view.module).show(*_room("subject").complete(kind, preset, given))
 
-    return module.show(*subject.complete(view.config, preset, given))
+
+def _room(module: str) -> Any:
+    return importlib.import_module(f"fastgpt.inspection.{module}")
 
 
 def _listing() -> str:
