@@ -1,0 +1,94 @@
+"use strict";
+/* The active token: how well it was predicted, what comes next, and its strongest attention in the chosen head. */
+
+const STRONGEST = 5; // tokens that are listed for the chosen head
+
+function startDetails() {
+  const keys = ["frame", "layer", "head", "token", "hover", "direction"];
+  watch(keys, drawDetails);
+  // Read out only what was chosen: a pointer that passes over the text would read a sentence for each token.
+  watch(["frame", "token"], announce);
+}
+
+function drawDetails() {
+  const index = activeToken();
+  const token = DATA.tokens[index];
+  const { losses, ranks } = state.frame;
+  const name = make(
+    "p",
+    { class: "token-name" },
+    showText(make("span", { class: "big piece" }), token.text),
+    make("span", { class: "muted" }, `token ${index} of ${T}, id ${token.id}`),
+  );
+  const numbers = facts([
+    ["loss", losses[index] === null ? "–" : `${number(losses[index])} nats`],
+    ["rank", ranks[index] === null ? "–" : thousands(ranks[index])],
+    ["probability", losses[index] === null ? "–" : percent(Math.exp(-losses[index]))],
+  ]);
+  const parts = [name, numbers];
+  if (losses[index] === null && index === 0) parts.push(make("p", { class: "hint" }, "Nothing stands before it to predict it."));
+  parts.push(make("h3", {}, "What comes next"), nextTokens(index), truth(index), make("h3", {}, attendsTitle()), strongest(index));
+  document.getElementById("details-body").replaceChildren(...parts);
+}
+
+/** A line of names and values. */
+function facts(pairs) {
+  return make("dl", { class: "facts" }, ...pairs.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value))));
+}
+
+/** The model's own prediction at a position, as bars. */
+function nextTokens(index) {
+  const next = DATA.tokens[index + 1]?.id;
+  const items = predictions(state.frame, outputRow(state.frame), index).map(({ id, p }) => ({
+    text: textOf(id),
+    p,
+    shown: percent(p),
+    kind: id === next ? "true" : null,
+    note: id === next ? "next" : null,
+  }));
+  return barList(items, { id: "next-tokens", "aria-label": "The likeliest next tokens" });
+}
+
+/** The token that does come next: its rank and its loss. */
+function truth(index) {
+  const next = DATA.tokens[index + 1];
+  if (!next) return make("p", { class: "hint truth" }, "The text ends here.");
+  const loss = state.frame.losses[index + 1];
+  const told = ` comes next: rank ${thousands(state.frame.ranks[index + 1])}, ${percent(loss === null ? null : Math.exp(-loss))}, loss ${number(loss)}`;
+  return make("p", { class: "hint truth" }, showText(make("span", { class: "piece" }), next.text), told);
+}
+
+function attendsTitle() {
+  const verb = state.direction === "to" ? "It attends to" : "It is attended by";
+  return `${verb}, in ${headName(state.layer, state.head)}`;
+}
+
+/** The tokens with the largest weights in the chosen head and direction. */
+function strongest(index) {
+  const weights = weightsOf(activeMap(), index, state.direction);
+  const order = Array.from(weights.keys()).filter((other) => weights[other] > 0);
+  order.sort((a, b) => weights[b] - weights[a]);
+  if (!order.length) return make("p", { class: "hint" }, "No token, by the weights as they are rounded here.");
+  const items = order.slice(0, STRONGEST).map((other) => ({
+    text: DATA.tokens[other].text,
+    p: weights[other],
+    shown: share(weights[other]),
+    note: distance(other - index),
+  }));
+  return barList(items, { id: "strongest", class: "bars attention", "aria-label": attendsTitle() });
+}
+
+function distance(steps) {
+  if (steps === 0) return "itself";
+  return steps < 0 ? `${-steps} before` : `${steps} after`;
+}
+
+function announce() {
+  const index = state.token;
+  const loss = state.frame.losses[index];
+  const [best] = predictions(state.frame, outputRow(state.frame), index);
+  const how = loss === null ? "not predicted" : `loss ${number(loss)} nats, rank ${thousands(state.frame.ranks[index])}`;
+  const next = best ? `Likeliest next: ${spoken(textOf(best.id))}, ${percent(best.p)}.` : "";
+  document.getElementById("announcement").textContent =
+    `Token ${index}, ${spoken(DATA.tokens[index].text)}: ${how}. ${next}`;
+}
