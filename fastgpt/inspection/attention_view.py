@@ -1,7 +1,6 @@
 """Shows the attention maps of a model over a text: a page, a picture, the numbers, and a table of labelled heads."""
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -164,7 +163,7 @@ def _write(content: Content, paths: dict[str, Path]) -> None:
         with outputs.explained("output", path):
             write_atomic(path, page)
         for note in notes[1:]:  # the first is true of every page
-            _note(note)
+            _note(f"{note}; `layers` chooses layers, and `json` and `png` have all")
     if path := paths.get("png"):
         picture = attention_picture.draw(content.snapshots[-1].layers, len(content.tokens), content.title)
         with outputs.explained("png", path):
@@ -182,7 +181,7 @@ def _print_heads(layers: dict[int, Layer]) -> None:
             for label, score in head.labels:
                 found[label].append((score, number, at))
     if not any(found.values()):
-        print(f"no head gives {LABELLED:.0%} of its weight to the {_listed(tuple(LABELS.values()))}")
+        print(f"no head gives {LABELLED:.0%} of its weight to one of: {', '.join(LABELS.values())}")
         return
     shown = Table(box=box.SIMPLE, pad_edge=False)
     shown.add_column("pattern", no_wrap=True)
@@ -202,10 +201,6 @@ def _print_loss(content: Content) -> None:
     losses, T = content.snapshots[-1].outcome.losses, len(content.tokens)
     mean = f"mean loss {losses.mean():.4f} nats" if T > 1 else "no loss, as no token is predicted"
     print(f"{counted(T, 'token')}, {mean}")
-
-
-def _listed(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def _note(text: str) -> None:

@@ -16,7 +16,7 @@ import torch
 
 # A head is labelled by a pattern to whose keys it gives at least this share of its weight, and at least so many times
 # the share that they would have if all keys were equal: in a short text, or one of few letters, that alone is much.
-LABELLED, TIMES_EQUAL = 0.3, 2.0
+LABELLED, TIMES_EQUAL = 0.25, 2.0
 LABELS = {"previous": "previous token", "first": "first token", "induction": "induction"}
 
 

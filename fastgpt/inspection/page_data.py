@@ -139,28 +139,25 @@ def _lens_values(one: Snapshot, rows: Sequence[int], T: int) -> dict[str, str]:
 
 
 def _deflated(content: bytes) -> str:
-    return base64.b64encode(zlib.compress(content, 9)).decode()
+    return base64.b64encode(zlib.compress(content)).decode()
 
 
 def _parts(content: Content) -> Iterator[Part]:
     """The parts that may fit, the largest first; the last one is what is shown in any case."""
-    T, layers = len(content.tokens), content.layers
-    yield (whole := Part(T, layers, list(range(content.config.n_layer + 1))))
+    T, layers, picked = len(content.tokens), content.layers, content.picked[0]
     rows = _rows(content, T)
-    room = content.limit - _size(content, whole._replace(rows=rows))
+    room = content.limit - _size_without_maps(content, Part(T, [picked], rows))
     for count in range(len(layers), 0, -1):
-        chosen = _with(evenly(layers, count), content.picked[0])
+        chosen = _with(evenly(layers, count), picked)
         if sum(4 * len(one.layers[layer].packed) // 3 for one in content.snapshots for layer in chosen) <= room:
             yield Part(T, chosen, rows)
     while T > 1:
         T = max(1, int(T * SHORTER))
-        yield Part(T, [content.picked[0]], _rows(content, T))
+        yield Part(T, [picked], _rows(content, T))
 
 
 def _rows(content: Content, T: int) -> list[int]:
-    """Rows of the lens of T tokens, evenly, which take at most their share of the page; the first and last in any case.
-
-    """
+    """Rows of the lens, evenly, whose first T tokens take at most their share of the page; at least first and last."""
     names = range(content.config.n_layer + 1)
     for count in range(len(names), 2, -1):
         rows = evenly(names, count)
@@ -170,8 +167,7 @@ def _rows(content: Content, T: int) -> list[int]:
     return [names[0], names[-1]]
 
 
-def _size(content: Content, part: Part) -> int:
-    """Bytes of a page without its maps."""
+def _size_without_maps(content: Content, part: Part) -> int:
     data = values(content, part, [])
     return len(build(data).encode()) - sum(len(one["maps"]) for one in data["checkpoints"])
 
@@ -183,14 +179,13 @@ def _with(layers: list[int], wanted: int) -> list[int]:
 
 
 def _notes(content: Content, part: Part) -> list[str]:
-    notes, all_layers, T = [f"weights are rounded to 1/{LEVELS}"], content.layers, len(content.tokens)
-    room = f"as the page has room for {content.limit / 1e6:.1f} MB"
-    if part.layers != all_layers:
-        listed = ", ".join(map(str, part.layers))
-        which = f"layers {listed} of" if len(part.layers) > 1 else f"layer {listed} of"
-        notes.append(f"{which} {len(all_layers)} are shown, {room}")
+    notes, layers, T = [f"weights are rounded to 1/{LEVELS}"], len(content.layers), len(content.tokens)
+    why = f"as a page has at most {content.limit / 1e6:.1f} MB"
+    if (count := len(part.layers)) < layers:
+        listed = ", ".join(map(str, part.layers[:-1])) + " and " * (count > 1) + str(part.layers[-1])
+        notes.append(f"layer{'s' * (count > 1)} {listed} of {layers} {'are' if count > 1 else 'is'} shown, {why}")
     if len(part.rows) < content.config.n_layer + 1:
-        notes.append(f"{len(part.rows)} of {content.config.n_layer + 1} rows of the logit lens are shown, {room}")
+        notes.append(f"{len(part.rows)} of {content.config.n_layer + 1} rows of the logit lens are shown, {why}")
     if part.T < T:
-        notes.append(f"the first {part.T:,} of {T:,} tokens are shown, {room}; scores of heads are of all")
+        notes.append(f"the first {part.T:,} of {T:,} tokens are shown, {why}; heads are measured on all")
     return notes
