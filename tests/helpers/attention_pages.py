@@ -39,7 +39,7 @@ def made(texts: list[str], *, layers: int = 2, heads: int = 3, checkpoints: int 
         "K": LIKELIEST,
         "vocabulary": {str(id): text for id, text in enumerate(vocabulary)},
         "shapes": [_step("embedding", "x = self.wte(tokens)", "(B, T, C)", f"(1, {len(ids)}, 48)")],
-        "picked": {"layer": 1, "head": 2},
+        "picked": {"layer": min(1, layers - 1), "head": min(2, heads - 1)},
         "checkpoints": [one for one, *_ in found],
     }
     return Made(data, *(list(part) for part in list(zip(*found, strict=True))[1:]))

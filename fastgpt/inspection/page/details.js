@@ -18,17 +18,22 @@ function drawDetails() {
     "p",
     { class: "token-name" },
     showText(make("span", { class: "big piece" }), token.text),
-    make("span", { class: "muted" }, `token ${index} of ${T}, id ${token.id}`),
+    make("span", { class: "muted" }, `position ${index} of 0–${T - 1}, id ${token.id}`),
   );
   const numbers = facts([
-    ["loss", losses[index] === null ? "–" : `${number(losses[index])} nats`],
-    ["rank", ranks[index] === null ? "–" : thousands(ranks[index])],
-    ["probability", losses[index] === null ? "–" : percent(Math.exp(-losses[index]))],
+    ["loss", number(losses[index], 2, " nats")],
+    ["rank", thousands(ranks[index])],
+    ["probability", probability(losses[index])],
   ]);
   const parts = [name, numbers];
   if (losses[index] === null && index === 0) parts.push(make("p", { class: "hint" }, "Nothing stands before it to predict it."));
-  parts.push(make("h3", {}, "What comes next"), nextTokens(index), truth(index), make("h3", {}, attendsTitle()), strongest(index));
+  parts.push(make("h3", {}, "What comes next"), nextTokens(outputRow(state.frame), index, "next-tokens"), truth(index), make("h3", {}, attendsTitle()), strongest(index));
   document.getElementById("details-body").replaceChildren(...parts);
+}
+
+/** The probability that a loss stands for. */
+function probability(loss) {
+  return loss === null ? "–" : percent(Math.exp(-loss));
 }
 
 /** A line of names and values. */
@@ -36,17 +41,14 @@ function facts(pairs) {
   return make("dl", { class: "facts" }, ...pairs.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value))));
 }
 
-/** The model's own prediction at a position, as bars. */
-function nextTokens(index) {
-  const next = DATA.tokens[index + 1]?.id;
-  const items = predictions(state.frame, outputRow(state.frame), index).map(({ id, p }) => ({
-    text: textOf(id),
-    p,
-    shown: percent(p),
-    kind: id === next ? "true" : null,
-    note: id === next ? "next" : null,
-  }));
-  return barList(items, { id: "next-tokens", "aria-label": "The likeliest next tokens" });
+/** The likeliest next tokens at a position after a row of the lens, as bars; the true next token is marked. */
+function nextTokens(row, position, id) {
+  const next = DATA.tokens[position + 1]?.id;
+  const items = predictions(state.frame, row, position).map(({ id, p }) => {
+    const mark = id === next ? { kind: "true", note: "next" } : {};
+    return { text: textOf(id), p, shown: percent(p), ...mark };
+  });
+  return barList(items, { id, "aria-label": `The likeliest next tokens, ${state.frame.rows[row]}, token ${position}` });
 }
 
 /** The token that does come next: its rank and its loss. */
@@ -54,7 +56,7 @@ function truth(index) {
   const next = DATA.tokens[index + 1];
   if (!next) return make("p", { class: "hint truth" }, "The text ends here.");
   const loss = state.frame.losses[index + 1];
-  const told = ` comes next: rank ${thousands(state.frame.ranks[index + 1])}, ${percent(loss === null ? null : Math.exp(-loss))}, loss ${number(loss)}`;
+  const told = ` is next: rank ${thousands(state.frame.ranks[index + 1])}, ${probability(loss)}, loss ${number(loss)}`;
   return make("p", { class: "hint truth" }, showText(make("span", { class: "piece" }), next.text), told);
 }
 

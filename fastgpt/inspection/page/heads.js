@@ -44,7 +44,7 @@ function drawThumbnails() {
     drawSmall(button.querySelector("canvas"), triangle(state.frame, layer, head));
     button.querySelector(".badges").replaceChildren(...about.labels.map(badge));
     const labels = about.labels.map((label) => `${label.name} ${number(label.score)}`).join(", ");
-    const numbers = `entropy ${number(about.entropy, 1)} nats`;
+    const numbers = `entropy ${number(about.entropy, 1, " nats")}`;
     button.setAttribute("aria-label", `${headName(layer, head)}: ${labels ? `${labels}, ` : ""}${numbers}`);
     for (const label of about.labels) shown.add(label.name);
   });
@@ -101,8 +101,8 @@ function drawHeadNumbers() {
   const title = headName(state.layer, state.head);
   document.getElementById("head-title").replaceChildren(title[0].toUpperCase() + title.slice(1), ...about.labels.map(badge));
   const pairs = [
-    ["entropy", `${number(about.entropy)} nats`],
-    ["mean distance", `${number(about.distance, 1)} tokens`],
+    ["entropy", number(about.entropy, 2, " nats")],
+    ["mean distance", number(about.distance, 1, " tokens")],
     ...Object.entries(about.scores).map(([name, score]) => [name, number(score)]),
   ];
   document.getElementById("head-numbers").replaceChildren(...facts(pairs).children);

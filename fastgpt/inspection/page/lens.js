@@ -43,7 +43,7 @@ function startLensChoice(rows) {
   const choose = (event) => {
     const place = places.get(event.target.closest("button"));
     if (place === undefined) return;
-    scrollWithin(lensBox, lensCells[place], lensBox.querySelector("th").offsetWidth);
+    scrollToCell(place);
     change({ row: Math.floor(place / T), token: place % T, hover: null });
   };
   lensBox.addEventListener("click", choose);
@@ -73,18 +73,10 @@ function drawLensPanel() {
   const [row, position] = [state.row, state.token];
   lensBox.querySelector(".chosen")?.classList.remove("chosen");
   lensCells[row * T + position].classList.add("chosen");
-  const next = DATA.tokens[position + 1]?.id;
-  const items = predictions(state.frame, row, position).map(({ id, p }) => ({
-    text: textOf(id),
-    p,
-    shown: percent(p),
-    kind: id === next ? "true" : null,
-    note: id === next ? "next" : null,
-  }));
   const name = state.frame.rows[row];
   const at = make("p", { class: "hint" }, "at ", showText(make("span", { class: "piece" }), DATA.tokens[position].text), `, token ${position}`);
   const title = make("h3", {}, name[0].toUpperCase() + name.slice(1));
-  document.getElementById("lens-panel").replaceChildren(title, at, barList(items, { "aria-label": `The likeliest tokens, ${name}, token ${position}` }));
+  document.getElementById("lens-panel").replaceChildren(title, at, nextTokens(row, position, "lens-tokens"));
 }
 
 /** Mark the active token in the first and the last row, and bring the chosen one into view. */
@@ -93,7 +85,10 @@ function markColumn() {
     row.querySelector("td.active")?.classList.remove("active");
     row.cells[activeToken() + 1].classList.add("active");
   }
-  if (state.hover === null && !lensBox.matches(":hover, :focus-within")) {
-    scrollWithin(lensBox, lensCells[(DATA.checkpoints[0].lens.rows.length - 1) * T + state.token], lensBox.querySelector("th").offsetWidth);
-  }
+  if (state.hover === null && !lensBox.matches(":hover, :focus-within")) scrollToCell(state.token);
+}
+
+/** Bring a cell out from under the first column, or from beyond the edge. */
+function scrollToCell(place) {
+  scrollWithin(lensBox, lensCells[place], lensBox.querySelector("th").offsetWidth);
 }

@@ -6,7 +6,7 @@ const PLAY_EVERY = 900; // milliseconds that a checkpoint is shown
 
 function startHeading() {
   document.getElementById("title").textContent = DATA.title;
-  document.getElementById("model").textContent = [DATA.model, DATA.source].filter(Boolean).join(" · ");
+  document.getElementById("model").textContent = [DATA.model, DATA.source].filter((part) => !DATA.title.includes(part)).join(" · ");
   document.getElementById("notes").append(...DATA.notes.map((note) => make("li", {}, note)));
 }
 

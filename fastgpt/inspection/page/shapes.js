@@ -10,8 +10,8 @@ function startShapes() {
       {},
       make("th", { scope: "row" }, step.name),
       make("td", { class: "code" }, make("code", {}, step.code)),
-      make("td", { class: "code" }, step.letters),
-      make("td", { class: "code numbers" }, step.numbers),
+      make("td", { class: "code shape" }, step.letters),
+      make("td", { class: "code shape numbers" }, step.numbers),
     ),
   );
   const table = make("table", {}, make("thead", {}, head), make("tbody", {}, ...rows));

@@ -105,12 +105,9 @@ function gridKeys(columns, count) {
   };
 }
 
-/** Scroll a box, and not the page, until one of its elements is seen. */
-function scrollWithin(box, node, before = 0) {
-  const outer = box.getBoundingClientRect();
-  const inner = node.getBoundingClientRect();
-  if (inner.left < outer.left + before) box.scrollLeft -= outer.left + before - inner.left;
-  else if (inner.right > outer.right) box.scrollLeft += inner.right - outer.right;
-  if (inner.top < outer.top) box.scrollTop -= outer.top - inner.top + inner.height;
-  else if (inner.bottom > outer.bottom) box.scrollTop += inner.bottom - outer.bottom + inner.height;
+/** Scroll a box, and not the page, sideways until one of its elements is in the middle, if it is not seen. */
+function scrollWithin(box, node, before) {
+  const [outer, inner] = [box.getBoundingClientRect(), node.getBoundingClientRect()];
+  if (inner.left >= outer.left + before && inner.right <= outer.right) return;
+  box.scrollLeft += (inner.left + inner.right - outer.left - before - outer.right) / 2;
 }

@@ -67,8 +67,8 @@ function percent(p) {
   return p > 0.999 && p < 1 ? ">99.9%" : `${(100 * p).toFixed(1)}%`;
 }
 
-function number(value, digits = 2) {
-  return value === null || value === undefined ? "–" : value.toFixed(digits);
+function number(value, digits = 2, unit = "") {
+  return value === null || value === undefined ? "–" : value.toFixed(digits) + unit;
 }
 
 /** A weight of the maps, which are rounded to 1/255. */
