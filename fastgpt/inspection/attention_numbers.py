@@ -1,4 +1,4 @@
-"""Writes the numbers of attention maps as JSON, a layer at a time.
+"""The numbers of attention maps as JSON, a head at a time.
 
 The file holds an object with the names of the page's data (see `page_data.values`), but
 - `maps`: weights as numbers, [layer][head][query][key], with six significant digits: a row sums to 1 within 1e-5;
@@ -7,7 +7,6 @@ The file holds an object with the names of the page's data (see `page_data.value
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,25 +15,10 @@ from fastgpt.inspection import logit_lens
 from fastgpt.inspection.attention import token_text
 from fastgpt.inspection.page_data import Content, head_values, token_values
 from fastgpt.inspection.snapshot import Snapshot
-from fastgpt.system.files import temporary_sibling, write
 
 
-def save(path: Path, content: Content) -> int:
-    """Write the file, in one step; its bytes. The maps must have been kept.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    temporary = temporary_sibling(path)
-    try:
-        size = write(temporary, (part.encode() for part in _parts(content)))["size"]
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return size
-
-
-def _parts(content: Content) -> Iterator[str]:
+def parts(content: Content) -> Iterator[str]:
+    """The file's parts. The maps must have been kept."""
     mentioned = sorted({id for one in content.snapshots for id in one.lens.ids.unique().tolist()})
     about = {
         "title": content.title,
@@ -54,9 +38,7 @@ def _parts(content: Content) -> Iterator[str]:
 
 def _snapshot_parts(one: Snapshot, n_layer: int) -> Iterator[str]:
     about = {
-        "name": one.name,
-        "step": one.step,
-        "val_loss": one.val_loss,
+        **one.origin._asdict(),
         "heads": [[head_values(head) for head in layer.heads] for layer in one.layers.values()],
         "losses": [None, *one.outcome.losses.tolist()],
         "ranks": [None, *one.outcome.ranks.tolist()],

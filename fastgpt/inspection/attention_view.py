@@ -20,14 +20,13 @@ from fastgpt.inspection import attention_numbers, attention_picture, outputs, pa
 from fastgpt.inspection.attention import token_ids
 from fastgpt.inspection.heads import LABELLED, LABELS
 from fastgpt.inspection.page_data import Content
-from fastgpt.inspection.snapshot import Layer, Snapshot, take
+from fastgpt.inspection.snapshot import Layer, Origin, Snapshot, take
 from fastgpt.model import memory
 from fastgpt.model.facts import count_parameters
 from fastgpt.model.gpt import GPT
 from fastgpt.ops import table
 from fastgpt.system import contention, threads
 from fastgpt.system.device import resolve_device
-from fastgpt.system.files import write_atomic
 from fastgpt.system.units import counted
 
 MOST_ROWS = 6  # of the table, for each label
@@ -60,7 +59,7 @@ def _content(config: AttentionConfig) -> Content:
             tokens = token_ids(generator.tokenizer, generator.model, text)
             layers = _layers(config, generator.model.config)
         snapshots.append(
-            take(generator, tokens, layers, keep_maps=config.json is not None, **_facts(source, config.src))
+            take(generator, tokens, layers, _origin(source, config.src), keep_maps=config.json is not None)
         )
         if not snapshots[-1].lens.probabilities.isfinite().all():
             raise RunFailed(f"{source.file}: its logits are not numbers; use another checkpoint")
@@ -108,13 +107,11 @@ def _open(config: AttentionConfig, checkpoint: str) -> tuple[Source, TextGenerat
     return source, TextGenerator(model, tokenizer, run_folder.packed(source.about))
 
 
-def _facts(source: Source, name: str) -> dict[str, str | int | float | None]:
-    """The name, the step and the val loss of a checkpoint, as far as there are any."""
+def _origin(source: Source, name: str) -> Origin:
     if source.step is None:
-        return {"name": name}
+        return Origin(name)
     found = progress.read(store.load_state(source.step), source.step / store.STATE)
-    val_loss = found.val_loss if found.evaluated_step == found.step else None
-    return {"name": f"step {found.step}", "step": found.step, "val_loss": val_loss}
+    return Origin(f"step {found.step}", found.step, found.val_loss if found.evaluated_step == found.step else None)
 
 
 def _layers(config: AttentionConfig, shape: ModelConfig) -> list[int]:
@@ -157,20 +154,16 @@ def _described(config: ModelConfig) -> str:
 
 
 def _write(content: Content, paths: dict[str, Path]) -> None:
-    """Write each file, in one step."""
     if path := paths.get("output"):
         page, notes = page_data.fitted(content)
-        with outputs.explained("output", path):
-            write_atomic(path, page)
+        outputs.save("output", path, [page.encode()])
         for note in notes[1:]:  # the first is true of every page
             _note(f"{note}; `layers` chooses layers, and `json` and `png` have all")
     if path := paths.get("png"):
-        picture = attention_picture.draw(content.snapshots[-1].layers, len(content.tokens), content.title)
-        with outputs.explained("png", path):
-            write_atomic(path, picture)
+        layers = content.snapshots[-1].layers
+        outputs.save("png", path, [attention_picture.draw(layers, len(content.tokens), content.title)])
     if path := paths.get("json"):
-        with outputs.explained("json", path):
-            attention_numbers.save(path, content)
+        outputs.save("json", path, (part.encode() for part in attention_numbers.parts(content)))
 
 
 def _print_heads(layers: dict[int, Layer]) -> None:

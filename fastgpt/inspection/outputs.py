@@ -1,11 +1,11 @@
-"""Checks, before long work, that files can be written, and says what was written."""
+"""Checks, before long work, that files can be written, and writes them in one step."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 from fastgpt.errors import UsageError
+from fastgpt.system.files import temporary_sibling, write
 from fastgpt.system.units import format_bytes
 
 
@@ -24,11 +24,14 @@ def check(setting: str, output: str) -> Path:
     return path
 
 
-@contextmanager
-def explained(setting: str, path: Path) -> Iterator[None]:
-    """Turn an error of writing into a `UsageError` that names the setting and the file; say what was written."""
+def save(setting: str, path: Path, parts: Iterable[bytes]) -> None:
+    """Write a file in one step, and say so. Raises `UsageError`, naming the setting, if it cannot be written."""
+    temporary = temporary_sibling(path)
     try:
-        yield
+        size = write(temporary, parts)["size"]
+        temporary.replace(path)
     except OSError as error:
         raise UsageError(f"`{setting}` {path} cannot be written: {error.strerror or error}; name another") from None
-    print(f"wrote {path}: {format_bytes(path.stat().st_size)}")
+    finally:
+        temporary.unlink(missing_ok=True)
+    print(f"wrote {path}: {format_bytes(size)}")

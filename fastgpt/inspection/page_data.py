@@ -1,8 +1,8 @@
 """The data of the page of attention maps, in plain JSON values, and as much of them as the page has room for.
 
-A page has at most `PAGE_BYTES`, or `SLIDER_BYTES` with several checkpoints. What is too much is left out, and noted: rows
-of the logit lens, then layers, evenly; where even one layer is too large, the text's end, without which the maps of its
-beginning are the same.
+A page has at most `PAGE_BYTES`, or `SLIDER_BYTES` with several checkpoints. What is too much is left out, and noted:
+rows of the logit lens, then layers, evenly; where even one layer is too large, the text's end, without which the maps
+of its beginning are the same.
 """
 
 import base64
@@ -119,9 +119,7 @@ def head_values(head: Head) -> dict[str, Any]:
 def _snapshot_values(one: Snapshot, part: Part, n_layer: int) -> dict[str, Any]:
     names, T = logit_lens.row_names(n_layer), part.T
     return {
-        "name": one.name,
-        "step": one.step,
-        "val_loss": one.val_loss,
+        **one.origin._asdict(),
         "maps": _deflated(b"".join(one.layers[layer].triangles(T) for layer in part.layers)),
         "heads": [[head_values(head) for head in one.layers[layer].heads] for layer in part.layers],
         "losses": [None, *(round(loss, 4) for loss in one.outcome.losses[: T - 1].tolist())],

@@ -6,6 +6,7 @@ The maps of a large model are gigabytes, so each layer is measured and compresse
 import zlib
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -39,21 +40,25 @@ class Layer:
         return b"".join(content[at : at + T * (T + 1) // 2] for at in range(0, len(content), each))
 
 
+class Origin(NamedTuple):
+    """The name of a checkpoint or of a model; of a run's checkpoint its step, and its val loss if it is known."""
+
+    name: str
+    step: int | None = None
+    val_loss: float | None = None
+
+
 @dataclass
 class Snapshot:
     """A model on a text.
 
     Attributes:
-        name: of the checkpoint, or of the model.
-        step, val_loss: of a run's checkpoint, where they are known.
         layers: those that were asked for, by number.
         lens: (L + 1, T, K), with the rows of `logit_lens.row_names`.
         steps: the shapes of tensors.
     """
 
-    name: str
-    step: int | None
-    val_loss: float | None
+    origin: Origin
     lens: Predictions
     outcome: Outcome
     steps: list[Step]
@@ -64,29 +69,24 @@ def take(
     generator: TextGenerator,
     tokens: torch.Tensor,
     layers: Collection[int],
+    origin: Origin,
     *,
-    keep_maps: bool,
-    name: str,
-    step: int | None = None,
-    val_loss: float | None = None,
+    keep_maps: bool = False,
 ) -> Snapshot:
     """Read a text, int64 (T,), and keep what is shown of these layers."""
-    documents, found = document_ids(generator, tokens), {}
-    patterns, lower = Patterns(tokens, documents), torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril()
+    documents, T = document_ids(generator, tokens), len(tokens)
+    patterns, lower = Patterns(tokens, documents), torch.ones(T, T, dtype=torch.bool).tril()
+    found: dict[int, Layer] = {}
 
     def see(layer: int, weights: torch.Tensor) -> None:
         if layer in layers:
             maps = weights.cpu()
-            packed = (maps * LEVELS).round().byte()[:, lower]
-            found[layer] = Layer(
-                measure(maps, patterns), zlib.compress(packed.numpy().tobytes()), maps if keep_maps else None
-            )
+            packed = zlib.compress((maps * LEVELS).round().byte()[:, lower].numpy().tobytes())
+            found[layer] = Layer(measure(maps, patterns), packed, maps if keep_maps else None)
 
     seen = observe(generator.model, tokens, documents, see)
     return Snapshot(
-        name,
-        step,
-        val_loss,
+        origin,
         logit_lens.lens(seen.model, seen.streams),
         logit_lens.outcome(seen.model, seen.hidden, tokens),
         seen.shapes.steps(generator.model.config),
