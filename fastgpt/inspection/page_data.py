@@ -158,9 +158,7 @@ def _parts(content: Content) -> Iterator[Part]:
 
 
 def _rows(content: Content, T: int) -> list[int]:
-    """Rows of the lens of T tokens, evenly, which take at most their share of the page; the first and last in any case.
-
-    """
+    """Rows of the lens of T tokens, evenly, which take at most their share of the page; the first and last in any case."""
     names = range(content.config.n_layer + 1)
     for count in range(len(names), 2, -1):
         rows = evenly(names, count)

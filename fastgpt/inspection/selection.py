@@ -35,7 +35,9 @@ def layers(text: str | None, n_layer: int) -> list[int]:
     for part in text.split(","):
         match = RANGE.fullmatch(part)
         if match is None:
-            raise UsageError(f"`layers` {shown(text)} is no list of layers; give numbers and ranges, such as 0,5 or 2-4")
+            raise UsageError(
+                f"`layers` {shown(text)} is no list of layers; give numbers and ranges, such as 0,5 or 2-4"
+            )
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
             raise UsageError(f"`layers` {shown(text)}: {first}-{last} is no range; give the lower number first")
