@@ -3,7 +3,8 @@
 The parts lie beside this file in page/: template.html, style.css, and the scripts, in the order of `SCRIPTS`. They are
 put in as they are written. The data follow as JSON in a `<script>` that is no code.
 
-A Content-Security-Policy lets the page run these scripts and this style alone, named by their hashes, and reach nothing.
+A Content-Security-Policy lets the page run these scripts and this style alone, named by their hashes, and reach no
+other file.
 """
 
 import base64

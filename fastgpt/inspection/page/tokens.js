@@ -94,7 +94,7 @@ function drawLosses() {
   tokenButtons.forEach((button, index) => {
     const loss = losses[index];
     button.classList.toggle("unpredicted", loss === null);
-    paint(button, "loss", (loss ?? 0) / lossScale);
+    paint(button.firstChild, "loss", (loss ?? 0) / lossScale);
     const told = loss === null ? "not predicted" : `loss ${number(loss)}, rank ${thousands(ranks[index])}`;
     button.setAttribute("aria-label", `token ${index}, ${spoken(DATA.tokens[index].text)}, ${told}`);
   });

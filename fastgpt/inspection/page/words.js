@@ -29,7 +29,7 @@ function pieces(text) {
   const found = [];
   for (const character of LONE_MARK.test(text) ? `◌${text}` : text) {
     if (UNSEEN.test(character) && !(found.length && JOINERS.includes(character))) {
-      found.push(mark(MARKS[character] ?? escaped(character)));
+      found.push(character in MARKS ? mark(MARKS[character]) : make("span", {}, escaped(character)));
     } else if (typeof found.at(-1) === "string") {
       found.push(found.pop() + character); // one node, so that joined characters are drawn as one
     } else {
