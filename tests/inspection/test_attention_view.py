@@ -149,7 +149,7 @@ def test_what_is_too_large_is_left_out_and_told(
     assert (data["layers"], len(one["lens"]["rows"]), shown) == (layers, rows, T)
     assert data["layers"][data["picked"]["layer"]] == 3
     left_out = [note for note in data["notes"] if "shown" in note]
-    assert len(left_out) == (layers != [0, 1, 2, 3, 4]) + (rows < 6) + (T < len(text))
+    assert len(left_out) == (layers != [0, 1, 2, 3, 4]) + (rows < 6) + (len(text) > T)
     assert err == "".join(f"[{note}; --layers chooses layers, and --json and --png have all]\n" for note in left_out)
     found = exact("hf", text).maps[layers, :, :T, :T]
     np.testing.assert_array_equal(maps_of(data), np.rint(255 * found).astype(np.uint8))
