@@ -18,7 +18,7 @@ function drawDetails() {
     "p",
     { class: "token-name" },
     showText(make("span", { class: "big piece" }), token.text),
-    make("span", { class: "muted" }, `position ${index} of 0–${T - 1}, id ${token.id}`),
+    make("span", { class: "muted" }, `position ${index} of 0–${T - 1}, id\u00a0${token.id}`),
   );
   const numbers = facts([
     ["loss", number(losses[index], 2, " nats")],
@@ -61,8 +61,8 @@ function truth(index) {
 }
 
 function attendsTitle() {
-  const verb = state.direction === "to" ? "It attends to" : "It is attended by";
-  return `${verb}, in ${headName(state.layer, state.head)}`;
+  const verb = state.direction === "to" ? "Attends to" : "Is attended by";
+  return `${verb} (${headName(state.layer, state.head)})`;
 }
 
 /** The tokens with the largest weights in the chosen head and direction. */

@@ -1,7 +1,7 @@
 "use strict";
 /* Layers x heads as small maps, and the numbers of the one that is enlarged. */
 
-const BADGES = { "previous token": "prev", "first token": "first", induction: "induct" };
+const BADGES = { "previous token": "prev", "first token": "first", induction: "ind" };
 const MEANINGS = {
   "previous token": "looks at the token just before",
   "first token": "rests on the first token, which often means that it has nothing to say",
@@ -14,6 +14,7 @@ const headButtons = [];
 function startHeads() {
   const part = document.getElementById("thumbnails");
   part.style.setProperty("--heads", H);
+  part.closest(".heads").classList.toggle("many", H > 8);
   for (let layer = 0; layer < L; layer++) {
     part.append(make("span", { class: "layer-name", "aria-hidden": "true" }, `${DATA.layers[layer]}`));
     for (let head = 0; head < H; head++) {

@@ -93,4 +93,7 @@ async function start() {
   document.body.classList.add("ready");
 }
 
-start();
+start().catch((error) => {
+  document.getElementById("main").prepend(make("p", { class: "card" }, `This page could not be drawn: ${error.message}`));
+  throw error;
+});

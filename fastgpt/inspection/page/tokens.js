@@ -22,6 +22,7 @@ function startTokens() {
   watch(["frame", "theme"], drawLosses);
   watch(["frame", "theme", "layer", "head", "token", "hover", "direction"], drawBars);
   watch(["token"], () => stops.to(state.token));
+  watch(["token"], () => showChosenToken(part));
 }
 
 /** The buttons in the order of the text. Lines end where the text's do; bytes of one character stand under it. */
@@ -87,6 +88,12 @@ function niceScale() {
   const losses = DATA.checkpoints.flatMap((checkpoint) => checkpoint.losses).filter((loss) => loss !== null);
   losses.sort((a, b) => a - b);
   return Math.max(1, Math.ceil(losses[Math.floor(0.98 * (losses.length - 1))] ?? 1));
+}
+
+/** Scroll the box of a long text to a token that was chosen elsewhere. */
+function showChosenToken(part) {
+  const [outer, inner] = [part.getBoundingClientRect(), tokenButtons[state.token].getBoundingClientRect()];
+  if (inner.top < outer.top || inner.bottom > outer.bottom) part.scrollTop += inner.top - outer.top - outer.height / 2;
 }
 
 function drawLosses() {
