@@ -1,6 +1,7 @@
 """Shows the attention maps of a model over a text: a page, a picture, the numbers, and a table of labelled heads."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -63,10 +64,10 @@ def _content(config: AttentionConfig) -> Content:
         )
         if not snapshots[-1].lens.probabilities.isfinite().all():
             raise RunFailed(f"{source.file}: its logits are not numbers; use another checkpoint")
-    source_line = config.src if source.step is None else f"{config.src}, {source.step.name}"
+    named = _named(config.src, [one.origin for one in snapshots])
     return Content(
-        title=f"Attention in {source_line}",
-        source=source_line,
+        title=f"Attention in {named}",
+        source=named,
         model=_described(generator.model.config),
         tokenizer=generator.tokenizer,
         config=generator.model.config,
@@ -74,6 +75,14 @@ def _content(config: AttentionConfig) -> Content:
         snapshots=snapshots,
         picked=_picked(config, snapshots[-1].layers),
     )
+
+
+def _named(src: str, origins: Sequence[Origin]) -> str:
+    """The model, with the step of a run's checkpoint, or the steps of the first and the last."""
+    first, last = origins[0], origins[-1]
+    if first.step is None:
+        return src
+    return f"{src}, {first.name}" if first == last else f"{src}, {first.name} to {last.step}"
 
 
 def _checkpoints(config: AttentionConfig) -> list[str]:

@@ -13,6 +13,7 @@ import torch
 import fastgpt
 from fastgpt import cli, inspect
 from fastgpt.inspection import attention_maps, page_data
+from fastgpt.tokenizer.byte import ByteTokenizer
 from tests.helpers import gpt2_folders, runs
 from tests.helpers.attention_data import data_of, lens_of, maps_of
 
@@ -100,7 +101,7 @@ def test_numbers_and_a_picture_are_written_without_a_page(capsys):
     np.testing.assert_allclose(maps, found.maps, rtol=1e-5)
     np.testing.assert_allclose(maps.sum(-1), 1, atol=1e-5)
     assert (maps[..., ~np.tri(len(TEXT), dtype=bool)] == 0).all()
-    assert one["step"] == int(data["source"][-6:])
+    assert (data["source"], one["name"]) == (f"out, step {one['step']}", f"step {one['step']}")
     assert np.array(one["lens"]["probabilities"]).shape == (3, len(TEXT), 10)
 
 
@@ -112,7 +113,7 @@ def test_a_slider_over_checkpoints():
         assert one["val_loss"] == pytest.approx(losses[one["step"]])
         found = exact(checkpoint_name=STEPS[one["step"] - 1])
         np.testing.assert_array_equal(maps_of(data, at), np.rint(255 * found.maps).astype(np.uint8))
-    assert data["title"] == "Attention in out, step-000004"
+    assert data["title"] == "Attention in out, step 1 to 4"
 
 
 @pytest.mark.parametrize(
@@ -155,6 +156,16 @@ def test_what_is_too_large_is_left_out_and_told(
     np.testing.assert_array_equal(maps_of(data), np.rint(255 * found).astype(np.uint8))
     assert len(one["losses"]) == T
     np.testing.assert_array_equal(lens_of(data)[0][-1, :, 0], exact("hf", text).probabilities[:T].argmax(-1))
+
+
+def test_bytes_of_a_character_and_special_tokens_are_shown():
+    tokenizer = ByteTokenizer(ends=True)
+    shown = [
+        page_data.token_values(tokenizer, token) for token in tokenizer.encode_special("\n한<|endoftext|>").tolist()
+    ]
+    assert [(one["text"], one["bytes"]) for one in shown] == [
+        ("\n", None), ("\\xed", "ed"), ("\\x95", "95"), ("\\x9c", "9c"), ("<|endoftext|>", None)
+    ]  # fmt: skip
 
 
 def test_text_comes_from_a_file_or_stdin(monkeypatch: pytest.MonkeyPatch):
