@@ -82,7 +82,7 @@ def _named(src: str, origins: Sequence[Origin]) -> str:
     first, last = origins[0], origins[-1]
     if first.step is None:
         return src
-    return f"{src}, {first.name}" if first == last else f"{src}, {first.name} to {last.step}"
+    return f"{src}, {first.name}" if first == last else f"{src}, steps {first.step} to {last.step}"
 
 
 def _checkpoints(config: AttentionConfig) -> list[str]:

@@ -113,7 +113,7 @@ def test_a_slider_over_checkpoints():
         assert one["val_loss"] == pytest.approx(losses[one["step"]])
         found = exact(checkpoint_name=STEPS[one["step"] - 1])
         np.testing.assert_array_equal(maps_of(data, at), np.rint(255 * found.maps).astype(np.uint8))
-    assert data["title"] == "Attention in out, step 1 to 4"
+    assert data["title"] == "Attention in out, steps 1 to 4"
 
 
 @pytest.mark.parametrize(
