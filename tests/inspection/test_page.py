@@ -166,6 +166,15 @@ def test_the_slider_changes_all_and_keeps_the_choice(page: playwright.Page, thre
     assert first.text_content() == predicted(three, 0, 0, 0)[0][0]
 
 
+def test_play_begins_again_after_the_last_checkpoint(page: playwright.Page, three: Made):
+    names = []
+    for _ in range(2):  # the first click shows the first checkpoint, the second one stops
+        page.click("#play")
+        names.append((page.text_content("#play"), page.text_content("#checkpoint-name")))
+    assert names == [("Stop", "step 500, val loss 3.000"), ("Play", "step 500, val loss 3.000")]
+    np.testing.assert_allclose(bars(page), expected(three, 0, (T - 1) // 2), atol=STEP / 2)
+
+
 def test_lines_and_heat_and_both_directions(page: playwright.Page, three: Made):
     assert page.is_visible("#lines-canvas")
     assert not page.is_visible("#heat-canvas")

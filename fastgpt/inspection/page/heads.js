@@ -76,6 +76,7 @@ function drawSmall(canvas, map) {
       if (map[at] > largest[place]) largest[place] = map[at];
     }
   }
+  canvas.classList.toggle("coarse", T < THUMBNAIL / 2);
   drawSquare(canvas, size, (i, j) => (j > i ? null : largest[i * size + j]));
 }
 

@@ -2,6 +2,7 @@
 /* The enlarged head as a map: a row for each token that looks, a column for each token that it looks at. */
 
 const LABELLED = 40; // tokens up to which their texts fit beside the map
+const LONGEST = Math.max(...DATA.tokens.map((token) => plain(token.text).length)); // characters of a label
 
 const heatCanvas = document.getElementById("heat-canvas");
 let heatPicture = null; // the map in one pixel a weight, kept while only the token changes
@@ -35,7 +36,7 @@ function shownToken(cell) {
 
 /** The margin for the labels, and the pixels of a cell, for a map that is so wide. */
 function heatLayout(width) {
-  const margin = T <= LABELLED ? Math.min(64, 0.2 * width) : 0;
+  const margin = T <= LABELLED ? Math.min(12 + 8 * LONGEST, 0.2 * width) : 0;
   return { margin, cell: (width - margin) / T };
 }
 
