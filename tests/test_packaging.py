@@ -3,6 +3,7 @@
 import re
 import tomllib
 
+from fastgpt.inspection import page
 from tests.helpers.places import ROOT
 
 
@@ -11,6 +12,12 @@ def test_both_packages_say_that_they_are_typed_and_ship_that():
     for package, folder in (("fastgpt", ROOT / "fastgpt"), ("fastgpt_kernels", ROOT / "kernels" / "fastgpt_kernels")):
         assert (folder / "py.typed").is_file()
         assert "py.typed" in project["package-data"][package]
+
+
+def test_the_wheel_holds_the_parts_of_the_page():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    shipped = {path for pattern in project["package-data"]["fastgpt"] for path in (ROOT / "fastgpt").glob(pattern)}
+    assert {page.FOLDER / name for name in ("template.html", "style.css", *page.SCRIPTS)} <= shipped
 
 
 def test_setuptools_finds_every_room():

@@ -115,9 +115,37 @@ def test_no_imports_go_in_a_circle():
         visit(module, ())
 
 
-def test_room_files_are_empty():
+def eager(source: str) -> bool:
+    """Whether importing a module with this source imports more than what Python always has loaded."""
+    statements = [
+        statement
+        for statement in ast.parse(source).body
+        if not isinstance(statement, ast.FunctionDef)
+        and not (isinstance(statement, ast.If) and ast.unparse(statement.test) == "TYPE_CHECKING")
+    ]
+    imports = [node for of in statements for node in ast.walk(of) if isinstance(node, ast.Import | ast.ImportFrom)]
+    return any(ast.unparse(one) not in ("import importlib", "from typing import TYPE_CHECKING, Any") for one in imports)
+
+
+def test_room_files_are_empty_or_lazy():
     """So that importing one module of a room loads no other."""
-    assert [str(path) for path in PACKAGE.glob("*/__init__.py") if path.read_bytes()] == []
+    files = PACKAGE.glob("*/__init__.py")
+    assert [str(path) for path in files if eager(path.read_text(encoding="utf-8"))] == []
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("", False),
+        ("import importlib\nif TYPE_CHECKING:\n    from fastgpt.inspection.attention import attention_maps", False),
+        ("def __getattr__(name):\n    from fastgpt.inspection import attention", False),
+        ("from fastgpt.inspection.attention import attention_maps", True),
+        ("try:\n    import torch\nexcept ImportError:\n    torch = None", True),
+        ("if not TYPE_CHECKING:\n    import torch", True),
+    ],
+)
+def test_the_rule_finds_eager_imports(source: str, found: bool):
+    assert eager(source) is found
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Settings of `fastgpt inspect` and its views."""
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -8,7 +9,7 @@ from fastgpt.config.choices import DTYPES, KERNELS
 from fastgpt.config.fields import Settings, option
 from fastgpt.config.model import ModelConfig
 from fastgpt.config.training import TrainConfig
-from fastgpt.errors import UsageError
+from fastgpt.errors import UsageError, shown
 
 
 @dataclass(frozen=True)
@@ -23,15 +24,17 @@ class AttentionConfig(Settings):
     )
     download: bool = option(False, "fetch a model that is named from Hugging Face's hub")
     checkpoint: str = option("best", "of a run: best, latest, or a step's folder name such as step-000500", path=True)
-    text: str | None = option(None, "the text that the model reads; FILE:path reads a file, - reads stdin")
+    text: str | None = option(
+        None, "the text that the model reads, <|endoftext|> as one token; FILE:path reads a file, - reads stdin"
+    )
     checkpoints: str | None = option(
         None, "a slider over a run's checkpoints: all, or so many, evenly spaced, at most 12"
     )
     layers: str | None = option(
         None, "layers, counted from 0, such as 0,5 or 2-4; default: all, or as many as the page has room for"
     )
-    layer: int | None = option(None, "the layer of the enlarged head", low=0)
-    head: int | None = option(None, "the enlarged head, counted from 0", low=0)
+    layer: int | None = option(None, "the layer of the enlarged head; default: where a pattern is clearest", low=0)
+    head: int | None = option(None, "the enlarged head, counted from 0; default: where a pattern is clearest", low=0)
     output: str | None = option(
         None, "the page; default attention.html, unless `png` or `json` is given", path=True, group="Output"
     )
@@ -41,6 +44,26 @@ class AttentionConfig(Settings):
     threads: int | None = option(
         None, "CPU threads; auto: one for each core that this process may use", low=1, high=4096, auto=True
     )
+
+    @property
+    def outputs(self) -> dict[str, str]:
+        """The files to write, by their settings."""
+        given = {name: path for name in ("output", "png", "json") if (path := getattr(self, name)) is not None}
+        return given or {"output": "attention.html"}
+
+    def check(self) -> None:
+        if self.text is None:
+            raise UsageError("`text` is missing; give what the model is to read, as in: `text` 'The with statement'")
+        if self.checkpoints is not None and self.checkpoint != AttentionConfig.checkpoint:
+            raise UsageError(
+                f"`checkpoint` {self.checkpoint} is one, and `checkpoints` {shown(self.checkpoints)} are several; "
+                "leave one of them out"
+            )
+        owners: dict[str, str] = {}
+        for name, path in self.outputs.items():
+            if other := owners.get(place := os.path.realpath(path)):
+                raise UsageError(f"`{other}` and `{name}` are both {path}; name two files")
+            owners[place] = name
 
 
 @dataclass(frozen=True)

@@ -20,18 +20,18 @@ from fastgpt.tokenizer.base import check_unicode
 MOST_ERRORS = 50  # lines of a file that are reported as wrong
 
 
-def read_prompt(text: str) -> str:
-    """The prompt that `prompt` names: the text itself, FILE:path, or - for stdin. Each \\r\\n becomes \\n."""
+def read_prompt(text: str, setting: str = "prompt") -> str:
+    """The prompt that a setting names: the text itself, FILE:path, or - for stdin. Each \\r\\n becomes \\n."""
     if text == "-":
-        return decode_utf8(sys.stdin.buffer.read(), "`prompt`: stdin").replace("\r\n", "\n")
+        return decode_utf8(sys.stdin.buffer.read(), f"`{setting}`: stdin").replace("\r\n", "\n")
     if not text.startswith("FILE:"):
-        return check_unicode(text, "`prompt`")
+        return check_unicode(text, f"`{setting}`")
     path = Path(text.removeprefix("FILE:"))
     try:
         content = path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        raise UsageError(f"`prompt` {shown(text)} cannot be read: {getattr(error, 'strerror', error)}") from None
-    return decode_utf8(content, f"`prompt`: {path}").replace("\r\n", "\n")
+        raise UsageError(f"`{setting}` {shown(text)} cannot be read: {getattr(error, 'strerror', error)}") from None
+    return decode_utf8(content, f"`{setting}`: {path}").replace("\r\n", "\n")
 
 
 def read_prompts(name: str, defaults: SamplingParams) -> list[Job]:

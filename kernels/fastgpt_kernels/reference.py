@@ -91,12 +91,23 @@ def causal_attention(
     Returns:
         (B, Tq, H, D), in q's dtype.
     """
+    weights = apply_dropout(attention_weights(q, k, scale=scale, doc_ids=doc_ids), seed, dropout_p)
+    return torch.einsum("bhij,bjhd->bihd", weights, v.repeat_interleave(q.shape[2] // v.shape[2], dim=2))
+
+
+@in_float32
+def attention_weights(
+    q: torch.Tensor, k: torch.Tensor, *, scale: float | None = None, doc_ids: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The share of each key's value in each query's output, before dropout; the arguments of `causal_attention`.
+
+    Returns:
+        (B, H, Tq, Tk), exactly 0 for keys that a query does not see; each row sums to 1. Float32 for 16-bit inputs.
+    """
     (_, Tq, H, D), (_, Tk, Hkv, _) = q.shape, k.shape
-    k, v = (t.repeat_interleave(H // Hkv, dim=2) for t in (k, v))
+    k = k.repeat_interleave(H // Hkv, dim=2)
     scores = torch.einsum("bihd,bjhd->bhij", q, k) * (D**-0.5 if scale is None else scale)
-    scores = scores.masked_fill(~visible(Tq, Tk, doc_ids, q.device), float("-inf"))
-    weights = apply_dropout(scores.softmax(-1), seed, dropout_p)
-    return torch.einsum("bhij,bjhd->bihd", weights, v)
+    return scores.masked_fill(~visible(Tq, Tk, doc_ids, q.device), float("-inf")).softmax(-1)
 
 
 def visible(Tq: int, Tk: int, doc_ids: torch.Tensor | None, device: torch.device) -> torch.Tensor:
