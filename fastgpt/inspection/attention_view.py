@@ -13,7 +13,7 @@ from fastgpt.checkpoint import progress, run_folder, store
 from fastgpt.checkpoint.source import Source, open_model
 from fastgpt.config.inspection import AttentionConfig
 from fastgpt.config.model import ModelConfig
-from fastgpt.config.sources import STEP_NAME
+from fastgpt.config.sources import STEP_NAME, could_be_hub_name
 from fastgpt.errors import RunFailed, UsageError
 from fastgpt.generation.generator import TextGenerator
 from fastgpt.generation.prompts_file import read_prompt
@@ -64,7 +64,7 @@ def _content(config: AttentionConfig) -> Content:
         )
         if not snapshots[-1].lens.probabilities.isfinite().all():
             raise RunFailed(f"{source.file}: its logits are not numbers; use another checkpoint")
-    named = _named(config.src, [one.origin for one in snapshots])
+    named = _named(_short_name(config.src, source), [one.origin for one in snapshots])
     return Content(
         title=f"Attention in {named}",
         source=named,
@@ -75,6 +75,11 @@ def _content(config: AttentionConfig) -> Content:
         snapshots=snapshots,
         picked=_picked(config, snapshots[-1].layers),
     )
+
+
+def _short_name(src: str, source: Source) -> str:
+    """A model's name on the hub, or that of its file or folder: a page that is passed on names no other folder."""
+    return src if could_be_hub_name(src) else source.path.absolute().name
 
 
 def _named(src: str, origins: Sequence[Origin]) -> str:
@@ -118,7 +123,7 @@ def _open(config: AttentionConfig, checkpoint: str) -> tuple[Source, TextGenerat
 
 def _origin(source: Source, name: str) -> Origin:
     if source.step is None:
-        return Origin(name)
+        return Origin(_short_name(name, source))
     found = progress.read(store.load_state(source.step), source.step / store.STATE)
     return Origin(f"step {found.step}", found.step, found.val_loss if found.evaluated_step == found.step else None)
 

@@ -106,7 +106,9 @@ def test_numbers_and_a_picture_are_written_without_a_page(capsys):
 
 
 def test_a_slider_over_checkpoints():
-    assert view("out", "--text", TEXT, "--checkpoints", "3", "--output", "s.html") == 0
+    run = str(Path("out").absolute())  # of which the page shows the last folder alone
+    assert view(run, "--text", TEXT, "--checkpoints", "3", "--output", "s.html") == 0
+    assert run not in Path("s.html").read_text(encoding="utf-8")
     data, losses = data_of(Path("s.html")), runs.records(Path("out"), "val_loss")
     assert [one["name"] for one in data["checkpoints"]] == ["step 1", "step 3", "step 4"]
     for at, one in enumerate(data["checkpoints"]):
