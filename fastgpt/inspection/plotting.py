@@ -1,0 +1,91 @@
+"""Draws the curves of runs: a picture with all panels, or a page that holds each as a picture of its own."""
+
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastgpt.config.curves import PlotConfig
+from fastgpt.errors import UsageError
+from fastgpt.inspection import curves_page, history
+from fastgpt.inspection.panels import LINE, POINTS, Panel, Run, paint, present
+from fastgpt.loggers import drawing
+from fastgpt.system.files import write_atomic
+from fastgpt.system.units import counted
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SIZE, DOTS = (4.7, 3.1), 110  # inches of a panel, and dots an inch
+COLUMNS = 12  # divided by the number of panels in a row
+
+
+def plot(config: PlotConfig) -> None:
+    """Draw what the settings ask for into `output`, and print what was drawn.
+
+    Raises:
+        UsageError: a folder holds no run, or `output` cannot be written.
+    """
+    path = Path(config.output)
+    check_output(path)
+    histories = [history.read(run, "runs") for run in config.runs]
+    labels = history.label(histories)
+    runs = [Run(number, *pair) for number, pair in enumerate(zip(labels, histories, strict=True))]
+    panels = present(runs)
+    if not panels:
+        raise UsageError(f"`runs` {config.runs[0]}: no loss is logged there yet; wait for its first records")
+    if path.suffix.lower() == ".html":
+        content = curves_page.page(runs, panels, config.smooth)
+    else:
+        content = _picture(runs, panels, config.smooth, path.suffix.lower()[1:])
+    try:
+        write_atomic(path, content)
+    except OSError as error:
+        raise UsageError(f"`output` {path} cannot be written: {error.strerror}; name another file") from None
+    print(f"wrote {path}: {counted(len(panels), 'panel')} of {counted(len(runs), 'run')}")
+
+
+def check_output(path: Path) -> None:
+    """Raise `UsageError` if the file cannot be written, before anything is read or drawn."""
+    if path.is_dir():
+        raise UsageError(f"`output` {path} is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise UsageError(f"`output` {path}: there is no folder {path.parent}; make it, or name another file")
+    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise UsageError(f"`output` {path} cannot be written to; name another file")
+
+
+def _picture(runs: Sequence[Run], panels: Sequence[Panel], smooth: float, kind: str) -> bytes:
+    """All panels in one picture, a row for each `Panel.row`, above a legend of the runs and the kinds of lines."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    rows = [[panel for panel in panels if panel.row == row] for row in sorted({panel.row for panel in panels})]
+    size = 3 * SIZE[0], len(rows) * SIZE[1] + 0.5
+    figure = Figure(size, dpi=DOTS, layout=ConstrainedLayoutEngine(h_pad=0.08, w_pad=0.08))
+    grid = figure.add_gridspec(len(rows), COLUMNS)
+    for at, row in enumerate(rows):
+        width = COLUMNS // len(row)
+        for number, panel in enumerate(row):
+            paint(figure.add_subplot(grid[at, number * width : (number + 1) * width]), panel, runs, smooth)
+    _legend(figure, runs, smooth)
+    content = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "fastgpt"}):
+        figure.savefig(content, format=kind, metadata={"Date": None} if kind == "svg" else {"Software": None})
+    return content.getvalue()
+
+
+def _legend(figure: "Figure", runs: Sequence[Run], smooth: float) -> None:
+    """The runs by their colors, and the kinds of lines."""
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color=run.style["color"], linewidth=3, label=run.label) for run in runs]
+    gray: dict[str, Any] = {"color": "#555555"}
+    handles.append(Line2D([], [], **gray, **LINE, label="train, running mean" if smooth else "train"))
+    if smooth:
+        handles.append(Line2D([], [], **gray | drawing.RAW, label="the values themselves"))
+    handles.append(Line2D([], [], **gray, **POINTS, marker="o", label="val"))
+    columns = 3 if max(len(run.label) for run in runs) > 40 else 4
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)

@@ -1,0 +1,404 @@
+"""The problems that a run's records show: a table of rules, each a row of `RULES`.
+
+A rule is a function from a `Case` to its evidence, a sentence with steps and values, or None. Its advice names settings
+in braces: `{learning_rate}` becomes "--learning_rate (now 0.001)". The thresholds stand above the function that they
+belong to, and are chosen so that a rule is silent on a run that is well: what is only unusual is no finding.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastgpt.inspection.history import History
+from fastgpt.inspection.panels import by_layer
+from fastgpt.system.units import counted
+
+FEW = 5  # records whose median stands for the loss at a step
+OUTLIER = "standard deviations above"  # is in the reason for which `skip_loss_sigma` skips a step
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the rules look at.
+
+    Attributes:
+        uniform: loss of a guess in which all tokens are alike, if the vocabulary is known.
+        sample: a text that the model generated, if one was made.
+    """
+
+    history: History
+    uniform: float | None = None
+    sample: str | None = None
+
+    @property
+    def warmed_up(self) -> int:
+        """The step at which the learning rate has reached its peak so far."""
+        steps, rates = self.history.curve("lr")
+        return int(steps[np.argmax(rates)]) if steps.size else 0
+
+    def after_warmup(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """Steps (N,) and values (N,) of a key after the warm-up."""
+        steps, values = self.history.curve(key)
+        return steps[steps > self.warmed_up], values[steps > self.warmed_up]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One problem: its name, what is looked for in words and in code, and what to change."""
+
+    name: str
+    looks_for: str
+    find: Callable[[Case], str | None]
+    advice: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A problem that a run has."""
+
+    name: str
+    evidence: str
+    advice: str
+
+
+def not_finite(case: Case) -> str | None:
+    records = case.history.records
+    returned = [record for record in records if "rolled_back_from" in record]
+    skipped = [record for record in records if "skipped" in record and record not in returned]
+    skipped = [record for record in skipped if OUTLIER not in str(record["skipped"])]
+    lost = [record for record in records if any(key in record and record[key] is None for key in ("loss", "val_loss"))]
+    said = []
+    if skipped:
+        steps, why = _some([record["step"] for record in skipped]), str(skipped[-1]["skipped"])
+        said.append(f"{counted(len(skipped), 'step')} changed nothing ({steps}), the last because {why}")
+    if returned:
+        last = returned[-1]
+        way = f"the last from step {last['rolled_back_from']} to {last['step']}, because {last['skipped']}"
+        said.append(f"{counted(len(returned), 'return')} to an earlier checkpoint, {way}")
+    if lost:
+        said.append(f"the loss is not a number at {_some([record['step'] for record in lost])}")
+    return "; ".join(said) or None
+
+
+NEAR_GUESS = 0.98  # times the loss of a uniform guess
+
+
+def guessing(case: Case) -> str | None:
+    steps, loss = case.after_warmup("loss")
+    if case.uniform is None or loss.size < 2 * FEW or (end := np.median(loss[-FEW:])) < NEAR_GUESS * case.uniform:
+        return None
+    return (
+        f"at step {steps[-1]:,}, after a warm-up to step {case.warmed_up:,}, the train loss is {end:.4f}; a guess in "
+        f"which all tokens are alike scores {case.uniform:.4f}"
+    )
+
+
+RISE, NOISE = 0.05, 3.0  # of the loss, and in standard deviations of a record
+
+
+def diverging(case: Case) -> str | None:
+    steps, loss = case.history.curve("loss")
+    if loss.size < 4 * FEW:
+        return None
+    medians = _medians(loss)
+    low = int(np.argmin(medians))
+    noise = float(np.std(loss[FEW // 2 : FEW // 2 + medians.size] - medians))
+    if medians[-1] - medians[low] <= max(RISE * medians[low], NOISE * noise):
+        return None
+    where = steps[low + FEW // 2]
+    return (
+        f"the train loss was {medians[low]:.4f} around step {where:,}, and is {medians[-1]:.4f} at step {steps[-1]:,}"
+    )
+
+
+LATE, FALL = 0.4, 0.01  # the last records, and the share of the loss by which they fall at least in a run that learns
+DECAYED = 0.2  # of the peak learning rate
+
+
+STUCK = 0.65  # times the loss of a uniform guess: counting how often each token occurs does about as well
+
+
+def stuck(case: Case) -> str | None:
+    found = _flat(case)
+    if found is None or not _is_high(case):
+        return None
+    return f"{found[1]}; a guess in which all tokens are alike scores {case.uniform:.4f}"
+
+
+def plateau(case: Case) -> str | None:
+    found = _flat(case)
+    return None if found is None or _is_high(case) or _rate_is_spent(case, found[0]) else found[1]
+
+
+def decayed_early(case: Case) -> str | None:
+    found = _flat(case)
+    if found is None or _is_high(case) or not _rate_is_spent(case, found[0]):
+        return None
+    return f"{found[1]}; the learning rate was below a fifth of its peak in all of them"
+
+
+def _flat(case: Case) -> tuple[int, str] | None:
+    """The first of the last steps in which the train loss did not fall, and the evidence: at most 1%, 95% sure."""
+    steps, loss = case.after_warmup("loss")
+    count = int(LATE * loss.size)
+    if count < 2 * FEW:
+        return None
+    x, y = steps[-count:] - steps[-count], loss[-count:]
+    if x[-1] <= 0:  # a damaged file
+        return None
+    (slope, start), covariance = np.polyfit(x, y, 1, cov="unscaled")
+    error = np.sqrt(covariance[0, 0] * np.sum((y - slope * x - start) ** 2) / (count - 2))
+    most = (2 * error - slope) * x[-1] / y.mean()
+    if most >= FALL or slope * x[-1] > RISE * y.mean():
+        return None
+    change = f"{start:.4f} to {start + slope * x[-1]:.4f}"
+    return int(steps[-count]), f"from step {steps[-count]:,} to {steps[-1]:,} the train loss went from {change}"
+
+
+def _is_high(case: Case) -> bool:
+    loss = case.history.curve("loss")[1]
+    return case.uniform is not None and bool(STUCK * case.uniform <= np.median(loss[-FEW:]) < NEAR_GUESS * case.uniform)
+
+
+def _rate_is_spent(case: Case, since: int) -> bool:
+    steps, rates = case.history.curve("lr")
+    return bool(rates.size and (rates[steps >= since] < DECAYED * rates.max()).all())
+
+
+WORSE = 0.01  # of the val loss
+
+
+def overfitting(case: Case) -> str | None:
+    val_steps, val = case.history.val_curve()
+    steps, loss = case.history.curve("loss")
+    best = int(np.argmin(val)) if val.size else 0
+    if val.size - best < 3 or val[-1] < (1 + WORSE) * val[best]:  # two evaluations since the best
+        return None
+    then, now = loss[steps <= val_steps[best]][-FEW:], loss[-FEW:]
+    if not then.size or np.mean(now) >= np.mean(then):
+        return None
+    return (
+        f"val loss was lowest at step {val_steps[best]:,} ({val[best]:.4f}) and is {val[-1]:.4f} at step "
+        f"{val_steps[-1]:,}, while train loss fell from {np.mean(then):.4f} to {np.mean(now):.4f}"
+    )
+
+
+BEFORE = 10  # records with which one is compared
+JUMP, FAR = 0.1, 8.0  # of the loss, and in standard deviations, as the median of their distances tells
+
+
+def spikes(case: Case) -> str | None:
+    steps, loss = case.history.curve("loss")
+    parts = []
+    if loss.size > BEFORE:
+        windows = np.lib.stride_tricks.sliding_window_view(loss, BEFORE)[:-1]
+        usual = np.median(windows, axis=1)
+        spread = 1.4826 * np.median(np.abs(windows - usual[:, None]), axis=1)
+        high = loss[BEFORE:] - usual > np.maximum(JUMP * usual, FAR * spread)
+        starts = np.flatnonzero(high & ~np.concatenate([[False], high[:-1]]))
+        said = [f"from {usual[at]:.4f} to {loss[BEFORE + at]:.4f} at step {steps[BEFORE + at]:,}" for at in starts[:3]]
+        more = f", and {starts.size - 3:,} more" if starts.size > 3 else ""
+        parts = [f"the train loss jumped {', '.join(said)}{more}"] if said else []
+    outliers = [record["step"] for record in case.history.records if OUTLIER in str(record.get("skipped"))]
+    if outliers:
+        parts.append(f"{counted(len(outliers), 'step')} with such a loss changed nothing ({_some(outliers)})")
+    return "; ".join(parts) or None
+
+
+NEARLY_ALL, FAR_ABOVE = 0.95, 2.0  # of the records, and times `grad_clip`
+
+
+def clipped(case: Case) -> str | None:
+    limit = case.history.settings.get("grad_clip")
+    steps, norms = case.after_warmup("grad_norm")
+    if not isinstance(limit, int | float) or limit <= 0 or norms.size < 2 * FEW:
+        return None
+    share, usual = np.mean(norms > limit), np.median(norms)
+    if share < NEARLY_ALL or usual < FAR_ABOVE * limit:
+        return None
+    since = f"since step {steps[0]:,} the gradient is clipped in {share:.0%} of the records"
+    return f"{since}; its norm is {usual:.3g} (median)"
+
+
+SLOW, LONG = 0.5, 0.2  # of the usual speed, and of the records: so many had it
+
+
+def slower(case: Case) -> str | None:
+    steps, speed = case.history.curve("tokens_per_second")
+    if speed.size < 3 * FEW:
+        return None
+    usual = _medians(speed, max(FEW, int(LONG * speed.size))).max()
+    fast = np.flatnonzero(speed >= SLOW * usual)[-1]
+    if speed.size - 1 - fast < FEW:
+        return None
+    now = np.median(speed[fast + 1 :])
+    return f"since step {steps[fast + 1]:,} training runs at {now:,.0f} tokens/s; before, at up to {usual:,.0f}"
+
+
+def warming_up(case: Case) -> str | None:
+    steps, rates = case.history.curve("lr")
+    end = case.history.settings.get("max_iters")
+    if rates.size < 2 or not isinstance(end, int) or steps[-1] < end or rates[-1] <= rates[-2]:
+        return None
+    return f"at step {steps[-1]:,}, the last, the learning rate was still rising: {rates[-2]:.3g}, then {rates[-1]:.3g}"
+
+
+MANY_DEAD, LARGE_UPDATE = 0.5, 0.1  # of a layer's units, and of a weight's size in one step
+
+
+def dead_units(case: Case) -> str | None:
+    steps, shares = by_layer(case.history.records, "dead_units")
+    if not steps.size:
+        return None
+    return _layers_above(shares[-1], MANY_DEAD, f"at step {steps[-1]:,}", "units dead", ".0%")
+
+
+def large_updates(case: Case) -> str | None:
+    steps, ratios = by_layer(case.history.records, "update_ratio")
+    ratios, steps = ratios[steps > case.warmed_up][-FEW:], steps[steps > case.warmed_up][-FEW:]
+    if steps.size < FEW:
+        return None
+    since = f"since step {steps[0]:,}"
+    return _layers_above(np.median(ratios, axis=0), LARGE_UPDATE, since, "update / weight in a step", ".2g")
+
+
+def _layers_above(values: np.ndarray, limit: float, when: str, what: str, form: str) -> str | None:
+    found = [f"layer {layer} {values[layer]:{form}}" for layer in np.flatnonzero(values > limit)]
+    return f"{when}, {what}: {', '.join(found)}" if found else None
+
+
+WINDOW, REPEATED = 12, 0.5  # characters, and the share of windows that stood in the sample before
+
+
+def repeating(case: Case) -> str | None:
+    text = case.sample or ""
+    counts = Counter(text[at : at + WINDOW] for at in range(len(text) - WINDOW + 1))
+    total = sum(counts.values())
+    if total < 2 * WINDOW or (share := 1 - len(counts) / total) < REPEATED:
+        return None
+    piece, times = counts.most_common(1)[0]
+    return f"{share:.0%} of a sample of {len(text):,} characters is a repetition; {piece!r} stands in it {times} times"
+
+
+RULES = (
+    Rule(
+        "loss is not a number",
+        "steps that were skipped or taken back since loss or gradient is NaN or infinite, and such losses",
+        not_finite,
+        "lower {learning_rate}, and set {grad_clip} to 1 or lower; with {dtype} float16 try bfloat16 or float32",
+    ),
+    Rule(
+        "no better than a guess",
+        "after the warm-up, a train loss at or above that of a uniform guess",
+        guessing,
+        "lower {learning_rate} to a tenth and lengthen {warmup_iters}; if the loss has hardly moved, raise it instead",
+    ),
+    Rule(
+        "diverging",
+        "a train loss that ends well above its lowest",
+        diverging,
+        "lower {learning_rate}, to a third at first, or lengthen {warmup_iters}; set {grad_clip} to 1 or lower",
+    ),
+    Rule(
+        "stuck early",
+        "a train loss that no longer falls, and is not far below that of a uniform guess",
+        stuck,
+        "lower {learning_rate} to a tenth, or raise it where it is very small; lengthen {warmup_iters}",
+    ),
+    Rule(
+        "plateau",
+        "a train loss that fell by less than 1% in the last 40% of the records",
+        plateau,
+        "more steps change little: try a larger model by {n_layer} or {n_embd}, or another {learning_rate}",
+    ),
+    Rule(
+        "learning rate decayed early",
+        "the same, while the learning rate was below a fifth of its peak",
+        decayed_early,
+        "let it decay over the whole run: {lr_decay_iters} equal to {max_iters}; or raise {min_lr}",
+    ),
+    Rule(
+        "overfitting",
+        "a val loss that rises since two evaluations or more, while the train loss falls",
+        overfitting,
+        "set {dropout} to 0.1 or 0.2, raise {weight_decay}, use more text or a smaller {n_layer} or {n_embd}, or stop "
+        "at the best step by {max_iters}; its checkpoint was kept as best",
+    ),
+    Rule(
+        "spikes",
+        "a loss that jumps by more than 10% above the records before, and far outside their spread",
+        spikes,
+        "lower {learning_rate} or lengthen {warmup_iters}, set {beta2} to 0.95 and {grad_clip} to 1 or lower, or skip such "
+        "steps: set {skip_loss_sigma} to 6",
+    ),
+    Rule(
+        "gradient always clipped",
+        "a gradient norm far above the largest that is allowed, in nearly all records after the warm-up",
+        clipped,
+        "lower {learning_rate}, or raise {grad_clip} above the usual norm: now it sets the length of every step",
+    ),
+    Rule(
+        "slower than before",
+        "a speed that stays below half of what it was",
+        slower,
+        "look for other programs, heat or swapping, and at {threads}: python -m fastgpt.inspect machine",
+    ),
+    Rule(
+        "warm-up never ended",
+        "a learning rate that still rises at the last step",
+        warming_up,
+        "shorten {warmup_iters} to a tenth of {max_iters}",
+    ),
+    Rule(
+        "dead units",
+        "a layer of which more than half of the units are dead, where statistics are logged",
+        dead_units,
+        "lower {learning_rate} or lengthen {warmup_iters}; with {mlp} relu try gelu, whose gradient is nowhere 0",
+    ),
+    Rule(
+        "updates too large",
+        "weights that change by more than a tenth in a step after the warm-up, where statistics are logged",
+        large_updates,
+        "lower {learning_rate}, or lengthen {warmup_iters}",
+    ),
+    Rule(
+        "output repeats",
+        "a sample in which half of all pieces of 12 characters have stood before",
+        repeating,
+        "train longer by {max_iters}, or a larger model, unless the text itself repeats; to generate, pass "
+        "--repetition_penalty 1.1 or a higher --temperature",
+    ),
+)
+
+
+def diagnose(case: Case) -> list[Finding]:
+    """What the rules find, in their order."""
+    flags = _Flags(case.history.settings)
+    found = [(rule, rule.find(case)) for rule in RULES]
+    return [Finding(rule.name, text, rule.advice.format_map(flags)) for rule, text in found if text is not None]
+
+
+class _Flags(dict[str, str]):
+    """Each setting as the flag that can be typed, with its present value where that is known."""
+
+    def __init__(self, settings: Mapping[str, Any]):
+        super().__init__()
+        self.settings = settings
+
+    def __missing__(self, name: str) -> str:
+        now = self.settings.get(name)
+        shown = f"{now:g}" if isinstance(now, float) else now
+        return f"--{name}" if now is None else f"--{name} (now {shown})"
+
+
+def _medians(values: np.ndarray, count: int = FEW) -> np.ndarray:
+    """The running medians (N - count + 1,) of values (N,), of `count` at a time."""
+    return np.median(np.lib.stride_tricks.sliding_window_view(values, count), axis=-1)
+
+
+def _some(steps: list[int]) -> str:
+    """Steps in words: "step 3", or "steps 3 to 9"."""
+    return f"step {steps[0]:,}" if len(set(steps)) == 1 else f"steps {min(steps):,} to {max(steps):,}"
