@@ -17,11 +17,13 @@ class PlotConfig(Settings):
         ("out",), "folders of runs, each of which may still be training; the flag's name may be left out", path=True
     )
     output: str = option("curves.html", "a page (.html) or a picture (.png, .svg) to write or replace", path=True)
-    smooth: float = option(
-        0.8,
-        "running mean of each curve: a record that is k records away weighs `smooth` to the power of k; 0: none",
+    smooth: float | None = option(
+        None,
+        "curves are running means, in which a record that is k records away weighs `smooth` to the power of k; 0: no "
+        "means; auto: over about a fiftieth of the records on each side",
         low=0,
         below=1,
+        auto=True,
     )
 
     def check(self) -> None:

@@ -67,7 +67,7 @@ $panels
 """)
 
 
-def page(runs: Sequence[Run], panels: Sequence[Panel], smooth: float) -> str:
+def page(runs: Sequence[Run], panels: Sequence[Panel], smooth: float | None) -> str:
     """The page of the runs; every text of theirs is escaped."""
     names = history.differences([run.history for run in runs])
     folders = history.folders([run.history for run in runs])
@@ -79,7 +79,7 @@ def page(runs: Sequence[Run], panels: Sequence[Panel], smooth: float) -> str:
         dark=_variables(1),
         heads=heads,
         rows="\n".join(_row(run, row) for run, row in zip(runs, rows, strict=True)),
-        key=_key(smooth),
+        key=_key(panels, len(runs), smooth),
         panels="\n".join(_svg(panel, runs, smooth, number) for number, panel in enumerate(panels)),
     )
 
@@ -109,14 +109,16 @@ def _row(run: Run, row: dict[str, str]) -> str:
     return f"<tr><td>{color}{first}</td>{''.join(f'<td>{text}</td>' for text in rest)}</tr>"
 
 
-def _key(smooth: float) -> str:
+def _key(panels: Sequence[Panel], runs: int, smooth: float | None) -> str:
     """The kinds of lines in words."""
-    lines = f"Whole lines are running means (smooth {smooth:g}), with the values faint behind them. " if smooth else ""
+    lines = "" if smooth == 0 else "Whole lines are running means, with the values faint behind them. "
     val = "Val losses are dots on a dashed line, which breaks where the evaluation set changes."
-    return f"{lines}{val} Time in steps leaves out compiling, evaluating and saving."
+    by_layer = runs > 1 and any(panel.title.endswith("by layer") for panel in panels)
+    bands = " By layer: the median of the layers, in a band from the lowest to the highest." if by_layer else ""
+    return f"{lines}{val} Time in steps leaves out compiling, evaluating and saving.{bands}"
 
 
-def _svg(panel: Panel, runs: Sequence[Run], smooth: float, number: int) -> str:
+def _svg(panel: Panel, runs: Sequence[Run], smooth: float | None, number: int) -> str:
     """A panel as an element of the page, in the page's colors, and without names that another panel uses too."""
     import matplotlib
     from matplotlib.figure import Figure

@@ -76,9 +76,10 @@ def read(folder: str, setting: str) -> History:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
     records = drawing.drawable(found, "step", "tokens")
     damaged += len(found) - len(records)
+    if not records and damaged:
+        raise UsageError(f"{path} holds no record of a run: {counted(damaged, 'damaged line')}; name another run")
     if not records:
-        why = f"{counted(damaged, 'line')} of it can be read" if damaged else "step is logged there yet"
-        raise UsageError(f"`{setting}` {folder}: no {why.replace(' of it', f' of {NAME}')}; name another run, or wait")
+        raise UsageError(f"`{setting}` {folder}: no step is logged there yet; wait for the first, or name another run")
     if damaged:
         print(f"{path}: {counted(damaged, 'damaged line')} left out", file=sys.stderr)
     return History(out_dir, timed(records), _settings(out_dir / "config.json"))
@@ -136,7 +137,7 @@ def _milliseconds(record: Record) -> float:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """The settings in a `config.json` that this version knows; its hash is not checked: nothing is trained with them."""
+    """The settings in a `config.json` that this version knows; nothing is trained with them, so its hash may differ."""
     try:
         found = json_files.read_object(path).get("config")
     except UsageError as error:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SIZE, DOTS = (4.7, 3.1), 110  # inches of a panel, and dots an inch
-COLUMNS = 12  # divided by the number of panels in a row
+COLUMNS = 6  # divided by the number of panels in a row
 
 
 def plot(config: PlotConfig) -> None:
@@ -56,7 +56,7 @@ def check_output(path: Path) -> None:
         raise UsageError(f"`output` {path} cannot be written to; name another file")
 
 
-def _picture(runs: Sequence[Run], panels: Sequence[Panel], smooth: float, kind: str) -> bytes:
+def _picture(runs: Sequence[Run], panels: Sequence[Panel], smooth: float | None, kind: str) -> bytes:
     """All panels in one picture, a row for each `Panel.row`, above a legend of the runs and the kinds of lines."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -77,14 +77,14 @@ def _picture(runs: Sequence[Run], panels: Sequence[Panel], smooth: float, kind: 
     return content.getvalue()
 
 
-def _legend(figure: "Figure", runs: Sequence[Run], smooth: float) -> None:
+def _legend(figure: "Figure", runs: Sequence[Run], smooth: float | None) -> None:
     """The runs by their colors, and the kinds of lines."""
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=run.style["color"], linewidth=3, label=run.label) for run in runs]
     gray: dict[str, Any] = {"color": "#555555"}
-    handles.append(Line2D([], [], **gray, **LINE, label="train, running mean" if smooth else "train"))
-    if smooth:
+    handles.append(Line2D([], [], **gray, **LINE, label="train" if smooth == 0 else "train, running mean"))
+    if smooth != 0:
         handles.append(Line2D([], [], **gray | drawing.RAW, label="the values themselves"))
     handles.append(Line2D([], [], **gray, **POINTS, marker="o", label="val"))
     columns = 3 if max(len(run.label) for run in runs) > 40 else 4

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fastgpt.inspection.history import History
-from fastgpt.inspection.panels import by_layer
+from fastgpt.inspection.panels import by_layer, layer_name
 from fastgpt.system.units import counted
 
 FEW = 5  # records whose median stands for the loss at a step
@@ -266,7 +266,8 @@ def large_updates(case: Case) -> str | None:
 
 
 def _layers_above(values: np.ndarray, limit: float, when: str, what: str, form: str) -> str | None:
-    found = [f"layer {layer} {values[layer]:{form}}" for layer in np.flatnonzero(values > limit)]
+    places = np.flatnonzero(values > limit).tolist()
+    found = [f"{layer_name(place, values.size)} {values[place]:{form}}" for place in places]
     return f"{when}, {what}: {', '.join(found)}" if found else None
 
 
@@ -331,8 +332,8 @@ RULES = (
         "spikes",
         "a loss that jumps by more than 10% above the records before, and far outside their spread",
         spikes,
-        "lower {learning_rate} or lengthen {warmup_iters}, set {beta2} to 0.95 and {grad_clip} to 1 or lower, or skip such "
-        "steps: set {skip_loss_sigma} to 6",
+        "lower {learning_rate} or lengthen {warmup_iters}, set {beta2} to 0.95 and {grad_clip} to 1 or lower, or skip "
+        "such steps: set {skip_loss_sigma} to 6",
     ),
     Rule(
         "gradient always clipped",

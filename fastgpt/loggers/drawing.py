@@ -46,24 +46,37 @@ def smoothed(values: Sequence[float], weight: float) -> list[float]:
     return [total / mass for total, mass in zip(both(values), both([1.0] * len(values)), strict=True)]
 
 
+def usual_weight(count: int) -> float:
+    """The weight with which a mean covers about a fiftieth of so many values on each side."""
+    return count / (count + 50)
+
+
 def draw(
-    axes: "Axes", parts: Sequence[Sequence[Record]], x: str, y: str, *, smooth: float = 0.0, label: str, **style: Any
+    axes: "Axes",
+    parts: Sequence[Sequence[Record]],
+    x: str,
+    y: str,
+    *,
+    smooth: float | None = 0.0,
+    label: str,
+    **style: Any,
 ) -> None:
     """Draw a curve in several parts, with one colour and one entry in the legend.
 
     Args:
         x, y: keys of the records; those that lack one of them are left out.
-        smooth: weight of the next records in the curve, behind which the values themselves are drawn; see `smoothed`.
+        smooth: weight in `smoothed` means, behind which the values themselves are drawn; None: by their number.
         style: keywords of matplotlib's `plot`.
     """
     for part in parts:
         if not (found := drawable(part, x, y)):
             continue
         across, values = tuple(record[x] for record in found), [record[y] for record in found]
-        if smooth:
+        weight = usual_weight(len(values)) if smooth is None else smooth
+        if weight:
             (line,) = axes.plot(across, values, **style | RAW, label="_")
             style["color"] = line.get_color()
-        (line,) = axes.plot(across, smoothed(values, smooth) if smooth else values, **style, label=label)
+        (line,) = axes.plot(across, smoothed(values, weight) if weight else values, **style, label=label)
         style["color"], label = line.get_color(), "_"  # the legend ignores labels that begin with _
 
 
