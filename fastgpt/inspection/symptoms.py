@@ -114,7 +114,7 @@ def diverging(case: Case) -> str | None:
     )
 
 
-LATE, FALL = 0.4, 0.01  # the last records, and the share of the loss by which they fall at least in a run that learns
+LATE, FALL = 0.4, 0.02  # the last records, and the share of the loss by which they fall at least in a run that learns
 DECAYED = 0.2  # of the peak learning rate
 
 
@@ -123,7 +123,7 @@ STUCK = 0.65  # times the loss of a uniform guess: counting how often each token
 
 def stuck(case: Case) -> str | None:
     found = _flat(case)
-    if found is None or not _is_high(case):
+    if found is None or not _is_high(case) or guessing(case):
         return None
     return f"{found[1]}; a guess in which all tokens are alike scores {case.uniform:.4f}"
 
@@ -141,7 +141,7 @@ def decayed_early(case: Case) -> str | None:
 
 
 def _flat(case: Case) -> tuple[int, str] | None:
-    """The first of the last steps in which the train loss did not fall, and the evidence: at most 1%, 95% sure."""
+    """The first of the last steps in which the train loss did not fall, and the evidence: by less than 2%, 95% sure."""
     steps, loss = case.after_warmup("loss")
     count = int(LATE * loss.size)
     if count < 2 * FEW:
@@ -160,7 +160,7 @@ def _flat(case: Case) -> tuple[int, str] | None:
 
 def _is_high(case: Case) -> bool:
     loss = case.history.curve("loss")[1]
-    return case.uniform is not None and bool(STUCK * case.uniform <= np.median(loss[-FEW:]) < NEAR_GUESS * case.uniform)
+    return case.uniform is not None and bool(np.median(loss[-FEW:]) >= STUCK * case.uniform)
 
 
 def _rate_is_spent(case: Case, since: int) -> bool:
@@ -311,7 +311,7 @@ RULES = (
     ),
     Rule(
         "plateau",
-        "a train loss that fell by less than 1% in the last 40% of the records",
+        "a train loss that fell by less than 2% in the last 40% of the records",
         plateau,
         "more steps change little: try a larger model by {n_layer} or {n_embd}, or another {learning_rate}",
     ),
