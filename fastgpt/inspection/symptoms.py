@@ -238,12 +238,17 @@ def slower(case: Case) -> str | None:
     return f"since step {steps[fast + 1]:,} training runs at {now:,.0f} tokens/s; before, at up to {usual:,.0f}"
 
 
+REACHED = 0.95  # of the peak learning rate
+
+
 def warming_up(case: Case) -> str | None:
     steps, rates = case.history.curve("lr")
-    end = case.history.settings.get("max_iters")
-    if rates.size < 2 or not isinstance(end, int) or steps[-1] < end or rates[-1] <= rates[-2]:
+    end, peak = (case.history.settings.get(name) for name in ("max_iters", "learning_rate"))
+    if rates.size < 2 or end is None or peak is None or steps[-1] < end:
         return None
-    return f"at step {steps[-1]:,}, the last, the learning rate was still rising: {rates[-2]:.3g}, then {rates[-1]:.3g}"
+    if rates[-1] <= rates[-2] or rates[-1] > REACHED * peak:
+        return None
+    return f"at step {steps[-1]:,}, the last, the learning rate had risen to {rates[-1]:.3g}; its peak is {peak:g}"
 
 
 MANY_DEAD, LARGE_UPDATE = 0.5, 0.1  # of a layer's units, and of a weight's size in one step
@@ -349,7 +354,7 @@ RULES = (
     ),
     Rule(
         "warm-up never ended",
-        "a learning rate that still rises at the last step",
+        "a learning rate that still rises at the last step, below its peak",
         warming_up,
         "shorten {warmup_iters} to a tenth of {max_iters}",
     ),
