@@ -120,11 +120,11 @@ class _Messages(streams.Lasting):
         self.given = [word.partition("=")[2] or word for word in words if "`" in word]
 
     def write(self, text: str) -> int:
-        super().write(_with_flags(text, self.given))
+        super().write(with_flags(text, self.given))
         return len(text)
 
 
-def _with_flags(text: str, given: Sequence[str] = ()) -> str:
+def with_flags(text: str, given: Sequence[str] = ()) -> str:
     """The text with --n_head for `n_head`, --compile for `compile=True` and --no-compile for `compile=False`.
 
     What the user wrote stays: what stands in quotes, and the words that are `given`, such as paths. A message begins
@@ -286,7 +286,7 @@ def _marked(
 
 
 def _help(field: dataclasses.Field, switch: bool, presets: Mapping[str, Any] | None) -> str:
-    text, choices = _with_flags(field.metadata["help"]).replace("%", "%%"), field.metadata["choices"]
+    text, choices = with_flags(field.metadata["help"]).replace("%", "%%"), field.metadata["choices"]
     if choices:
         text += f" ({', '.join(choices)})"
     if switch:

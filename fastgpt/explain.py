@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Only now, as it imports NumPy, which --help and a mistyped flag do not wait for.
     from fastgpt.inspection import explaining
 
-    explaining.explain(config)
+    explaining.explain(config, cli.with_flags)
     return 0
 
 

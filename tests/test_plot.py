@@ -89,7 +89,7 @@ def test_the_page_is_whole_by_itself_and_follows_the_theme():
     text = re.sub(r"<svg.*?</svg>", "", page, flags=re.S)
     assert "B&amp;B" in text
     rows = [re.findall(r"<td>([^<]*)</td>", row)[:2] for row in text.split("<tr>")[2:]]
-    assert rows == [["0.001", "380"], ["0.003", "280"]]
+    assert rows == [["0.001", "380"], ["0.003", "290"]]
 
 
 def test_a_run_that_is_being_written_is_drawn_without_its_last_line(capsys: pytest.CaptureFixture[str]):

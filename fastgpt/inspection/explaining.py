@@ -1,9 +1,11 @@
 """Says in words what is wrong with a run: runs the rules over its records, and over a sample of its best model."""
 
+import dataclasses
 import json
 import math
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -21,8 +23,11 @@ from fastgpt.tokenizer import saved
 TOKENS, TEMPERATURE, SEED = 200, 0.8, 1337  # of the sample
 
 
-def explain(config: ExplainConfig) -> None:
+def explain(config: ExplainConfig, with_flags: Callable[[str], str]) -> None:
     """Print what is wrong with the run in `out_dir`, or that nothing is.
+
+    Args:
+        with_flags: turns the settings that an advice names in backticks into flags, which can be typed.
 
     Raises:
         UsageError: there is no run, or none of its records can be read; or an unknown device.
@@ -31,12 +36,12 @@ def explain(config: ExplainConfig) -> None:
     text, missing = _sample(config) if config.sample else (None, "no sample was wanted")
     if missing and config.sample:
         print(f"whether the output repeats was not checked: {missing}", file=sys.stderr)
-    findings = diagnose(Case(run, _uniform(run.out_dir), text))
+    found = diagnose(Case(run, _uniform(run.out_dir), text))
+    findings = [dataclasses.replace(one, advice=with_flags(one.advice)) for one in found]
     if config.json:
-        found = [vars(finding) for finding in findings]
         rules = {rule.name: rule.looks_for for rule in RULES}
         sampled = {"sample": text, "no_sample": missing}
-        print(json.dumps({**_facts(run), "findings": found, **sampled, "looked_for": rules}))
+        print(json.dumps({**_facts(run), "findings": [*map(vars, findings)], **sampled, "looked_for": rules}))
     else:
         _print(run, findings)
 

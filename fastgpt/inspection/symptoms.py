@@ -1,8 +1,8 @@
 """The problems that a run's records show: a table of rules, each a row of `RULES`.
 
-A rule is a function from a `Case` to its evidence, a sentence with steps and values, or None. Its advice names settings
-in braces: `{learning_rate}` becomes "--learning_rate (now 0.001)". The thresholds stand above the function that they
-belong to, and are chosen so that a rule is silent on a run that is well: what is only unusual is no finding.
+A rule is a function from a `Case` to its evidence, a sentence with steps and values, or None. Its advice has settings
+in braces, each of which becomes the setting's name in backticks and its present value. The thresholds stand above the
+function that they belong to. They are chosen so that a rule is silent on a healthy run.
 """
 
 from collections import Counter
@@ -375,20 +375,20 @@ RULES = (
         "a sample in which half of all pieces of 12 characters have stood before",
         repeating,
         "train longer by {max_iters}, or a larger model, unless the text itself repeats; to generate, pass "
-        "--repetition_penalty 1.1 or a higher --temperature",
+        "`repetition_penalty` 1.1 or a higher `temperature`",
     ),
 )
 
 
 def diagnose(case: Case) -> list[Finding]:
     """What the rules find, in their order."""
-    flags = _Flags(case.history.settings)
+    named = _Named(case.history.settings)
     found = [(rule, rule.find(case)) for rule in RULES]
-    return [Finding(rule.name, text, rule.advice.format_map(flags)) for rule, text in found if text is not None]
+    return [Finding(rule.name, text, rule.advice.format_map(named)) for rule, text in found if text is not None]
 
 
-class _Flags(dict[str, str]):
-    """Each setting as the flag that can be typed, with its present value where that is known."""
+class _Named(dict[str, str]):
+    """Each setting as a message names it, with its present value where that is known."""
 
     def __init__(self, settings: Mapping[str, Any]):
         super().__init__()
@@ -397,7 +397,7 @@ class _Flags(dict[str, str]):
     def __missing__(self, name: str) -> str:
         now = self.settings.get(name)
         shown = f"{now:g}" if isinstance(now, float) else now
-        return f"--{name}" if now is None else f"--{name} (now {shown})"
+        return f"`{name}`" if now is None else f"`{name}` (now {shown})"
 
 
 def _medians(values: np.ndarray, count: int = FEW) -> np.ndarray:

@@ -70,7 +70,7 @@ def test_a_running_mean_is_drawn_over_its_values_and_breaks_with_the_evaluation_
     records = [{"step": step, "tokens": step, "val_loss": float(step)} for step in (1, 2, 3, 4)]
     records.insert(2, {"step": 2, "tokens": 2, "val_set": "other"})
     drawing.draw(axes, drawing.pieces(records), "step", "val_loss", smooth=0.5, label="val")
-    lines = [(list(line.get_xdata()), list(line.get_ydata()), line.get_label()) for line in axes.lines]
+    lines = [(*np.array(line.get_data()).tolist(), line.get_label()) for line in axes.lines]
     means = ([1, 2], pytest.approx([4 / 3, 5 / 3]), "val"), ([3, 4], pytest.approx([10 / 3, 11 / 3]), "_")
     assert lines == [([1, 2], [1, 2], "_"), means[0], ([3, 4], [3, 4], "_"), means[1]]
     assert len({line.get_color() for line in axes.lines}) == 1
@@ -99,7 +99,7 @@ def test_statistics_are_drawn_by_layer_for_one_run_and_as_a_range_for_several(ru
     if runs == 1:
         for line, expected in zip(drawn, ([1, 2], [3, 4], [8, np.nan]), strict=True):
             np.testing.assert_array_equal(line, expected)
-        assert [text.get_text() for text in axes.get_legend().get_texts()] == ["embeddings", "layer 1", "final norm"]
+        assert axes.get_legend_handles_labels()[1] == ["embeddings", "layer 1", "final norm"]
     else:
         np.testing.assert_array_equal(drawn, [[3, 3], [3, 3]])
         assert len(axes.collections) == 2

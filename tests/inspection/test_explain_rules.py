@@ -192,12 +192,12 @@ def test_a_sample_that_repeats_is_told(text: str, share: str):
     assert re.match(f"{share} of a sample of {len(text)} characters is a repetition; '", finding.evidence)
 
 
-def test_advice_names_flags_that_exist_with_their_present_values():
+def test_advice_names_settings_that_exist_with_their_present_values():
     known = {field.name for kind in (TrainConfig, GenerateConfig) for field in fields(kind)}
     for rule in RULES:
         assert set(re.findall(r"{(\w+)}", rule.advice)) <= {field.name for field in fields(TrainConfig)}
-        assert set(re.findall(r"--(\w+)", rule.advice)) <= known
+        assert set(re.findall(r"`(\w+)`", rule.advice)) <= known
     advice = found(healthy(lr=lambda steps: steps * 5e-7))["warm-up never ended"].advice
-    assert advice == "shorten --warmup_iters (now 100) to a tenth of --max_iters (now 1500)"
+    assert advice == "shorten `warmup_iters` (now 100) to a tenth of `max_iters` (now 1500)"
     (finding,) = diagnose(Case(history(healthy(), grad_clip=0.1)))
-    assert finding.advice.startswith("lower --learning_rate (now 0.001), or raise --grad_clip (now 0.1) above")
+    assert finding.advice.startswith("lower `learning_rate` (now 0.001), or raise `grad_clip` (now 0.1) above")
