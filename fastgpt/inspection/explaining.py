@@ -15,7 +15,8 @@ from fastgpt.config.curves import ExplainConfig
 from fastgpt.errors import RunFailed, UsageError
 from fastgpt.inspection import history
 from fastgpt.inspection.history import History
-from fastgpt.inspection.symptoms import RULES, Case, Finding, diagnose
+from fastgpt.inspection.rules import RULES, Finding, diagnose
+from fastgpt.inspection.symptoms import Case
 from fastgpt.system.streams import Lasting
 from fastgpt.system.units import counted
 from fastgpt.tokenizer import saved

@@ -10,7 +10,8 @@ import torch
 
 from fastgpt.config.generation import GenerateConfig
 from fastgpt.config.training import TrainConfig
-from fastgpt.inspection.symptoms import RULES, Case, Finding, diagnose
+from fastgpt.inspection.rules import RULES, Finding, diagnose
+from fastgpt.inspection.symptoms import Case
 from fastgpt.training.guard import Guard
 from tests.helpers.histories import STEPS, healthy, history
 
