@@ -22,6 +22,8 @@ COMMANDS = {  # each is the module of that name in this folder, with a function 
     "evaluate": "measure a model on a text, or on multiple-choice questions",
     "compare": "compare two models on a text",
     "inspect": "look inside: attention, memory, time, this machine",
+    "plot": "draw the curves of runs: loss, learning rate, norms, speed",
+    "explain": "say in words what is wrong with a run, and which flag to change",
 }
 
 

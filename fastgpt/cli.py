@@ -66,14 +66,16 @@ def read(
         kind: a frozen dataclass whose fields were made by `config.option`.
         argv: the arguments, without the program's name; default `sys.argv[1:]`.
         presets: named starting points, which add `--preset` and `--config`.
-        unnamed: the fields whose flags may be left out, in the order of their values: `a --json b` gives two.
+        unnamed: the fields whose flags may be left out, in the order of their values: `a --json b` gives two. A list
+            takes all values that are left.
         shares: a dataclass whose TOML files may be given too; what is in them for that one alone is left out.
 
     Raises:
         UsageError: an unknown flag or key (the nearest is named) or a value outside its limits.
     """
     parser, flags = _parser(kind, prog, description, presets)
-    given = _parse(parser, flags, sys.argv[1:] if argv is None else argv, unnamed)
+    lists = [name for name, hint in typing.get_type_hints(kind).items() if typing.get_origin(hint) is tuple]
+    given = _parse(parser, flags, sys.argv[1:] if argv is None else argv, unnamed, lists)
     file = given.pop("config", None)
     given = (_read_toml(Path(file), kind, shares or kind) if file is not None else {}) | given
     preset = given.pop("preset", None)
@@ -83,8 +85,10 @@ def read(
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     configuration.validate_fields(kind, given)
     for field in dataclasses.fields(kind):
-        if field.metadata["path"] and isinstance(path := given.get(field.name), str):
-            _check_reachable(field.name, path)
+        value = given.get(field.name)
+        for path in value if isinstance(value, tuple) else (value,):
+            if field.metadata["path"] and isinstance(path, str):
+                _check_reachable(field.name, path)
     return preset, given
 
 
@@ -118,11 +122,11 @@ class _Messages(streams.Lasting):
         self.given = [word.partition("=")[2] or word for word in words if "`" in word]
 
     def write(self, text: str) -> int:
-        super().write(_with_flags(text, self.given))
+        super().write(with_flags(text, self.given))
         return len(text)
 
 
-def _with_flags(text: str, given: Sequence[str] = ()) -> str:
+def with_flags(text: str, given: Sequence[str] = ()) -> str:
     """The text with --n_head for `n_head`, --compile for `compile=True` and --no-compile for `compile=False`.
 
     What the user wrote stays: what stands in quotes, and the words that are `given`, such as paths. A message begins
@@ -235,19 +239,25 @@ def _add(group: Any, field: dataclasses.Field, hint: Any, presets: Mapping[str, 
 
 
 def _parse(
-    parser: argparse.ArgumentParser, flags: Mapping[str, argparse.Action], argv: Sequence[str], unnamed: Sequence[str]
+    parser: argparse.ArgumentParser,
+    flags: Mapping[str, argparse.Action],
+    argv: Sequence[str],
+    unnamed: Sequence[str],
+    lists: Sequence[str],
 ) -> dict[str, Any]:
     """Parse the words into a value for each field that they give. Raises `UsageError`."""
     try:
-        return vars(parser.parse_args(_marked(argv, flags, unnamed)))
+        return vars(parser.parse_args(_marked(argv, flags, unnamed, lists)))
     except argparse.ArgumentError as error:
         raise UsageError(error.message) from None
 
 
-def _marked(argv: Sequence[str], flags: Mapping[str, argparse.Action], unnamed: Sequence[str]) -> list[str]:
+def _marked(
+    argv: Sequence[str], flags: Mapping[str, argparse.Action], unnamed: Sequence[str], lists: Sequence[str]
+) -> list[str]:
     """The words, flags spelled as the parser knows them and values marked. Raises `UsageError` for what is neither.
 
-    A bare word is the value of the first of the `unnamed` fields that has none yet.
+    A bare word is the value of the first of the `unnamed` fields that has none yet, or is one of the `lists`.
     """
     words: list[str] = []
     missing = list(unnamed)
@@ -262,13 +272,14 @@ def _marked(argv: Sequence[str], flags: Mapping[str, argparse.Action], unnamed: 
             if equals and flags[flag].nargs == 0:
                 raise UsageError(f"{shown(word)}: {typed} takes no value; write {typed} alone")
             words.append(f"{flag}={MARK}{value}" if equals else flag)
-            missing = [name for name in missing if name != flags[flag].dest]
+            missing = [name for name in missing if name != flags[flag].dest or name in lists]
         elif wanted or (before is not None and before.nargs == "?" and word.lower() in (*TRUE, *FALSE, AUTO)):
             words.append(MARK + word)
         elif word.startswith("--"):
             raise UsageError(f"unknown flag {flag[: LONGEST_SHOWN + 2]}{nearest(flag, flags)}")
         elif missing and not word.startswith("-"):
-            words.append(f"--{missing.pop(0)}={MARK}{word}")
+            words.append(f"--{missing[0]}={MARK}{word}")
+            missing = missing if missing[0] in lists else missing[1:]
         else:
             raise UsageError(f"{shown(word)} is not a flag; every value follows a flag such as {next(iter(flags))}")
     if words and words[-1] in flags and flags[words[-1]].nargs is None:
@@ -277,7 +288,7 @@ def _marked(argv: Sequence[str], flags: Mapping[str, argparse.Action], unnamed: 
 
 
 def _help(field: dataclasses.Field, switch: bool, presets: Mapping[str, Any] | None) -> str:
-    text, choices = _with_flags(field.metadata["help"]).replace("%", "%%"), field.metadata["choices"]
+    text, choices = with_flags(field.metadata["help"]).replace("%", "%%"), field.metadata["choices"]
     if choices:
         text += f" ({', '.join(choices)})"
     if switch:
@@ -285,7 +296,8 @@ def _help(field: dataclasses.Field, switch: bool, presets: Mapping[str, Any] | N
     if len({getattr(preset, field.name) for preset in (presets or {}).values()}) > 1:
         return text + " [by preset]"
     default = AUTO if field.metadata["auto"] else field.default
-    return text + (f" [{default}]" if default not in (None, (), "") else "")
+    default = " ".join(map(str, default)) if isinstance(default, tuple) else default
+    return text + (f" [{default}]" if default not in (None, "") else "")
 
 
 def _base_type(hint: Any) -> type:

@@ -12,6 +12,7 @@ import pytest
 
 from fastgpt import cli
 from fastgpt.config import fields as configuration
+from fastgpt.config.curves import PlotConfig
 from fastgpt.config.evaluation import CompareConfig
 from fastgpt.config.generation import GenerateConfig
 from fastgpt.config.training import PRESETS, TrainConfig
@@ -29,6 +30,11 @@ def generate(*words):
 
 def unnamed(words):
     kind, names = CompareConfig, ("src", "other")
+    return cli.read(kind, shlex.split(words), prog="program", description="A program.", unnamed=names)[1]
+
+
+def unnamed_list(words):
+    kind, names = PlotConfig, ("runs",)
     return cli.read(kind, shlex.split(words), prog="program", description="A program.", unnamed=names)[1]
 
 
@@ -338,6 +344,35 @@ def test_flags_of_some_values_may_be_left_out(words, expected):
 def test_words_beyond_those_values_are_refused(words, saying):
     with pytest.raises(UsageError, match=saying):
         unnamed(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("a b c", {"runs": ("a", "b", "c")}),
+        ("a --smooth 0 b", {"runs": ("a", "b"), "smooth": 0.0}),
+        ("a --runs b c", {"runs": ("a", "b", "c")}),
+        ("--runs a", {"runs": ("a",)}),
+        ("--smooth 0", {"smooth": 0.0}),
+    ],
+)
+def test_a_list_takes_every_value_without_a_flag(words, expected):
+    assert unnamed_list(words) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "saying"),
+    [("a ''", "`runs` '' is empty"), ("a 'b\0c'", "holds a NUL character"), (f"a {'x' * 300}", "cannot be looked up")],
+)
+def test_every_path_of_a_list_is_checked(words, saying):
+    with pytest.raises(UsageError, match=saying):
+        unnamed_list(words)
+
+
+def test_the_help_shows_the_default_of_a_list(capsys):
+    with pytest.raises(SystemExit):
+        unnamed_list("--help")
+    assert "the flag's name may be left out [out]" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_message_names_an_argument_and_stderr_shows_its_flag(capsys):

@@ -109,8 +109,9 @@ def _check_field(field: dataclasses.Field, hint: Any, value: Any) -> None:
             f"{argument} {shown(value)} is not one of {', '.join(meta['choices'])}"
             f"{nearest(str(value), meta['choices'])}"
         )
-    if meta.get("path") and isinstance(value, str):
-        _check_path(argument, value)
+    for path in value if isinstance(value, tuple) else (value,):
+        if meta.get("path") and isinstance(path, str):
+            _check_path(argument, path)
     bounds = {
         "low": (lambda x, limit: x >= limit, "at least"),
         "above": (lambda x, limit: x > limit, "above"),

@@ -1,19 +1,16 @@
 """Draws the curves of a run into its folder, from what metrics.jsonl says."""
 
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from fastgpt.checkpoint.progress import Progress
+from fastgpt.loggers import drawing
 from fastgpt.loggers.base import Logger, Record
 from fastgpt.loggers.jsonl import NAME, read_metrics
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-LARGEST = 1e15  # steps, tokens, nats
+LINE: dict[str, Any] = {"linewidth": 1.2, "markersize": 3.5}
 
 
 class Curves(Logger):
@@ -41,17 +38,12 @@ def plot_loss(out_dir: Path) -> Path:
     """
     from matplotlib.figure import Figure
 
-    found = read_metrics(out_dir / NAME)
-    records = [record for record in found if all(_is_drawn(record.get(key)) for key in ("step", "tokens"))]
+    records = drawing.drawable(read_metrics(out_dir / NAME), "step", "tokens")
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.subplots()
-    changes = [at for at, record in enumerate(records) if "val_set" in record]
-    pieces = [records[start:end] for start, end in pairwise([0, *changes, len(records)])]
-    _draw(axes, [records], "loss", "-", label="train")
-    _draw(axes, pieces, "val_loss", "o-", label="val")
-    for number, at in enumerate(changes):
-        label = None if number else "another evaluation set"
-        axes.axvline(records[at]["step"], color="gray", linestyle=":", linewidth=1, label=label)
+    drawing.draw(axes, [records], "step", "loss", label="train", **LINE)
+    drawing.draw(axes, drawing.pieces(records), "step", "val_loss", label="val", marker="o", **LINE)
+    drawing.mark_changes(axes, records, "step")
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
@@ -72,20 +64,3 @@ def plot_loss(out_dir: Path) -> Path:
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path)
     return path
-
-
-def _draw(axes: "Axes", pieces: list[list[Record]], key: str, style: str, label: str) -> None:
-    """Draw a curve in several pieces, with one colour and one entry in the legend."""
-    color = None
-    for piece in pieces:
-        points = [(record["step"], record[key]) for record in piece if _is_drawn(record.get(key))]
-        if points:
-            (line,) = axes.plot(
-                *zip(*points, strict=True), style, label=label, color=color, linewidth=1.2, markersize=3.5
-            )
-            color, label = line.get_color(), "_"  # the legend ignores labels that begin with _
-
-
-def _is_drawn(value: Any) -> bool:
-    """Whether it is a number of a size that can be drawn."""
-    return isinstance(value, int | float) and abs(value) <= LARGEST

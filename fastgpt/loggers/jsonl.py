@@ -81,10 +81,22 @@ class MetricsFile(Logger):
 
 def read_metrics(path: Path) -> list[Record]:
     """The records of a `metrics.jsonl`, without lines that are damaged or cut short by a crash."""
-    if not path.exists():
-        return []
-    with path.open("rb") as file:
-        return [record for line in file if (record := _record(line))]
+    return scan(path)[0] if path.exists() else []
+
+
+def scan(path: Path) -> tuple[list[Record], int]:
+    """The records of a `metrics.jsonl`, and the number of its lines that are damaged.
+
+    A line without an end, which is being written or was cut short by a crash, is not counted. Raises OSError.
+    """
+    records, damaged = [], 0
+    with regular(path).open("rb") as file:
+        for line in file:
+            if record := _record(line):
+                records.append(record)
+            else:
+                damaged += line.endswith(b"\n")
+    return records, damaged
 
 
 def _record(line: bytes) -> Record | None:

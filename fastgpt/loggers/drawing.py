@@ -1,0 +1,88 @@
+"""Draws what runs have logged on matplotlib's axes: curves in pieces, and the marks of another evaluation set."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from fastgpt.loggers.base import Record
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+LARGEST = 1e15  # steps, tokens, nats
+RAW: dict[str, Any] = {"alpha": 0.4, "linewidth": 0.8}  # of the values behind a smoothed curve
+
+
+def is_drawn(value: Any) -> bool:
+    """Whether it is a number of a size that can be drawn."""
+    return isinstance(value, int | float) and abs(value) <= LARGEST
+
+
+def drawable(records: Sequence[Record], *keys: str) -> list[Record]:
+    """The records that have a number that can be drawn under each of these keys."""
+    return [record for record in records if all(is_drawn(record.get(key)) for key in keys)]
+
+
+def pieces(records: Sequence[Record]) -> list[list[Record]]:
+    """The records in pieces, each with one evaluation set: val losses of two sets do not compare."""
+    changes = [at for at, record in enumerate(records) if "val_set" in record]
+    return [list(records[start:end]) for start, end in pairwise([0, *changes, len(records)])]
+
+
+def smoothed(values: Sequence[float], weight: float) -> list[float]:
+    """Running means in which a value that is k records away, before or after, weighs `weight` ** k.
+
+    They look both ways, since a mean of earlier values alone lags behind a falling loss.
+    """
+
+    def earlier(given: Sequence[float]) -> list[float]:
+        total = 0.0
+        return [total := weight * total + value for value in given]
+
+    def both(given: Sequence[float]) -> list[float]:
+        pairs = zip(earlier(given), reversed(earlier(given[::-1])), given, strict=True)
+        return [before + after - value for before, after, value in pairs]
+
+    return [total / mass for total, mass in zip(both(values), both([1.0] * len(values)), strict=True)]
+
+
+def usual_weight(count: int) -> float:
+    """The weight with which a mean covers about a fiftieth of so many values on each side."""
+    return count / (count + 50)
+
+
+def draw(
+    axes: "Axes",
+    parts: Sequence[Sequence[Record]],
+    x: str,
+    y: str,
+    *,
+    smooth: float | None = 0.0,
+    label: str,
+    **style: Any,
+) -> None:
+    """Draw a curve in several parts, with one colour and one entry in the legend.
+
+    Args:
+        x, y: keys of the records; those that lack one of them are left out.
+        smooth: weight in `smoothed` means, behind which the values themselves are drawn; None: by their number.
+        style: keywords of matplotlib's `plot`.
+    """
+    for part in parts:
+        if not (found := drawable(part, x, y)):
+            continue
+        across, values = tuple(record[x] for record in found), [record[y] for record in found]
+        weight = usual_weight(len(values)) if smooth is None else smooth
+        if weight:
+            (line,) = axes.plot(across, values, **style | RAW, label="_")
+            style["color"] = line.get_color()
+        (line,) = axes.plot(across, smoothed(values, weight) if weight else values, **style, label=label)
+        style["color"], label = line.get_color(), "_"  # the legend ignores labels that begin with _
+
+
+def mark_changes(axes: "Axes", records: Sequence[Record], x: str, **style: Any) -> None:
+    """A dotted line where the evaluation set changes."""
+    changes = drawable([record for record in records if "val_set" in record], x)
+    for number, record in enumerate(changes):
+        label = "_" if number else "another evaluation set"
+        axes.axvline(record[x], **{"color": "gray", "linestyle": ":", "linewidth": 1, "label": label} | style)
