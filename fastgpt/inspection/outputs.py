@@ -1,0 +1,37 @@
+"""Checks, before long work, that files can be written, and writes them in one step."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from fastgpt.errors import UsageError
+from fastgpt.system.files import temporary_sibling, write
+from fastgpt.system.units import format_bytes
+
+
+def check(setting: str, output: str) -> Path:
+    """The path of a file that can be made or replaced. Raises `UsageError`, naming the setting, for any other."""
+    path = Path(output)
+    if path.is_dir():
+        raise UsageError(f"`{setting}` {output} is a folder; name a file in it")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"`{setting}` {output} is no regular file; name another")
+    if not path.parent.is_dir():
+        raise UsageError(f"`{setting}` {output}: there is no folder {path.parent}; make it, or name another file")
+    for place in (path, path.parent):  # a file is replaced by a new one in its folder
+        if place.exists() and not os.access(place, os.W_OK):
+            raise UsageError(f"`{setting}` {output}: {place} cannot be written to; name another file")
+    return path
+
+
+def save(setting: str, path: Path, parts: Iterable[bytes]) -> None:
+    """Write a file in one step, and say so. Raises `UsageError`, naming the setting, if it cannot be written."""
+    temporary = temporary_sibling(path)
+    try:
+        size = write(temporary, parts)["size"]
+        temporary.replace(path)
+    except OSError as error:
+        raise UsageError(f"`{setting}` {path} cannot be written: {error.strerror or error}; name another") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    print(f"wrote {path}: {format_bytes(size)}")
