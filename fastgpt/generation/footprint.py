@@ -61,11 +61,16 @@ def estimate(config: ModelConfig, ops: Ops, device: torch.device, dtype: torch.d
 
 
 def measure(config: ModelConfig, ops: Ops, device: torch.device, dtype: torch.dtype, max_batch: int) -> int:
-    """The most bytes that the engine holds while it fills the contexts of so many sequences; random weights."""
+    """The most bytes that the engine holds while it fills the contexts of so many sequences; random weights.
+
+    Raises:
+        UsageError: the cache alone takes more memory than is free.
+    """
     config = dataclasses.replace(config.architecture(), dropout=0.0)
     model = _model(config, ops, device, dtype)
     page = GenerateConfig.page_size
-    pages = max_batch * -(-config.block_size // page)
+    spare = max_batch - 1  # pages that the scheduler wants to be free before it takes the last sequence
+    pages, each = max_batch * -(-config.block_size // page) + spare, page_bytes(config, page, dtype)
     new = min(DECODED, config.block_size)
     draw = random.Random(0)
     prompts = [
@@ -73,12 +78,12 @@ def measure(config: ModelConfig, ops: Ops, device: torch.device, dtype: torch.dt
     ]
     with LiveBytes(device) as memory:
         hold_weights(memory, model)
-        engine = Engine(
-            model, max_batch=max_batch, kv_memory=pages * page_bytes(config, page, dtype), prefix_cache=False
-        )
-        for _ in engine.generate(prompts, SamplingParams(max_new_tokens=new)):
-            pass
-    return memory.peak
+        engine = Engine(model, max_batch=max_batch, kv_memory=pages * each, prefix_cache=False)
+        for prompt in prompts:
+            engine.submit(prompt, SamplingParams(max_new_tokens=new))
+        while engine.busy:
+            engine.step()
+    return memory.peak - spare * each
 
 
 def _model(config: ModelConfig, ops: Ops, device: torch.device, dtype: torch.dtype) -> GPT:

@@ -147,11 +147,8 @@ def print_tables(found: Found, fit: Fit | None) -> None:
         f"{config.block_size:,} tokens"
     )
     generation, peak = found.generation, found.measured_generation
-    console.print(
-        _table(
-            generation_footprint.PHASES, generation.bytes, generation.peaks, {generation.phase: peak} if peak else None
-        )
-    )
+    real = {generation.phase: peak} if peak else None
+    console.print(_table(generation_footprint.PHASES, generation.bytes, generation.peaks, real))
     console.print(f"{describe(work.device)}; {work.ops}", soft_wrap=True)
     console.print("Tensors alone: PyTorch itself takes a few hundred MiB more.", soft_wrap=True)
     if fit is not None:

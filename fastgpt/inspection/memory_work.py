@@ -69,8 +69,9 @@ def prepared(config: MemoryConfig, source: Source | None) -> Work:
     """
     if source is not None:
         source.weights(config)
-    run, about = config.training(), source.about if source and source.format == "fastgpt" else None
-    machine = choose_machine(run, about)
+    run, about = config.training(), source.about if source else {}
+    recorded = {name: about[name] for name in ("device", "dtype", "columns") if name in about}
+    machine = choose_machine(run, recorded)
     ops = machine.resolve(choose=autotune.chooser(workloads.training(run, machine.dtype), keep=False))
     dtype = resolve_weights_dtype(config.dtype, machine.device, interpreted=ops.interpreted)
     planned = workloads.generation(config, dtype, config.max_batch)

@@ -1,8 +1,8 @@
 """The bytes that a model holds at one moment, by kind and by layer.
 
 An estimate is counted with fake tensors: the work itself runs on a model of a few layers, and nothing is computed. All
-layers from the third on but the last hold the same, so a deep model's bytes are those of a shallow one, with so many
-more of the third layer's.
+layers but the first and the last are alike, so a deep model's bytes are those of a shallow one, with so many more of
+the bytes of a layer in its middle.
 """
 
 import dataclasses
@@ -14,8 +14,8 @@ from fastgpt.config.model import ModelConfig
 from fastgpt.model.gpt import GPT
 from fastgpt.system.live_bytes import LiveBytes
 
-SHALLOW = 4  # layers: the first, which adds no branch, the second, one that stands for all like it, and the last
-MIDDLE = 2
+SHALLOW = 5  # layers
+MIDDLE = 3  # the layer that stands for all that are left out: it is not the last, nor does the second read its outputs
 EMBEDDING, HEAD = "embedding", "head"
 TEMPORARY = "temporary"
 

@@ -152,8 +152,8 @@ class _Watched:
         best: dict[str, tuple[int, Holding]] = {}
         for segment, found in self.memory.peaks.items():
             assert isinstance(segment, Segment)
-            if segment.part == MIDDLE and config.n_layer > self.config.n_layer:
-                continue  # a layer in the middle never holds more than both the second and the last
+            if segment.part in (MIDDLE - 1, MIDDLE) and config.n_layer > self.config.n_layer:
+                continue  # layer by layer memory grows or shrinks evenly: the most is at the second or the last
             peak = self._peak(segment, found, config)
             if segment.phase not in best or peak[0] > best[segment.phase][0]:
                 best[segment.phase] = peak
@@ -219,7 +219,7 @@ class _Watched:
             if after == HEAD:
                 self._begin("forward", HEAD, Owner("activations", HEAD))
             # The gradient of the branch arrives before the block's backward pass begins.
-            outputs[1].register_hook(lambda _: self._begin("backward", layer, Owner(TEMPORARY)))
+            outputs[1].register_hook(lambda _: self._begin("backward", layer, Owner(TEMPORARY, layer)))
 
         block.register_forward_pre_hook(begin)
         block.register_forward_hook(end)

@@ -63,7 +63,9 @@ def test_is_what_a_real_step_holds_with_other_settings(changes: dict):
     assert estimate(config).peak == pytest.approx(peak_of_second_step(config, "torch", torch.float32), rel=0.02)
 
 
-@pytest.mark.parametrize("changes", [{}, {"batch_size": 1, "n_embd": 64}, {"gradient_accumulation_steps": 3}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"batch_size": 1, "n_embd": 64, "gradient_accumulation_steps": 3}], ids=["activations", "weights"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_of_many_layers_is_counted_with_few(changes: dict, dtype: torch.dtype):
     """Each kind and layer at each phase's peak, as in a real step of all layers; but for scalars of the update."""
@@ -72,11 +74,8 @@ def test_of_many_layers_is_counted_with_few(changes: dict, dtype: torch.dtype):
     assert found.phase == real.phase
     assert found.kept.keys() == real.kept.keys()
     for phase in ("forward", "backward"):
-        assert found.peaks[phase].keys() == real.peaks[phase].keys()
-        for kind, layers in found.peaks[phase].items():
-            if kind != "temporary":
-                assert layers == real.peaks[phase][kind], (phase, kind)
-        assert found.bytes[phase] == pytest.approx(real.bytes[phase], abs=64 * config.n_layer)
+        assert found.peaks[phase] == real.peaks[phase]
+        assert found.bytes[phase] == real.bytes[phase]
     assert found.bytes["update"] == pytest.approx(real.bytes["update"], abs=512 * config.n_layer)
 
 
