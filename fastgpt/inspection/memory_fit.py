@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
+from fastgpt.errors import UsageError
 from fastgpt.inspection.memory_work import GenerationFootprint, Work
+from fastgpt.ops import table
 from fastgpt.training.footprint import Footprint
 
 MOST = 65_536  # sequences
@@ -115,7 +117,10 @@ class _Search:
                 yield {"kernels": kernels}
 
     def _can_run(self, kernels: str) -> bool:
-        return kernels == "torch" or self.work.device.type == "cuda"
+        try:
+            return not table.resolve(kernels, self.work.device).interpreted
+        except UsageError:
+            return False
 
     def _shorter(self, **others: Any) -> Change | None:
         """The longest context that fits, of halves of the asked one."""

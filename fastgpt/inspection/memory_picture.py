@@ -50,7 +50,7 @@ def draw(found: Found, budget: int | None) -> bytes:
     handles = [Patch(color=COLOURS[kind], label=name) for kind, name in KINDS.items() if kind in drawn]
     right = max(training.peak, generation.peak) / scale
     if budget is not None and budget / scale < 1.6 * right:
-        axes.axvline(budget / scale, color="black", linestyle="--", linewidth=1)
+        axes.axvline(budget / scale, color="black", linestyle="dashed", linewidth=1)
         axes.text(budget / scale, -0.62, f" {format_exactly(budget)} to fit in", fontsize=9)
         right = max(right, budget / scale)
     axes.set_xlim(0, right * 1.24)
