@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from bench.peers.kernels import Contender, backend, chunked, prepared
+from bench.tools.allocation import draw_allocation, thinned
 from bench.tools.kernel_cases import Case, backends, inputs
-from bench.tools.live_bytes import LiveBytes, draw_allocation, thinned
 from fastgpt.config.training import PRESETS
 from fastgpt.model.gpt import GPT
 from fastgpt.ops import table
 from fastgpt.system.device import autocast
+from fastgpt.system.live_bytes import LiveBytes
 from fastgpt.training.optimizer import make_optimizer
 
 # Contexts and vocabularies double from one to the next; each is large enough for its own memory to be most of it.

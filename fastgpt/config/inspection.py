@@ -114,13 +114,25 @@ def _shared(kind: type[WorkConfig]) -> list[str]:
 class MemoryConfig(WorkConfig):
     """What a training step and a generation hold in memory."""
 
-    max_batch: int = option(1, "sequences that are generated at once", low=1, high=65_536, group="Work")
+    gradient_accumulation_steps: int = option(
+        40,
+        "micro-batches in a step; from the second on, a forward pass finds the gradients of those before",
+        low=1,
+        group="Work",
+    )
+    max_batch: int = option(1, "sequences that are generated at once", low=1, high=65_536)
     measure: bool = option(False, "run a step and a generation, and show the measured bytes beside the estimate")
     fit: str | None = option(
-        None, "memory such as 8GiB: show the largest `batch_size` that fits, and what to change to fit"
+        None,
+        "memory such as 8GiB, or 50% of what is free: show the largest `batch_size` and `max_batch` that fit, and what "
+        "to change to fit",
     )
     png: str | None = option(None, "a picture: a stacked bar for training and one for generation", path=True)
     json: bool = option(False, "print one JSON object instead of a table")
+
+    def training(self) -> TrainConfig:
+        values: dict[str, Any] = {name: getattr(self, name) for name in _shared(type(self))}
+        return TrainConfig(**values)
 
 
 @dataclass(frozen=True)

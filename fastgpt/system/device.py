@@ -140,19 +140,19 @@ def free_memory(device: torch.device) -> int:
     return min(_machine_memory(), _cgroup_memory())
 
 
-def parse_memory(text: str, device: torch.device) -> int:
-    """Bytes from "2GiB", "500 MB", "1000000" or "30%" of the free memory.
+def parse_memory(text: str, device: torch.device, setting: str = "kv_memory") -> int:
+    """Bytes from "2GiB", "500 MB", "1000000" or "30%" of the free memory; `setting` is for messages.
 
     Raises:
         UsageError: none of these.
     """
     match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?)\s*((?:[kmgt]i?)?b|%)?", text.strip().lower())
     if match is None:
-        raise UsageError(f"`kv_memory` {shown(text)} is not an amount of memory such as 2GiB, 500MB or 30%")
+        raise UsageError(f"`{setting}` {shown(text)} is not an amount of memory such as 2GiB, 500MB or 30%")
     number, unit = float(match[1]), match[2] or "b"
     if unit == "%":
         if number > 100:
-            raise UsageError(f"`kv_memory` {text!r} is more than all of the free memory; pass at most 100%")
+            raise UsageError(f"`{setting}` {text!r} is more than all of the free memory; pass at most 100%")
         return int(number / 100 * free_memory(device))
     return int(number * (1024 if "i" in unit else 1000) ** "bkmgt".index(unit[0]))
 

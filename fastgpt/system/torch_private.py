@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 
+# The class of modes that see every operation. No public name: PyTorch documents it in its notes on extending PyTorch.
+from torch.utils._python_dispatch import TorchDispatchMode as OperationsMode
+
 # The key of `torch.amp.GradScaler.state_dict()` that counts steps without an overflow since the scale last changed.
 # No public name: the scaler has getters for the other four values, but its dict alone brings all of them back.
 GROWTH_TRACKER = "_growth_tracker"
@@ -67,6 +70,48 @@ def fused_adamw(
     torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]
         parameters, gradients, averages, squares, [], steps, **settings
     )
+
+
+# Memory
+
+
+def storage_address(storage: torch.UntypedStorage) -> int:
+    """The address of a storage in C++, which identifies it as long as it lives.
+
+    No public name: `data_ptr` is 0 for every storage without memory.
+    """
+    return storage._cdata
+
+
+def tensors_in(result: Any) -> Iterator[torch.Tensor]:
+    """The tensors in the result of an operation: itself, or those in its lists and tuples.
+
+    No public name: PyTorch's own trees of values have none.
+    """
+    from torch.utils._pytree import tree_leaves
+
+    return (leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor))
+
+
+@contextlib.contextmanager
+def fake_tensors() -> Iterator[None]:
+    """Within the block tensors have shapes, dtypes and devices but no memory, and nothing is computed.
+
+    A number that the host reads is 1 or true. So code that decides by the value of a tensor takes one way.
+
+    No public name: PyTorch exports the mode for its compiler alone.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    class Reads(OperationsMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
+            if func is torch.ops.aten._local_scalar_dense.default:
+                dtype = args[0].dtype
+                return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode(), Reads():
+        yield
 
 
 # Devices

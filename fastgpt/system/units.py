@@ -15,6 +15,17 @@ def format_bytes(count: int | None) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
+def format_exactly(count: int) -> str:
+    """Bytes with three digits or more: "812 KiB", "34.1 MiB", "1,020 KiB"."""
+    size, unit = float(count), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if size < 1023.5 or unit == "TiB":
+            break
+        size /= 1024
+    digits = 0 if unit == "B" or size >= 99.95 else 1 if size >= 9.995 else 2
+    return f"{size:,.{digits}f} {unit}"
+
+
 def format_duration(seconds: float) -> str:
     """A time in its two largest units: "91 ms", "8.4 s", "5 min 20 s", "9 h 12 min", "3 d 4 h"."""
     if seconds < 1:

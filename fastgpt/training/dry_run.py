@@ -119,16 +119,18 @@ def _machine(config: TrainConfig, machine: Machine) -> str:
 
 
 def _memory_rows(config: TrainConfig, measured: Measurement, device: torch.device, free: int) -> dict[str, str]:
-    """Memory by kind. The first three are exact; activations are counted in the forward pass."""
+    """Memory by kind, each when it holds most, and the peak of the whole step."""
+    memory = measured.memory
     sequences = counted(config.batch_size, "sequence")
     compiled = ", before compiling" if config.compile else ""
-    divided = "; a run divides micro-batches that do not fit" if measured.total > free else ""
+    peak = f"{format_bytes(memory.peak)} at the peak, {memory.when}"
+    divided = "; a run divides micro-batches that do not fit" if memory.peak > free else ""
     rows = {
-        "weights": format_bytes(measured.weights),
-        "gradients": format_bytes(measured.gradients),
-        "moments": f"{format_bytes(measured.moments)}, {counted(config.moments, 'number')} for each weight",
-        "activations": f"{format_bytes(measured.activations)}, kept for the backward pass of {sequences}{compiled}",
-        "memory": f"at least {format_bytes(measured.total)} in all; {device} has {format_bytes(free)} free{divided}",
+        "weights": format_bytes(memory.whole["weights"]),
+        "gradients": format_bytes(memory.whole["gradients"]),
+        "moments": f"{format_bytes(memory.whole['moments'])}, {counted(config.moments, 'number')} for each weight",
+        "activations": f"{format_bytes(memory.activations)}, kept for the backward pass of {sequences}{compiled}",
+        "memory": f"{peak}; {device} has {format_bytes(free)} free{divided}",
     }
     if measured.peak is not None:
         rows["peak"] = f"{format_bytes(measured.peak)} allocated in the measurement"

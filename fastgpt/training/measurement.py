@@ -14,6 +14,7 @@ from fastgpt.config.training import TrainConfig
 from fastgpt.data.loader import Batch
 from fastgpt.system import contention
 from fastgpt.system.device import autocast, peak_memory, synchronize
+from fastgpt.training.footprint import Footprint, estimate
 from fastgpt.training.step import TrainStep
 
 Result = TypeVar("Result")
@@ -24,15 +25,14 @@ TO_FORWARD = 3.0  # times the forward pass: that and the backward pass, which mu
 
 @dataclass(frozen=True)
 class Measurement:
-    """Seconds and bytes, all of whole micro-batches.
+    """Seconds of whole micro-batches, and bytes.
 
     Attributes:
         sequences: of a measured micro-batch; with fewer than `batch_size`, `micro` was multiplied.
         first: seconds of the first one as it was measured, in which kernels are loaded or compiled.
         micro: seconds of a micro-batch after the first.
         update: seconds of clipping and the optimizer.
-        weights, gradients, moments: bytes of each, the vocabulary's padding and the table of positions included.
-        activations: bytes that the forward pass keeps for the backward pass, without `compile`.
+        memory: estimated, without `compile`; the vocabulary's padding and the table of positions are weights.
         peak: the most bytes that were allocated on a GPU; None elsewhere.
     """
 
@@ -40,16 +40,8 @@ class Measurement:
     first: float
     micro: float
     update: float
-    weights: int
-    gradients: int
-    moments: int
-    activations: int
+    memory: Footprint
     peak: int | None
-
-    @property
-    def total(self) -> int:
-        """Bytes at the end of a forward pass: more are in use for a moment within operations."""
-        return self.weights + self.gradients + self.moments + self.activations
 
     def step_seconds(self, micro_batches: int) -> float:
         return micro_batches * self.micro + self.update
@@ -70,7 +62,8 @@ class Stand:
     def measure(self) -> Measurement:
         """Run three micro-batches and one optimizer step; the first micro-batch is the warm-up."""
         with contention.watching(self.threads if self.device.type == "cpu" else 1):
-            activations, forward = self._activations()
+            memory = estimate(self.config, self.step.model.ops, self.device, self.step.dtype)
+            _, forward = [self._timed(self._forward) for _ in range(2)][1]  # the first is the warm-up
             sequences = self._affordable(forward)
             self.say(
                 f"measuring three micro-batches of {sequences} x {self.config.block_size:,} tokens and one optimizer "
@@ -82,48 +75,21 @@ class Stand:
             _, first = self._timed(lambda: self.step.accumulate(0, batches[:1]))
             loss, rest = self._timed(lambda: self.step.accumulate(0, batches[1:]))
             assert loss is not None  # nothing stops it
-            gradients = sum(p.grad.nbytes for p in self.step.parameters if p.grad is not None)
             _, update = self._timed(lambda: self.step.update(0, loss))
         return Measurement(
             sequences=sequences,
             first=first,
             micro=rest / 2 * self.config.batch_size / sequences,
             update=update,
-            weights=sum(t.nbytes for t in (*self.step.parameters, *self.step.model.buffers())),
-            gradients=gradients,
-            moments=moment_bytes(self.step.optimizer),
-            activations=activations,
+            memory=memory,
             peak=peak_memory(self.device) if self.device.type == "cuda" else None,
         )
 
-    def _activations(self) -> tuple[int, float]:
-        """Bytes that a whole micro-batch keeps for its backward pass, and seconds of one sequence's forward pass.
-
-        They are counted with one sequence and with two. Every further one adds the same.
-        """
-        one, seconds = self._timed(lambda: self._kept(1))
-        if self.config.batch_size == 1:
-            return one, seconds
-        two, seconds = self._timed(lambda: self._kept(2))
-        return one + (self.config.batch_size - 1) * (two - one), seconds / 2
-
-    def _kept(self, sequences: int) -> int:
-        """Bytes of the tensors that a forward pass keeps; those of the model itself do not count."""
-        model = self.step.model
-        own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-        kept: dict[int, int] = {}
-
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()  # which views share
-            if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        x, y = random_batch(self.config, sequences, self.device)
-        with autocast(self.device, self.step.dtype), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            loss = model(x, y)  # holds what was kept until the end of the block
-        del loss
-        return sum(kept.values())
+    def _forward(self) -> None:
+        """The forward pass of one sequence."""
+        x, y = random_batch(self.config, 1, self.device)
+        with autocast(self.device, self.step.dtype):
+            self.step.model(x, y)
 
     def _affordable(self, forward: float) -> int:
         """Sequences of a micro-batch that takes about `LONG` seconds, at least one and at most `batch_size`."""
@@ -142,12 +108,3 @@ def random_batch(config: TrainConfig, sequences: int, device: torch.device) -> B
     shape = 2, sequences, config.block_size
     x, y = torch.randint(config.known_vocab, shape, generator=torch.Generator().manual_seed(config.seed)).to(device)
     return x, y
-
-
-def moment_bytes(optimizer: torch.optim.Optimizer) -> int:
-    return sum(
-        value.nbytes
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, torch.Tensor)
-    )

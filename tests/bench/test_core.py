@@ -15,10 +15,10 @@ from bench.bench_kernels import agreeing
 from bench.peers import loop_order
 from bench.peers.kernels import CHUNKED, backend, contenders, distance, prepared
 from bench.tools import ceilings, generation
+from bench.tools.allocation import draw_allocation, thinned
 from bench.tools.ceilings import Ceilings, Limit, best_seconds, buffer_bytes, dtype_name, float32_products, matmul_rate
 from bench.tools.counts import COUNTS, Count, count
 from bench.tools.kernel_cases import DIRECTIONS, SHAPES, Case, cases, inputs
-from bench.tools.live_bytes import LiveBytes, draw_allocation, thinned
 from bench.tools.timing import Clock, buffers_needed, rotating, spread
 from fastgpt.model import workloads
 from fastgpt.ops import table
@@ -230,37 +230,6 @@ def test_backward_gives_every_gradient():
     first, second = call(), call()
     assert [t.shape for t in first] == [t.shape for t in args]
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-def test_live_bytes_by_hand():
-    with LiveBytes(CPU) as memory:
-        memory.phase = "first"
-        a = torch.zeros(1000)
-        b = a[10:20]  # a view: nothing new
-        assert memory.live == 4000
-        del a
-        assert memory.live == 4000  # b refers to it
-        memory.phase = "second"
-        c = b * 2
-        assert memory.live == 4040
-        del b, c
-        assert memory.live == 0
-    assert memory.peak == 4040
-    assert memory.series == [(0, 4000), (1, 4000), (2, 4040)]
-    assert memory.phases == [("first", 0), ("second", 2)]
-
-
-def test_live_bytes_of_a_backward_pass():
-    w = torch.randn(100, 100, requires_grad=True)
-    with LiveBytes(CPU) as memory:
-        memory.hold([w])
-        loss = (w @ w).relu().sum()
-        loss.backward()
-        del loss
-        assert memory.live == 2 * w.nbytes  # the weight and its gradient
-        w.grad = None
-        assert memory.live == w.nbytes
-    assert memory.peak >= 4 * w.nbytes
 
 
 def test_thinned_series_keeps_the_peak_and_is_drawn(tmp_path):

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fastgpt
-from bench.tools.live_bytes import LiveBytes
 from fastgpt import cli, train
 from fastgpt.checkpoint import store
 from fastgpt.config.training import TrainConfig
@@ -18,8 +17,11 @@ from fastgpt.data import corpus
 from fastgpt.errors import UsageError
 from fastgpt.interchange import hub
 from fastgpt.model.facts import count_parameters
+from fastgpt.model.footprint import Layers
 from fastgpt.model.gpt import GPT
+from fastgpt.system.live_bytes import LiveBytes
 from fastgpt.training import dry_run, measurement
+from fastgpt.training.footprint import Footprint
 from fastgpt.training.measurement import Measurement, Stand, random_batch
 from fastgpt.training.step import TrainStep
 from tests.helpers import runs
@@ -32,6 +34,9 @@ CPU = torch.device("cpu")
 CONFIG = TrainConfig(vocab_size=131, n_layer=2, n_head=2, n_embd=16, block_size=8, batch_size=5, dropout=0.1)
 SHAPE = "--n_layer 2 --bias True"  # of gpt2_folders' models
 PADDED = 256  # of the vocabulary's 131 tokens
+MIB = 1 << 20
+WHOLE = {"weights": Layers(head=10 * MIB), "gradients": Layers(head=10 * MIB), "moments": Layers(head=20 * MIB)}
+MEMORY = Footprint({"update": WHOLE}, {"forward": 90 * MIB, "backward": 100 * MIB, "update": 40 * MIB}, {})
 
 
 def rows(capsys, flags: str = "") -> dict[str, str]:
@@ -62,9 +67,8 @@ def test_memory_by_kind_is_that_of_the_formulas(position: str):
     numbers = count_parameters(dataclasses.replace(CONFIG, position=position)) + (PADDED - 131) * CONFIG.n_embd
     table = 0 if position == "learned" else 4 * CONFIG.block_size * CONFIG.head_size
     counters = 4 * len(list(GPT(dataclasses.replace(CONFIG, position=position)).parameters()))  # of the updates
-    assert (measured.weights, measured.gradients) == (4 * numbers + table, 4 * numbers)
-    assert measured.moments == 8 * numbers + counters
-    assert measured.total == 16 * numbers + table + counters + measured.activations
+    weights = 4 * numbers + table
+    assert measured.memory.whole == {"weights": weights, "gradients": 4 * numbers, "moments": 8 * numbers + counters}
     assert (measured.sequences, measured.peak) == (5, None)
     assert min(measured.first, measured.micro, measured.update) > 0
 
@@ -76,16 +80,17 @@ def test_activations_are_what_lives_between_the_passes(batch_size: int, dropout:
     model, (x, y) = bench.step.model, random_batch(bench.config, batch_size, CPU)
     with LiveBytes(CPU) as memory:
         memory.hold((*model.parameters(), x))
-        before = memory.live - x.untyped_storage().nbytes()  # which is kept, with the targets in it
-        loss = model(x, y)
-        assert memory.live - before - loss.nbytes == bench.measure().activations
+        before = memory.live
+        loss = model(x, y)  # which is kept with the logits
+        assert memory.live - before == bench.measure().memory.activations
+        del loss
 
 
 def test_a_long_micro_batch_is_measured_with_fewer_sequences(monkeypatch, capsys):
     monkeypatch.setattr(measurement, "LONG", 0.0)
     measured = stand().measure()
     assert measured.sequences == 1
-    assert measured.activations == pytest.approx(stand(batch_size=5).measure().activations)
+    assert measured.memory == stand(batch_size=5).measure().memory
     found = rows(capsys)
     assert " for 4 sequences, measured with 1; " in found["micro-batch"]
 
@@ -115,7 +120,7 @@ def test_the_vocabulary_is_known_before_the_text_is_tokenized(capsys, flags: str
 
 
 def test_the_time_is_that_of_all_micro_batches_and_one_update():
-    measured = Measurement(5, 9.0, 0.25, 0.5, 1, 1, 1, 1, None)
+    measured = Measurement(5, 9.0, 0.25, 0.5, MEMORY, None)
     assert measured.step_seconds(6) == 2.0
     config = dataclasses.replace(CONFIG, gradient_accumulation_steps=6, max_iters=3600, max_minutes=1)
     machine = dry_run.choose_machine(dataclasses.replace(config, device="cpu", dtype="float32"))
@@ -127,9 +132,9 @@ def test_the_time_is_that_of_all_micro_batches_and_one_update():
 
 @pytest.mark.parametrize(("free", "divided"), [(100 << 20, False), ((100 << 20) - 1, True)])
 def test_micro_batches_that_do_not_fit_are_told(free: int, divided: bool):
-    measured = Measurement(1, 1.0, 1.0, 1.0, 10 << 20, 10 << 20, 20 << 20, 60 << 20, None)
+    measured = Measurement(1, 1.0, 1.0, 1.0, MEMORY, None)
     told = dry_run._memory_rows(CONFIG, measured, CPU, free)["memory"]
-    assert told == "at least 100 MiB in all; cpu has 100 MiB free" + divided * (
+    assert told == "100 MiB at the peak, in the backward pass; cpu has 100 MiB free" + divided * (
         "; a run divides micro-batches that do not fit"
     )
 
