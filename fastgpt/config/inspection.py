@@ -95,8 +95,9 @@ class WorkConfig(ModelConfig):
 
     def training(self) -> TrainConfig:
         """A run with these settings, and the defaults for the others."""
-        values: dict[str, Any] = {name: getattr(self, name) for name in _shared(type(self))}
-        return TrainConfig(**values, gradient_accumulation_steps=1)
+        values: dict[str, Any] = {"gradient_accumulation_steps": 1}
+        values |= {name: getattr(self, name) for name in _shared(type(self))}
+        return TrainConfig(**values)
 
     def check(self) -> None:
         super().check()
@@ -129,10 +130,6 @@ class MemoryConfig(WorkConfig):
     )
     png: str | None = option(None, "a picture: a stacked bar for training and one for generation", path=True)
     json: bool = option(False, "print one JSON object instead of a table")
-
-    def training(self) -> TrainConfig:
-        values: dict[str, Any] = {name: getattr(self, name) for name in _shared(type(self))}
-        return TrainConfig(**values)
 
 
 @dataclass(frozen=True)
