@@ -4,13 +4,14 @@ import importlib.metadata
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy
@@ -329,27 +330,29 @@ def _name(dtype: torch.dtype) -> str:
 
 def _compiler() -> str:
     """Compile a small program, as `torch.compile` does on a CPU."""
-    named = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
-    if shutil.which(named) is None:
-        return f"none: {named} is not found; compile needs one on a CPU, install g++"
+    usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    try:
+        command = shlex.split(os.environ.get("CXX", "")) or [usual]
+    except ValueError as error:
+        return f"none: CXX is not a command: {error}"
+    name = Path(command[0]).name
+    if shutil.which(command[0]) is None:
+        return f"none: {name} is not found; compile needs one on a CPU, install g++"
     if sys.platform == "win32":
-        return f"{named} is found, not tried"
-    version = (_output(named, "--version") or "").splitlines()
-    about = version[0] if version else named
-    if error := _refusal(named, PROGRAM):
+        return f"{name} is found, not tried"
+    about = (_output(*command, "--version") or name).splitlines()[0]
+    if error := _refusal(command, PROGRAM):
         return f"{about}: does not compile: {error}"
-    openmp = _refusal(named, "#include <omp.h>\n" + PROGRAM, "-fopenmp")
-    include = f"-I{sysconfig.get_paths()['include']}"
-    python = _refusal(named, "#include <Python.h>\n" + PROGRAM, include)
-    return f"{about}: compiles; OpenMP {'does not' if openmp else 'works'}; " + (
-        "Python.h is not found: install python3-dev" if python else "Python.h is found"
-    )
+    openmp = _refusal([*command, "-fopenmp"], "#include <omp.h>\n" + PROGRAM)
+    python = _refusal([*command, f"-I{sysconfig.get_paths()['include']}"], "#include <Python.h>\n" + PROGRAM)
+    threads, headers = "does not" if openmp else "works", "is not found: install python3-dev" if python else "is found"
+    return f"{about}: compiles; OpenMP {threads}; Python.h {headers}"
 
 
-def _refusal(compiler: str, program: str, *flags: str) -> str | None:
+def _refusal(compiler: Sequence[str], program: str) -> str | None:
     """The compiler's first error; None where it makes a library of the program."""
     with tempfile.TemporaryDirectory(prefix="fastgpt-") as folder:
-        command = [compiler, "-x", "c++", "-shared", "-fPIC", *flags, "-o", f"{folder}/part.so", "-"]
+        command = [*compiler, "-x", "c++", "-shared", "-fPIC", "-o", f"{folder}/part.so", "-"]
         try:
             done = subprocess.run(command, input=program, capture_output=True, text=True, timeout=PATIENCE, check=False)
         except (OSError, subprocess.TimeoutExpired) as error:

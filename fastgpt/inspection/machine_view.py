@@ -109,7 +109,7 @@ def _choose(machine: Machine, planned: Workload) -> Choices:
 def _operations(ops: Mapping[str, Choices]) -> Section:
     """The backend of each operation in each kind of work, and why."""
     facts: dict[str, str | Fact] = {}
-    reasons = {work: chosen.reason for work, (chosen, _) in ops.items()}
+    reasons = {work: chosen.reason.replace("`", "") for work, (chosen, _) in ops.items()}
     same = len({*reasons.values()}) == 1
     facts["reason"] = Fact(
         next(iter(reasons.values())) if same else "; ".join(f"{work}: {why}" for work, why in reasons.items()), reasons

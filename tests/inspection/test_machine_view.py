@@ -237,7 +237,7 @@ def test_cudnns_version_and_whether_it_is_loaded(number: int, version: str, monk
 @pytest.mark.parametrize(
     ("said", "version"),
     [
-        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5\nGCC version:  gcc 12.2.0\n", "550.54.15"),
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue\nGCC version:  gcc 12.2.0\n", "550.54.15"),
         ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.10  Release Build\n", "570.86.10"),
         ("| NVIDIA-SMI 535.104.05    Driver Version: 535.104.05   CUDA Version: 12.2 |\n", "535.104.05"),
         ("nothing", "no NVIDIA driver found"),
@@ -275,6 +275,18 @@ def test_a_compiler_is_tried(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     assert machine_facts.compilers(CPU)["C++"] == (
         "fake 1.3: compiles; OpenMP works; Python.h is not found: install python3-dev"
     )
+
+
+@pytest.mark.parametrize(
+    ("named", "told"),
+    [
+        ("/nope/c++ -O1", "none: c++ is not found; compile needs one on a CPU, install g++"),
+        ("'c++", "none: CXX is not a command: No closing quotation"),
+    ],
+)
+def test_a_compiler_that_is_not_there_is_said_to_be_none(named: str, told: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CXX", named)
+    assert machine_facts.compilers(CPU)["C++"] == told
 
 
 def test_a_product_that_does_not_run_says_why(monkeypatch: pytest.MonkeyPatch):
