@@ -34,6 +34,9 @@ class SamplingParams(Settings):
     logprobs: int | None = option(
         None, "give each token's log-probability, and those of as many of the likeliest", low=0, high=20
     )
+    candidates: bool = option(
+        False, "show the likeliest tokens beside each drawn one, with probabilities before and after these settings"
+    )
     num_samples: int = option(1, "continuations of each prompt, drawn independently", low=1, high=65_536)
     seed: int = option(1337, "the same seed gives the same prompt the same continuation", low=0, high=2**63 - 1)
 

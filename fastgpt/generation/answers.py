@@ -1,8 +1,8 @@
 """Writes the answers to many prompts as lines of JSON, each whole or not at all.
 
 A line is an object with `index` (the place of the prompt in its file, from 0), `sample`, `prompt`, `text`, `tokens`,
-`finish_reason` and `timings` (seconds), and if there are any also `logprobs` and `error`. A log-probability of minus
-infinity is null, because JSON has no infinity.
+`finish_reason` and `timings` (seconds), and if there are any also `logprobs`, `candidates` and `error`. A
+log-probability of minus infinity is null, because JSON has no infinity.
 """
 
 import codecs
@@ -295,6 +295,8 @@ def to_line(completion: Completion, *, escaped: bool = False) -> str:
             {"logprob": _finite(own), "top": [(id, _finite(one)) for id, one in top]}
             for own, top in completion.logprobs
         ]
+    if completion.candidates is not None:
+        record["candidates"] = [[one._asdict() for one in own] for own in completion.candidates]
     if completion.error is not None:
         record["error"] = completion.error
     return json.dumps(record, ensure_ascii=escaped, allow_nan=False)

@@ -236,7 +236,8 @@ class Engine:
             sink.open += 1
             detokenizer = Detokenizer(self.tokenizer, params.stop, tokens) if self.tokenizer else None
             logprobs = None if params.logprobs is None else []
-            self._outputs[sample] = Output(request, number, length, params.stop_tokens, detokenizer, logprobs)
+            told = [] if params.candidates else None
+            self._outputs[sample] = Output(request, number, length, params.stop_tokens, detokenizer, logprobs, told)
         self._requests[request.number] = request
         if params.max_new_tokens == 0:
             for sample in list(request.samples):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fastgpt.config.generation import SamplingParams
+from fastgpt.generation.candidates import Candidate
 from fastgpt.generation.plan import Sample
 from fastgpt.generation.request import Completion, Piece, Prompt, Stats, Timings
 from fastgpt.generation.sampler import NOT_DRAWN, Drawn, not_numbers
@@ -64,13 +65,14 @@ class Output:
     stop_tokens: Sequence[int]
     detokenizer: Detokenizer | None
     logprobs: list[tuple[float, list[tuple[int, float]]]] | None
+    candidates: list[list[Candidate]] | None
     first_token: float | None = None
     text: str = ""
     tokens: list[int] = field(default_factory=list)
 
     def append(self, sample: Sample, drawn: Drawn, stats: Stats) -> str | None:
         """Add a token to the sample and to what is to be given out; why the continuation ends with it, or None."""
-        token, logprob, top = drawn
+        token, logprob, top, candidates = drawn
         if token == NOT_DRAWN:
             return "error"
         if self.first_token is None:
@@ -84,6 +86,8 @@ class Output:
         self.tokens.append(token)
         if logprob is not None and self.logprobs is not None:
             self.logprobs.append((logprob, top or []))
+        if candidates is not None and self.candidates is not None:
+            self.candidates.append(candidates)
         if detokenizer := self.detokenizer:
             self.text += detokenizer.push(token)
             if detokenizer.stopped:
@@ -107,6 +111,7 @@ class Output:
             request.timings(now),
             not_numbers(len(sample.tokens)) if reason == "error" else None,
             logprobs=self.logprobs,
+            candidates=self.candidates,
         )
         request.sink.pieces.append(Piece(request.index, self.number, self.text, self.tokens, completion))
         request.sink.open -= 1

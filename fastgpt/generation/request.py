@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from fastgpt.errors import UsageError
+from fastgpt.generation.candidates import Candidate
 from fastgpt.system.units import counted
 from fastgpt.tokenizer.base import Tokenizer
 
@@ -36,6 +37,8 @@ class Completion:
             that are not numbers end only the continuation that met them.
         logprobs: with `SamplingParams.logprobs`, for each token its log-probability and those of the likeliest
             tokens by id, in nats, under the model itself: before penalties, temperature and filters.
+        candidates: with `SamplingParams.candidates`, for each token the five likeliest under the model, in that order,
+            then the token itself where it is not among them.
     """
 
     index: int
@@ -47,6 +50,7 @@ class Completion:
     timings: Timings
     error: str | None = None
     logprobs: list[tuple[float, list[tuple[int, float]]]] | None = None
+    candidates: list[list[Candidate]] | None = None
 
     @property
     def refused(self) -> bool:

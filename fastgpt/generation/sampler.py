@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 
 from fastgpt.config.generation import SamplingParams
+from fastgpt.generation.candidates import COUNT, Candidate, Candidates
 from fastgpt.generation.random_stream import prompt_digest, stream_key, uniform
 
 FLOAT32 = torch.finfo(torch.float32)
@@ -29,11 +30,15 @@ NOT_DRAWN = -1  # the token of a row from which none can be drawn
 
 
 class Drawn(NamedTuple):
-    """A token on the host. `top`: (id, log-probability) of the likeliest tokens, in that order."""
+    """A token on the host. `top`: (id, log-probability) of the likeliest tokens, in that order.
+
+    `candidates`: as in `candidates.Candidates.to_host`; None where the request asks for none.
+    """
 
     token: int  # NOT_DRAWN where the logits are not numbers
     logprob: float | None = None
     top: list[tuple[int, float]] | None = None
+    candidates: list[Candidate] | None = None
 
 
 @dataclass(frozen=True)
@@ -45,9 +50,17 @@ class Sampled:
     top_logprobs: torch.Tensor | None  # float32 (R, K)
     top_ids: torch.Tensor | None  # int64 (R, K)
     asked: tuple[int | None, ...]  # `SamplingParams.logprobs` of each row
+    candidates: Candidates | None = None  # None where no row asks
 
     def to_host(self) -> list[Drawn]:
-        """Each row's token and the log-probabilities that it asks for, in one copy; `top` is at most the vocabulary."""
+        """Each row's token and what it asks for; `top` is at most the vocabulary."""
+        drawn = self._with_logprobs()
+        if self.candidates is None:
+            return drawn
+        return [one._replace(candidates=own) for one, own in zip(drawn, self.candidates.to_host(), strict=True)]
+
+    def _with_logprobs(self) -> list[Drawn]:
+        """Each row's token and log-probabilities, in one copy."""
         if self.logprobs is None or self.top_logprobs is None or self.top_ids is None:
             return [Drawn(token) for token in self.tokens.cpu().tolist()]
         columns = (self.tokens[:, None], self.top_ids, self.logprobs[:, None], self.top_logprobs)
@@ -67,6 +80,7 @@ class _Request:
 
     key: bytes  # of its random stream
     logprobs: int | None
+    candidates: bool
     greedy: bool
     penalized: bool
     columns: int  # how many of the likeliest tokens its filters need in order; 0: none
@@ -191,7 +205,7 @@ class Sampler:
         greedy = all(q.greedy for q in requests)
         texts = self._texts if any(q.penalized for q in requests) else None
         if greedy and texts is None:
-            return self._with_logprobs(logits.argmax(-1), logits, requests)
+            return self._with_details(logits.argmax(-1), logits, None, requests)
 
         # Full sorts are slow, so rows with top-k, which need only its columns in order, are handled separately.
         short = [r for r, q in enumerate(requests) if 0 < q.columns < self.vocab_size]
@@ -200,6 +214,7 @@ class Sampler:
         scores = logits.float()
         if texts is not None:
             scores = texts.penalized(scores, s)
+        weights = None
         if greedy:
             tokens = scores.argmax(-1)
         else:
@@ -214,7 +229,7 @@ class Sampler:
             tokens = draw(scores, weights, s["number"])
         if texts is not None:
             texts.count(tokens, s)
-        return self._with_logprobs(tokens, logits, requests)
+        return self._with_details(tokens, logits, weights, requests)
 
     def _least(
         self,
@@ -243,17 +258,33 @@ class Sampler:
             least[rows] = least_kept(ranked[rows], weights[rows], most, s["top_k"][rows].long(), p)
         return least
 
-    def _with_logprobs(self, tokens: torch.Tensor, logits: torch.Tensor, requests: list[_Request]) -> Sampled:
+    def _with_details(
+        self, tokens: torch.Tensor, logits: torch.Tensor, weights: torch.Tensor | None, requests: list[_Request]
+    ) -> Sampled:
+        """The tokens, with the log-probabilities and the candidates that rows ask for.
+
+        weights: (R, V), from which rows that are not greedy drew; None where all are greedy.
+        """
         asked = tuple(q.logprobs for q in requests)
         most = max((n for n in asked if n is not None), default=None)
         # argmax and topk take NaN for the largest number, and -inf is drawn only where there is nothing else.
         drawn = tokens.where(logits.gather(1, tokens[:, None])[:, 0].isfinite(), NOT_DRAWN)
+        told = self._candidates(tokens, logits, weights, requests) if any(q.candidates for q in requests) else None
         if most is None:
-            return Sampled(drawn, None, None, None, asked)
-        scores = logits.float()
-        logprobs = scores.log_softmax(-1)
-        ids = ranks(scores, self._falling).topk(min(most, self.vocab_size)).indices
-        return Sampled(drawn, logprobs.gather(1, tokens[:, None])[:, 0], logprobs.gather(1, ids), ids, asked)
+            return Sampled(drawn, None, None, None, asked, told)
+        logprobs, ids = logits.float().log_softmax(-1), self._likeliest(logits, most)
+        return Sampled(drawn, logprobs.gather(1, tokens[:, None])[:, 0], logprobs.gather(1, ids), ids, asked, told)
+
+    def _candidates(
+        self, tokens: torch.Tensor, logits: torch.Tensor, weights: torch.Tensor | None, requests: list[_Request]
+    ) -> Candidates:
+        greedy = self._send(torch.tensor([q.greedy for q in requests]))
+        wanted = tuple(q.candidates for q in requests)
+        return Candidates.of(tokens, self._likeliest(logits, COUNT), logits, weights, greedy, wanted)
+
+    def _likeliest(self, logits: torch.Tensor, count: int) -> torch.Tensor:
+        """The ids of the likeliest tokens of each row, int64 (R, K), K at most the vocabulary."""
+        return ranks(logits.float(), self._falling).topk(min(count, self.vocab_size)).indices
 
     def _request(self, slot: int, params: SamplingParams, key: bytes) -> _Request:
         greedy = params.temperature == 0
@@ -267,6 +298,7 @@ class Sampler:
         return _Request(
             key=key,
             logprobs=params.logprobs,
+            candidates=params.candidates,
             greedy=greedy,
             penalized=params.penalizes,
             columns=top_k if not greedy and (top_k < self.vocab_size or top_p < 1) else 0,

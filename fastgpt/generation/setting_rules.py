@@ -27,6 +27,10 @@ RULES: tuple[tuple[Callable[[GenerateConfig], bool], str], ...] = (
         "`num_samples` {c.num_samples}: `interactive` has one continuation a turn; leave it out",
     ),
     (
+        lambda c: c.interactive and c.candidates,
+        "`interactive` and `candidates` exclude each other; continue one text, by `prompt`, to see its candidates",
+    ),
+    (
         lambda c: c.output is not None and c.prompts is None,
         "`output` {c.output} is for `prompts`; send the text of `prompt` there with >",
     ),

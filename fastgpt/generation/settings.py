@@ -23,6 +23,7 @@ class SamplingSettings(TypedDict, total=False):
     stop: str | Sequence[str]
     stop_tokens: int | Sequence[int]
     logprobs: int | None
+    candidates: bool
     num_samples: int
     seed: int
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 
 from fastgpt.config.generation import SamplingParams
+from fastgpt.generation.candidates import Candidate
 from fastgpt.generation.compiled_decoder import CompiledDecoder, DenseDecoder
 from fastgpt.generation.paged_text import PagedText
 from fastgpt.generation.random_stream import prompt_digest, stream_key
@@ -25,7 +26,7 @@ class Generation(Iterator[str]):
     Attributes:
         prefill_tokens, prefill_seconds: for the prompt, or for its last block_size tokens.
         decode_tokens, decode_seconds: for the new tokens after the first, which the prefill yields.
-        drawn: the new tokens with their log-probabilities, without a stop token.
+        drawn: the new tokens with their log-probabilities and candidates, without a stop token.
         finish_reason, error: as in `Completion`, once it has ended.
     """
 
@@ -65,6 +66,11 @@ class Generation(Iterator[str]):
     def __next__(self) -> str:
         return next(self._pieces)
 
+    @property
+    def candidates(self) -> list[list[Candidate]]:
+        """Those of each new token so far, as in `Completion`; each list is empty without the setting `candidates`."""
+        return [one.candidates or [] for one in self.drawn]
+
     def tokens(self) -> Iterator[int]:
         """The new tokens, one by one, up to a stop token; stop texts are ignored."""
         for one in self._draw():
@@ -87,6 +93,7 @@ class Generation(Iterator[str]):
             Timings(None if first is None else waited, first, waited + spent),
             self.error,
             logprobs=[(one.logprob or 0.0, one.top or []) for one in self.drawn] if asked else None,
+            candidates=self.candidates if self.params.candidates else None,
         )
 
     def _draw(self) -> Iterator[Drawn]:

@@ -11,7 +11,8 @@ from rich.progress import Progress, TextColumn
 
 from fastgpt.config.generation import SamplingParams
 from fastgpt.errors import RunFailed, UsageError
-from fastgpt.generation.request import Stats, prompt_tokens
+from fastgpt.generation.candidates_table import print_candidates
+from fastgpt.generation.request import Completion, Stats, prompt_tokens
 from fastgpt.generation.single import Generation
 from fastgpt.system.device import synchronize
 from fastgpt.system.units import counted
@@ -56,7 +57,8 @@ def print_samples(engine: "Engine", prompt: str, params: SamplingParams) -> None
     tokens = prompt_tokens(prompt, engine.tokenizer, engine.vocab_size)
     _warn_of_sliding(len(tokens), params, engine.block_size)
     texts, shown = ["" for _ in range(params.num_samples)], 0
-    ended, errors = [False for _ in range(params.num_samples)], {}
+    ended: list[Completion | None] = [None for _ in range(params.num_samples)]
+    errors = {}
     _begin(0, params.num_samples, prompt)
     for piece in engine.stream([tokens], params):
         if piece.completion and piece.completion.refused:
@@ -65,13 +67,16 @@ def print_samples(engine: "Engine", prompt: str, params: SamplingParams) -> None
         if piece.completion and piece.completion.error:
             errors[piece.sample] = piece.completion.error
         texts[piece.sample] += piece.text
-        ended[piece.sample] = piece.completion is not None
+        ended[piece.sample] = piece.completion
         while shown < params.num_samples:
             show(texts[shown])
             texts[shown] = ""
-            if not ended[shown]:
+            if (whole := ended[shown]) is None:
                 break
             end_line()
+            if whole.candidates is not None and engine.tokenizer is not None:
+                print_candidates(whole.tokens, whole.candidates, engine.tokenizer, params)
+            ended[shown] = None
             shown += 1
             if shown < params.num_samples:
                 _begin(shown, params.num_samples, prompt)
@@ -95,6 +100,9 @@ def print_one_by_one(generations: Iterable[Generation], prompt: str, params: Sam
         for piece in generation:
             show(piece)
         end_line()
+        if params.candidates:
+            tokens = [one.token for one in generation.drawn]
+            print_candidates(tokens, generation.candidates, generation.tokenizer, params)
         synchronize(generation.model.device)
         note(speed_line(generation))
         errors += [generation.error] if generation.error is not None else []

@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from fastgpt.errors import UsageError, nearest, shown
 from fastgpt.system import torch_private
 from fastgpt.system.units import counted
 
+NO_LIMIT = 1 << 60  # version 1 of cgroups writes a number above this
 # Dense 16-bit tensor-core peaks in FLOP/s, by the name that the driver gives; from NVIDIA's data sheets.
 PEAK_FLOPS = {
     "NVIDIA B200": 2250e12,
@@ -140,6 +142,21 @@ def free_memory(device: torch.device) -> int:
     return min(_machine_memory(), _cgroup_memory())
 
 
+def total_memory(device: torch.device) -> int | None:
+    """Bytes of the GPU's memory, or of the machine's; None if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # Windows has no sysconf
+        return None
+
+
+def memory_limit() -> int | None:
+    """The bytes that this process's container may use; None without a limit."""
+    return next((limit for limit, _ in _cgroup_limits()), None)
+
+
 def parse_memory(text: str, device: torch.device, setting: str = "kv_memory") -> int:
     """Bytes from "2GiB", "500 MB", "1000000" or "30%" of the free memory; `setting` is for messages.
 
@@ -163,25 +180,29 @@ def _machine_memory() -> int:
     if meminfo.exists():
         sizes = dict(line.split(":") for line in meminfo.read_text().splitlines())
         return int(sizes["MemAvailable"].split()[0]) * 1024
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    except (AttributeError, OSError, ValueError):  # Windows has no sysconf
-        return 4 << 30
+    total = total_memory(torch.device("cpu"))
+    return 4 << 30 if total is None else total // 2
 
 
 def _cgroup_memory() -> int:
-    """The bytes that a container's limit leaves (cgroup v2, else v1); a very large number without a limit."""
+    """The bytes that a container's limit leaves; a very large number without a limit."""
+    return next((left for _, left in _cgroup_limits()), sys.maxsize)
+
+
+def _cgroup_limits() -> Iterator[tuple[int, int]]:
+    """The limit of this process's container and the bytes that it leaves, from cgroup v2, else v1."""
     v2 = Path("/sys/fs/cgroup")
     for folder, limit, used, files in (
         (v2, "memory.max", "memory.current", "inactive_file"),
         (v2 / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ):
         try:
-            left = int((folder / limit).read_text()) - int((folder / used).read_text())
+            most = int((folder / limit).read_text())
+            left = most - int((folder / used).read_text())
         except (OSError, ValueError):  # no such file, or "max"
             continue
-        return max(0, left + _count(folder / "memory.stat", files))
-    return sys.maxsize
+        if most < NO_LIMIT:
+            yield most, max(0, left + _count(folder / "memory.stat", files))
 
 
 def _count(path: Path, name: str) -> int:

@@ -125,6 +125,14 @@ def cpu_multiplies_bfloat16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def sdpa_choice(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **settings: Any) -> int:
+    """The `torch.nn.attention.SDPBackend` that `F.scaled_dot_product_attention` takes for this call, as a number.
+
+    No public name: PyTorch shows the choice only in a profile.
+    """
+    return torch._fused_sdp_choice(q, k, v, **settings)  # pyright: ignore[reportPrivateImportUsage]
+
+
 def spin_gpu(cycles: int) -> None:
     """Let the current CUDA stream wait for so many clock cycles, while the host goes on.
 

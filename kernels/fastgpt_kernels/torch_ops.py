@@ -45,7 +45,7 @@ def causal_attention(
     if scale < 0:  # which would turn SDPA's mask of -inf into +inf
         q, scale = -q, -scale
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # each (B, heads, T, D)
-    if dropout_p > 0 or _prefers_products(q, Tk):
+    if dropout_p > 0 or prefers_products(q, Tk):
         k, v = (t.repeat_interleave(H // Hkv, dim=1) if Hkv != H else t for t in (k, v))
         return attention_by_products(q, k, v, dropout_p, seed, scale, doc_ids).transpose(1, 2)
     triangle = Tq == Tk and doc_ids is None
@@ -55,8 +55,8 @@ def causal_attention(
     return out.transpose(1, 2)
 
 
-def _prefers_products(q: torch.Tensor, Tk: int) -> bool:
-    """Whether plain matrix products beat the fused SDPA: with gradients, on a CPU, in 16 bits they do.
+def prefers_products(q: torch.Tensor, Tk: int) -> bool:
+    """Whether plain matrix products beat the fused SDPA without dropout: with gradients, on a CPU, in 16 bits they do.
 
     SDPA's backward is slow in bfloat16 there. Products need memory for all weights, so long contexts go to SDPA.
     """

@@ -406,7 +406,7 @@ def test_logprobs_are_the_models_own():
     wanted = logits.double().log_softmax(-1)
     drawn = sampled.to_host()
     assert [d.token for d in drawn] == sampled.tokens.tolist()
-    assert drawn[0][1:] == (None, None)
+    assert drawn[0][1:] == (None, None, None)
     for row, n in list(enumerate(asked))[1:]:
         assert drawn[row].logprob == pytest.approx(float(wanted[row, drawn[row].token]), abs=1e-5)
         ids, values = zip(*(drawn[row].top or []), strict=True) if n else ((), ())
@@ -418,7 +418,7 @@ def test_logprobs_are_the_models_own():
 def test_logprobs_are_absent_where_nobody_asks_and_of_the_token_alone_at_zero():
     sampled = begun([params()], 10)(torch.tensor([LOGITS]), [0], [0])
     assert sampled.logprobs is None
-    assert sampled.to_host()[0][1:] == (None, None)
+    assert sampled.to_host()[0][1:] == (None, None, None)
     alone = begun([params(logprobs=0)], 10)(torch.tensor([LOGITS]), [0], [0]).to_host()[0]
     assert alone.top == []
     assert alone.logprob == pytest.approx(math.log(softmax(np.array(LOGITS))[alone.token]), abs=1e-6)

@@ -49,7 +49,7 @@ def fused(*inputs, **arguments):
 
     Like ours, its backward pass takes delta from the rounded output, which is most of the error of wide scores.
     """
-    with unittest.mock.patch.object(torch_ops, "_prefers_products", return_value=False):
+    with unittest.mock.patch.object(torch_ops, "prefers_products", return_value=False):
         return torch_ops.causal_attention(*inputs, **arguments)
 
 

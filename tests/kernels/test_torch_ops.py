@@ -91,7 +91,7 @@ def attention_arguments(names, Tk):
     return {key: value for name in names.split() for key, value in every[name].items()}
 
 
-# Both sides of the switch in torch_ops._prefers_products, one token, odd lengths, and queries on top of a cache.
+# Both sides of the switch in torch_ops.prefers_products, one token, odd lengths, and queries on top of a cache.
 LENGTHS = [(1, 1, 3, 3), (7, 7, 3, 1), (64, 64, 3, 3), (65, 65, 6, 2)]  # Tq, Tk, H, Hkv
 LENGTHS += [(1, 6, 3, 3), (3, 7, 6, 2), (1, 70, 6, 2), (3, 70, 3, 3)]
 lengths = pytest.mark.parametrize(("Tq", "Tk", "H", "Hkv"), LENGTHS)
@@ -177,12 +177,12 @@ def test_attention_of_an_empty_batch_is_empty(Tq, Tk, names):
 
 def test_products_serve_short_training_in_16_bits_on_a_cpu():
     q = torch.zeros(1, 1, 1, 4, dtype=torch.bfloat16, requires_grad=True)
-    assert torch_ops._prefers_products(q, 1024)
-    assert not torch_ops._prefers_products(q, 1025)
-    assert not torch_ops._prefers_products(q.detach().float().requires_grad_(), 1)
-    assert not torch_ops._prefers_products(q.detach(), 1)
+    assert torch_ops.prefers_products(q, 1024)
+    assert not torch_ops.prefers_products(q, 1025)
+    assert not torch_ops.prefers_products(q.detach().float().requires_grad_(), 1)
+    assert not torch_ops.prefers_products(q.detach(), 1)
     with torch.no_grad():
-        assert not torch_ops._prefers_products(q, 1)
+        assert not torch_ops.prefers_products(q, 1)
 
 
 @dtypes

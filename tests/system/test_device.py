@@ -210,6 +210,22 @@ def test_a_cpu_has_what_machine_and_container_leave(linux, files: dict[str, str]
     assert free_memory(CPU) == free
 
 
+@pytest.mark.parametrize(
+    ("files", "limit"),
+    [
+        ({}, None),
+        ({"v2_max": "max\n", "v2_current": "5\n"}, None),
+        ({"v2_max": "9000000\n", "v2_current": "8500000\n"}, 9_000_000),
+        ({"v1_limit_in_bytes": "7000\n", "v1_usage_in_bytes": "3000\n"}, 7000),
+        ({"v1_limit_in_bytes": f"{2**63 - 4096}\n", "v1_usage_in_bytes": "3000\n"}, None),
+    ],
+    ids=["no cgroup", "no limit", "limit", "cgroup v1", "no limit, v1"],
+)
+def test_a_containers_limit_of_memory_is_found(linux, files: dict[str, str], limit: int | None):
+    linux(**files)
+    assert module.memory_limit() == limit
+
+
 def test_without_meminfo_half_of_the_memory_is_free(monkeypatch, linux):
     sizes = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1000}
     monkeypatch.setattr(os, "sysconf", sizes.__getitem__, raising=False)
