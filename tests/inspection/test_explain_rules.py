@@ -205,5 +205,5 @@ def test_advice_names_settings_that_exist_with_their_present_values():
         assert set(re.findall(r"`(\w+)`", rule.advice)) <= known
     advice = found(healthy(lr=lambda steps: steps * 5e-7))["warm-up never ended"].advice
     assert advice == "shorten `warmup_iters` (now 100) to a tenth of `max_iters` (now 1500)"
-    (finding,) = diagnose(Case(history(healthy(), grad_clip=0.1)))
-    assert finding.advice.startswith("lower `learning_rate` (now 0.001), or raise `grad_clip` (now 0.1) above")
+    (finding,) = diagnose(Case(history(healthy(), grad_clip=0.05)))
+    assert finding.advice.startswith("lower `learning_rate` (now 0.001), or raise `grad_clip` (now 0.05) above")
