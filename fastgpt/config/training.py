@@ -77,6 +77,9 @@ class TrainConfig(ModelConfig):
     sample_interval: int = option(0, "steps between printed samples; 0: only at the end", low=0)
 
     keep_last: int = option(3, "checkpoints that are kept beside the best", low=1, group="Checkpoints")
+    keep_every: int = option(
+        0, "keep the checkpoints of steps that this divides for good, and write one at each; 0: none", low=0
+    )
     async_save: bool = option(False, "go on training while a checkpoint is written, at the price of a copy in memory")
     skip_loss_sigma: float = option(
         0.0,
