@@ -74,6 +74,9 @@ class TrainConfig(ModelConfig):
         low=0,
     )
     log_interval: int = option(10, "steps between log lines", low=1)
+    log_stats: bool = option(
+        False, "record norms, updates, activations and dead units of each layer in metrics.jsonl, at `log_interval`"
+    )
     sample_interval: int = option(0, "steps between printed samples; 0: only at the end", low=0)
 
     keep_last: int = option(3, "checkpoints that are kept beside the best", low=1, group="Checkpoints")

@@ -272,6 +272,7 @@ class Run:
                 "tokens_per_second": speed,
                 "mfu": flops * speed / peak if peak and speed else None,
                 "memory": peak_memory(self.setup.device),
+                **({"stats": self.step.statistics.read()} if self.step.statistics else {}),
             }
         )
 
