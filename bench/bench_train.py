@@ -27,6 +27,7 @@ from fastgpt.training.step import TrainStep
 
 ON_GPU = torch.cuda.is_available()
 PLAIN, AS_NANOGPT, TRANSFORMERS = "plain eager float32", "plain compiled bfloat16", "transformers"
+WITHOUT = "without log_stats"
 LOSS_TOLERANCE = 0.02
 VOCABULARY = 65  # tiny Shakespeare's characters, where the preset does not say
 
@@ -101,6 +102,33 @@ def test_training_step(
     # Of the chip's data sheet, or where that says nothing of this machine's own matrix products.
     peak = peak_flops(device, arithmetic) or ceilings.matmul[str(arithmetic).removeprefix("torch.")]
     benchmark.extra_info |= {"ms_a_step": seconds * 1e3, "mfu": flops / seconds / peak}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_log_stats(against, device: torch.device, compiled: bool):
+    """Training with `log_stats`, a measured step in ten and the reading of its record included, against without."""
+    config = configured("baby", compile=compiled, log_stats=True)
+    arithmetic = resolve_dtype("auto", device)
+    on = engine_step(config, device, arithmetic)
+    off = engine_step(dataclasses.replace(config, log_stats=False), device, arithmetic, on.model.ops)
+    measured = calls(on, make_loader(config, device), config.batch_size)
+
+    def ours() -> None:
+        measured()
+        if on.statistics:
+            on.statistics.read()
+
+    peer = calls(off, make_loader(config, device), config.batch_size)
+    against(
+        ours,
+        {WITHOUT: peer},
+        rounds=GPU_ROUNDS["baby"] if ON_GPU else 2,  # of ten steps each
+        in_a_row=config.log_interval,
+        units=config.tokens_per_step,
+        aim=0.97,
+        log_interval=config.log_interval,
+    )
+    assert all(a.equal(b) for a, b in zip(on.parameters, off.parameters, strict=True))
 
 
 def test_loss_at_equal_steps(against, benchmark, device: torch.device):

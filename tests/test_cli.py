@@ -272,10 +272,12 @@ def test_help_lists_every_flag_and_ends_well(capsys):
             TrainConfig,
             {
                 "Model": {"vocab_size", "n_layer", "n_head", "n_embd", "dropout", "position"},
-                "Checkpoints": {"out_dir", "init_from", "overwrite", "keep_last", "async_save", "max_rollbacks"},
+                "Checkpoints": {
+                    *("out_dir", "init_from", "overwrite", "keep_last", "keep_every", "async_save", "max_rollbacks")
+                },
                 "Data": {"dataset", "data_dir", "tokenizer", "allow_data_change"},
                 "Optimisation": {"max_iters", "batch_size", "learning_rate", "beta2", "grad_clip", "skip_loss_sigma"},
-                "Evaluation and logging": {"eval_interval", "eval_iters", "log_interval", "sample_interval"},
+                "Evaluation and logging": {"eval_interval", "eval_iters", "log_interval", "log_stats"},
                 "Device": {"device", "threads", "dtype", "compile", "kernels"},
             },
         ),

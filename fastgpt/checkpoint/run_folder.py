@@ -6,9 +6,11 @@ out/  config.json  tokenizer.json  metrics.jsonl  .lock  latest  best  step-0005
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -108,9 +110,25 @@ def checkpoint_bytes(config: TrainConfig, parameters: int) -> int:
 
 
 def most_checkpoints(config: TrainConfig, step: int = 0) -> int:
-    """The most checkpoints that lie in the folder at once, from a step on."""
-    saves = -(-(config.max_iters - step) // config.eval_interval)
-    return min(saves, config.keep_last + 2)  # the best one, and the one that is being written
+    """The most checkpoints that lie in the folder at once, of those that are written after a step."""
+    end, every = config.max_iters, config.keep_every
+    # The last ones and the one that is being written begin after this step; some of them are kept for good as well.
+    recent = bisect_left(range(step, end), -1 - config.keep_last, key=lambda after: -_saves(config, after)) + step
+    passing = _saves(config, recent) - _multiples(every, recent, end)
+    return min(_saves(config, step), _multiples(every, step, end) + passing + 1)  # the best one
+
+
+def _saves(config: TrainConfig, after: int) -> int:
+    """The checkpoints after a step: at evaluations, at steps whose checkpoint is kept for good, and at the end."""
+    end, intervals = config.max_iters, [config.eval_interval, config.keep_every]
+    both = _multiples(math.lcm(*intervals), after, end)
+    last = after < end and not any(every and end % every == 0 for every in intervals)
+    return sum(_multiples(every, after, end) for every in intervals) - both + last
+
+
+def _multiples(every: int, after: int, end: int) -> int:
+    """The multiples of a number above `after`, up to `end`; none of 0."""
+    return end // every - after // every if every else 0
 
 
 def check_disk(out_dir: Path, config: TrainConfig, parameters: int, step: int) -> None:
@@ -124,22 +142,28 @@ def check_disk(out_dir: Path, config: TrainConfig, parameters: int, step: int) -
     count = most_checkpoints(config, step)
     probe = temporary_sibling(out_dir / "probe")
     with explained(out_dir):
-        held = sum(store.size(folder) for folder in store.folders(out_dir))
+        held = sum(store.size(folder) for folder in store.folders(out_dir) if not _stays(folder, config, step))
         try:
             write(probe, [bytes(1 << 16)])
         finally:
             probe.unlink(missing_ok=True)
     free, allowed = shutil.disk_usage(out_dir).free + held, _allowed_file()
+    fewer = "lower `keep_last`, or raise `keep_every`" if config.keep_every else "or lower `keep_last`"
     if count * size > free:
         raise UsageError(
             f"`out_dir` {out_dir}: room for {counted(count, 'checkpoint')}, {format_bytes(count * size)}, is needed, "
-            f"and its disk has {format_bytes(free)}; make room, name a folder elsewhere, or lower `keep_last`"
+            f"and its disk has {format_bytes(free)}; make room, name a folder elsewhere, {fewer}"
         )
     if largest_file > allowed:
         raise UsageError(
             f"`out_dir` {out_dir}: a checkpoint has a file of {format_bytes(largest_file)}, and this process may write "
             f"{format_bytes(allowed)} into one; raise that with ulimit -f"
         )
+
+
+def _stays(folder: Path, config: TrainConfig, step: int) -> bool:
+    """Whether a run that goes on from a step keeps this checkpoint for good."""
+    return 0 < store.step_of(folder) <= step and store.is_kept(store.step_of(folder), config.keep_every)
 
 
 def _allowed_file() -> int:

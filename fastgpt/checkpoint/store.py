@@ -116,8 +116,8 @@ def point(out_dir: Path, name: str, folder: Path) -> None:
         write_atomic(out_dir / name, folder.name + "\n")
 
 
-def prune(out_dir: Path, keep_last: int) -> None:
-    """Delete all checkpoints but `best` and the last `keep_last` up to `latest`.
+def prune(out_dir: Path, keep_last: int, keep_every: int = 0) -> None:
+    """Delete all checkpoints but `best`, the last `keep_last` up to `latest`, and those before that are kept for good.
 
     Checkpoints beyond `latest` no longer count: the run was resumed from an earlier step, or rolled back.
     """
@@ -126,9 +126,15 @@ def prune(out_dir: Path, keep_last: int) -> None:
         return
     stale = [folder for folder in folders(out_dir) if step_of(folder) > step_of(latest)]
     counted = [folder for folder in folders(out_dir) if folder not in stale]
-    for folder in [*stale, *counted[:-keep_last]]:
+    early = [folder for folder in counted[:-keep_last] if not is_kept(step_of(folder), keep_every)]
+    for folder in [*stale, *early]:
         if folder != best:
             delete_folder(folder)
+
+
+def is_kept(step: int, keep_every: int) -> bool:
+    """Whether the checkpoint of a step is kept for good; with 0, none is."""
+    return keep_every > 0 and step % keep_every == 0
 
 
 def delete(out_dir: Path) -> None:

@@ -45,10 +45,11 @@ class Writer:
 
     Args:
         keep_last: checkpoints that are kept beside the best one.
+        keep_every: those of steps that this divides are kept as well; 0: none.
     """
 
-    def __init__(self, out_dir: Path, keep_last: int):
-        self.out_dir, self.keep_last = out_dir, keep_last
+    def __init__(self, out_dir: Path, keep_last: int, keep_every: int = 0):
+        self.out_dir, self.keep_last, self.keep_every = out_dir, keep_last, keep_every
         self.pending: Future[Outcome] | None = None
 
     def __enter__(self) -> "Writer":
@@ -99,7 +100,7 @@ class Writer:
                 describe()
                 store.save(self.out_dir, snapshot, best_step)
                 saved = True
-                store.prune(self.out_dir, self.keep_last)
+                store.prune(self.out_dir, self.keep_last, self.keep_every)
             except OSError as error:
                 return Outcome(snapshot.step, folder, saved, error)
             return Outcome(snapshot.step, folder, saved)
@@ -109,8 +110,8 @@ class Writer:
 class BackgroundWriter(Writer):
     """Writes in a thread, from a copy in the host's memory, while training goes on."""
 
-    def __init__(self, out_dir: Path, keep_last: int):
-        super().__init__(out_dir, keep_last)
+    def __init__(self, out_dir: Path, keep_last: int, keep_every: int = 0):
+        super().__init__(out_dir, keep_last, keep_every)
         self.memory: dict[str, torch.Tensor] = {}  # of the copy, kept for the next one
 
     def save(self, snapshot: Snapshot, best_step: int, describe: Callable[[], None]) -> None:

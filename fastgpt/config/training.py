@@ -74,9 +74,15 @@ class TrainConfig(ModelConfig):
         low=0,
     )
     log_interval: int = option(10, "steps between log lines", low=1)
+    log_stats: bool = option(
+        False, "record norms, updates, activations and dead units of each layer in metrics.jsonl, at `log_interval`"
+    )
     sample_interval: int = option(0, "steps between printed samples; 0: only at the end", low=0)
 
     keep_last: int = option(3, "checkpoints that are kept beside the best", low=1, group="Checkpoints")
+    keep_every: int = option(
+        0, "keep the checkpoints of steps that this divides for good, and write one at each; 0: none", low=0
+    )
     async_save: bool = option(False, "go on training while a checkpoint is written, at the price of a copy in memory")
     skip_loss_sigma: float = option(
         0.0,

@@ -2,12 +2,23 @@
 
 Each has `step` (optimizer steps done) and `tokens` (seen so far), and one of
 - `loss`, `lr`, `grad_norm`, `ms` (a step), `tokens_per_second`, `mfu` (share of the chip's peak) and `memory` (peak
-  bytes);
+  bytes); with `log_stats`, every `log_interval` steps, also `stats`;
 - `val_loss`;
 - `val_set` (the evaluation set of the val losses from here on, which differs from the one before);
 - `skipped` (why the step changed nothing) and `batch` (its place in the order of the data);
 - `rolled_back_from` (the step), `skipped` (why) and `batches` (the first and the last that are left out from here on).
 A number is null where it is not known (the speed of the first step, the peak of a CPU) or not finite.
+
+`stats` has lists of L + 2 numbers each: of the embeddings (the output layer, which is tied to them, included), of the L
+blocks, and of the final LayerNorm.
+- `grad_norm`: the gradients' norm before clipping, without float16's loss scale.
+- `weight_norm`: the weights' norm before the update.
+- `update_ratio`: the norm of the step's update over `weight_norm`, weight decay included; 0 for a skipped step.
+- `activation_rms`: of the residual stream after the embeddings (with their dropout) and after each block; null for the
+  final LayerNorm.
+- `dead_units`: the share of the MLP's hidden units whose size after the activation is below 1e-3 on every token of the
+  step; null for layers that are no block.
+With `compile`, the last two are of a part of the step: its first micro-batch, and at most a quarter of its sequences.
 """
 
 import json

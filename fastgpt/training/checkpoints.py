@@ -22,7 +22,7 @@ class Checkpoints:
     def __init__(self, setup: Setup, log: RunLog, signals: Signals):
         self.setup, self.state, self.log, self.signals = setup, setup.state, log, signals
         kind = BackgroundWriter if setup.config.async_save else Writer
-        self.writer: Writer = kind(setup.out_dir, setup.config.keep_last)
+        self.writer: Writer = kind(setup.out_dir, setup.config.keep_last, setup.config.keep_every)
         self.begun = self.finished = 0
         self.unfit_step: int | None = None
         self.best: tuple[float | None, int] = (None, 0)  # the best val loss and its step in the last finished one
@@ -75,7 +75,7 @@ class Checkpoints:
             self.writer.save(snapshot, progress.best_step, self._describe)
         except NoBackground:
             self.log.say("no memory for `async_save`: training waits for its checkpoints from here on")
-            self.writer = Writer(self.writer.out_dir, self.writer.keep_last)
+            self.writer = Writer(self.writer.out_dir, self.writer.keep_last, self.writer.keep_every)
             self.writer.save(snapshot, progress.best_step, self._describe)
 
     def _describe(self) -> None:

@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import torch
 
-from fastgpt.checkpoint import run_folder
+from fastgpt.checkpoint import run_folder, store
 from fastgpt.checkpoint.source import Source
 from fastgpt.config.fields import validate, validate_fields
 from fastgpt.config.training import TrainConfig
@@ -129,8 +129,8 @@ class Run:
                 step, over = state.progress.step, time.monotonic() > deadline
                 due = step % config.eval_interval == 0 or step == config.max_iters or over
                 logged = due or step % config.log_interval == 0
-                asked = self.signals.save_asked
-                read = logged or asked or len(self.step.guard.unread) >= MOST_UNREAD
+                save = self.signals.save_asked or store.is_kept(step, config.keep_every)
+                read = logged or save or len(self.step.guard.unread) >= MOST_UNREAD
                 verdicts = self.step.guard.read() if read else []  # waits for the device
             self._advise()
             if not self.rollback.follow(verdicts):
@@ -139,7 +139,7 @@ class Run:
                 self._log(verdicts[-1])
             if due:
                 self._evaluate_and_save()
-            elif asked:
+            elif save:
                 self.checkpoints.save()
             self.checkpoints.poll()
             if config.sample_interval and step % config.sample_interval == 0 and not state.is_finished:
@@ -272,6 +272,7 @@ class Run:
                 "tokens_per_second": speed,
                 "mfu": flops * speed / peak if peak and speed else None,
                 "memory": peak_memory(self.setup.device),
+                **({"stats": self.step.statistics.read()} if self.step.statistics else {}),
             }
         )
 

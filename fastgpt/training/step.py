@@ -8,6 +8,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -22,9 +23,11 @@ from fastgpt.system.torch_private import GROWTH_TRACKER, compile_error
 from fastgpt.training.guard import Guard
 from fastgpt.training.optimizer import clip, make_optimizer
 from fastgpt.training.schedule import learning_rate, set_learning_rate
+from fastgpt.training.statistics import Statistics
 
 FACTORS = ("scale", "growth_factor", "backoff_factor")  # of float16's scaler
 COUNTS = ("growth_interval", GROWTH_TRACKER)
+EAGER_SHARE = 4  # a compiled step computes one sequence in so many again, for its statistics: 1% at the preset baby
 
 
 class TrainStep:
@@ -34,6 +37,9 @@ class TrainStep:
 
     Args:
         end_token: of a packed run, see `fastgpt.data.packing`.
+
+    Attributes:
+        statistics: of the step that was taken last; None where `log_stats` does not measure it.
     """
 
     def __init__(
@@ -50,6 +56,7 @@ class TrainStep:
         self.optimizer = make_optimizer(model, config)
         self.guard = Guard(device, config.rollback_after, config.skip_loss_sigma)
         self.scaler = self._make_scaler()
+        self.statistics: Statistics | None = None
         # On a CPU Inductor's random numbers are slower than PyTorch's, and differ from those without `compile`.
         options: dict[str, Any] = {"fallback_random": device.type == "cpu"}
         # Nothing replaces PyTorch's modules in the model, so no step needs to check them.
@@ -81,10 +88,12 @@ class TrainStep:
         Returns:
             The mean loss; None if the step was cut short, and must be abandoned.
         """
+        self.statistics = Statistics(self.model) if self._is_measured(number) else None
+        watching = self._watching(number, batches)
         # Dropout is a pure function of (seed, step), so a resumed run repeats it.
-        seed((self.config.seed + (number + 1) * 0x9E3779B97F4A7C15) % 2**64, self.device)
+        self._seed(number)
         total = torch.zeros((), device=self.device)
-        with autocast(self.device, self.dtype):  # around all micro-batches: the weights are cast once
+        with watching, autocast(self.device, self.dtype):  # around all micro-batches: the weights are cast once
             for done, (x, y) in enumerate(batches, 1):
                 loss = self._loss(x, y) / len(batches)
                 self.scaler.scale(loss).backward()
@@ -98,16 +107,21 @@ class TrainStep:
         rate = learning_rate(number, self.config)
         set_learning_rate(self.optimizer, rate)
         self.scaler.unscale_(self.optimizer)
+        if self.statistics:
+            self.statistics.before_update()
         norm = clip(self.parameters, self.config.grad_clip)
         scale = self.scaler.scale(torch.ones_like(loss)) if self.scaler.is_enabled() else None
         self.optimizer.found_inf = self.guard.judge(loss, norm, scale)
         self.optimizer.step()
+        if self.statistics:
+            self.statistics.after_update()
         self._update_scale(loss, scale)
         self.model.zero_grad(set_to_none=True)  # the optimizer's own imports PyTorch's compiler
         return norm, rate
 
     def abandon(self) -> None:
         """Drop the gradients of a step that was cut short, so that it can be taken again."""
+        self.statistics = None
         self.model.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Any]:
@@ -131,6 +145,28 @@ class TrainStep:
         self.optimizer.reset()
         self.guard.load_state_dict({})
         self.scaler = self._make_scaler()
+
+    def _seed(self, number: int) -> None:
+        seed((self.config.seed + (number + 1) * 0x9E3779B97F4A7C15) % 2**64, self.device)
+
+    def _is_measured(self, number: int) -> bool:
+        return self.config.log_stats and (number + 1) % self.config.log_interval == 0
+
+    def _watching(self, number: int, batches: Sequence[Batch]) -> AbstractContextManager[None]:
+        """A context that measures the activations of a step's forward passes, where they are measured.
+
+        Hooks would break the graph of a compiled model, so the eager one computes a part beforehand, without gradients.
+        """
+        if not self.statistics:
+            return nullcontext()
+        if not self.config.compile:
+            return self.statistics.watching()
+        x = batches[0][0]
+        part = x[: max(1, len(batches) * len(x) // EAGER_SHARE)]
+        self._seed(number)
+        with self.statistics.watching(), torch.no_grad(), autocast(self.device, self.dtype):
+            self.model.hidden(part, document_ids(part, self.end_token))
+        return nullcontext()
 
     def _make_scaler(self) -> torch.amp.GradScaler:
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)

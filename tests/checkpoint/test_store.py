@@ -228,6 +228,19 @@ def test_the_last_ones_and_the_best_are_kept_and_foreign_folders(tmp_path: Path)
     assert (tmp_path / "best").read_text() == "step-000002\n"
 
 
+def test_steps_that_keep_every_divides_stay_unless_they_are_beyond_latest(tmp_path: Path):
+    parts = trained()
+    for step in range(1, 9):
+        store.save(tmp_path, capture(step, *parts, {}), best_step=5)
+        store.prune(tmp_path, keep_last=2, keep_every=3)
+    assert kept_steps(tmp_path) == [3, 5, 6, 7, 8]
+    store.save(tmp_path, capture(4, *parts, {}), best_step=0)  # as after a rollback to step 3
+    store.prune(tmp_path, keep_last=1, keep_every=3)
+    assert kept_steps(tmp_path) == [3, 4]
+    store.prune(tmp_path, keep_last=1)
+    assert kept_steps(tmp_path) == [4]
+
+
 def test_steps_of_a_time_that_was_undone_go_with_the_next_save(tmp_path: Path):
     parts = trained()
     for step in (1, 2, 3, 4):
