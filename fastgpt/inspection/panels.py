@@ -25,6 +25,7 @@ COLORS = (
     ("#86861c", "#d6d65c"), ("#5f5f5f", "#bdbdbd"),
 )  # fmt: skip
 MARKERS = "os^Dv*PX<>"  # of val losses, one for each color
+NAMED_LAYERS = 8  # about so many of a deep model's are in the legend
 LAYERS = ("#3b7dd8", "#2aa198", "#c9a227", "#dc5a3c")  # from the first layer to the last, on light and dark pages
 LINE: dict[str, Any] = {"linewidth": 1.4}
 POINTS: dict[str, Any] = {"linewidth": 1.1, "markersize": 4, "linestyle": (0, (4, 2))}  # of val losses
@@ -164,7 +165,7 @@ def _layers(axes: "Axes", panel: Panel, run: Run, records: Sequence[Record], smo
     count = values.shape[1] if values.size else 0
     known = [place for place in range(count) if np.isfinite(values[:, place]).any()]
     colors, last = LinearSegmentedColormap.from_list("layers", LAYERS), max(1, count - 1)
-    named = {known[len(known) * part // 3 if part < 3 else -1] for part in range(4)} if known else set()
+    named = {*known[:: -(-len(known) // NAMED_LAYERS)], known[-1]} if known else set()
     for place in known:
         name = layer_name(place, count) if place in named else "_"
         axes.plot(steps, values[:, place], color=colors(place / last), label=name, **LINE)

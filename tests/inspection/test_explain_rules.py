@@ -14,6 +14,7 @@ from fastgpt.inspection.rules import RULES, Finding, diagnose
 from fastgpt.inspection.symptoms import Case
 from fastgpt.training.guard import Guard
 from tests.helpers.histories import STEPS, healthy, history
+from tests.helpers.places import ROOT
 
 UNIFORM = math.log(65)
 PROSE = "ROMEO: What light is this that breaks upon the hill? It is the east, and I have seen no dawn so fair as yours."
@@ -207,3 +208,11 @@ def test_advice_names_settings_that_exist_with_their_present_values():
     assert advice == "shorten `warmup_iters` (now 100) to a tenth of `max_iters` (now 1500)"
     (finding,) = diagnose(Case(history(healthy(), grad_clip=0.05)))
     assert finding.advice.startswith("lower `learning_rate` (now 0.001), or raise `grad_clip` (now 0.05) above")
+
+
+def test_the_document_lists_the_rules():
+    text = (ROOT / "docs" / "inspect.md").read_text(encoding="utf-8")
+    table = text[text.index("| problem | looks for |") :]
+    assert re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", table, re.M)[1 : len(RULES) + 1] == [
+        (rule.name, rule.looks_for) for rule in RULES
+    ]
