@@ -12,10 +12,10 @@ import torch
 from torch._functorch import config as functorch
 
 from bench.peers.kernels import Contender, backend, contenders, distance, prepared
-from bench.tools.counts import count
 from bench.tools.kernel_cases import BATCHES, CONTEXTS, Case, backends, cases, inputs
 from bench.tools.timing import Clock, buffers_needed, rotating
 from fastgpt.ops import table
+from fastgpt.ops.counts import count
 from fastgpt.system.device import resolve_device
 
 CASES = {case.key: case for case in cases(resolve_device("auto"))}

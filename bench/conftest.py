@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from bench.tools.ceilings import Ceilings, dtype_name, measure
 from bench.tools.machine import cpu_instructions, gpu_driver, triton_version
 from bench.tools.progress import commit_of
 from bench.tools.timing import Clock, call_memory, spread
+from fastgpt.ops.ceilings import Ceilings, dtype_name, measure
 from fastgpt.system.device import describe, peak_memory, resolve_device
 from fastgpt.system.files import write_atomic
 

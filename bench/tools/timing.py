@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from bench.tools.ceilings import cache_bytes
+from fastgpt.ops.ceilings import cache_bytes
 from fastgpt.ops.gpu_clock import GpuClock
 from fastgpt.system.device import synchronize
 

@@ -1,6 +1,5 @@
 """Shows what a training step and a generation hold in memory: estimated, and measured beside it."""
 
-import contextlib
 import sys
 
 from fastgpt.checkpoint.source import Source
@@ -35,8 +34,7 @@ def show(config: MemoryConfig, source: Source | None) -> int:
     else:
         memory_report.print_tables(found, fit)
     if path is not None:
-        with contextlib.redirect_stdout(sys.stderr):
-            outputs.save("png", path, [memory_picture.draw(found, budget)])
+        outputs.save("png", path, [memory_picture.draw(found, budget)], beside=True)
     return 0
 
 

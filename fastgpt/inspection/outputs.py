@@ -1,6 +1,7 @@
 """Checks, before long work, that files can be written, and writes them in one step."""
 
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -24,8 +25,12 @@ def check(setting: str, output: str) -> Path:
     return path
 
 
-def save(setting: str, path: Path, parts: Iterable[bytes]) -> None:
-    """Write a file in one step, and say so. Raises `UsageError`, naming the setting, if it cannot be written."""
+def save(setting: str, path: Path, parts: Iterable[bytes], *, beside: bool = False) -> None:
+    """Write a file in one step, and say so: on stdout, or on stderr if the file is `beside` what stdout shows.
+
+    Raises:
+        UsageError: it cannot be written; the setting is named.
+    """
     temporary = temporary_sibling(path)
     try:
         size = write(temporary, parts)["size"]
@@ -34,4 +39,4 @@ def save(setting: str, path: Path, parts: Iterable[bytes]) -> None:
         raise UsageError(f"`{setting}` {path} cannot be written: {error.strerror or error}; name another") from None
     finally:
         temporary.unlink(missing_ok=True)
-    print(f"wrote {path}: {format_bytes(size)}")
+    print(f"wrote {path}: {format_bytes(size)}", file=sys.stderr if beside else sys.stdout)

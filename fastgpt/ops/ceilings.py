@@ -19,7 +19,7 @@ from fastgpt.system.device import free_memory, synchronize
 
 ROUNDS = 3
 SHORTEST_SECONDS = 0.05  # of all calls together: a machine that is shared may halt for milliseconds
-PRODUCT_SECONDS = 0.03  # how long the matrix product that is timed may take
+PRODUCT_SECONDS = 0.03  # a matrix product that takes longer is the last to be timed
 SIDES = {"cpu": (256, 512, 1024, 2048), "mps": (1024, 2048, 4096), "cuda": (2048, 4096, 8192)}
 BUFFER_BYTES = {"cuda": 4 << 30}  # which a GPU goes over in a millisecond
 BUFFER_BYTES_ELSEWHERE = 256 << 20
@@ -87,16 +87,18 @@ def measure(device: torch.device) -> Ceilings:
 
 
 def matmul_rate(device: torch.device, arithmetic: str) -> float:
-    """Operations a second of a square product, at the largest side that PRODUCT_SECONDS allow."""
+    """Operations a second of a square product: the most of growing sides, up to one that takes PRODUCT_SECONDS."""
     dtype = torch.float32 if arithmetic == "tf32" else getattr(torch, arithmetic)
     with float32_products("high" if arithmetic == "tf32" else "highest"):
-        rate = 0.0
+        rate, seconds = 0.0, 0.0
         for n in SIDES[device.type]:
-            if rate and 2 * n**3 / rate > PRODUCT_SECONDS:
+            # The time that was measured, not one that it foretells: on a busy machine a small product waits for a core.
+            if seconds > PRODUCT_SECONDS:
                 break
             a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
             out = torch.empty_like(a)
-            rate = max(rate, 2 * n**3 / best_seconds(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device))
+            seconds = best_seconds(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device)
+            rate = max(rate, 2 * n**3 / seconds)
         return rate
 
 

@@ -5,6 +5,9 @@
 Bytes: every input once and every output once, as if each lay in the device's memory and nothing were read twice; what
 passes from forward to backward counts in both. Operations: a multiply-add is two; of a causal square only what is seen.
 The dozen operations an element that a normalization takes are counted too, although the memory limits it.
+
+Beside the table's operations there is what else a training step computes: linear layers, activation, dropout,
+embedding, the gradients' norm and the optimizer.
 """
 
 from collections.abc import Mapping
@@ -12,6 +15,7 @@ from dataclasses import dataclass
 
 FLOAT32 = INT32 = 4  # bytes
 INT64 = 8
+BOOL = 1
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ def count(op: str, direction: str, shape: Mapping[str, int], itemsize: int) -> C
 
     Args:
         direction: "forward", "backward" (given what forward left), or "both".
-        shape: the sizes by their letters, as `kernel_cases.SHAPES` gives them.
+        shape: the sizes by the names of the parameters of its function here: {"N": 8, "C": 128} for layer_norm.
         itemsize: bytes of an element of the inputs.
 
     Raises:
@@ -60,15 +64,17 @@ def add_layer_norm_backward(itemsize: int, N: int, C: int) -> Count:
     return layer_norm_backward(itemsize, N, C) + Count(N * C, N * C * itemsize)
 
 
-def causal_attention(itemsize: int, B: int, T: int, H: int, D: int) -> Count:
-    # two products of 2 D operations for each of the T (T + 1) / 2 pairs; the softmax is not counted, as is the custom
-    return Count(4 * D * B * H * T * (T + 1) / 2, 4 * B * T * H * D * itemsize)
+def causal_attention(itemsize: int, B: int, T: int, H: int, D: int, Hkv: int | None = None, cached: int = 0) -> Count:
+    """Hkv key and value heads (default H); `cached` keys lie before the T queries, and each query sees all of them."""
+    # two products of 2 D operations for each pair that is seen; the softmax is not counted, as is the custom
+    pairs = T * (T + 1) / 2 + T * cached
+    return Count(4 * D * B * H * pairs, 2 * B * (T * H + (T + cached) * (Hkv or H)) * D * itemsize)
 
 
-def causal_attention_backward(itemsize: int, B: int, T: int, H: int, D: int) -> Count:
+def causal_attention_backward(itemsize: int, B: int, T: int, H: int, D: int, Hkv: int | None = None) -> Count:
     # five products where forward has two; q, k, v, out, dout are read, dq, dk, dv written, and each row's log-sum-exp
-    forward = causal_attention(itemsize, B, T, H, D)
-    return Count(2.5 * forward.flops, 8 * B * T * H * D * itemsize + B * T * H * FLOAT32)
+    forward = causal_attention(itemsize, B, T, H, D, Hkv)
+    return Count(2.5 * forward.flops, 4 * B * T * (H + (Hkv or H)) * D * itemsize + B * T * H * FLOAT32)
 
 
 def linear_cross_entropy(itemsize: int, N: int, C: int, V: int) -> Count:
@@ -94,6 +100,58 @@ def linear_int8(itemsize: int, N: int, C: int, out: int) -> Count:
     return Count(2 * N * C * out, out * C + out * FLOAT32 + N * (C + out) * itemsize)
 
 
+def linear(itemsize: int, N: int, C: int, out: int, bias: int = 0) -> Count:
+    """N rows of C numbers by a matrix (out, C); `bias`: 1 if one is added."""
+    return Count(2 * N * C * out + N * out * bias, (N * C + out * C + out * bias + N * out) * itemsize)
+
+
+def linear_backward(itemsize: int, N: int, C: int, out: int, bias: int = 0) -> Count:
+    # dx and dweight, each a product as large as forward's; x, weight and dy are read, dx, dweight and dbias written
+    return Count(4 * N * C * out + N * out * bias, (2 * N * C + 2 * out * C + out * bias + N * out) * itemsize)
+
+
+def activation(itemsize: int, N: int, C: int) -> Count:
+    # of GELU in its tanh form: the cubic 5, tanh 1, and the product with x 3
+    return Count(9 * N * C, 2 * N * C * itemsize)
+
+
+def activation_backward(itemsize: int, N: int, C: int) -> Count:
+    # tanh again 6, its derivative 2, that of the cubic 4, both terms 4
+    return Count(16 * N * C, 3 * N * C * itemsize)
+
+
+def dropout(itemsize: int, N: int, C: int) -> Count:
+    # the mask is written, and kept for backward
+    return Count(2 * N * C, (2 * itemsize + BOOL) * N * C)
+
+
+def dropout_backward(itemsize: int, N: int, C: int) -> Count:
+    return Count(N * C, (2 * itemsize + BOOL) * N * C)
+
+
+def embedding(itemsize: int, N: int, C: int, V: int, positions: int = 0) -> Count:
+    """N tokens of a vocabulary of V; `positions`: rows of a table that are added to them."""
+    rows = min(N, V) + positions + N
+    return Count(N * C if positions else 0, rows * C * itemsize + N * INT64)
+
+
+def embedding_backward(itemsize: int, N: int, C: int, V: int, positions: int = 0) -> Count:
+    # dy is added to the rows of its tokens, which the output layer's gradient fills already, and to those of positions
+    rows = N + 2 * min(N, V) + positions
+    return Count(N * C * (2 if positions else 1), rows * C * itemsize + N * INT64)
+
+
+def gradient_norm(itemsize: int, P: int) -> Count:
+    """The norm of P gradients, before clipping, which most steps do not need."""
+    return Count(2 * P, P * itemsize)
+
+
+def adamw(itemsize: int, P: int) -> Count:
+    """One update of P weights: weight, gradient and two moments are read, all but the gradient written."""
+    # decay 1, the moments 3 and 4, bias corrections 2, root, epsilon and quotient 3, the update 2
+    return Count(15 * P, 7 * P * itemsize)
+
+
 COUNTS = {
     ("layer_norm", "forward"): layer_norm,
     ("layer_norm", "backward"): layer_norm_backward,
@@ -106,4 +164,14 @@ COUNTS = {
     ("paged_attention", "forward"): paged_attention,
     ("kv_write", "forward"): kv_write,
     ("linear_int8", "forward"): linear_int8,
+    ("linear", "forward"): linear,
+    ("linear", "backward"): linear_backward,
+    ("activation", "forward"): activation,
+    ("activation", "backward"): activation_backward,
+    ("dropout", "forward"): dropout,
+    ("dropout", "backward"): dropout_backward,
+    ("embedding", "forward"): embedding,
+    ("embedding", "backward"): embedding_backward,
+    ("gradient_norm", "forward"): gradient_norm,
+    ("adamw", "forward"): adamw,
 }
