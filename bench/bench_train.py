@@ -128,7 +128,6 @@ def test_log_stats(against, device: torch.device, compiled: bool):
         aim=0.97,
         log_interval=config.log_interval,
     )
-    assert all(a.equal(b) for a, b in zip(on.parameters, off.parameters, strict=True))
 
 
 def test_loss_at_equal_steps(against, benchmark, device: torch.device):
