@@ -28,11 +28,11 @@ PAGE = Template("""\
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>$title</title>
 <style>
-:root { color-scheme: light dark; --page: #ffffff; --text: #1c1c1e; --quiet: #5d5d66; --rule: #d9d9de; $light }
+:root { color-scheme: light dark; --page: #ffffff; --ink: #1c1c1e; --quiet: #5d5d66; --rule: #d9d9de; $light }
 @media (prefers-color-scheme: dark) {
-  :root { --page: #16171a; --text: #e8e8ea; --quiet: #a5a5ae; --rule: #3a3b40; $dark }
+  :root { --page: #16171a; --ink: #e8e8ea; --quiet: #a5a5ae; --rule: #3a3b40; $dark }
 }
-body { margin: 0 auto; padding: 1rem; max-width: 100rem; background: var(--page); color: var(--text);
+body { margin: 0 auto; padding: 1rem; max-width: 100rem; background: var(--page); color: var(--ink);
        font: 15px/1.45 system-ui, sans-serif; }
 h1 { font-size: 1.3rem; margin: 0 0 .5rem; }
 p { color: var(--quiet); margin: .5rem 0; max-width: 60rem; }
@@ -44,7 +44,7 @@ th { color: var(--quiet); font-weight: 600; }
 .color { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .5em; }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: 1rem;
           margin-top: 1rem; }
-svg { display: block; width: 100%; height: auto; color: var(--text); }
+svg { display: block; width: 100%; height: auto; color: var(--ink); }
 svg text { font-family: system-ui, sans-serif; }
 </style>
 </head>
