@@ -7,14 +7,13 @@ that decodes a token of each sequence at the end of the context. The memory of t
 import dataclasses
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 
 from fastgpt.config.generation import GenerateConfig, SamplingParams
 from fastgpt.config.model import ModelConfig
 from fastgpt.generation.engine import Engine
-from fastgpt.model.footprint import TEMPORARY, Holding, Layers, Owner, hold_weights, holding, shallow, total
+from fastgpt.model.footprint import TEMPORARY, Footprint, Layers, Owner, hold_weights, holding, shallow, total
 from fastgpt.model.gpt import GPT
 from fastgpt.model.kv_cache import DenseCache, page_bytes
 from fastgpt.model.linear import store_by_columns
@@ -26,30 +25,11 @@ PHASES = ("prefill", "decode")
 DECODED = 4  # tokens of each sequence in a measurement
 
 
-@dataclass(frozen=True)
-class Footprint:
-    """Bytes of a generation.
-
-    Attributes:
-        peaks: of each phase, by kind: weights, cache, logits, temporary. Empty where only the total is known.
-        bytes: of each phase, their sum.
-    """
-
-    peaks: Mapping[str, Holding]
-    bytes: Mapping[str, int]
-
-    @property
-    def phase(self) -> str:
-        """The one with the peak."""
-        return max(self.bytes, key=self.bytes.__getitem__)
-
-    @property
-    def peak(self) -> int:
-        return self.bytes[self.phase]
-
-
 def estimate(config: ModelConfig, ops: Ops, device: torch.device, dtype: torch.dtype, max_batch: int) -> Footprint:
-    """The memory of so many sequences whose contexts are full, with weights in `dtype`, without compiling."""
+    """The memory of so many sequences whose contexts are full, with weights in `dtype`, without compiling.
+
+    The phases are `PHASES`, the kinds: weights, cache, logits, temporary.
+    """
     config = dataclasses.replace(config.architecture(), dropout=0.0)
     small, one_layer = shallow(config), dataclasses.replace(config, n_layer=1)
     with fake_tensors():

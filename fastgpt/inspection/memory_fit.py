@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from fastgpt.errors import UsageError
-from fastgpt.inspection.memory_work import GenerationFootprint, Work
+from fastgpt.inspection.memory_work import Work
+from fastgpt.model.footprint import Footprint
 from fastgpt.ops import table
-from fastgpt.training.footprint import Footprint
+from fastgpt.training.footprint import StepFootprint
 
 MOST = 65_536  # sequences
 SHORTEST = 16  # tokens
@@ -46,7 +47,7 @@ class Fit:
     generation: Change | None
 
 
-def find(work: Work, budget: int, asked: Footprint, generated: GenerationFootprint) -> Fit:
+def find(work: Work, budget: int, asked: StepFootprint, generated: Footprint) -> Fit:
     """Search by estimates.
 
     Args:

@@ -12,13 +12,13 @@ from rich.table import Table
 
 from fastgpt.generation import footprint as generation_footprint
 from fastgpt.inspection.memory_fit import Change, Fit
-from fastgpt.inspection.memory_work import GenerationFootprint, Work
-from fastgpt.model.footprint import Holding, Layers
+from fastgpt.inspection.memory_work import Work
+from fastgpt.model.footprint import Footprint, Holding, Layers
 from fastgpt.system.device import describe
 from fastgpt.system.streams import Lasting
 from fastgpt.system.units import counted, format_exactly
 from fastgpt.training import footprint
-from fastgpt.training.footprint import Footprint
+from fastgpt.training.footprint import StepFootprint
 
 PIPED_WIDTH = 160  # columns of a table that is not shown on a terminal
 KINDS = {  # in the tables' order, with their names there
@@ -43,9 +43,9 @@ class Found:
     """
 
     work: Work
-    training: Footprint
-    generation: GenerationFootprint
-    measured: Footprint | None = None
+    training: StepFootprint
+    generation: Footprint
+    measured: StepFootprint | None = None
     measured_generation: int | None = None
 
 

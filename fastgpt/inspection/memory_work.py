@@ -10,13 +10,12 @@ from fastgpt.checkpoint.source import Source
 from fastgpt.config.inspection import MemoryConfig
 from fastgpt.generation import footprint as generation_footprint
 from fastgpt.model import workloads
+from fastgpt.model.footprint import Footprint
 from fastgpt.ops import autotune, table
 from fastgpt.ops.table import Ops
 from fastgpt.system.device import resolve_dtype, resolve_weights_dtype
 from fastgpt.training import footprint
 from fastgpt.training.setup import Machine, choose_machine
-
-GenerationFootprint = generation_footprint.Footprint
 
 
 @dataclass(frozen=True)
@@ -38,19 +37,19 @@ class Work:
     def device(self) -> torch.device:
         return self.machine.device
 
-    def step(self, **changes: Any) -> footprint.Footprint:
+    def step(self, **changes: Any) -> footprint.StepFootprint:
         """The estimate of a training step. Raises `UsageError` where a changed setting cannot be."""
         config = dataclasses.replace(self.config.training(), **changes)
         config.check()
         ops = table.resolve(changes["kernels"], self.device) if "kernels" in changes else self.ops
         return footprint.estimate(config, ops, self.device, self._dtype(changes))
 
-    def generation(self, max_batch: int) -> GenerationFootprint:
+    def generation(self, max_batch: int) -> Footprint:
         return generation_footprint.estimate(
             self.config, self.generation_ops, self.device, self.weights_dtype, max_batch
         )
 
-    def measured_step(self) -> footprint.Footprint:
+    def measured_step(self) -> footprint.StepFootprint:
         return footprint.measure(self.config.training(), self.ops, self.device, self.machine.dtype)
 
     def measured_generation(self) -> int:

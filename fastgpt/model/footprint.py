@@ -48,6 +48,28 @@ class Layers:
 Holding = Mapping[str, Layers]  # by kind
 
 
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of some work in phases.
+
+    Attributes:
+        peaks: of each phase, what is held when it holds most. Empty where only the total is known, as on a GPU.
+        bytes: of each phase, their sum.
+    """
+
+    peaks: Mapping[str, Holding]
+    bytes: Mapping[str, int]
+
+    @property
+    def phase(self) -> str:
+        """The one with the peak."""
+        return max(self.bytes, key=self.bytes.__getitem__)
+
+    @property
+    def peak(self) -> int:
+        return self.bytes[self.phase]
+
+
 def shallow(config: ModelConfig) -> ModelConfig:
     """The model with at most `SHALLOW` layers, whose bytes tell those of all."""
     return dataclasses.replace(config, n_layer=min(config.n_layer, SHALLOW))

@@ -18,6 +18,7 @@ from fastgpt.model.footprint import (
     HEAD,
     MIDDLE,
     TEMPORARY,
+    Footprint,
     Holding,
     Owner,
     hold_weights,
@@ -46,28 +47,14 @@ class Segment(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Footprint:
-    """Bytes of a step.
+class StepFootprint(Footprint):
+    """Bytes of a step, by the kinds weights, gradients, moments, activations, logits, tokens, temporary.
 
     Attributes:
-        peaks: of each phase, those that are held when it holds most, by kind: weights, gradients, moments,
-            activations, logits, tokens, temporary. Empty where only the total is known, on a GPU.
-        bytes: of each phase, their sum.
         kept: between the forward and the backward pass.
     """
 
-    peaks: Mapping[str, Holding]
-    bytes: Mapping[str, int]
     kept: Holding
-
-    @property
-    def phase(self) -> str:
-        """The one with the peak."""
-        return max(self.bytes, key=self.bytes.__getitem__)
-
-    @property
-    def peak(self) -> int:
-        return self.bytes[self.phase]
 
     @property
     def when(self) -> str:
@@ -85,7 +72,7 @@ class Footprint:
         return sum(self.kept[kind].total for kind in KEPT if kind in self.kept)
 
 
-def estimate(config: TrainConfig, ops: Ops, device: torch.device, dtype: torch.dtype) -> Footprint:
+def estimate(config: TrainConfig, ops: Ops, device: torch.device, dtype: torch.dtype) -> StepFootprint:
     """The memory of a step of these settings, without `compile`, on a device of this machine."""
     small = dataclasses.replace(config, n_layer=shallow(config).n_layer)
     with fake_tensors():
@@ -94,7 +81,7 @@ def estimate(config: TrainConfig, ops: Ops, device: torch.device, dtype: torch.d
     return watched.footprint(config)
 
 
-def measure(config: TrainConfig, ops: Ops, device: torch.device, dtype: torch.dtype) -> Footprint:
+def measure(config: TrainConfig, ops: Ops, device: torch.device, dtype: torch.dtype) -> StepFootprint:
     """The memory of the second step of a model with random weights; the first may fill caches."""
     watched = _Watched(config, ops, device, dtype)
     watched.step()
@@ -147,7 +134,7 @@ class _Watched:
             self._begin("update", HEAD, Owner(TEMPORARY))
             self.train.update(0, loss)
 
-    def footprint(self, config: TrainConfig) -> Footprint:
+    def footprint(self, config: TrainConfig) -> StepFootprint:
         """That of the last step, for the model of this configuration, of which this may be the `shallow` one."""
         best: dict[str, tuple[int, Holding]] = {}
         for segment, found in self.memory.peaks.items():
@@ -157,7 +144,7 @@ class _Watched:
             peak = self._peak(segment, found, config)
             if segment.phase not in best or peak[0] > best[segment.phase][0]:
                 best[segment.phase] = peak
-        return Footprint(
+        return StepFootprint(
             {phase: best[phase][1] for phase in PHASES if best[phase][1]},
             {phase: best[phase][0] for phase in PHASES},
             holding(self.kept, self.config.n_layer, config.n_layer),

@@ -14,7 +14,7 @@ from fastgpt.config.training import TrainConfig
 from fastgpt.data.loader import Batch
 from fastgpt.system import contention
 from fastgpt.system.device import autocast, peak_memory, synchronize
-from fastgpt.training.footprint import Footprint, estimate
+from fastgpt.training.footprint import StepFootprint, estimate
 from fastgpt.training.step import TrainStep
 
 Result = TypeVar("Result")
@@ -40,7 +40,7 @@ class Measurement:
     first: float
     micro: float
     update: float
-    memory: Footprint
+    memory: StepFootprint
     peak: int | None
 
     def step_seconds(self, micro_batches: int) -> float:

@@ -21,7 +21,7 @@ from fastgpt.model.footprint import Layers
 from fastgpt.model.gpt import GPT
 from fastgpt.system.live_bytes import LiveBytes
 from fastgpt.training import dry_run, measurement
-from fastgpt.training.footprint import Footprint
+from fastgpt.training.footprint import StepFootprint
 from fastgpt.training.measurement import Measurement, Stand, random_batch
 from fastgpt.training.step import TrainStep
 from tests.helpers import runs
@@ -36,7 +36,7 @@ SHAPE = "--n_layer 2 --bias True"  # of gpt2_folders' models
 PADDED = 256  # of the vocabulary's 131 tokens
 MIB = 1 << 20
 WHOLE = {"weights": Layers(head=10 * MIB), "gradients": Layers(head=10 * MIB), "moments": Layers(head=20 * MIB)}
-MEMORY = Footprint({"update": WHOLE}, {"forward": 90 * MIB, "backward": 100 * MIB, "update": 40 * MIB}, {})
+MEMORY = StepFootprint({"update": WHOLE}, {"forward": 90 * MIB, "backward": 100 * MIB, "update": 40 * MIB}, {})
 
 
 def rows(capsys, flags: str = "") -> dict[str, str]:

@@ -21,7 +21,9 @@ SMALL = TrainConfig(
 )
 
 
-def estimate(config: TrainConfig, kernels: str = "torch", dtype: torch.dtype = torch.float32) -> footprint.Footprint:
+def estimate(
+    config: TrainConfig, kernels: str = "torch", dtype: torch.dtype = torch.float32
+) -> footprint.StepFootprint:
     return footprint.estimate(config, table.resolve(kernels, CPU), CPU, dtype)
 
 
