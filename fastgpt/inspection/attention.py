@@ -33,7 +33,7 @@ See = Callable[[int, torch.Tensor], None]  # is called with a layer, and with it
 
 @dataclass(frozen=True)
 class AttentionMaps:
-    """What a model does with a text, in arrays on the host; float32, or float64 for a model in float64.
+    """Attention maps and predictions of a model over a text, in arrays on the host; float32, or float64 for a model in float64.
 
     Attributes:
         tokens: int64 (T,), the ids of the text.
@@ -53,7 +53,7 @@ class AttentionMaps:
 
 @dataclass(frozen=True)
 class Observation:
-    """What a model held while it read a text.
+    """The states of a model while it read a text.
 
     Attributes:
         model: the model itself, of the reference backend in float32.

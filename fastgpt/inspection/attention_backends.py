@@ -125,7 +125,7 @@ def _trials(forward: str | None, gradients: str | None) -> Fact:
 
 
 def _column(config: WorkConfig, forward: Trial, backward: Trial) -> Fact:
-    """What `torch_ops.causal_attention` does at these shapes: SDPA, or matrix products."""
+    """The way of `torch_ops.causal_attention` at these shapes: SDPA, or matrix products."""
     return _pair(_computes(forward, config.block_size, 0.0), _computes(backward, config.block_size, config.dropout))
 
 

@@ -89,7 +89,7 @@ def _variables(theme: int) -> str:
 
 
 def _facts(run: Run, names: Sequence[str]) -> dict[str, str]:
-    """What the table says of a run: the settings that differ, and what it has reached."""
+    """A row of the table of runs: the settings that differ, and what it has reached."""
     records = run.history
     (steps, val), (_, loss), (_, speed) = records.val_curve(), records.curve("loss"), records.curve("tokens_per_second")
     best = int(np.argmin(val)) if val.size else None

@@ -29,7 +29,7 @@ class Predictions(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """How well the tokens after the first were predicted, each (T - 1,) on the host.
+    """Losses and ranks of the tokens after the first, each (T - 1,) on the host.
 
     Attributes:
         losses: float64, in nats.
@@ -47,7 +47,7 @@ def row_names(layers: int) -> list[str]:
 
 @torch.no_grad()
 def lens(model: GPT, streams: torch.Tensor) -> Predictions:
-    """What each stream (L + 1, T, C) predicts at each position: (L + 1, T, K). The last row is the model's output."""
+    """The predictions of each stream (L + 1, T, C) at each position: (L + 1, T, K). The last row is the model's output."""
     hidden = add_norm(model.ops, streams, None, model.ln_f)[1].flatten(0, 1)
     vocab_size = model.config.known_vocab
     found = [
@@ -61,7 +61,7 @@ def lens(model: GPT, streams: torch.Tensor) -> Predictions:
 
 @torch.no_grad()
 def outcome(model: GPT, hidden: torch.Tensor, tokens: torch.Tensor) -> Outcome:
-    """How well the tokens (T,) were predicted by the model's last states (T, C)."""
+    """The losses and ranks of the tokens (T,) after the first, by the model's last states (T, C)."""
     losses, ranks = [torch.empty(0, dtype=torch.float64)], [torch.empty(0, dtype=torch.int64)]
     before, targets = hidden[:-1], tokens[1:].to(hidden.device)
     for part in chunks(len(targets), model.config.known_vocab):

@@ -121,7 +121,7 @@ def arithmetic(device: torch.device, asked: str, interpreted: bool) -> Section:
 
 
 def compilers(device: torch.device) -> Section:
-    """What `compile` and Triton's kernels need."""
+    """The compilers that `compile` and Triton's kernels need."""
     return {"C++": _compiler(), "Triton": _triton(device)}
 
 
@@ -289,7 +289,7 @@ def _flops(speed: float) -> str:
 
 
 def _in_hardware(device: torch.device, dtype: torch.dtype) -> bool | None:
-    """Whether the chip has instructions for products in this dtype; None if that is unknown."""
+    """True if the chip has instructions for products in this dtype; None if that is unknown."""
     if dtype == torch.float32:
         return True
     if device.type == "cuda":
@@ -389,7 +389,7 @@ def _files(folder: Path) -> Iterator[tuple[Path, int]]:
 
 
 def _output(*command: str) -> str | None:
-    """What a program prints; None if there is no such program, or it fails."""
+    """The output of a program; None if there is no such program, or it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -27,7 +27,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Fit:
-    """What fits into `budget` bytes.
+    """The largest batches that fit into `budget` bytes, and changes with which the asked one fits.
 
     Attributes:
         fits: whether the step that was asked for does.
@@ -94,7 +94,7 @@ class _Search:
         return tuple(sorted(found, key=lambda one: one.bytes))
 
     def together(self) -> Change | None:
-        """What costs least quality comes first; the last two change the model."""
+        """In order of what they cost in quality; the last two change the model."""
         merged: dict[str, Any] = {}
         for change in (*self._arithmetic(), *self._kernels()):
             merged |= change

@@ -31,7 +31,7 @@ MANTISSA = 14  # bits of a probability that are kept, of 23: an error of at most
 
 @dataclass(frozen=True)
 class Content:
-    """What a page is made of.
+    """The material of a page.
 
     Attributes:
         title, source, model: lines for people.
@@ -105,7 +105,7 @@ def token_values(tokenizer: Tokenizer, token: int) -> dict[str, Any]:
 
 
 def head_values(head: Head) -> dict[str, Any]:
-    """What was measured of a head."""
+    """The measurements of a head."""
     labels = [{"name": name, "score": round(score, 4)} for name, score in head.labels]
     scores = {name: None if score is None else round(score, 4) for name, score in head.scores.items()}
     return {

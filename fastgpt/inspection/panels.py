@@ -197,7 +197,7 @@ def _unit(seconds: float) -> tuple[float, str]:
 
 
 def _is_wide(axes: "Axes") -> bool:
-    """Whether a value is so far above the others that these could not be told apart."""
+    """True if a value is so far above the others that these could not be told apart."""
     values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axes.lines] or [np.zeros(0)])
     values = values[np.isfinite(values)]
     return bool(values.size) and values.min() > 0 and values.max() > WIDE * np.median(values)

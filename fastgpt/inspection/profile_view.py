@@ -125,7 +125,7 @@ def _print_all(config: ProfileConfig, measured: Profiled, profiles: Sequence[Pro
 
 
 def heading(one: Profile) -> str:
-    """What the numbers are of."""
+    """The lines above the tables: the piece of work, and the measurements behind the numbers."""
     kept = f"the middle {one.kept} of {one.taken}" if one.kept < one.taken else f"{one.kept}"
     return (
         f"{one.what}: {_ms(one.plain)} ms, and {_ms(one.seconds)} ms under the profiler;\n"
@@ -134,7 +134,7 @@ def heading(one: Profile) -> str:
 
 
 def notes(one: Profile, *, compiled: bool) -> list[str]:
-    """Where the most time could be won, and what the table cannot tell."""
+    """The operation in which the most time could be won, and what the table cannot show."""
     lines = []
     if (row := one.most_to_win) is not None and row.limit is not None:
         lines.append(

@@ -122,7 +122,7 @@ RULES = (
 
 
 def diagnose(case: Case) -> list[Finding]:
-    """What the rules find, in their order."""
+    """The problems that the rules find, in their order."""
     named = _Named(case.history.settings)
     found = [(rule, rule.find(case)) for rule in RULES]
     return [Finding(rule.name, text, rule.advice.format_map(named)) for rule, text in found if text is not None]

@@ -98,7 +98,7 @@ class Scopes:
 
 
 class Kernel(Protocol):
-    """What a GPU ran; `duration` in microseconds."""
+    """A kernel that a GPU ran; `duration` in microseconds."""
 
     name: str
     duration: float

@@ -19,7 +19,7 @@ OUTLIER = "standard deviations above"  # is in the reason for which `skip_loss_s
 
 @dataclass(frozen=True)
 class Case:
-    """What the rules look at.
+    """One run, as the rules see it.
 
     Attributes:
         uniform: loss of a guess in which all tokens are alike, if the vocabulary is known.
