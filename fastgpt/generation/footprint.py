@@ -96,7 +96,7 @@ class _Cache(DenseCache):
 
 
 def _pass(model: GPT, max_batch: int, phase: str) -> Mapping[Owner, int]:
-    """What is held at the peak of a forward pass, with the cache of its own sequences only."""
+    """The bytes that are held at the peak of a forward pass, with the cache of its own sequences only."""
     config, device = model.config, model.device
     B, new = (max_batch, 1) if phase == "decode" else _read_at_once(config, max_batch)
     cache = _Cache(model, B, config.block_size - new)

@@ -33,7 +33,9 @@ See = Callable[[int, torch.Tensor], None]  # is called with a layer, and with it
 
 @dataclass(frozen=True)
 class AttentionMaps:
-    """Attention maps and predictions of a model over a text, in arrays on the host; float32, or float64 for a model in float64.
+    """Attention maps and predictions of a model over a text: arrays on the host.
+
+    They are float32, or float64 for a model in float64.
 
     Attributes:
         tokens: int64 (T,), the ids of the text.

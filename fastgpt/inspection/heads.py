@@ -22,7 +22,7 @@ LABELS = {"previous": "previous token", "first": "first token", "induction": "in
 
 @dataclass(frozen=True)
 class Head:
-    """What a head does on a text.
+    """The measurements of a head on a text.
 
     Attributes:
         entropy: of its weights in nats, the mean over queries: 0 where one key has all, log n where n keys share.

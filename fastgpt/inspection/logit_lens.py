@@ -47,7 +47,7 @@ def row_names(layers: int) -> list[str]:
 
 @torch.no_grad()
 def lens(model: GPT, streams: torch.Tensor) -> Predictions:
-    """The predictions of each stream (L + 1, T, C) at each position: (L + 1, T, K). The last row is the model's output."""
+    """The predictions of each stream (L + 1, T, C) at each position, (L + 1, T, K); the last row is the output."""
     hidden = add_norm(model.ops, streams, None, model.ln_f)[1].flatten(0, 1)
     vocab_size = model.config.known_vocab
     found = [

@@ -36,7 +36,7 @@ BY_LAYER = "activations"
 
 @dataclass(frozen=True)
 class Found:
-    """What was found.
+    """The estimates, and the measurements beside them.
 
     Attributes:
         measured, measured_generation: of a real step, and the peak of a real generation, where they were asked for.

@@ -1,4 +1,4 @@
-"""What one checkpoint of a model does with a text: heads, predictions, and the maps in the form that they are shown in.
+"""One checkpoint of a model on a text: heads, predictions, and the maps in the form that they are shown in.
 
 The maps of a large model are gigabytes, so each layer is measured and compressed as soon as it is computed.
 """

@@ -99,7 +99,7 @@ def total(found: Holding) -> int:
 
 
 def split_temporary(held: Mapping[Owner, int], kept: Mapping[Owner, int], *kinds: str) -> dict[Owner, int]:
-    """What is held, where all of these kinds is temporary that will not be kept."""
+    """The bytes that are held; those of these kinds that will not be kept count as temporary."""
     found = dict(held)
     for owner, size in held.items():
         if owner.kind in kinds and (beyond := size - kept.get(owner, 0)) > 0:
