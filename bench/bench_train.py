@@ -105,8 +105,9 @@ def test_training_step(
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_log_stats(against, device: torch.device, compiled: bool):
+def test_log_stats(against, benchmark, device: torch.device, compiled: bool):
     """Training with `log_stats`, a measured step in ten and the reading of its record included, against without."""
+    benchmark.group = "log_stats"
     config = configured("baby", compile=compiled, log_stats=True)
     arithmetic = resolve_dtype("auto", device)
     on = engine_step(config, device, arithmetic)
@@ -122,7 +123,7 @@ def test_log_stats(against, device: torch.device, compiled: bool):
     against(
         ours,
         {WITHOUT: peer},
-        rounds=GPU_ROUNDS["baby"] if ON_GPU else 2,  # of ten steps each
+        rounds=GPU_ROUNDS["baby"] if ON_GPU else 4,  # of ten steps each
         in_a_row=config.log_interval,
         units=config.tokens_per_step,
         aim=0.97,
