@@ -2,7 +2,9 @@
 
 import os
 import sys
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fastgpt.errors import UsageError
@@ -22,6 +24,8 @@ def check(setting: str, output: str) -> Path:
     for place in (path, path.parent):  # a file is replaced by a new one in its folder
         if place.exists() and not os.access(place, os.W_OK):
             raise UsageError(f"`{setting}` {output}: {place} cannot be written to; name another file")
+    with _explained(setting, path), tempfile.TemporaryFile(dir=path.parent):
+        pass  # permissions do not tell that a disk is read-only
     return path
 
 
@@ -33,10 +37,18 @@ def save(setting: str, path: Path, parts: Iterable[bytes], *, beside: bool = Fal
     """
     temporary = temporary_sibling(path)
     try:
-        size = write(temporary, parts)["size"]
-        temporary.replace(path)
-    except OSError as error:
-        raise UsageError(f"`{setting}` {path} cannot be written: {error.strerror or error}; name another") from None
+        with _explained(setting, path):
+            size = write(temporary, parts)["size"]
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     print(f"wrote {path}: {format_bytes(size)}", file=sys.stderr if beside else sys.stdout)
+
+
+@contextmanager
+def _explained(setting: str, path: Path) -> Iterator[None]:
+    """Turn an `OSError` within the block into a `UsageError` that names the setting."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"`{setting}` {path} cannot be written: {error.strerror or error}; name another") from None

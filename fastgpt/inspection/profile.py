@@ -12,7 +12,7 @@ import dataclasses
 import os
 import statistics
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -35,10 +35,12 @@ from fastgpt.model.gpt import GPT
 from fastgpt.model.kv_cache import DenseCache
 from fastgpt.ops import autotune, table
 from fastgpt.ops.ceilings import Ceilings, Limit
+from fastgpt.ops.table import Ops
 from fastgpt.system import contention, out_of_memory, threads
-from fastgpt.system.device import resolve_device, resolve_weights_dtype, synchronize
+from fastgpt.system.device import free_memory, resolve_device, resolve_weights_dtype, synchronize
 from fastgpt.system.torch_private import profiled_range
-from fastgpt.system.units import counted, format_duration
+from fastgpt.system.units import counted, format_bytes, format_duration
+from fastgpt.training import footprint
 from fastgpt.training.measurement import random_batch
 from fastgpt.training.setup import choose_machine
 from fastgpt.training.state import make_model
@@ -96,6 +98,8 @@ class Profile:
         taken, kept: how many pieces were profiled, and how many of them are the middle half.
         rows: operations, the slowest first; they add up to `seconds`.
         places: seconds by direction, module and operation; they add up to `seconds` too.
+        works: the least that each operation must do, also of those that compiled code does not tell apart.
+        least: the limits of all of them together, once ceilings are known.
     """
 
     what: str
@@ -106,15 +110,19 @@ class Profile:
     rows: Sequence[Row]
     places: Mapping[Place, float]
     works: Works
+    least: float | None = None
 
     def against(self, ceilings: Ceilings) -> "Profile":
         """The same with the limits that these ceilings set."""
         rows = [dataclasses.replace(row, limit=row.work and row.work.limit(ceilings)) for row in self.rows]
-        return dataclasses.replace(self, rows=rows)
+        least = sum(work.limit(ceilings).seconds for work in self.works.values())
+        return dataclasses.replace(self, rows=rows, least=least)
 
     @property
     def most_to_win(self) -> Row | None:
-        """The row whose time is farthest above its limit; None where no limit is known, or all are reached."""
+        """The row whose time is farthest above its limit; None where all are reached, or some have no row."""
+        if self.works.keys() - {row.name for row in self.rows}:
+            return None
         row = max(self.rows, key=lambda row: row.gain, default=None)
         return row if row is not None and row.gain else None
 
@@ -143,6 +151,7 @@ def training(config: ProfileConfig, source: Source | None, say: Say) -> Profiled
         memory.check_training(run, machine.device)
         scopes = Scopes()
         ops = machine.resolve(choose=autotune.chooser(workloads.training(run, machine.dtype), keep=False))
+        _check_peak(run, ops, machine.device, machine.dtype)
         model = make_model(run, ops if run.compile else scopes.named_ops(ops), machine.device, source)
         if not run.compile:
             scopes.name_model(model)
@@ -207,7 +216,7 @@ class _Stand:
 
     Args:
         threads: CPU threads that compute.
-        most: pieces in a measurement.
+        most: pieces in a measurement; default `MOST`.
         by_name: see `attribute`.
     """
 
@@ -218,11 +227,11 @@ class _Stand:
         threads: int,
         say: Say,
         *,
-        most: int = MOST,
+        most: int | None = None,
         by_name: bool = False,
     ):
         self.scopes, self.device, self.threads, self.say = scopes, device, threads, say
-        self.most, self.by_name, self.on_gpu = most, by_name, device.type == "cuda"
+        self.most, self.by_name, self.on_gpu = most or MOST, by_name, device.type == "cuda"
 
     def measure(self, pieces: Mapping[str, tuple[Piece, Works]]) -> tuple[list[Profile], profile]:
         """Profile each piece several times; `pieces` names what they are, and what they must do at least."""
@@ -269,11 +278,12 @@ class _Stand:
 def _profile(what: str, plain: Sequence[float], steps: Sequence[StepTimes], works: Works) -> Profile:
     """The means over the middle half of the steps."""
     kept = _middle_half(steps, lambda step: step.total)
-    places, calls = defaultdict[Place, float](float), Counter[str]()
+    places, calls = defaultdict[Place, float](float), defaultdict[str, int](int)
     for step in kept:
         for place, seconds in step.seconds.items():
             places[place] += seconds / len(kept)
-        calls += step.calls
+        for op, count in step.calls.items():
+            calls[op] += count
     whole = statistics.mean(step.total for step in kept)
     rows = _rows(places, {op: count / len(kept) for op, count in calls.items()}, works, whole)
     plain_mean = statistics.mean(_middle_half(plain, lambda seconds: seconds))
@@ -330,6 +340,18 @@ def _sampler(config: ProfileConfig, device: torch.device) -> Callable[[torch.Ten
 def _check_device(device: torch.device) -> None:
     if device.type == "mps":
         raise UsageError("`device` mps: PyTorch's profiler does not see what an Apple GPU runs; pass `device` cpu")
+
+
+def _check_peak(run: TrainConfig, ops: Ops, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise `DoesNotFit` if a step holds more than the free memory of a CPU.
+
+    There the system gives out more memory than there is, and might end the process; a GPU refuses by itself.
+    """
+    if device.type != "cpu":
+        return
+    need, free = footprint.estimate(run, ops, device, dtype).peak, free_memory(device)
+    if need > free:
+        raise out_of_memory.DoesNotFit(f"it holds {format_bytes(need)}, and {format_bytes(free)} are free")
 
 
 def _too_large(config: TrainConfig, reason: str | None) -> str:

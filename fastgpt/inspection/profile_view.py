@@ -25,8 +25,8 @@ from fastgpt.system.device import describe
 from fastgpt.system.streams import Lasting
 from fastgpt.system.units import counted
 
-PIPED_WIDTH = 80  # columns of a table that is not shown on a terminal
-LONGEST_NAME = 24  # characters of an operation in a table; those of compiled code have long ones
+PIPED_WIDTH = 160  # columns of a table that is not shown on a terminal
+LONGEST_NAME = 60  # characters of an operation; those of compiled code have long names
 MARK = ">"  # before the operation with the most to win
 COLOURS = {FORWARD: "#4477aa", BACKWARD: "#ee9955", "": "#889988"}
 LAYERS = "layers"
@@ -84,6 +84,7 @@ def as_json(config: ProfileConfig, measured: Profiled, profiles: Sequence[Profil
                 "seconds_without_profiler": one.plain,
                 "profiled": one.taken,
                 "kept": one.kept,
+                "limit": one.least,
                 "operations": [_row_values(row, one) for row in one.rows],
                 "modules": modules(one),
             }
@@ -113,15 +114,22 @@ def _print_all(config: ProfileConfig, measured: Profiled, profiles: Sequence[Pro
     if not console.is_terminal:
         console.width = PIPED_WIDTH
     rate = found.matmul[measured.arithmetic]
-    console.print(f"{_model(config)}; {measured.arithmetic} on {describe(measured.device)}")
-    console.print(f"ceilings: {found.bandwidth / 1e9:,.1f} GB/s, {rate / 1e9:,.4g} GFLOP/s in {measured.arithmetic}")
+    console.print(_model(config))
+    console.print(
+        f"{measured.arithmetic} on {describe(measured.device)}; ceilings {found.bandwidth / 1e9:,.1f} GB/s, "
+        f"{rate / 1e9:,.4g} GFLOP/s"
+    )
     for one in profiles:
         console.print()
         console.print(heading(one))
+        console.print()
         console.print(_operations(one))
+        console.print()
         for line in notes(one, compiled=measured.compiled):
             console.print(line)
-        console.print(_modules(one, config.n_layer))
+        if not measured.compiled:
+            console.print()
+            console.print(_modules(one, config.n_layer))
 
 
 def heading(one: Profile) -> str:
@@ -138,11 +146,11 @@ def notes(one: Profile, *, compiled: bool) -> list[str]:
     lines = []
     if (row := one.most_to_win) is not None and row.limit is not None:
         lines.append(
-            f"{MARK} the most to win: {_short(row.name)}, {_ms(row.gain)} of {_ms(one.seconds)} ms if it reached its "
-            f"limit, {row.limit.by}"
+            f"{MARK} most to win: {_short(row.name)}, {_ms(row.gain)} of {_ms(one.seconds)} ms above its limit "
+            f"({row.limit.by})"
         )
     if compiled:
-        lines.append("compiled code has no modules: its kernels, and calls of PyTorch, go by their own names")
+        lines.append("compiled code has no modules: its calls and kernels go by PyTorch's names")
     elif any((row.reached or 0) > 1 for row in one.rows):
         lines.append(
             "above 100%: its data stay in the caches, which are faster than the memory, or the machine was busier "
@@ -152,34 +160,37 @@ def notes(one: Profile, *, compiled: bool) -> list[str]:
 
 
 def _operations(one: Profile) -> Table:
-    directions = [name for name in (FORWARD, BACKWARD) if any(place.direction == name for place in one.places)]
-    both = len(directions) == 2
-    table = _table("operation", "calls", *(directions if both else []), "ms", "share", "limit", "reached")
+    directions = _directions(one)
+    table = _table("operation", "calls", *directions, "ms", "share", "limit", "reached")
     for row in one.rows:
         mark = MARK if row is one.most_to_win else " "
-        parts = [_ms(row.seconds[name]) if name in row.seconds else "" for name in directions] if both else []
+        parts = [_ms(row.seconds[name]) if name in row.seconds else "" for name in directions]
         limit = ("", "") if row.limit is None else (_ms(row.limit.seconds), f"{row.reached or 0:.0%}")
         calls = f"{row.calls:g}" if row.calls else ""
         table.add_row(
             f"{mark} {_short(row.name)}", calls, *parts, _ms(row.total), f"{row.total / one.seconds:.1%}", *limit
         )
     table.add_section()
-    sums = [_ms(sum(row.seconds.get(name, 0.0) for row in one.rows)) for name in directions] if both else []
-    limits = sum(row.limit.seconds for row in one.rows if row.limit is not None)
-    total = sum(row.total for row in one.rows)
-    table.add_row("  in all", "", *sums, _ms(total), f"{total / one.seconds:.1%}", _ms(limits), f"{limits / total:.0%}")
+    sums = [_ms(sum(row.seconds.get(name, 0.0) for row in one.rows)) for name in directions]
+    total, least = sum(row.total for row in one.rows), one.least or 0.0
+    table.add_row("  in all", "", *sums, _ms(total), f"{total / one.seconds:.1%}", _ms(least), f"{least / total:.0%}")
     return table
+
+
+def _directions(one: Profile) -> list[str]:
+    """The directions that have columns of their own; none where all is forward."""
+    return [FORWARD, BACKWARD] if any(place.direction == BACKWARD for place in one.places) else []
 
 
 def _modules(one: Profile, layers: int) -> Table:
     """A row for each module, the layers in one with its parts below, and the fastest and the slowest layer."""
-    found = modules(one)
-    table = _table("module", FORWARD, BACKWARD, "ms", "share")
+    found, directions = modules(one), _directions(one)
+    table = _table("module", *directions, "ms", "share")
 
     def add(name: str, *times: Times) -> None:
-        ways = [_ms(sum(one.get(way, 0.0) for one in times)) for way in (FORWARD, BACKWARD)]
-        whole = sum(sum(one.values()) for one in times)
-        table.add_row(name, *ways, _ms(whole), f"{whole / one.seconds:.1%}")
+        ways = [sum(own.get(way, 0.0) for own in times) for way in directions]
+        whole = sum(sum(own.values()) for own in times)
+        table.add_row(name, *(_ms(way) if way else "" for way in ways), _ms(whole), f"{whole / one.seconds:.1%}")
 
     def of(layer: int | None, part: str | None = None) -> list[Times]:
         """Those of a layer, or of all, and of a part of it."""
@@ -196,7 +207,7 @@ def _modules(one: Profile, layers: int) -> Table:
         add(f"h.0 to h.{layers - 1}, {counted(layers, 'layer')}" if layers > 1 else "h.0", *of(None))
         for part in ("norms", "attn", "mlp", ""):
             if times := of(None, part):
-                add(f"  {part or 'dropout and sums'}", *times)
+                add(f"  {part or 'rest'}", *times)
         if layers > 1:
             order = sorted(range(layers), key=lambda layer: sum(sum(times.values()) for times in of(layer)))
             add(f"  fastest: h.{order[0]}", *of(order[0]))
@@ -208,10 +219,10 @@ def _modules(one: Profile, layers: int) -> Table:
 
 
 def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in columns:
-        number = name not in ("operation", "module")
-        table.add_column(name, justify="right" if number else "left", no_wrap=True)
+    """A table whose first column has names, which may be long, and the others numbers."""
+    table = Table(box=box.SIMPLE, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for at, name in enumerate(columns):
+        table.add_column(name, justify="right" if at else "left", no_wrap=at > 0, overflow="fold")
     return table
 
 
@@ -258,7 +269,7 @@ def _bars(axes: Any, one: Profile) -> None:
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, loc="lower right")
+    axes.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=4, frameon=False)
 
 
 def _in_way(row: Row, way: str) -> float:

@@ -33,6 +33,7 @@ STEP, PHASE, MODULE, OP = "fastgpt step", "phase: ", "module: ", "op: "
 FORWARD, BACKWARD, UPDATE = "forward", "backward", "update"
 GRADIENT = "autograd::engine::evaluate_function: "  # begins the event in which PyTorch computes a gradient
 ACCUMULATING = "AccumulateGrad"  # ends that event's name where a gradient goes to its parameter
+COMPILED = "## Call CompiledFxGraph"  # begins the name of what torch.compile made, before a hash
 # Operations without a function that could be named: they are known by PyTorch's own.
 KNOWN = {"aten::dropout": "dropout"}
 HEADS, KEPT, OTHER, IDLE = "heads", "gradients kept", "other", "GPU idle"
@@ -170,7 +171,11 @@ def _own(event: Event, place: Place, on_gpu: bool, by_name: bool) -> Iterator[tu
             yield kernel.name if named else _op(place), kernel.duration * 1e-6
         return
     own = max(0.0, _length(event) - sum(map(_length, event.cpu_children))) * 1e-6
-    yield event.name.removeprefix(GRADIENT) if named and not event.name.startswith(PHASE) else _op(place), own
+    yield _own_name(event) if named and not event.name.startswith(PHASE) else _op(place), own
+
+
+def _own_name(event: Event) -> str:
+    return "compiled graph" if event.name.startswith(COMPILED) else event.name.removeprefix(GRADIENT)
 
 
 def _op(place: Place) -> str:
