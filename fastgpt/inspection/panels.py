@@ -168,7 +168,8 @@ def _layers(axes: "Axes", panel: Panel, run: Run, records: Sequence[Record], smo
     named = {*known[:: -(-len(known) // NAMED_LAYERS)], known[-1]} if known else set()
     for place in known:
         name = layer_name(place, count) if place in named else "_"
-        axes.plot(steps, values[:, place], color=colors(place / last), label=name, **LINE)
+        curve = values[:, place]
+        axes.plot(steps, curve, color=colors(place / last), label=name, **LINE, **drawing.lone(curve.tolist()))
     if known:
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8, frameon=False, labelcolor="linecolor")
 
@@ -179,7 +180,8 @@ def _range(axes: "Axes", panel: Panel, run: Run, records: Sequence[Record], smoo
     known = np.isfinite(values).any(axis=1) if values.size else np.zeros(0, dtype=bool)
     if known.any():
         steps, values = steps[known], values[known]
-        axes.plot(steps, np.nanmedian(values, axis=1), **run.style, **LINE)
+        median = np.nanmedian(values, axis=1)
+        axes.plot(steps, median, **run.style, **LINE, **drawing.lone(median.tolist()))
         color = run.style["color"]
         axes.fill_between(steps, np.nanmin(values, axis=1), np.nanmax(values, axis=1), color=color, alpha=0.15, lw=0)
 

@@ -1,5 +1,6 @@
 """Draws what runs have logged on matplotlib's axes: curves in pieces, and the marks of another evaluation set."""
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,11 @@ def usual_weight(count: int) -> float:
     return count / (count + 50)
 
 
+def lone(values: Sequence[float]) -> dict[str, Any]:
+    """The style of a curve that has a single point, of which a line alone would show nothing."""
+    return {"marker": "o", "markersize": 4} if sum(map(math.isfinite, values)) == 1 else {}
+
+
 def draw(
     axes: "Axes",
     parts: Sequence[Sequence[Record]],
@@ -76,7 +82,7 @@ def draw(
         if weight:
             (line,) = axes.plot(across, values, **style | RAW, label="_")
             style["color"] = line.get_color()
-        (line,) = axes.plot(across, smoothed(values, weight) if weight else values, **style, label=label)
+        (line,) = axes.plot(across, smoothed(values, weight) if weight else values, **lone(values) | style, label=label)
         style["color"], label = line.get_color(), "_"  # the legend ignores labels that begin with _
 
 

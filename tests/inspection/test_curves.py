@@ -76,6 +76,16 @@ def test_a_running_mean_is_drawn_over_its_values_and_breaks_with_the_evaluation_
     assert len({line.get_color() for line in axes.lines}) == 1
 
 
+@pytest.mark.parametrize("runs", [1, 2])
+def test_a_single_record_is_drawn_as_a_point(runs: int):
+    record = {"step": 1, "tokens": 8, "loss": 2.0, "grad_norm": 1.0, "stats": {"weight_norm": [1.0, 3.0, 2.0]}}
+    shown = [Run(number, str(number), history([record])) for number in range(runs)]
+    for panel in present(shown):
+        axes = Figure().subplots()
+        paint(axes, panel, shown, None)
+        assert "o" in [line.get_marker() for line in axes.lines]
+
+
 def test_there_is_a_panel_for_what_was_logged_and_no_other():
     loss, rest = [f"loss against {x}" for x in ("steps", "tokens", "time in steps")], ["learning rate", "gradient norm"]
     assert panels(healthy()) == [*loss, *rest, "tokens/s"]
