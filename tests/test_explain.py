@@ -67,6 +67,12 @@ def test_without_a_checkpoint_it_says_what_was_not_checked(capsys: pytest.Captur
     assert err == "whether the output repeats was not checked: the run has no checkpoint\n"
 
 
+def test_a_first_record_is_one_step(capsys: pytest.CaptureFixture[str]):
+    write(Path("first"), [{"step": 1, "tokens": 8, "loss": 4.0}], max_iters=1)
+    assert run("first", "--no-sample") == 0
+    assert capsys.readouterr().out == "first: no problem in 1 step; train loss 4.0000, not evaluated\n"
+
+
 def test_a_sample_of_the_best_checkpoint_is_made_and_judged(
     trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -106,8 +106,9 @@ def _print(run: History, findings: list[Finding]) -> None:
 
 
 def _headline(facts: dict[str, Any], problems: int) -> str:
-    of_all = "" if facts["max_iters"] in (None, facts["steps"]) else f" of {facts['max_iters']:,}"
-    said = [f"{counted(problems, 'problem') if problems else 'no problem'} in {facts['steps']:,}{of_all} steps"]
+    steps, most = facts["steps"], facts["max_iters"]
+    done = counted(steps, "step") if most in (None, steps) else f"{steps:,} of {counted(most, 'step')}"
+    said = [f"{counted(problems, 'problem') if problems else 'no problem'} in {done}"]
     if facts["best_val_loss"] is not None:
         said.append(f"best val loss {facts['best_val_loss']:.4f} at step {facts['best_step']:,}")
     elif facts["loss"] is not None:
