@@ -1,5 +1,6 @@
 """Settings of the commands that read what runs have logged: `fastgpt plot` and `fastgpt explain`."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,11 +30,11 @@ class PlotConfig(Settings):
     def check(self) -> None:
         if Path(self.output).suffix.lower() not in SUFFIXES:
             raise UsageError(f"`output` {self.output} ends in none of {', '.join(SUFFIXES)}; name such a file")
-        seen: set[Path] = set()
+        seen: set[str] = set()
         for run in map(Path, self.runs):
-            if run.absolute() in seen:
+            if (place := os.path.realpath(run)) in seen:
                 raise UsageError(f"`runs` {run} is given twice; leave one out")
-            seen.add(run.absolute())
+            seen.add(place)
 
 
 @dataclass(frozen=True)

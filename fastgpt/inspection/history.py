@@ -138,6 +138,9 @@ def _milliseconds(record: Record) -> float:
 
 def _settings(path: Path) -> dict[str, Any]:
     """The settings in a `config.json` that this version knows; nothing is trained with them, so its hash may differ."""
+    if not path.exists():
+        print(f"{path.parent} has no {path.name}: a run's settings are known once it has a checkpoint", file=sys.stderr)
+        return {}
     try:
         found = json_files.read_object(path).get("config")
     except UsageError as error:
