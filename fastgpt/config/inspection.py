@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -59,11 +60,16 @@ class AttentionConfig(Settings):
                 f"`checkpoint` {self.checkpoint} is one, and `checkpoints` {shown(self.checkpoints)} are several; "
                 "leave one of them out"
             )
-        owners: dict[str, str] = {}
-        for name, path in self.outputs.items():
-            if other := owners.get(place := os.path.realpath(path)):
-                raise UsageError(f"`{other}` and `{name}` are both {path}; name two files")
-            owners[place] = name
+        _check_apart(self.outputs)
+
+
+def _check_apart(outputs: Mapping[str, str]) -> None:
+    """Raise `UsageError` if two settings name the same file."""
+    owners: dict[str, str] = {}
+    for name, path in outputs.items():
+        if other := owners.get(place := os.path.realpath(path)):
+            raise UsageError(f"`{other}` and `{name}` are both {path}; name two files")
+        owners[place] = name
 
 
 @dataclass(frozen=True)
@@ -140,6 +146,15 @@ class ProfileConfig(WorkConfig):
     png: str | None = option(None, "a picture: a bar for each operation, and its limit", path=True)
     trace: str | None = option(None, "a Chrome trace (JSON), for chrome://tracing or Perfetto", path=True)
     json: bool = option(False, "print one JSON object instead of tables")
+
+    @property
+    def outputs(self) -> dict[str, str]:
+        """The files to write, by their settings."""
+        return {name: path for name in ("png", "trace") if (path := getattr(self, name)) is not None}
+
+    def check(self) -> None:
+        super().check()
+        _check_apart(self.outputs)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping
 
 import torch
@@ -30,14 +31,15 @@ FORMATS = {
 }
 
 
-def show(config: MachineConfig, source: Source | None) -> int:
-    """Print the report, or its JSON object; the exit code.
+def show(config: MachineConfig, source: Source | None, why: str) -> int:
+    """Print the report, or its JSON object; the exit code. `why` is a line on how the settings were chosen.
 
     Raises:
         UsageError: the device, the arithmetic or the backends that the settings name are not there.
     """
     with threads.restored():
         sections = gather(config, source)
+    print(why, file=sys.stderr)
     sections = sections if config.paths else without_names(sections)
     print(json.dumps(values(sections), ensure_ascii=False) if config.json else report(sections))
     return 0

@@ -12,8 +12,11 @@ from fastgpt.system.device import free_memory, parse_memory
 from fastgpt.system.units import format_exactly
 
 
-def show(config: MemoryConfig, source: Source | None) -> int:
+def show(config: MemoryConfig, source: Source | None, why: str) -> int:
     """Print a table or one JSON object, and write the picture that is asked for; the exit code.
+
+    Args:
+        why: a line on how the settings were chosen.
 
     Raises:
         UsageError: the settings are not those of the weights, the machine lacks what they ask for, a file cannot be
@@ -26,6 +29,9 @@ def show(config: MemoryConfig, source: Source | None) -> int:
         found = Found(work, work.step(), work.generation(config.max_batch))
         if budget is not None:
             _check_budget(budget, found)
+        if config.measure:
+            _check_free(found)
+        print(why, file=sys.stderr)
         if config.measure:
             found = _measured(found)
         fit = None if budget is None else memory_fit.find(work, budget, found.training, found.generation)
@@ -47,8 +53,7 @@ def _check_budget(budget: int, found: Found) -> None:
         )
 
 
-def _measured(found: Found) -> Found:
-    """The same with what a real step and a real generation hold."""
+def _check_free(found: Found) -> None:
     work, config = found.work, found.work.config
     free = free_memory(work.device)
     for what, need, setting in (
@@ -60,6 +65,11 @@ def _measured(found: Found) -> Found:
                 f"`measure` runs a {what} that holds about {format_exactly(need)}, and {work.device} has "
                 f"{format_exactly(free)} free; lower {setting}, or leave `measure` out"
             )
+
+
+def _measured(found: Found) -> Found:
+    """The same with what a real step and a real generation hold."""
+    work = found.work
     print("measuring two training steps and a generation", file=sys.stderr)
     with out_of_memory.caught() as shortage, contention.watching(work.machine.threads):
         return Found(work, found.training, found.generation, work.measured_step(), work.measured_generation())

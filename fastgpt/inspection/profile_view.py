@@ -1,6 +1,5 @@
 """Shows a profile: tables on stdout, or one JSON object, and where asked for a picture and a Chrome trace."""
 
-import functools
 import io
 import sys
 import tempfile
@@ -33,15 +32,22 @@ LAYERS = "layers"
 Times = Mapping[str, float]  # seconds by direction
 
 
-def show(config: ProfileConfig, source: Source | None) -> int:
+def show(config: ProfileConfig, source: Source | None, why: str) -> int:
     """Profile the work and show it. Returns the exit code.
+
+    Args:
+        why: a line on how the settings were chosen.
 
     Raises:
         UsageError: the settings or the machine make it impossible, or a file cannot be written.
     """
-    asked = {setting: name for setting in ("png", "trace") if (name := getattr(config, setting)) is not None}
-    paths = {setting: outputs.check(setting, name) for setting, name in asked.items()}
-    say = functools.partial(print, file=sys.stderr)
+    paths = {setting: outputs.check(setting, name) for setting, name in config.outputs.items()}
+    unsaid = [why]  # until the first line of progress, before which everything is checked
+
+    def say(text: str) -> None:
+        print(*unsaid, text, sep="\n", file=sys.stderr)
+        unsaid.clear()
+
     measured = (profile.generation if config.generate else profile.training)(config, source, say)
     say(f"measuring the bandwidth and the matrix products of {describe(measured.device)}, a few seconds")
     found = ceilings.measure(measured.device)

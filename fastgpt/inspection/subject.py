@@ -1,7 +1,6 @@
 """Completes the settings of a view: what was given changes a preset, or the settings of a model that is opened."""
 
 import dataclasses
-import sys
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -18,8 +17,10 @@ Config = TypeVar("Config", bound=WorkConfig)
 ASSUMED_VOCABULARY = {"char": 96, "byte": 256}
 
 
-def complete(kind: type[Config], preset: str | None, given: Mapping[str, Any]) -> tuple[Config, Source | None]:
-    """The whole configuration of a view, and the model that `src` names; says on stderr what was chosen, and why.
+def complete(kind: type[Config], preset: str | None, given: Mapping[str, Any]) -> tuple[Config, Source | None, str]:
+    """The whole configuration of a view, the model that `src` names, and a line on what was chosen, and why.
+
+    A view prints the line once nothing can be refused any more: what is refused has one line on stderr.
 
     Raises:
         UsageError: the settings do not fit each other, or there is no such model.
@@ -38,8 +39,7 @@ def complete(kind: type[Config], preset: str | None, given: Mapping[str, Any]) -
         why = f"the model {src}"
     config = dataclasses.replace(kind.of(start), **given)
     validate(config)
-    print(why, file=sys.stderr)
-    return config, source
+    return config, source, why
 
 
 def _settings(source: Source, given: Mapping[str, Any]) -> TrainConfig:
