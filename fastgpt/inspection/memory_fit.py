@@ -13,7 +13,7 @@ from fastgpt.model.footprint import Footprint
 from fastgpt.ops import table
 from fastgpt.training.footprint import StepFootprint
 
-MOST = 65_536  # sequences
+MOST = 1 << 24  # sequences
 SHORTEST = 16  # tokens
 
 

@@ -10,6 +10,8 @@ backward pass, between the products, is in float32.
 Offered here: `attention_by_products`.
 """
 
+import math
+
 import torch
 
 from fastgpt_kernels.dropout import apply_dropout, weights_kept
@@ -19,6 +21,8 @@ from fastgpt_kernels.torch_private import softmax_backward
 
 # The most float32 scores at once on a CPU: so many stay in the cache until they have become weights.
 SCORES = 1 << 20
+# The most parts of a batch on a CPU: an estimate on fake tensors walks through each of them too.
+PARTS = 64
 
 
 def attention_by_products(
@@ -96,7 +100,7 @@ def _product(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
 
 def _narrow_weights(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
     (B, H, Tq, _), Tk = q.shape, k.shape[2]
-    size = max(1, SCORES // max(1, H * Tq * Tk))  # sequences
+    size = max(1, SCORES // max(1, H * Tq * Tk), math.ceil(B / PARTS))  # sequences
     if size >= B or q.device.type != "cpu" or torch.compiler.is_compiling():
         return _weights(q, k, mask, scale).to(q.dtype)
     weights = q.new_empty(B, H, Tq, Tk)

@@ -167,6 +167,18 @@ def test_scores_made_in_parts_are_the_same(names, monkeypatch):
     assert torch.equal(torch_ops.causal_attention(*inputs, **arguments), whole)
 
 
+def test_a_large_batch_is_made_in_few_parts(monkeypatch):
+    torch.manual_seed(0)
+    inputs = [t.bfloat16().requires_grad_() for t in torch.randn(3, 150, 3, 2, 4)]
+    whole = torch_ops.causal_attention(*inputs)
+    made = []
+    weights = product_attention._weights
+    monkeypatch.setattr(product_attention, "SCORES", 1)
+    monkeypatch.setattr(product_attention, "_weights", lambda *args: made.append(len(args[0])) or weights(*args))
+    assert torch.equal(torch_ops.causal_attention(*inputs), whole)
+    assert made == 50 * [3]  # not 150 of 1
+
+
 @pytest.mark.parametrize("names", ["", "dropout", "documents"])
 @pytest.mark.parametrize(("Tq", "Tk"), [(5, 5), (1, 5), (70, 70)])
 def test_attention_of_an_empty_batch_is_empty(Tq, Tk, names):
