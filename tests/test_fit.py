@@ -26,7 +26,7 @@ SETTINGS = {
     **{"block_size": 8, "dropout": 0.0, "batch_size": 4, "gradient_accumulation_steps": 2, "learning_rate": 1e-2},
     **{"warmup_iters": 2, "max_iters": 6, "eval_interval": 3, "eval_iters": 2, "log_interval": 1, "sample_interval": 0},
 }
-UNTIMED = ("ms", "tokens_per_second", "memory")
+UNTIMED = ("seconds", "ms", "tokens_per_second", "memory")
 STRICT = """\
 import fastgpt
 

@@ -13,7 +13,6 @@ from string import Template
 import numpy as np
 
 from fastgpt.inspection import history
-from fastgpt.inspection.history import SECONDS
 from fastgpt.inspection.panels import COLORS, Panel, Run, paint
 from fastgpt.system.units import counted, format_duration
 
@@ -99,7 +98,7 @@ def _facts(run: Run, names: Sequence[str]) -> dict[str, str]:
         "best val loss": "-" if best is None else f"{val[best]:.4f} at step {steps[best]:,}",
         "last train loss": f"{loss[-1]:.4f}" if loss.size else "-",
         "tokens/s (median)": f"{np.median(speed):,.0f}" if speed.size else "-",
-        "time in steps": format_duration(records.records[-1][SECONDS]),
+        "wall time": "-" if records.seconds is None else format_duration(records.seconds),
     }
 
 

@@ -27,7 +27,6 @@ NAMES = [field.name for field in dataclasses.fields(TrainConfig)]
 PLACES = ("out_dir", "data_dir", "corpus_file", "gpt2_vocab")  # settings that say where a run is, not how it trains
 MOST_NAMED = 3  # settings in a run's label
 LONGEST = 40  # characters of a setting's value in a label
-SECONDS = "seconds"  # the key under which `timed` adds the time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +34,7 @@ class History:
     """The records of a run, in their order, and its settings.
 
     Attributes:
-        records: with `seconds`: the time in steps so far, without compiling, evaluating and saving.
+        records: as `fastgpt.loggers.jsonl` lists them; older versions did not log `seconds`.
         settings: those that `config.json` has, or none where it cannot be read.
     """
 
@@ -47,6 +46,12 @@ class History:
     def steps(self) -> int:
         """Steps that are done, as far as they are logged."""
         return self.records[-1]["step"]
+
+    @property
+    def seconds(self) -> float | None:
+        """Wall time at the last record that has it."""
+        found = drawing.drawable(self.records, "seconds")
+        return found[-1]["seconds"] if found else None
 
     def curve(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """The steps (N,) and the values (N,) of a key, without records that have no number there."""
@@ -82,21 +87,7 @@ def read(folder: str, setting: str) -> History:
         raise UsageError(f"`{setting}` {folder}: no step is logged there yet; wait for the first, or name another run")
     if damaged:
         print(f"{path}: {counted(damaged, 'damaged line')} left out", file=sys.stderr)
-    return History(out_dir, timed(records), _settings(out_dir / "config.json"))
-
-
-def timed(records: Sequence[Record]) -> list[Record]:
-    """Copies of the records with the seconds in steps so far: `ms` is the mean of the steps since the one before.
-
-    The first step, which compiles, has no time of its own; it gets that of the next ones, or none.
-    """
-    result, seconds, step = [], 0.0, 0
-    for record in records:
-        if "ms" in record:
-            seconds += max(0, record["step"] - step) * _milliseconds(record) / 1e3
-            step = record["step"]
-        result.append({**record, SECONDS: seconds})
-    return result
+    return History(out_dir, records, _settings(out_dir / "config.json"))
 
 
 def label(histories: Sequence[History]) -> list[str]:
@@ -130,10 +121,6 @@ def value(history: History, name: str) -> str:
     found = history.settings.get(name, getattr(TrainConfig, name))
     text = "default" if found is None else f"{found:g}" if isinstance(found, float) else str(found)
     return text if len(text) <= LONGEST else f"...{text[-LONGEST:]}"
-
-
-def _milliseconds(record: Record) -> float:
-    return max(0.0, record["ms"]) if drawing.is_drawn(record["ms"]) else 0.0
 
 
 def _settings(path: Path) -> dict[str, Any]:

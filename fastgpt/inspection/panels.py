@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastgpt.inspection.history import SECONDS, History
+from fastgpt.inspection.history import History
 from fastgpt.loggers import drawing
 from fastgpt.loggers.base import Record
 
@@ -30,7 +30,7 @@ LAYERS = ("#3b7dd8", "#2aa198", "#c9a227", "#dc5a3c")  # from the first layer to
 LINE: dict[str, Any] = {"linewidth": 1.4}
 POINTS: dict[str, Any] = {"linewidth": 1.1, "markersize": 4, "linestyle": (0, (4, 2))}  # of val losses
 WIDE = 40.0  # times as large as the median: a curve with such a value has a logarithmic axis
-NAMES = {"step": "steps", "tokens": "tokens", SECONDS: "time in steps"}
+NAMES = {"step": "steps", "tokens": "tokens", "seconds": "wall time"}
 VALUES = {"lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_second": "tokens/s"}
 STATS = {  # in two rows
     "grad_norm": (2, "gradient norm by layer"),
@@ -83,8 +83,8 @@ class Panel:
 def present(runs: Sequence[Run]) -> list[Panel]:
     """The panels for which a run has numbers."""
     keys = {key for run in runs for record in run.history.records for key in record if drawing.is_drawn(record[key])}
-    across = ["step", "tokens", *([SECONDS] if any(map(_spent, runs)) else [])]
-    found = [Panel(0, f"loss against {NAMES[x]}", x, "loss", _loss) for x in across if keys & {"loss", "val_loss"}]
+    losses = keys & {"loss", "val_loss"}
+    found = [Panel(0, f"loss against {name}", x, "loss", _loss) for x, name in NAMES.items() if losses and x in keys]
     found += [Panel(1, title, "step", key, _value) for key, title in VALUES.items() if key in keys]
     draw = _layers if len(runs) == 1 else _range
     for key, (row, title) in STATS.items():
@@ -96,12 +96,13 @@ def present(runs: Sequence[Run]) -> list[Panel]:
 def paint(axes: "Axes", panel: Panel, runs: Sequence[Run], smooth: float | None) -> None:
     """Draw a panel of the runs; `smooth` is that of `drawing.draw`."""
     name, unit = panel.x, 1.0
-    if panel.x == SECONDS:
-        unit, name = _unit(max(map(_spent, runs)))
+    if panel.x == "seconds":
+        unit, name = _unit(max(run.history.seconds or 0.0 for run in runs))
     for run in runs:
         records = run.history.records
-        if panel.x == SECONDS:
-            records = [{**record, SECONDS: record[SECONDS] / unit} for record in records]
+        if panel.x == "seconds":
+            timed = drawing.drawable(records, "seconds")
+            records = [{**record, "seconds": record["seconds"] / unit} for record in timed]
         panel.draw(axes, panel, run, records, smooth)
     _scale(axes, panel)
     axes.set_title(panel.title, fontsize=10)
@@ -186,16 +187,12 @@ def _range(axes: "Axes", panel: Panel, run: Run, records: Sequence[Record], smoo
         axes.fill_between(steps, np.nanmin(values, axis=1), np.nanmax(values, axis=1), color=color, alpha=0.15, lw=0)
 
 
-def _spent(run: Run) -> float:
-    return run.history.records[-1][SECONDS]
-
-
 def _unit(seconds: float) -> tuple[float, str]:
     """The unit for a time axis, in seconds, and its name."""
     for unit, name in ((86_400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= 2 * unit:
-            return unit, f"time in steps ({name})"
-    return 1, "time in steps (seconds)"
+            return unit, f"wall time ({name})"
+    return 1, "wall time (seconds)"
 
 
 def _is_wide(axes: "Axes") -> bool:

@@ -19,9 +19,11 @@ class Logger(Protocol):
 
     Attributes:
         name: how warnings and the run's conclusion call it.
+        seconds: the wall time of the last record that the first `start` found, where a run goes on.
     """
 
     name: str
+    seconds: float = 0.0
 
     def start(self, progress: Progress) -> None:
         """Record from here on: before the first step, and again after a return to an earlier one.

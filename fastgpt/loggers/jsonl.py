@@ -1,6 +1,7 @@
 """`metrics.jsonl`: what a run measured, one JSON object a line.
 
-Each has `step` (optimizer steps done) and `tokens` (seen so far), and one of
+Each has `step` (optimizer steps done), `tokens` (seen so far), `seconds` (wall time since training began: compiling,
+evaluations and saves are included, the time from a stop to its resume is not), and one of
 - `loss`, `lr`, `grad_norm`, `ms` (a step), `tokens_per_second`, `mfu` (share of the chip's peak) and `memory` (peak
   bytes); with `log_stats`, every `log_interval` steps, also `stats`;
 - `val_loss`;
@@ -62,6 +63,8 @@ class MetricsFile(Logger):
                     line = b"\n"
                     break
                 self.end += len(line)
+                if record and isinstance(known := record.get("seconds"), int | float):
+                    self.seconds = known
         self.file.truncate(self.end)
         if not line.endswith(b"\n"):  # a crash cut it just before its end
             self.end += self.file.write(b"\n")

@@ -1,5 +1,6 @@
 """Passes what a run has to say to its loggers and its display, and counts what the disk did not take."""
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -23,6 +24,7 @@ class RunLog:
     def __init__(self, display: Display, loggers: Sequence[Logger]):
         self.display, self.loggers = display, (*loggers, display)
         self.failures = 0
+        self.began = time.monotonic()  # when training would have, had it never stopped
         self.conclusion: dict[str, str] = {}
 
     def __enter__(self) -> "RunLog":
@@ -38,6 +40,7 @@ class RunLog:
         """Record from here on; the display is started when training begins. Raises OSError if a file is refused."""
         for logger in self.loggers[:-1]:
             logger.start(progress)
+        self.began = time.monotonic() - max(logger.seconds for logger in self.loggers)
 
     def go_back(self, progress: Progress) -> None:
         """Record from an earlier step on."""
@@ -46,6 +49,8 @@ class RunLog:
                 logger.start(progress)
 
     def log(self, record: Record) -> None:
+        """Record something, with the wall time since training began."""
+        record = {**record, "seconds": round(time.monotonic() - self.began, 3)}
         for logger in self.loggers:
             with self._warning(f"{logger.name} misses a line of step {record['step']}"):
                 logger.log(record)

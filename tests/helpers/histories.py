@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastgpt.config.training import TrainConfig
-from fastgpt.inspection.history import History, timed
+from fastgpt.inspection.history import History
 
 STEPS = np.arange(10, 1501, 10)
 SETTINGS = {"learning_rate": 1e-3, "grad_clip": 1.0, "max_iters": 1500, "warmup_iters": 100, "n_layer": 6}
@@ -35,7 +35,7 @@ def healthy(**changes: Change | np.ndarray) -> list[dict[str, Any]]:
     records = []
     for at, step in enumerate(STEPS.tolist()):
         record = {key: float(curve[at]) for key, curve in curves.items() if key != "val_loss"}
-        place = {"step": step, "tokens": step * 2048}
+        place = {"step": step, "tokens": step * 2048, "seconds": step * 0.33}
         records.append(place | {k: v for k, v in record.items() if v == v} | {"ms": 2048e3 / 6400})
         if not np.isnan(curves["val_loss"][at]):
             records.append(place | {"val_loss": float(curves["val_loss"][at])})
@@ -44,7 +44,7 @@ def healthy(**changes: Change | np.ndarray) -> list[dict[str, Any]]:
 
 def history(records: list[dict[str, Any]], **settings: Any) -> History:
     """The records as a run with the usual settings, changed by some."""
-    return History(Path("made"), timed(records), SETTINGS | settings)
+    return History(Path("made"), records, SETTINGS | settings)
 
 
 def write(folder: Path, records: list[dict[str, Any]], **settings: Any) -> Path:

@@ -1,4 +1,4 @@
-"""What is drawn of runs: their labels, the time in steps, running means, and which panels there are."""
+"""What is drawn of runs: their labels, wall time, running means, and which panels there are."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from fastgpt.inspection.history import SECONDS, label, timed
+from fastgpt.inspection.history import label
 from fastgpt.inspection.panels import Run, by_layer, layer_name, paint, present
 from fastgpt.loggers import drawing
 from tests.helpers.histories import healthy, history
@@ -44,15 +44,17 @@ def test_runs_are_named_by_what_differs(runs: list, labels: list[str]):
     assert label(runs) == labels
 
 
-def test_the_time_in_steps_is_the_sum_of_what_the_records_measured():
-    records = [
-        {"step": 1, "tokens": 8, "loss": 3.0, "ms": None},
-        {"step": 10, "tokens": 80, "loss": 2.0, "ms": 100.0},
-        {"step": 10, "tokens": 80, "val_loss": 2.5},
-        {"step": 12, "tokens": 96, "loss": 1.5, "ms": 2000.0},
-    ]
-    assert [record[SECONDS] for record in timed(records)] == pytest.approx([0, 0.9, 0.9, 4.9])
-    assert SECONDS not in records[0]
+def test_wall_time_is_drawn_of_the_records_that_have_it():
+    """The first record is of an older version, which did not log it."""
+    records = [{"step": step, "tokens": 8 * step, "loss": 3.0 - step, "seconds": 60.0 * step} for step in (1, 2, 3)]
+    del records[0]["seconds"]
+    shown = [Run(number, str(number), history(found)) for number, found in enumerate([records, records[:1]])]
+    assert [run.history.seconds for run in shown] == [180.0, None]
+    (panel,) = (panel for panel in present(shown) if panel.x == "seconds")
+    axes = Figure().subplots()
+    paint(axes, panel, shown, 0.0)
+    assert [np.array(line.get_data()).tolist() for line in axes.lines] == [[[2.0, 3.0], [1.0, 0.0]]]
+    assert axes.get_xlabel() == "wall time (minutes)"
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.3, 0.9])
@@ -87,7 +89,7 @@ def test_a_single_record_is_drawn_as_a_point(runs: int):
 
 
 def test_there_is_a_panel_for_what_was_logged_and_no_other():
-    loss, rest = [f"loss against {x}" for x in ("steps", "tokens", "time in steps")], ["learning rate", "gradient norm"]
+    loss, rest = [f"loss against {x}" for x in ("steps", "tokens", "wall time")], ["learning rate", "gradient norm"]
     assert panels(healthy()) == [*loss, *rest, "tokens/s"]
     bare = [{"step": 1, "tokens": 8, "loss": 2.0}, {"step": 2, "tokens": 16, "loss": None, "lr": 0.1}]
     assert panels(bare) == [*loss[:2], "learning rate"]

@@ -1,5 +1,6 @@
 """metrics.jsonl, the stopwatch, the formulas, and the picture."""
 
+import io
 import json
 import math
 import time
@@ -11,14 +12,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from fastgpt.checkpoint.progress import Progress
 from fastgpt.config.model import ModelConfig
+from fastgpt.loggers.console import Display
 from fastgpt.loggers.curves import plot_loss
 from fastgpt.loggers.jsonl import MetricsFile, read_metrics
 from fastgpt.model.gpt import GPT
 from fastgpt.system.units import format_bytes, format_seconds
+from fastgpt.training import log as run_log
 from fastgpt.training import speed
+from fastgpt.training.log import RunLog
 from fastgpt.training.speed import Stopwatch, flops_per_token
 from tests.helpers.records import RECORD
 
@@ -51,7 +56,7 @@ def test_every_line_is_on_disk_as_soon_as_it_is_written(path: Path):
             assert [line["step"] for line in lines(path)] == list(range(1, step + 1))
     with pytest.raises(ValueError, match="closed"):
         file.log(RECORD)
-    assert read_metrics(path) == [RECORD | {"step": 1}, RECORD | {"step": 2}]
+    assert read_metrics(path) == [RECORD | {"step": step} for step in (1, 2)]
 
 
 def test_reopening_forgets_the_steps_that_are_done_again(path: Path):
@@ -60,6 +65,31 @@ def test_reopening_forgets_the_steps_that_are_done_again(path: Path):
         file.log({"step": 30, "tokens": 1})
     assert [line["step"] for line in lines(path)] == [10, 20, 20, 30]
     assert list(path.parent.iterdir()) == [path]
+
+
+@contextmanager
+def recording(path: Path, progress: Progress) -> Iterator[RunLog]:
+    """The log of a run, from its start to its end."""
+    with RunLog(Display(Console(file=io.StringIO()), 9, 1.0), [MetricsFile(path.parent)]) as log:
+        log.start(progress)
+        yield log
+
+
+def test_wall_time_goes_on_over_a_resume_and_over_a_return_to_an_earlier_step(path: Path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(run_log, "time", type("Clock", (), {"monotonic": staticmethod(lambda: now[0])}))
+    with recording(path, Progress()) as log:
+        for step in (1, 2, 3):
+            now[0] += 10
+            log.log(RECORD | {"step": step})
+    now[0] += 5000  # stopped, with a checkpoint of step 2
+    with recording(path, Progress(step=2)) as log:
+        now[0] += 7
+        log.log(RECORD | {"step": 3})
+        log.go_back(Progress(step=2))
+        now[0] += 0.0625
+        log.log(RECORD | {"step": 3})
+    assert {line["step"]: line["seconds"] for line in lines(path)} == {1: 10, 2: 20, 3: 27.062}
 
 
 def kept(path: Path, records: list[dict], progress: Progress) -> list[dict]:
