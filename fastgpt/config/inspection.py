@@ -26,7 +26,9 @@ class AttentionConfig(Settings):
     download: bool = option(False, "fetch a model that is named from Hugging Face's hub")
     checkpoint: str = option("best", "of a run: best, latest, or a step's folder name such as step-000500", path=True)
     text: str | None = option(
-        None, "the text that the model reads, <|endoftext|> as one token; FILE:path reads a file, - reads stdin"
+        None,
+        "the text that the model reads, <|endoftext|> as one token if the vocabulary has it; FILE:path reads a file, - "
+        "reads stdin",
     )
     checkpoints: str | None = option(
         None, "a slider over a run's checkpoints: all, or so many, evenly spaced, at most 12"

@@ -162,7 +162,7 @@ def _described(config: ModelConfig) -> str:
     shared = f" ({config.kv_heads} for keys and values)" if config.kv_heads != config.n_head else ""
     return (
         f"{counted(config.n_layer, 'layer')}, {counted(config.n_head, 'head')}{shared}, width {config.n_embd:,}, "
-        f"context {config.block_size:,}, {counted(config.known_vocab, 'token')}, "
+        f"context {config.block_size:,}, vocabulary {config.known_vocab:,}, "
         f"{count_parameters(config) / 1e6:.3g}M parameters"
     )
 

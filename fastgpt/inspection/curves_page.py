@@ -110,11 +110,11 @@ def _row(run: Run, row: dict[str, str]) -> str:
 
 def _key(panels: Sequence[Panel], runs: int, smooth: float | None) -> str:
     """The kinds of lines in words."""
-    lines = "" if smooth == 0 else "Whole lines are running means, with the values faint behind them. "
-    val = "Val losses are dots on a dashed line, which breaks where the evaluation set changes."
+    lines = "" if smooth == 0 else "Solid lines are running means, with the values faint behind them. "
+    val = "Val losses are markers on a dashed line, which breaks where the evaluation set changes."
     by_layer = runs > 1 and any(panel.title.endswith("by layer") for panel in panels)
     bands = " By layer: the median of the layers, in a band from the lowest to the highest." if by_layer else ""
-    return f"{lines}{val} Time in steps leaves out compiling, evaluating and saving.{bands}"
+    return f"{lines}{val} Wall time includes compiling, evaluating and saving.{bands}"
 
 
 def _svg(panel: Panel, runs: Sequence[Run], smooth: float | None, number: int) -> str:

@@ -69,7 +69,7 @@ def _sample(config: ExplainConfig) -> tuple[str | None, str | None]:
 
 
 def _uniform(out_dir: Path) -> float | None:
-    """The loss of a guess in which all tokens are alike; None where the vocabulary cannot be read."""
+    """The loss of a uniform guess; None where the vocabulary cannot be read."""
     try:
         return math.log(saved.load(out_dir / "tokenizer.json").vocab_size)
     except UsageError:

@@ -17,6 +17,7 @@ import torch
 # A head is labelled by a pattern to whose keys it gives at least this share of its weight, and at least so many times
 # the share that they would have if all keys were equal: in a short text, or one of few letters, that alone is much.
 LABELLED, TIMES_EQUAL = 0.25, 2.0
+FEWEST = 4  # queries that have such a key; of fewer a score says little
 LABELS = {"previous": "previous token", "first": "first token", "induction": "induction"}
 
 
@@ -43,6 +44,7 @@ class Patterns:
     Attributes:
         keys: bool (T, T), by the names of `LABELS`.
         equal: the score of a head whose weights are all the same; None where no query has such a key.
+        queries: how many have such a key.
     """
 
     def __init__(self, tokens: torch.Tensor, documents: torch.Tensor | None = None):
@@ -61,6 +63,7 @@ class Patterns:
             "first": starts & earlier,
             "induction": followed & earlier,
         }
+        self.queries = {name: int(mask.any(-1).sum()) for name, mask in self}
         seen = ((key <= query) & together).float()
         self.equal = {name: _scores((seen / seen.sum(-1, keepdim=True))[None], mask)[0] for name, mask in self}
 
@@ -83,7 +86,8 @@ def measure(weights: torch.Tensor, patterns: Patterns) -> list[Head]:
 
 def _labels(scores: Mapping[str, float | None], patterns: Patterns) -> tuple[tuple[str, float], ...]:
     least = {name: max(LABELLED, TIMES_EQUAL * (equal or 0.0)) for name, equal in patterns.equal.items()}
-    found = [(LABELS[name], score) for name, score in scores.items() if score is not None and score >= least[name]]
+    known = [name for name, count in patterns.queries.items() if count >= FEWEST]
+    found = [(LABELS[name], score) for name in known if (score := scores[name]) is not None and score >= least[name]]
     return tuple(sorted(found, key=lambda label: -label[1]))
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from fastgpt.checkpoint import run_folder
 from fastgpt.config.fields import validate_fields
 from fastgpt.config.training import TrainConfig
 from fastgpt.errors import UsageError
@@ -36,11 +37,13 @@ class History:
     Attributes:
         records: as `fastgpt.loggers.jsonl` lists them; older versions did not log `seconds`.
         settings: those that `config.json` has, or none where it cannot be read.
+        imported: whether training began from another model's weights, as far as is known.
     """
 
     out_dir: Path
     records: list[Record]
     settings: Mapping[str, Any]
+    imported: bool = False
 
     @property
     def steps(self) -> int:
@@ -87,7 +90,7 @@ def read(folder: str, setting: str) -> History:
         raise UsageError(f"`{setting}` {folder}: no step is logged there yet; wait for the first, or name another run")
     if damaged:
         print(f"{path}: {counted(damaged, 'damaged line')} left out", file=sys.stderr)
-    return History(out_dir, records, _settings(out_dir / "config.json"))
+    return History(out_dir, records, *_settings(out_dir / "config.json"))
 
 
 def label(histories: Sequence[History]) -> list[str]:
@@ -123,17 +126,22 @@ def value(history: History, name: str) -> str:
     return text if len(text) <= LONGEST else f"...{text[-LONGEST:]}"
 
 
-def _settings(path: Path) -> dict[str, Any]:
-    """The settings in a `config.json` that this version knows; nothing is trained with them, so its hash may differ."""
+def _settings(path: Path) -> tuple[dict[str, Any], bool]:
+    """The settings in a `config.json` that this version knows, and whether it names a model that the run began from.
+
+    Nothing is trained with them, so its hash may differ.
+    """
     if not path.exists():
         print(f"{path.parent} has no {path.name}: a run's settings are known once it has a checkpoint", file=sys.stderr)
-        return {}
+        return {}, False
     try:
-        found = json_files.read_object(path).get("config")
+        about = json_files.read_object(path)
     except UsageError as error:
         print(f"{error}: the run's settings are not known", file=sys.stderr)
-        return {}
-    return {name: known for name, known in found.items() if _is_valid(name, known)} if isinstance(found, dict) else {}
+        return {}, False
+    found = about.get("config")
+    named = found.items() if isinstance(found, dict) else ()
+    return {name: known for name, known in named if _is_valid(name, known)}, run_folder.STARTED_FROM in about
 
 
 def _is_valid(name: str, known: Any) -> bool:

@@ -42,7 +42,7 @@ class Outcome(NamedTuple):
 
 def row_names(layers: int) -> list[str]:
     """The names of the rows of `lens` for a model of so many layers."""
-    return ["embedding", *(f"layer {layer}" for layer in range(layers - 1)), "output"]
+    return ["embedding", *(f"layer {layer}" for layer in range(layers - 1)), f"layer {layers - 1}: output"]
 
 
 @torch.no_grad()

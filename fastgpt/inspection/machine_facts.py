@@ -11,7 +11,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy
@@ -51,6 +51,7 @@ ENVIRONMENT = (
     *("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"),
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MUCH_SLOWER = 0.8  # times as fast
 PRODUCT = {"cpu": 512, "cuda": 4096, "mps": 1024}  # rows and columns of the factors of a timed product
 HARDWARE = {True: "in hardware", False: "emulated", None: "hardware unknown"}
 PATIENCE = 20  # seconds for another program
@@ -106,8 +107,8 @@ def processor(device: torch.device, asked: str, threads: int) -> Section:
 def arithmetic(device: torch.device, asked: str, interpreted: bool) -> Section:
     """The dtypes: tried in a product, and those that the setting `dtype`, as asked, leads to."""
     facts: dict[str, str | Fact] = {}
-    for dtype in DTYPES:
-        speed = _product_speed(device, dtype)
+    speeds = {dtype: _product_speed(device, dtype) for dtype in DTYPES}
+    for dtype, speed in speeds.items():
         hardware = _in_hardware(device, dtype)
         said = speed if isinstance(speed, str) else f"runs, about {_flops(speed)}"
         value = {"runs": not isinstance(speed, str), "flops": None if isinstance(speed, str) else speed}
@@ -115,7 +116,9 @@ def arithmetic(device: torch.device, asked: str, interpreted: bool) -> Section:
     works = {"training": resolve_dtype, "generation": resolve_weights_dtype}
     for work, resolve in works.items():
         taken = resolve(asked, device, interpreted=interpreted)
-        facts[work] = Fact(f"{_name(taken)}: {_why(taken, asked, device, interpreted, work)}", _name(taken))
+        hint = _faster(taken, speeds) if work == "training" else ""
+        why = _why(taken, asked, device, interpreted, work) + hint
+        facts[work] = Fact(f"{_name(taken)}: {why}", _name(taken))
     facts["TF32"] = _tf32(device)
     return facts
 
@@ -282,6 +285,13 @@ def _product_speed(device: torch.device, dtype: torch.dtype) -> float | str:
     except (RuntimeError, TypeError) as error:
         return f"does not run: {_first_line(error)}"
     return 2 * n**3 / min(taken)
+
+
+def _faster(taken: torch.dtype, speeds: Mapping[torch.dtype, float | str]) -> str:
+    """A hint where products are much faster in float32 than in the dtype that is taken."""
+    own, full = speeds[taken], speeds[torch.float32]
+    slow = isinstance(own, float) and isinstance(full, float) and own < MUCH_SLOWER * full
+    return "; products in float32 are faster here, so try dtype float32" if slow else ""
 
 
 def _flops(speed: float) -> str:

@@ -232,7 +232,8 @@ def _fit_lines(found: Found, fit: Fit) -> Iterator[str]:
         yield "  no batch fits, not even of one sequence"
     else:
         yield f"  the largest batch that fits: {_described(fit.largest)}"
-    if fit.same_tokens is not None:
+    asked = found.work.config.batch_size
+    if fit.fits and fit.same_tokens is not None and fit.same_tokens.settings["batch_size"] != asked:
         yield f"  as many tokens a step: {_described(fit.same_tokens)}"
     if not fit.fits:
         yield "  each of these changes fits by itself:" if fit.changes else "  no single change fits"

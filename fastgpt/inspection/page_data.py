@@ -177,7 +177,7 @@ def _with(layers: list[int], wanted: int) -> list[int]:
 
 
 def _notes(content: Content, part: Part) -> list[str]:
-    notes, layers, T = [f"weights are rounded to 1/{LEVELS}"], len(content.layers), len(content.tokens)
+    notes, layers, T = [f"attention weights are rounded to 1/{LEVELS}"], len(content.layers), len(content.tokens)
     why = f"as a page has at most {content.limit / 1e6:.1f} MB"
     if (count := len(part.layers)) < layers:
         listed = ", ".join(map(str, part.layers[:-1])) + " and " * (count > 1) + str(part.layers[-1])

@@ -1,6 +1,7 @@
 """Shows a profile: tables on stdout, or one JSON object, and where asked for a picture and a Chrome trace."""
 
 import io
+import json
 import sys
 import tempfile
 from collections import defaultdict
@@ -284,11 +285,14 @@ def _in_way(row: Row, way: str) -> float:
 
 
 def _trace(measured: Profiled) -> bytes:
-    """The profile as a Chrome trace."""
+    """The profile as a Chrome trace, without the host's name."""
     with tempfile.TemporaryDirectory(prefix="fastgpt-") as folder:
         path = Path(folder) / "trace.json"
         measured.trace.export_chrome_trace(str(path))
-        return path.read_bytes()
+        found = json.loads(path.read_bytes())
+    for key in ("host_name", "traceName"):  # the latter is a path
+        found.pop(key, None)
+    return json.dumps(found, separators=(",", ":")).encode()
 
 
 def _model(config: ProfileConfig) -> str:

@@ -33,7 +33,7 @@ class Finding:
 RULES = (
     Rule(
         "loss is not a number",
-        "steps that were skipped or taken back since loss or gradient is NaN or infinite, and such losses",
+        "steps that were skipped or rolled back because a loss or gradient is NaN or infinite, and such losses",
         symptoms.not_finite,
         "lower {learning_rate}, and set {grad_clip} to 1 or lower; with {dtype} float16 try bfloat16 or float32",
     ),
@@ -42,6 +42,13 @@ RULES = (
         "after the warm-up, a train loss at or above that of a uniform guess",
         symptoms.guessing,
         "lower {learning_rate} to a tenth and lengthen {warmup_iters}; if the loss has hardly moved, raise it instead",
+    ),
+    Rule(
+        "blown up at first",
+        "in the first half, a train loss more than 10% above that of a uniform guess",
+        symptoms.blown_up,
+        "lower {learning_rate} to a tenth, or lengthen {warmup_iters}: such a loss comes from steps that are far too "
+        "long",
     ),
     Rule(
         "diverging",
@@ -85,7 +92,8 @@ RULES = (
         "gradient always clipped",
         "a gradient norm far above the largest that is allowed, in nearly all records after the warm-up",
         symptoms.clipped,
-        "lower {learning_rate}, or raise {grad_clip} above the usual norm: now it sets the length of every step",
+        "lower {learning_rate}; if the loss falls well, raise {grad_clip} above the usual norm, so that it clips "
+        "spikes only",
     ),
     Rule(
         "slower than before",
@@ -103,7 +111,7 @@ RULES = (
         "dead units",
         "a layer of which more than half of the units are dead, where statistics are logged",
         symptoms.dead_units,
-        "lower {learning_rate} or lengthen {warmup_iters}; with {mlp} relu try gelu, whose gradient is nowhere 0",
+        "lower {learning_rate} or lengthen {warmup_iters}; with {mlp} relu try gelu, which has a gradient below 0 too",
     ),
     Rule(
         "updates too large",
@@ -113,7 +121,7 @@ RULES = (
     ),
     Rule(
         "output repeats",
-        "a sample in which half of all pieces of 12 characters have stood before",
+        "a sample in which half of all pieces of 12 characters repeat earlier text",
         symptoms.repeating,
         "train longer by {max_iters}, or a larger model, unless the text itself repeats; to generate, pass "
         "`repetition_penalty` 1.1 or a higher `temperature`",

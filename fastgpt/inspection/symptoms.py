@@ -22,7 +22,7 @@ class Case:
     """One run, as the rules see it.
 
     Attributes:
-        uniform: loss of a guess in which all tokens are alike, if the vocabulary is known.
+        uniform: loss of a uniform guess, if the vocabulary is known.
         sample: a text that the model generated, if one was made.
     """
 
@@ -69,9 +69,23 @@ def guessing(case: Case) -> str | None:
     if case.uniform is None or loss.size < 2 * FEW or (end := np.median(loss[-FEW:])) < NEAR_GUESS * case.uniform:
         return None
     return (
-        f"at step {steps[-1]:,}, after a warm-up to step {case.warmed_up:,}, the train loss is {end:.4f}; a guess in "
-        f"which all tokens are alike scores {case.uniform:.4f}"
+        f"at step {steps[-1]:,}, after a warm-up to step {case.warmed_up:,}, the train loss is {end:.4f}; a uniform "
+        f"guess scores {case.uniform:.4f}"
     )
+
+
+WORSE_THAN_GUESS = 1.1  # times its loss: that of random weights is within a few percent of it
+
+
+def blown_up(case: Case) -> str | None:
+    steps, loss = case.history.curve("loss")
+    early, values = steps[: (loss.size + 1) // 2], loss[: (loss.size + 1) // 2]
+    if case.uniform is None or case.history.imported or not values.size or guessing(case):
+        return None
+    worst = int(np.argmax(values))
+    if values[worst] < WORSE_THAN_GUESS * case.uniform:
+        return None
+    return f"at step {early[worst]:,} the train loss is {values[worst]:.4f}; a uniform guess scores {case.uniform:.4f}"
 
 
 RISE, NOISE = 0.05, 3.0  # of the loss, and in standard deviations of a record
@@ -103,7 +117,7 @@ def stuck(case: Case) -> str | None:
     found = _flat(case)
     if found is None or not _is_high(case) or guessing(case):
         return None
-    return f"{found[1]}; a guess in which all tokens are alike scores {case.uniform:.4f}"
+    return f"{found[1]}; a uniform guess scores {case.uniform:.4f}"
 
 
 def plateau(case: Case) -> str | None:

@@ -112,7 +112,7 @@ class Display(Logger):
 
     Args:
         total: steps of the run.
-        uniform: loss of a guess in which all tokens are alike, shown beside the first loss; None: not shown.
+        uniform: loss of a uniform guess, shown beside the first loss; None: not shown.
         settled: micro-batches after which the time of the next ones can be estimated; 2 if the first one compiles.
     """
 

@@ -32,7 +32,7 @@ def made(texts: list[str], *, layers: int = 2, heads: int = 3, checkpoints: int 
         "title": f"Attention in out, step {checkpoints * 500}",
         "source": f"out, step-{checkpoints * 500:06}",
         "model": f"{layers} layers, {heads} heads, width 48, context 64, 0.1M parameters",
-        "notes": ["weights are rounded to 1/255"],
+        "notes": ["attention weights are rounded to 1/255"],
         "tokens": [{"id": id, "text": text, "bytes": None} for id, text in zip(ids, texts, strict=True)],
         "layers": list(range(layers)),
         "H": heads,

@@ -86,7 +86,7 @@ def test_a_page_shows_a_run(capsys):
     np.testing.assert_allclose(one["losses"][1:], losses, atol=1e-3)
     (mean,) = re.findall(r"7 tokens, mean loss ([0-9.]+) nats", out)
     assert float(mean) == pytest.approx(np.mean(losses), abs=1e-3)
-    assert one["lens"]["rows"] == ["embedding", "layer 0", "output"]
+    assert one["lens"]["rows"] == ["embedding", "layer 0", "layer 1: output"]
     assert [len(heads) for heads in one["heads"]] == [2, 2]
     assert all(str(id) in data["vocabulary"] for id in ids.flat)
 

@@ -1,5 +1,6 @@
 """The rules of `fastgpt explain`: each finds its problem in a made curve, and none finds one in a healthy run."""
 
+import dataclasses
 import math
 import re
 from dataclasses import fields
@@ -54,6 +55,10 @@ CURVES = {
     "no better than a guess": (
         {"loss": noisy(np.full(150, 4.4)), "val_loss": np.full(150, np.nan)},
         r"step 1,500, after a warm-up to step 100, .* is 4\.\d+; .* scores 4\.1744",
+    ),
+    "blown up at first": (
+        {"loss": noisy(falling() + 4 * np.exp(-STEPS / 20))},
+        r"at step 10 the train loss is 5\.\d+; a uniform guess scores 4\.1744",
     ),
     "diverging": (
         {"loss": noisy(falling() + np.maximum(0, STEPS - 800) / 800)},
@@ -123,6 +128,12 @@ def test_noise_is_no_problem(seed: int):
 def test_a_gradient_that_is_clipped_to_a_third_is_none():
     """As in the run of README's first command."""
     assert found(healthy(grad_norm=lambda steps: 3 + np.sin(steps))) == {}
+
+
+def test_weights_of_another_model_may_begin_worse_than_a_guess():
+    run = history(healthy(loss=noisy(falling() + 4 * np.exp(-STEPS / 20))))
+    assert [one.name for one in diagnose(Case(run, UNIFORM))] == ["blown up at first"]
+    assert diagnose(Case(dataclasses.replace(run, imported=True), UNIFORM)) == []
 
 
 def test_a_fault_that_is_over_is_none():
@@ -207,7 +218,8 @@ def test_advice_names_settings_that_exist_with_their_present_values():
     advice = found(healthy(lr=lambda steps: steps * 5e-7))["warm-up never ended"].advice
     assert advice == "shorten `warmup_iters` (now 100) to a tenth of `max_iters` (now 1500)"
     (finding,) = diagnose(Case(history(healthy(), grad_clip=0.05)))
-    assert finding.advice.startswith("lower `learning_rate` (now 0.001), or raise `grad_clip` (now 0.05) above")
+    expected = "lower `learning_rate` (now 0.001); if the loss falls well, raise `grad_clip` (now 0.05) above"
+    assert finding.advice.startswith(expected)
 
 
 def test_the_document_lists_the_rules():

@@ -54,6 +54,13 @@ def test_equal_weights_are_no_pattern_even_in_a_short_text():
     assert found.entropy == pytest.approx((math.log(2) + math.log(3)) / 3, rel=1e-5)
 
 
+def test_a_score_of_few_queries_is_no_label():
+    """Only the last of three queries has an earlier occurrence; all three have a token before and a first token."""
+    found = head([{0: 1.0}, {0: 1.0}, {1: 1.0}], tokens=torch.tensor([1, 2, 1]))
+    assert found.scores == {"previous": 1.0, "first": 0.5, "induction": 1.0}
+    assert found.labels == ()
+
+
 def test_a_score_without_a_query_is_none():
     found = head([{0: 1.0}], tokens=torch.tensor([1]))
     assert found.scores == {"previous": None, "first": None, "induction": None}

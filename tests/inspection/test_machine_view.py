@@ -301,6 +301,15 @@ def test_a_product_that_does_not_run_says_why(monkeypatch: pytest.MonkeyPatch):
     assert "interpreter" in found["training"].text
 
 
+@pytest.mark.parametrize(("speed", "hint"), [(50e9, True), (90e9, False)])
+def test_a_dtype_of_slow_products_is_told(monkeypatch: pytest.MonkeyPatch, speed: float, hint: bool):
+    speeds = {torch.float32: 100e9, torch.bfloat16: speed, torch.float16: "does not run"}
+    monkeypatch.setattr(machine_facts, "_product_speed", lambda device, dtype: speeds[dtype])
+    found = machine_facts.arithmetic(CPU, "bfloat16", interpreted=False)
+    assert found["training"].text.endswith("; products in float32 are faster here, so try dtype float32") == hint
+    assert "faster" not in found["generation"].text
+
+
 def test_a_timed_operation_has_its_times_and_what_was_left_out():
     timed = {"layer_norm": Choice("triton", {"torch": 2e-3, "triton": 1e-3}, {})}
     timed |= {"causal_attention": Choice("torch", {"torch": 1e-3}, {"triton": "RuntimeError: no"})}
