@@ -48,16 +48,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     # PyTorch is imported only once the flags are read: --help and a mistyped flag do not wait a second for it.
     if not issubclass(kind, WorkConfig):
         config = cli.parse(kind, rest, prog=prog, description=description, unnamed=("src",))
-        return _room(view.module).show(config)
+        return _module(view.module).show(config)
     presets = {preset: kind.of(config) for preset, config in PRESETS.items()}
     preset, given = cli.read(
         kind, rest, prog=prog, description=description, presets=presets, unnamed=("src",), shares=TrainConfig
     )
-    return _room(view.module).show(*_room("subject").complete(kind, preset, given))
+    return _module(view.module).show(*_module("subject").complete(kind, preset, given))
 
 
-def _room(module: str) -> Any:
-    return importlib.import_module(f"fastgpt.inspection.{module}")
+def _module(name: str) -> Any:
+    return importlib.import_module(f"fastgpt.inspection.{name}")
 
 
 def _listing() -> str:

@@ -73,6 +73,17 @@ def test_every_kind_of_file_is_written_and_replaced(kind: str, capsys: pytest.Ca
         assert b"<!-- learning_rate 0.003 -->" in content  # matplotlib draws texts as paths, and names each
 
 
+@pytest.mark.parametrize("name", ["pay$a_{$b", "한국어 💡"])
+def test_any_name_is_drawn_as_it_is(name: str, capsys: pytest.CaptureFixture[str]):
+    Path("a").rename(name)
+    Path("b").rename("other")
+    for folder in (name, "other"):
+        (Path(folder) / "config.json").unlink()
+    assert run(name, "other", "--output", "named.svg") == 0
+    assert f"<!-- {name} -->" in Path("named.svg").read_text(encoding="utf-8")
+    assert "Warning" not in capsys.readouterr().err
+
+
 def test_the_page_is_whole_by_itself_and_follows_the_theme():
     names = "<script>alert(1)</script>", "B&B"
     for name, text in zip(names, ("a", "b"), strict=True):

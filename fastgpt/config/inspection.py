@@ -129,6 +129,7 @@ class MemoryConfig(WorkConfig):
         low=1,
         group="Work",
     )
+    log_stats: bool = option(False, "measure statistics by layer in the step, which keeps a copy of the weights")
     max_batch: int = option(1, "sequences that are generated at once", low=1, high=65_536)
     measure: bool = option(False, "run a step and a generation, and show the measured bytes beside the estimate")
     fit: str | None = option(

@@ -2,23 +2,20 @@
 
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
-from typing import IO, Any, cast
+from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from fastgpt.data.prepared import Tokens
 from fastgpt.evaluation.comparison import Comparison, Guess
 from fastgpt.evaluation.questions import Answers
 from fastgpt.evaluation.sliding_window import Measurement
-from fastgpt.system.streams import Lasting
+from fastgpt.system import tables
 from fastgpt.tokenizer.base import Tokenizer
 
 BEFORE = 24  # tokens that are told before one at which two models differ
 LEFT = 30  # characters of them in the table
-PIPED_WIDTH = 160  # columns of a table that is not shown on a terminal
 Values = Mapping[str, Any]  # by the names of the JSON object
 SHARES = ("acc", "acc_norm", "equal_argmax")
 
@@ -153,7 +150,4 @@ def _text(name: str, value: Any) -> str:
 
 
 def _print(table: Table) -> None:
-    console = Console(file=cast(IO[str], Lasting(sys.stdout)), markup=False, emoji=False)
-    if not console.is_terminal:
-        console.width = PIPED_WIDTH
-    console.print(table, highlight=False)
+    tables.console().print(table)

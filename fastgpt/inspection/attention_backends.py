@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastgpt.config.inspection import WorkConfig
 from fastgpt.inspection.facts import Fact, Section
+from fastgpt.ops.ceilings import dtype_name
 from fastgpt.system import torch_private
 from fastgpt.system.units import counted, format_bytes
 from fastgpt_kernels import torch_ops
@@ -97,7 +98,7 @@ def attention(config: WorkConfig, device: torch.device, dtype: torch.dtype) -> S
     (_, H, T, D), kv = forward.q.shape, forward.k.shape[1]
     heads = counted(H, "head") + (f" ({kv} of keys)" if kv != H else "")
     masked = "mask of documents" if config.pack else "causal"
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     facts: dict[str, str | Fact] = {
         "tried": Fact(
             f"1 sequence, {heads}, {T:,} tokens, head size {D}, {name}, {masked}",

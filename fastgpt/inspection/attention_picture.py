@@ -1,6 +1,5 @@
 """Draws attention maps: a grid of layers and heads, each titled with the patterns that it follows."""
 
-import io
 from collections.abc import Mapping
 
 import numpy as np
@@ -8,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fastgpt.inspection.snapshot import LEVELS, Layer
+from fastgpt.loggers import drawing
 
 MOST_DOTS = 256  # of a map's side; of a larger one, each dot shows the largest weight under it
 CELL = 1.5  # inches
@@ -37,15 +37,13 @@ def draw(layers: Mapping[int, Layer], T: int, title: str) -> bytes:
                 above = {"xytext": (0, 13), "textcoords": "offset points", "ha": "center", "fontsize": 9}
                 axes.annotate(f"head {head}", (0.5, 1), xycoords="axes fraction", **above)
         axes_of_layer[0].set_ylabel(f"layer {number}", fontsize=9)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(drawing.literal(title), fontsize=11, family=drawing.fonts())
     figure.supxlabel("key: the token that is read", fontsize=9)
     figure.supylabel("query: the token that reads", fontsize=9)
     assert image is not None
     bar = figure.colorbar(image, ax=grid, shrink=min(1.0, 3 / height), aspect=25, ticks=[0, 0.05, 0.2, 0.5, 1])
     bar.set_label("weight", fontsize=9)
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    return content.getvalue()
+    return drawing.render(figure)
 
 
 def _maps(layer: Layer, T: int) -> np.ndarray:

@@ -23,7 +23,7 @@ from fastgpt.inspection.heads import LABELLED, LABELS
 from fastgpt.inspection.page_data import Content
 from fastgpt.inspection.snapshot import Layer, Origin, Snapshot, take
 from fastgpt.model import memory
-from fastgpt.model.facts import count_parameters
+from fastgpt.model.facts import count_parameters, describe_shape
 from fastgpt.model.gpt import GPT
 from fastgpt.ops import table
 from fastgpt.system import contention, threads
@@ -159,12 +159,8 @@ def _picked(config: AttentionConfig, layers: dict[int, Layer]) -> tuple[int, int
 
 def _described(config: ModelConfig) -> str:
     """A model in a line."""
-    shared = f" ({config.kv_heads} for keys and values)" if config.kv_heads != config.n_head else ""
-    return (
-        f"{counted(config.n_layer, 'layer')}, {counted(config.n_head, 'head')}{shared}, width {config.n_embd:,}, "
-        f"context {config.block_size:,}, vocabulary {config.known_vocab:,}, "
-        f"{count_parameters(config) / 1e6:.3g}M parameters"
-    )
+    vocabulary = f"vocabulary {config.known_vocab:,}"
+    return f"{describe_shape(config)}, {vocabulary}, {count_parameters(config) / 1e6:.3g}M parameters"
 
 
 def _write(content: Content, paths: dict[str, Path]) -> None:

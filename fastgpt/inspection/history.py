@@ -116,14 +116,18 @@ def folders(histories: Sequence[History]) -> list[str]:
 def differences(histories: Sequence[History]) -> list[str]:
     """The settings that are not the same in all runs whose settings are known, in the order of their help."""
     known = [history for history in histories if history.settings]
-    return [name for name in NAMES if name not in PLACES and len({value(history, name) for history in known}) > 1]
+    return [name for name in NAMES if name not in PLACES and len({_value(history, name) for history in known}) > 1]
 
 
 def value(history: History, name: str) -> str:
     """A setting of a run as text; one that was not recorded has its default."""
-    found = history.settings.get(name, getattr(TrainConfig, name))
+    found = _value(history, name)
     text = "default" if found is None else f"{found:g}" if isinstance(found, float) else str(found)
     return text if len(text) <= LONGEST else f"...{text[-LONGEST:]}"
+
+
+def _value(history: History, name: str) -> Any:
+    return history.settings.get(name, getattr(TrainConfig, name))
 
 
 def _settings(path: Path) -> tuple[dict[str, Any], bool]:

@@ -22,6 +22,7 @@ from fastgpt.errors import UsageError
 from fastgpt.generation.cuda_graphs import GraphPool
 from fastgpt.inspection.facts import Fact, Section
 from fastgpt.ops import table
+from fastgpt.ops.ceilings import dtype_name
 from fastgpt.system import caches, cpus
 from fastgpt.system.device import (
     cpu_has_bfloat16,
@@ -112,13 +113,13 @@ def arithmetic(device: torch.device, asked: str, interpreted: bool) -> Section:
         hardware = _in_hardware(device, dtype)
         said = speed if isinstance(speed, str) else f"runs, about {_flops(speed)}"
         value = {"runs": not isinstance(speed, str), "flops": None if isinstance(speed, str) else speed}
-        facts[_name(dtype)] = Fact(f"{said}; {HARDWARE[hardware]}", value | {"in_hardware": hardware})
+        facts[dtype_name(dtype)] = Fact(f"{said}; {HARDWARE[hardware]}", value | {"in_hardware": hardware})
     works = {"training": resolve_dtype, "generation": resolve_weights_dtype}
     for work, resolve in works.items():
         taken = resolve(asked, device, interpreted=interpreted)
         hint = _faster(taken, speeds) if work == "training" else ""
         why = _why(taken, asked, device, interpreted, work) + hint
-        facts[work] = Fact(f"{_name(taken)}: {why}", _name(taken))
+        facts[work] = Fact(f"{dtype_name(taken)}: {why}", dtype_name(taken))
     facts["TF32"] = _tf32(device)
     return facts
 
@@ -320,7 +321,7 @@ def _why(taken: torch.dtype, asked: str, device: torch.device, interpreted: bool
     if interpreted:
         return "dtype auto, as Triton's interpreter computes bfloat16 wrongly"
     if work == "generation" and device.type == "cpu":
-        return "dtype auto, as reading the weights limits a token on a CPU"
+        return "dtype auto, as float32 gives the same tokens with and without a cache on a CPU"
     return f"dtype auto, as the chip has {'' if taken == torch.bfloat16 else 'no '}bfloat16 in hardware"
 
 
@@ -329,10 +330,6 @@ def _tf32(device: torch.device) -> str:
         return "for CUDA GPUs only"
     on = torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "on: float32 products are rounded to TF32" if on else "off: float32 products are exact float32"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 # Compilers

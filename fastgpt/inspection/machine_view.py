@@ -12,8 +12,9 @@ from fastgpt.config.inspection import MachineConfig
 from fastgpt.config.training import PRESETS
 from fastgpt.inspection import machine_facts
 from fastgpt.inspection.attention_backends import attention
-from fastgpt.inspection.facts import Fact, Section, report, values, without_names
+from fastgpt.inspection.facts import Fact, Section, hider, report, values, without_names
 from fastgpt.model import workloads
+from fastgpt.model.facts import describe_shape
 from fastgpt.ops import autotune
 from fastgpt.ops.table import TABLE, Ops
 from fastgpt.ops.timed_choices import Choice
@@ -39,7 +40,7 @@ def show(config: MachineConfig, source: Source | None, why: str) -> int:
     """
     with threads.restored():
         sections = gather(config, source)
-    print(why, file=sys.stderr)
+    print(why if config.paths else hider()(why), file=sys.stderr)
     sections = sections if config.paths else without_names(sections)
     print(json.dumps(values(sections), ensure_ascii=False) if config.json else report(sections))
     return 0
@@ -68,8 +69,8 @@ def _model(config: MachineConfig, source: Source | None) -> Section:
     name = _preset(config) if source is None else FORMATS[source.format]
     where = f": {source.path}" if config.paths and source else ""
     shape = (
-        f"{config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, context {config.block_size:,}, "
-        f"vocabulary {config.vocab_size:,}, position {config.position}, batch {config.batch_size}"
+        f"{describe_shape(config)}, vocabulary {config.vocab_size:,}, position {config.position}, "
+        f"batch {config.batch_size}"
     )
     return {"source": name + where, "shape": Fact(shape, vars(config.architecture()))}
 

@@ -9,7 +9,6 @@ import torch
 
 from fastgpt.errors import UsageError
 from fastgpt.inspection.memory_work import Work
-from fastgpt.model.footprint import Footprint
 from fastgpt.ops import table
 from fastgpt.training.footprint import StepFootprint
 
@@ -47,11 +46,11 @@ class Fit:
     generation: Change | None
 
 
-def find(work: Work, budget: int, asked: StepFootprint, generated: Footprint) -> Fit:
+def find(work: Work, budget: int, asked: StepFootprint) -> Fit:
     """Search by estimates.
 
     Args:
-        asked, generated: the estimates of the settings as they are.
+        asked: the estimate of the settings as they are.
     """
     search = _Search(work, budget)
     fits = asked.peak <= budget

@@ -1,14 +1,16 @@
 """Draws the memory of a training step and of a generation at their peaks: a stacked bar for each."""
 
-import io
 from collections.abc import Iterator
 
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from fastgpt.inspection.memory_report import BY_LAYER, KINDS, Found
+from fastgpt.loggers import drawing
+from fastgpt.model.facts import describe_shape
 from fastgpt.model.footprint import Holding, Layers
-from fastgpt.system.units import format_exactly
+from fastgpt.ops.ceilings import dtype_name
+from fastgpt.system.units import counted, format_exactly
 
 COLOURS = {
     "weights": "#1f5fa8",
@@ -31,7 +33,10 @@ def draw(found: Found, budget: int | None) -> bytes:
         (f"generation\nin {generation.phase}", generation.peaks[generation.phase], found.measured_generation),
     ]
     unit, scale = _unit(max(training.peak, generation.peak))
-    figure = Figure(figsize=(9, 3.6), dpi=120, layout="constrained")
+    figure = Figure(figsize=(9, 3.9), dpi=120, layout="constrained")
+    config, arithmetic = found.work.config, dtype_name(found.work.machine.dtype)
+    batch = f"{counted(config.batch_size, 'sequence')} x {config.block_size:,} tokens"
+    figure.suptitle(f"{describe_shape(config)}; {arithmetic}, {batch} in a micro-batch", fontsize=10)
     axes = figure.subplots()
     drawn: dict[str, None] = {}
     for place, (_, held, measured) in enumerate(bars):
@@ -61,9 +66,7 @@ def draw(found: Found, budget: int | None) -> bytes:
     axes.grid(axis="x", alpha=0.25)
     axes.set_axisbelow(True)
     figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False, fontsize=9)
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    return file.getvalue()
+    return drawing.render(figure)
 
 
 def _unit(size: int) -> tuple[str, int]:

@@ -1,26 +1,24 @@
 """Prints the memory of a training step and of a generation: tables, or one JSON object."""
 
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import IO, Any, cast
+from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from fastgpt.generation import footprint as generation_footprint
 from fastgpt.inspection.memory_fit import Change, Fit
 from fastgpt.inspection.memory_work import Work
 from fastgpt.model.footprint import Footprint, Holding, Layers
+from fastgpt.ops.ceilings import dtype_name
+from fastgpt.system import tables
 from fastgpt.system.device import describe
-from fastgpt.system.streams import Lasting
 from fastgpt.system.units import counted, format_exactly
 from fastgpt.training import footprint
 from fastgpt.training.footprint import StepFootprint
 
-PIPED_WIDTH = 160  # columns of a table that is not shown on a terminal
 KINDS = {  # in the tables' order, with their names there
     "weights": "weights",
     "gradients": "gradients",
@@ -65,7 +63,7 @@ def as_values(found: Found, fit: Fit | None) -> dict[str, Any]:
             "batch_size": config.batch_size,
             "block_size": config.block_size,
             "gradient_accumulation_steps": config.gradient_accumulation_steps,
-            "dtype": _dtype(work.machine.dtype),
+            "dtype": dtype_name(work.machine.dtype),
             "kernels": dict(work.ops.backends),
             "peak": training.peak,
             "phase": training.phase,
@@ -75,7 +73,7 @@ def as_values(found: Found, fit: Fit | None) -> dict[str, Any]:
         "generation": {
             "max_batch": config.max_batch,
             "block_size": config.block_size,
-            "dtype": _dtype(work.weights_dtype),
+            "dtype": dtype_name(work.weights_dtype),
             "kernels": dict(work.generation_ops.backends),
             "peak": generation.peak,
             "phase": generation.phase,
@@ -90,10 +88,6 @@ def as_values(found: Found, fit: Fit | None) -> dict[str, Any]:
     if fit is not None:
         values["fit"] = _fit(fit)
     return values
-
-
-def _dtype(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _phases(sizes: Mapping[str, int], peaks: Mapping[str, Holding]) -> dict[str, Any]:
@@ -131,19 +125,17 @@ def _fit(fit: Fit) -> dict[str, Any]:
 def print_tables(found: Found, fit: Fit | None) -> None:
     """A table of training, one of generation, and what fits."""
     config, work = found.work.config, found.work
-    console = Console(file=cast(IO[str], Lasting(sys.stdout)), markup=False, emoji=False, highlight=False)
-    if not console.is_terminal:
-        console.width = PIPED_WIDTH
+    console = tables.console()
     compiled = ", before compiling" if config.compile else ""
     accumulated = counted(config.gradient_accumulation_steps, "micro-batch")
     console.print(
-        f"Training step, {_dtype(work.machine.dtype)}{compiled}: {accumulated} of "
+        f"Training step, {dtype_name(work.machine.dtype)}{compiled}: {accumulated} of "
         f"{counted(config.batch_size, 'sequence')} x {config.block_size:,} tokens"
     )
     measured = found.measured
     console.print(_table(footprint.PHASES, found.training.bytes, found.training.peaks, measured and measured.bytes))
     console.print(
-        f"Generation, {_dtype(work.weights_dtype)}{compiled}: {counted(config.max_batch, 'sequence')} x "
+        f"Generation, {dtype_name(work.weights_dtype)}{compiled}: {counted(config.max_batch, 'sequence')} x "
         f"{config.block_size:,} tokens"
     )
     generation, peak = found.generation, found.measured_generation

@@ -34,7 +34,7 @@ def show(config: MemoryConfig, source: Source | None, why: str) -> int:
         print(why, file=sys.stderr)
         if config.measure:
             found = _measured(found)
-        fit = None if budget is None else memory_fit.find(work, budget, found.training, found.generation)
+        fit = None if budget is None else memory_fit.find(work, budget, found.training)
     if config.json:
         memory_report.print_json(found, fit)
     else:

@@ -181,7 +181,8 @@ def _notes(content: Content, part: Part) -> list[str]:
     why = f"as a page has at most {content.limit / 1e6:.1f} MB"
     if (count := len(part.layers)) < layers:
         listed = ", ".join(map(str, part.layers[:-1])) + " and " * (count > 1) + str(part.layers[-1])
-        notes.append(f"layer{'s' * (count > 1)} {listed} of {layers} {'are' if count > 1 else 'is'} shown, {why}")
+        of = f"the {layers} that were chosen" if layers < content.config.n_layer else f"{layers}"
+        notes.append(f"layer{'s' * (count > 1)} {listed} of {of} {'are' if count > 1 else 'is'} shown, {why}")
     if len(part.rows) < content.config.n_layer + 1:
         notes.append(f"{len(part.rows)} of {content.config.n_layer + 1} rows of the logit lens are shown, {why}")
     if part.T < T:

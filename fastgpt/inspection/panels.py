@@ -56,7 +56,7 @@ class Run:
 
     @property
     def style(self) -> dict[str, Any]:
-        return {"color": COLORS[self.number % len(COLORS)][0], "label": self.label}
+        return {"color": COLORS[self.number % len(COLORS)][0], "label": drawing.literal(self.label)}
 
     @property
     def marker(self) -> str:

@@ -1,6 +1,5 @@
 """Draws the curves of runs: a picture with all panels, or a page that holds each as a picture of its own."""
 
-import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -52,21 +51,20 @@ def _picture(runs: Sequence[Run], panels: Sequence[Panel], smooth: float | None,
         for number, panel in enumerate(row):
             paint(figure.add_subplot(grid[at, number * width : (number + 1) * width]), panel, runs, smooth)
     _legend(figure, runs, smooth)
-    content = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "fastgpt"}):
-        figure.savefig(content, format=kind, metadata={"Date": None} if kind == "svg" else {"Software": None})
-    return content.getvalue()
+        return drawing.render(figure, kind, {"Date": None} if kind == "svg" else {"Software": None})
 
 
 def _legend(figure: "Figure", runs: Sequence[Run], smooth: float | None) -> None:
     """The runs by their colors, and the kinds of lines."""
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], color=run.style["color"], linewidth=3, label=run.label) for run in runs]
+    handles = [Line2D([], [], color=run.style["color"], linewidth=3, label=run.style["label"]) for run in runs]
     gray: dict[str, Any] = {"color": "#555555"}
     handles.append(Line2D([], [], **gray, **LINE, label="train" if smooth == 0 else "train, running mean"))
     if smooth != 0:
         handles.append(Line2D([], [], **gray | drawing.RAW, label="the values themselves"))
     handles.append(Line2D([], [], **gray, **POINTS, marker="o", label="val"))
+    font = {"family": drawing.fonts(), "size": 9}
     columns = 3 if max(len(run.label) for run in runs) > 40 else 4
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, prop=font)

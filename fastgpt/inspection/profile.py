@@ -161,7 +161,7 @@ def training(config: ProfileConfig, source: Source | None, say: Say) -> Profiled
         batch = random_batch(run, run.batch_size, machine.device)
         works = least_work.of_training(run, sum(p.numel() for p in step.parameters), machine.device, machine.dtype)
         what = f"training step of {run.batch_size} x {run.block_size:,} tokens"
-        stand = _Stand(scopes, machine.device, machine.threads, say, by_name=run.compile)
+        stand = _Timer(scopes, machine.device, machine.threads, say, by_name=run.compile)
         found, trace = stand.measure({what: (lambda number: step(number, [batch]), works)})
         return Profiled(found, machine.device, least_work.products(machine.device, machine.dtype), run.compile, trace)
     raise UsageError(_too_large(run, shortage.reason))
@@ -173,6 +173,8 @@ def generation(config: ProfileConfig, source: Source | None, say: Say) -> Profil
     Raises:
         UsageError: the settings do not fit the machine, or the model the memory.
     """
+    if config.block_size == 1:
+        raise UsageError("`block_size` 1 has no room for a token after others; pass 2 or more, or leave `generate` out")
     if config.compile:
         raise UsageError("`compile` with `generate`: PyTorch's profiler does not see into that code; leave one out")
     with threads.restored(), out_of_memory.caught() as shortage, torch.inference_mode():
@@ -201,9 +203,9 @@ def generation(config: ProfileConfig, source: Source | None, say: Say) -> Profil
 
         reading = least_work.of_tokens(model.config, 0, T - tokens, device, dtype)
         writing = least_work.of_tokens(model.config, T - tokens // 2, 1, device, dtype)
-        found, trace = _Stand(scopes, device, count, say, most=tokens).measure(
+        found, trace = _Timer(scopes, device, count, say, most=tokens).measure(
             {
-                f"prefill of {T - tokens:,} tokens": (prefill, reading),
+                f"prefill of {counted(T - tokens, 'token')}": (prefill, reading),
                 f"token after {T - tokens:,} to {T - 1:,} others": (decode, writing),
             }
         )
@@ -211,7 +213,7 @@ def generation(config: ProfileConfig, source: Source | None, say: Say) -> Profil
     raise UsageError(_too_large(config.training(), shortage.reason))
 
 
-class _Stand:
+class _Timer:
     """Times pieces of work without the profiler, then with it.
 
     Args:

@@ -1,16 +1,14 @@
 """Shows a profile: tables on stdout, or one JSON object, and where asked for a picture and a Chrome trace."""
 
-import io
 import json
 import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from fastgpt.checkpoint.source import Source
@@ -19,13 +17,14 @@ from fastgpt.evaluation.report import print_json
 from fastgpt.inspection import outputs, profile
 from fastgpt.inspection.profile import Profile, Profiled, Row
 from fastgpt.inspection.scopes import BACKWARD, FORWARD, module_of
+from fastgpt.loggers import drawing
+from fastgpt.model.facts import describe_shape
 from fastgpt.ops import ceilings
 from fastgpt.ops.ceilings import Ceilings
+from fastgpt.system import tables
 from fastgpt.system.device import describe
-from fastgpt.system.streams import Lasting
 from fastgpt.system.units import counted
 
-PIPED_WIDTH = 160  # columns of a table that is not shown on a terminal
 LONGEST_NAME = 60  # characters of an operation; those of compiled code have long names
 MARK = ">"  # before the operation with the most to win
 COLOURS = {FORWARD: "#4477aa", BACKWARD: "#ee9955", "": "#889988"}
@@ -117,9 +116,7 @@ def _row_values(row: Row, one: Profile) -> dict[str, Any]:
 
 
 def _print_all(config: ProfileConfig, measured: Profiled, profiles: Sequence[Profile], found: Ceilings) -> None:
-    console = Console(file=cast(IO[str], Lasting(sys.stdout)), markup=False, emoji=False, highlight=False)
-    if not console.is_terminal:
-        console.width = PIPED_WIDTH
+    console = tables.console()
     rate = found.matmul[measured.arithmetic]
     console.print(_model(config))
     console.print(
@@ -243,9 +240,7 @@ def picture(config: ProfileConfig, measured: Profiled, profiles: Sequence[Profil
     parts = figure.subplots(len(profiles), height_ratios=heights, squeeze=False)[:, 0]
     for axes, one in zip(parts, profiles, strict=True):
         _bars(axes, one)
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    return file.getvalue()
+    return drawing.render(figure)
 
 
 def _bars(axes: Any, one: Profile) -> None:
@@ -296,10 +291,7 @@ def _trace(measured: Profiled) -> bytes:
 
 
 def _model(config: ProfileConfig) -> str:
-    return (
-        f"{counted(config.n_layer, 'layer')}, {counted(config.n_head, 'head')}, width {config.n_embd}, "
-        f"context {config.block_size:,}, vocabulary {config.known_vocab:,}"
-    )
+    return f"{describe_shape(config)}, vocabulary {config.known_vocab:,}"
 
 
 def _ms(seconds: float) -> str:

@@ -39,7 +39,7 @@ RULES = (
     ),
     Rule(
         "no better than a guess",
-        "after the warm-up, a train loss at or above that of a uniform guess",
+        "after the warm-up, a train loss about as high as that of a uniform guess, or higher",
         symptoms.guessing,
         "lower {learning_rate} to a tenth and lengthen {warmup_iters}; if the loss has hardly moved, raise it instead",
     ),
@@ -64,7 +64,7 @@ RULES = (
     ),
     Rule(
         "plateau",
-        "a train loss that fell by less than 2% in the last 40% of the records",
+        "a train loss that fell by less than 1.25% in the last 40% of the records",
         symptoms.plateau,
         "more steps change little: try a larger model by {n_layer} or {n_embd}, or another {learning_rate}",
     ),
@@ -85,8 +85,8 @@ RULES = (
         "spikes",
         "a loss that jumps by more than 10% above the records before, and far outside their spread",
         symptoms.spikes,
-        "lower {learning_rate} or lengthen {warmup_iters}, set {beta2} to 0.95 and {grad_clip} to 1 or lower, or skip "
-        "such steps: set {skip_loss_sigma} to 6",
+        "lower {learning_rate} or {beta2}, lengthen {warmup_iters}, clip harder by {grad_clip}, or skip such steps: "
+        "set {skip_loss_sigma} to 6",
     ),
     Rule(
         "gradient always clipped",

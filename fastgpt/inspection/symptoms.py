@@ -54,7 +54,8 @@ def not_finite(case: Case) -> str | None:
         said.append(f"{counted(len(skipped), 'step')} changed nothing ({steps}), the last because {why}")
     if returned:
         last = returned[-1]
-        way = f"the last from step {last['rolled_back_from']} to {last['step']}, because {last['skipped']}"
+        why = last.get("skipped", "of what its record does not say")
+        way = f"the last from step {last['rolled_back_from']} to {last['step']}, because {why}"
         said.append(f"{counted(len(returned), 'return')} to an earlier checkpoint, {way}")
     if lost:
         said.append(f"the loss is not a number at {_some([record['step'] for record in lost])}")
@@ -106,10 +107,6 @@ def diverging(case: Case) -> str | None:
     )
 
 
-LATE, FALL = 0.4, 0.02  # the last records, and the share of the loss by which they fall at least in a run that learns
-DECAYED = 0.2  # of the peak learning rate
-
-
 STUCK = 0.65  # times the loss of a uniform guess: counting how often each token occurs does about as well
 
 
@@ -132,8 +129,12 @@ def decayed_early(case: Case) -> str | None:
     return f"{found[1]}; the learning rate was below a fifth of its peak in all of them"
 
 
+LATE, FALL = 0.4, 0.0125  # the last records, and the share of the loss by which they fall at least in a run that learns
+DECAYED = 0.2  # of the peak learning rate
+
+
 def _flat(case: Case) -> tuple[int, str] | None:
-    """The first of the last steps in which the train loss did not fall, and the evidence: by less than 2%, 95% sure."""
+    """The first of the last steps in which the train loss did not fall, and the evidence. 95% sure."""
     steps, loss = case.after_warmup("loss")
     count = int(LATE * loss.size)
     if count < 2 * FEW:
@@ -180,6 +181,7 @@ def overfitting(case: Case) -> str | None:
 
 BEFORE = 10  # records with which one is compared
 JUMP, FAR = 0.1, 8.0  # of the loss, and in standard deviations, as the median of their distances tells
+MAD = 1.4826  # standard deviations of normal noise in the median of its distances
 
 
 def spikes(case: Case) -> str | None:
@@ -188,8 +190,9 @@ def spikes(case: Case) -> str | None:
     if loss.size > BEFORE:
         windows = np.lib.stride_tricks.sliding_window_view(loss, BEFORE)[:-1]
         usual = np.median(windows, axis=1)
-        spread = 1.4826 * np.median(np.abs(windows - usual[:, None]), axis=1)
-        high = loss[BEFORE:] - usual > np.maximum(JUMP * usual, FAR * spread)
+        near = MAD * np.median(np.abs(windows - usual[:, None]), axis=1)  # of ten records: often far too small
+        everywhere = usual * MAD * np.median(np.abs(loss[BEFORE:] - usual) / np.maximum(usual, 1e-9))
+        high = loss[BEFORE:] - usual > np.maximum(JUMP * usual, FAR * np.maximum(near, everywhere))
         starts = np.flatnonzero(high & ~np.concatenate([[False], high[:-1]]))
         said = [f"from {usual[at]:.4f} to {loss[BEFORE + at]:.4f} at step {steps[BEFORE + at]:,}" for at in starts[:3]]
         more = f", and {starts.size - 3:,} more" if starts.size > 3 else ""

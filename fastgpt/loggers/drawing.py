@@ -1,6 +1,12 @@
-"""Draws what runs have logged on matplotlib's axes: curves in pieces, and the marks of another evaluation set."""
+"""Draws what runs have logged on matplotlib's axes: curves in pieces, and the marks of another evaluation set.
 
+`literal` and `fonts` are for names that people gave; `render` makes the picture.
+"""
+
+import functools
+import io
 import math
+import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -9,8 +15,11 @@ from fastgpt.loggers.base import Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 LARGEST = 1e15  # steps, tokens, nats
+# Fonts with Korean, Chinese and Japanese letters, which matplotlib's own lacks; those are used that are there.
+MORE_FONTS = ("Noto Sans CJK KR", "Noto Sans CJK JP", "NanumGothic", "Malgun Gothic", "Apple SD Gothic Neo")
 RAW: dict[str, Any] = {"alpha": 0.4, "linewidth": 0.8}  # of the values behind a smoothed curve
 
 
@@ -84,6 +93,29 @@ def draw(
             style["color"] = line.get_color()
         (line,) = axes.plot(across, smoothed(values, weight) if weight else values, **lone(values) | style, label=label)
         style["color"], label = line.get_color(), "_"  # the legend ignores labels that begin with _
+
+
+def literal(text: str) -> str:
+    """A text that matplotlib draws as it is: between two dollar signs it would read a formula."""
+    return text.replace("$", r"\$")
+
+
+@functools.cache
+def fonts() -> list[str]:
+    """Matplotlib's font, and others for the letters that it lacks."""
+    from matplotlib import font_manager, rcParams
+
+    installed = set(font_manager.get_font_names())
+    return [*rcParams["font.family"], *(name for name in MORE_FONTS if name in installed)]
+
+
+def render(figure: "Figure", kind: str = "png", metadata: dict[str, None] | None = None) -> bytes:
+    """The picture. A letter that no font has is a box, without a warning."""
+    content = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(content, format=kind, metadata=metadata)
+    return content.getvalue()
 
 
 def mark_changes(axes: "Axes", records: Sequence[Record], x: str, **style: Any) -> None:

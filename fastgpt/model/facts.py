@@ -8,6 +8,7 @@ import torch
 
 from fastgpt.config.model import ModelConfig
 from fastgpt.model.gpt import GPT
+from fastgpt.system.units import counted
 
 # Each layer, position and token of the vocabulary adds the same. So the smallest models are counted, and the count
 # goes on in a straight line: a model of a billion layers, which cannot even be described, is counted as fast.
@@ -17,6 +18,14 @@ SIZES = ("n_layer", "block_size", "vocab_size")
 def count_parameters(config: ModelConfig) -> int:
     """`GPT.num_parameters` without building the model. Raises `UsageError` where the vocabulary's size is not known."""
     return _count(dataclasses.replace(config.architecture(), vocab_size=config.known_vocab), GPT.num_parameters)
+
+
+def describe_shape(config: ModelConfig) -> str:
+    """Layers, heads, width and context in words."""
+    heads = counted(config.n_head, "head")
+    if config.kv_heads != config.n_head:
+        heads += f" ({config.kv_heads} for keys and values)"
+    return f"{counted(config.n_layer, 'layer')}, {heads}, width {config.n_embd:,}, context {config.block_size:,}"
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -1,6 +1,25 @@
-"""Prints a table of names and values on stdout."""
+"""Prints tables on stdout."""
 
+import sys
 from collections.abc import Mapping
+from typing import IO, TYPE_CHECKING, cast
+
+from fastgpt.system.streams import Lasting
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PIPED_WIDTH = 160  # columns where stdout is no terminal
+
+
+def console() -> "Console":
+    """A console on stdout that prints every text as it is."""
+    from rich.console import Console
+
+    found = Console(file=cast(IO[str], Lasting(sys.stdout)), markup=False, emoji=False, highlight=False)
+    if not found.is_terminal:
+        found.width = PIPED_WIDTH
+    return found
 
 
 def print_rows(rows: Mapping[str, str]) -> None:

@@ -20,6 +20,7 @@ from fastgpt.data import corpus, packing
 from fastgpt.data.corpus import Corpus, Unprepared
 from fastgpt.errors import UsageError
 from fastgpt.model import memory, workloads
+from fastgpt.model.facts import describe_shape
 from fastgpt.model.gpt import GPT
 from fastgpt.ops import autotune
 from fastgpt.system import out_of_memory, threads
@@ -92,7 +93,7 @@ def _rows(
 ) -> Mapping[str, str]:
     """Names and values of the table, in its order."""
     return {
-        "model": f"{config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, context {config.block_size}",
+        "model": describe_shape(config),
         "parameters": _parameters(model),
         "machine": _machine(config, machine),
         "kernels": str(model.ops),

@@ -32,6 +32,7 @@ from fastgpt.model.gpt import GPT
 from fastgpt.ops.table import Ops
 from fastgpt.system.live_bytes import LiveBytes, Peak
 from fastgpt.system.torch_private import fake_tensors
+from fastgpt.training.statistics import Statistics
 from fastgpt.training.step import TrainStep
 
 PHASES = ("forward", "backward", "update")
@@ -120,7 +121,8 @@ class _Watched:
         self._follow()
 
     def step(self) -> None:
-        """Take a step, counted anew."""
+        """Take a step, counted anew; where `log_stats` measures some, it is one of those, which hold most."""
+        number = self.config.log_interval - 1
         self.memory = LiveBytes(self.device, fake=self.fake)
         tokens = _Tokens(self.config, self.device)
         with self.memory as memory:
@@ -129,10 +131,12 @@ class _Watched:
                 moments = self.train.optimizer.state[parameter].values()
                 memory.hold(moments, Owner("moments", part_of(name)))
             self._begin_micro_batch()
-            loss = self.train.accumulate(0, tokens, lambda done: self._begin_micro_batch())
+            loss = self.train.accumulate(number, tokens, lambda done: self._begin_micro_batch())
             assert loss is not None  # nothing stops it
+            if self.train.statistics:
+                self._follow_statistics(self.train.statistics)
             self._begin("update", HEAD, Owner(TEMPORARY))
-            self.train.update(0, loss)
+            self.train.update(number, loss)
 
     def footprint(self, config: TrainConfig) -> StepFootprint:
         """That of the last step, for the model of this configuration, of which this may be the `shallow` one."""
@@ -172,6 +176,18 @@ class _Watched:
             return ops.linear_cross_entropy(*args, **named)
 
         return linear_cross_entropy
+
+    def _follow_statistics(self, statistics: Statistics) -> None:
+        """Count the copies of weights that statistics keep, by layer."""
+        measure, parts = statistics.before_update, (EMBEDDING, *range(len(self.model.h)), HEAD)
+
+        def before_update() -> None:
+            measure()
+            for part, copies in zip(parts, statistics.copies, strict=True):
+                for copy in copies:
+                    self.memory.relabel(copy, Owner(TEMPORARY, part))
+
+        statistics.before_update = before_update
 
     def _follow(self) -> None:
         def embed(*_: Any) -> None:

@@ -11,6 +11,7 @@ from rich.markup import escape
 from fastgpt.config.training import TrainConfig
 from fastgpt.data.corpus import Corpus
 from fastgpt.errors import UsageError
+from fastgpt.model.facts import describe_shape
 from fastgpt.system.device import describe
 from fastgpt.system.units import counted, format_bytes, format_seconds
 from fastgpt.tokenizer.base import Tokenizer
@@ -45,13 +46,11 @@ class RunSummary:
 def introduce(console: Console, setup: Setup) -> None:
     """Print the model, the data, the machine and the length of the run that is about to take its next step."""
     config, data, model, step = setup.config, setup.data, setup.state.model, setup.state.progress.step
-    blocks = f"{counted(config.n_layer, 'layer')}, {counted(config.n_head, 'head')}"
-    shape = f"{blocks}, width {config.n_embd}, context {config.block_size}"
     tokens = f"{data.train_tokens:,} train and {counted(data.val_tokens, 'val token')}"
     arithmetic = str(setup.dtype).removeprefix("torch.") + (", compiled" if config.compile else "")
     steps = f"{counted(config.max_iters - step, 'step')} of {counted(config.tokens_per_step, 'token')}"
     facts = {
-        "model": f"{counted(model.num_parameters(), 'parameter')}: {shape}",
+        "model": f"{counted(model.num_parameters(), 'parameter')}: {describe_shape(config)}",
         "data": f"{data.name}: {tokens}, vocabulary {data.tokenizer.vocab_size:,} ({data.tokenizer.kind})",
         **({"packing": "attention stays within documents, and positions restart at each"} if config.pack else {}),
         "machine": f"{describe(setup.device)}, {arithmetic}",

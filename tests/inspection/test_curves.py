@@ -38,6 +38,10 @@ def panels(*records: list[dict]) -> list[str]:
             ["seed 1 (x)", "seed 1 (y)", "seed 2"],
         ),
         ([named("x", data_dir="here"), named("y", data_dir="there")], ["x", "y"]),
+        (
+            [named("x", dataset=f"a/{'b' * 50}"), named("y", dataset=f"c/{'b' * 50}")],
+            [f"dataset ...{'b' * 40} (x)", f"dataset ...{'b' * 40} (y)"],
+        ),
     ],
 )
 def test_runs_are_named_by_what_differs(runs: list, labels: list[str]):

@@ -48,9 +48,12 @@ def owners_words() -> set[str]:
 
 def test_a_report_names_neither_user_nor_host_nor_path(run: Path, capsys: pytest.CaptureFixture[str]):
     assert inspected(str(run), "--device", "cpu") == 0
-    out = capsys.readouterr().out
-    assert [word for word in {*owners_words(), str(run).lower(), str(run.parent).lower()} if word in out.lower()] == []
-    assert facts.PATH.search(out) is None
+    out, err = capsys.readouterr()
+    for told in (out, err):
+        words = {*owners_words(), str(run).lower(), str(run.parent).lower()}
+        assert [word for word in words if word in told.lower()] == []
+        assert facts.PATH.search(told) is None
+    assert err == "the model <path>\n"
     assert max(map(cell_len, out.splitlines())) <= facts.WIDTH
     assert "a run of fastgpt" in out
     assert [line for line in out.splitlines() if line and line[0] != " "][:2] == ["Versions", "Device"]

@@ -90,7 +90,7 @@ class TestFit:
     def test_what_is_told_to_fit_fits(self):
         work, budget = self.work("torch", 2), 18 * MIB
         asked = work.step()
-        fit = memory_fit.find(work, budget, asked, work.generation(1))
+        fit = memory_fit.find(work, budget, asked)
         assert not fit.fits
         assert fit.largest is not None
         assert fit.same_tokens is not None
@@ -106,7 +106,7 @@ class TestFit:
 
     def test_changes_are_put_together_where_none_does_alone(self):
         work = self.work("reference", 1)
-        fit = memory_fit.find(work, budget := 1600 * 1024, work.step(), work.generation(1))
+        fit = memory_fit.find(work, budget := 1600 * 1024, work.step())
         assert (fit.largest, fit.same_tokens, fit.changes) == (None, None, ())
         assert fit.together is not None
         assert list(fit.together.settings)[:3] == ["dtype", "kernels", "batch_size"]

@@ -113,6 +113,7 @@ def test_what_cannot_be_told_is_said():
         ("--preset mnii", "--preset 'mnii' is not one of"),
         ("nothing", "--src nothing is no file or folder here"),
         ("--preset mini --generate --compile", "--compile with --generate"),
+        ("--preset mini --generate --block_size 1", "--block_size 1 has no room for a token after others"),
     ],
 )
 def test_bad_input_is_one_line(folder, capsys, flags, message):

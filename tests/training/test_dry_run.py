@@ -188,7 +188,7 @@ class TestAResume:
         runs.run()
         capsys.readouterr()
         found = rows(capsys, "--init_from out/step-000003 --out_dir new")
-        assert found["model"] == "1 layers, 2 heads, width 16, context 8"
+        assert found["model"] == "1 layer, 2 heads, width 16, context 8"
         assert not Path("new").exists()
 
 

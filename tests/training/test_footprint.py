@@ -56,6 +56,7 @@ def test_is_what_a_real_step_holds(preset: str, kernels: str, dtype: torch.dtype
         {"pack": True, "position": "rotary", "n_kv_head": 1, "bias": False},
         {"position": "sinusoidal", "mlp": "relu", "grad_clip": 0.0, "skip_loss_sigma": 5.0, "n_layer": 2},
         {"batch_size": 1, "n_embd": 64, "n_layer": 6},
+        {"batch_size": 1, "n_embd": 64, "n_layer": 7, "log_stats": True, "log_interval": 2},
     ],
     ids=str,
 )
