@@ -88,14 +88,14 @@ def _variables(theme: int) -> str:
 
 
 def _facts(run: Run, names: Sequence[str]) -> dict[str, str]:
-    """A row of the table of runs: the settings that differ, and what it has reached."""
+    """A row of the table of runs: what it has reached, and the settings that differ."""
     records = run.history
     (steps, val), (_, loss), (_, speed) = records.val_curve(), records.curve("loss"), records.curve("tokens_per_second")
     best = int(np.argmin(val)) if val.size else None
     return {
+        "best val loss": "-" if best is None else f"{val[best]:.4f} at step {steps[best]:,}",
         **{name: history.value(records, name) if records.settings else "unknown" for name in names},
         "steps": f"{records.steps:,}",
-        "best val loss": "-" if best is None else f"{val[best]:.4f} at step {steps[best]:,}",
         "last train loss": f"{loss[-1]:.4f}" if loss.size else "-",
         "tokens/s (median)": f"{np.median(speed):,.0f}" if speed.size else "-",
         "wall time": "-" if records.seconds is None else format_duration(records.seconds),

@@ -65,7 +65,7 @@ def draw(found: Found, budget: int | None) -> bytes:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", alpha=0.25)
     axes.set_axisbelow(True)
-    figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False, fontsize=9)
+    figure.legend(handles=handles, loc="outside lower center", ncols=7, frameon=False, fontsize=9)
     return drawing.render(figure)
 
 
