@@ -43,8 +43,9 @@ def bad_at(*places: int, bad: float = math.nan) -> Callable[[int, torch.Tensor],
 
 
 def lines(out_dir: Path, key: str) -> list[dict]:
+    """The records that have a key, without their wall time."""
     found = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
-    return [record for record in found if key in record]
+    return [{name: record[name] for name in record if name != "seconds"} for record in found if key in record]
 
 
 def finite(out_dir: Path) -> bool:
