@@ -4,8 +4,9 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -225,6 +226,24 @@ def seed(number: int, device: torch.device) -> None:
             torch.cuda.manual_seed(number)
     elif device.type == "mps":
         torch.mps.manual_seed(number)
+
+
+@contextmanager
+def ordered_sums() -> Iterator[None]:
+    """Let compiled code add in a fixed order, so that its sums have the same bits in every run.
+
+    Otherwise PyTorch's compiler adds the gradients of an embedding by atomic operations on a CPU, in whatever order the
+    threads come. Code that is compiled within the block is for calls within it.
+    """
+    settings: Any = torch.utils.deterministic
+    before = torch.get_deterministic_debug_mode(), settings.fill_uninitialized_memory
+    settings.fill_uninitialized_memory = False  # nothing reads it
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before[0])
+        settings.fill_uninitialized_memory = before[1]
 
 
 def synchronize(device: torch.device) -> None:

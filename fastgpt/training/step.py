@@ -18,7 +18,7 @@ from fastgpt.data.loader import Batch
 from fastgpt.data.packing import document_ids
 from fastgpt.errors import UsageError
 from fastgpt.model.gpt import GPT
-from fastgpt.system.device import autocast, seed
+from fastgpt.system.device import autocast, ordered_sums, seed
 from fastgpt.system.torch_private import GROWTH_TRACKER, compile_error
 from fastgpt.training.guard import Guard
 from fastgpt.training.optimizer import clip, make_optimizer
@@ -90,10 +90,12 @@ class TrainStep:
         """
         self.statistics = Statistics(self.model) if self._is_measured(number) else None
         watching = self._watching(number, batches)
+        ordered = ordered_sums() if self.config.compile and self.device.type == "cpu" else nullcontext()
         # Dropout is a pure function of (seed, step), so a resumed run repeats it.
         self._seed(number)
         total = torch.zeros((), device=self.device)
-        with watching, autocast(self.device, self.dtype):  # around all micro-batches: the weights are cast once
+        # Autocast is around all micro-batches: the weights are cast once.
+        with watching, ordered, autocast(self.device, self.dtype):
             for done, (x, y) in enumerate(batches, 1):
                 loss = self._loss(x, y) / len(batches)
                 self.scaler.scale(loss).backward()

@@ -50,6 +50,13 @@ def test_a_compiled_run_goes_on_to_the_bit():
 
 
 @pytest.mark.slow
+def test_compiled_runs_of_two_threads_have_the_same_bits():
+    """PyTorch's compiler would let the threads add an embedding's gradients in any order."""
+    flags = "--compile --threads 2 --batch_size 12 --block_size 64 --n_embd 64 --max_iters 4"
+    assert state_of(start(flags, "one")) == state_of(start(flags, "two"))
+
+
+@pytest.mark.slow
 def test_a_run_cut_into_many_parts_is_the_same_run():
     whole = start("--max_iters 24 --log_interval 1 --eval_interval 1", "whole")
     parted = start("--max_iters 1 --log_interval 1 --eval_interval 1", "parted")
