@@ -101,3 +101,9 @@ def _user() -> str:
         return getpass.getuser()
     except (OSError, KeyError, ImportError):  # the user has no name
         return ""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or the name of its kind if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

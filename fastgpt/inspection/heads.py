@@ -9,6 +9,7 @@ Three patterns are scored by the mean weight that queries give to one kind of ke
 Where documents are packed, each is a text of its own.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -43,8 +44,7 @@ class Patterns:
 
     Attributes:
         keys: bool (T, T), by the names of `LABELS`.
-        equal: the score of a head whose weights are all the same; None where no query has such a key.
-        queries: how many have such a key.
+        least: the score from which on a head follows the pattern; infinite where too few queries have such a key.
     """
 
     def __init__(self, tokens: torch.Tensor, documents: torch.Tensor | None = None):
@@ -63,9 +63,9 @@ class Patterns:
             "first": starts & earlier,
             "induction": followed & earlier,
         }
-        self.queries = {name: int(mask.any(-1).sum()) for name, mask in self}
         seen = ((key <= query) & together).float()
-        self.equal = {name: _scores((seen / seen.sum(-1, keepdim=True))[None], mask)[0] for name, mask in self}
+        equal = (seen / seen.sum(-1, keepdim=True))[None]  # a head whose weights are all the same
+        self.least = {name: _least(equal, mask) for name, mask in self}
 
     def __iter__(self):
         return iter(self.keys.items())
@@ -80,14 +80,18 @@ def measure(weights: torch.Tensor, patterns: Patterns) -> list[Head]:
     heads = []
     for head in range(len(weights)):
         own = {name: of_heads[head] for name, of_heads in scores.items()}
-        heads.append(Head(entropy[head], distance[head], own, _labels(own, patterns)))
+        heads.append(Head(entropy[head], distance[head], own, _labels(own, patterns.least)))
     return heads
 
 
-def _labels(scores: Mapping[str, float | None], patterns: Patterns) -> tuple[tuple[str, float], ...]:
-    least = {name: max(LABELLED, TIMES_EQUAL * (equal or 0.0)) for name, equal in patterns.equal.items()}
-    known = [name for name, count in patterns.queries.items() if count >= FEWEST]
-    found = [(LABELS[name], score) for name in known if (score := scores[name]) is not None and score >= least[name]]
+def _least(equal: torch.Tensor, mask: torch.Tensor) -> float:
+    """The score at which a head is labelled, if a head with equal weights (1, T, T) has its own."""
+    (score,) = _scores(equal, mask)
+    return math.inf if score is None or mask.any(-1).sum() < FEWEST else max(LABELLED, TIMES_EQUAL * score)
+
+
+def _labels(scores: Mapping[str, float | None], least: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
+    found = [(LABELS[name], score) for name, score in scores.items() if score is not None and score >= least[name]]
     return tuple(sorted(found, key=lambda label: -label[1]))
 
 

@@ -1,4 +1,4 @@
-"""Facts about the machine: versions, processor, GPU, arithmetic, compilers, cache. What can be tried is tried."""
+"""Facts about the machine: versions, processor, GPU, compilers, cache. What can be tried is tried."""
 
 import importlib.metadata
 import os
@@ -10,8 +10,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy
@@ -20,16 +19,12 @@ import torch
 import fastgpt
 from fastgpt.errors import UsageError
 from fastgpt.generation.cuda_graphs import GraphPool
-from fastgpt.inspection.facts import Fact, Section
+from fastgpt.inspection.facts import Fact, Section, first_line
 from fastgpt.ops import table
-from fastgpt.ops.ceilings import dtype_name
 from fastgpt.system import caches, cpus
 from fastgpt.system.device import (
-    cpu_has_bfloat16,
     free_memory,
     memory_limit,
-    resolve_dtype,
-    resolve_weights_dtype,
     synchronize,
     total_memory,
 )
@@ -51,10 +46,6 @@ ENVIRONMENT = (
     *("CUDA_VISIBLE_DEVICES", "CUDA_LAUNCH_BLOCKING", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"),
     *("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"),
 )
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MUCH_SLOWER = 0.8  # times as fast
-PRODUCT = {"cpu": 512, "cuda": 4096, "mps": 1024}  # rows and columns of the factors of a timed product
-HARDWARE = {True: "in hardware", False: "emulated", None: "hardware unknown"}
 PATIENCE = 20  # seconds for another program
 PROGRAM = '#include <vector>\nextern "C" int answer() { std::vector<int> v(42); return v.size(); }\n'
 
@@ -102,25 +93,6 @@ def processor(device: torch.device, asked: str, threads: int) -> Section:
         facts["CUDA graphs"] = "no CUDA"
     if given := [f"{name}={os.environ[name]}" for name in ENVIRONMENT if name in os.environ]:
         facts["environment"] = " ".join(given)
-    return facts
-
-
-def arithmetic(device: torch.device, asked: str, interpreted: bool) -> Section:
-    """The dtypes: tried in a product, and those that the setting `dtype`, as asked, leads to."""
-    facts: dict[str, str | Fact] = {}
-    speeds = {dtype: _product_speed(device, dtype) for dtype in DTYPES}
-    for dtype, speed in speeds.items():
-        hardware = _in_hardware(device, dtype)
-        said = speed if isinstance(speed, str) else f"runs, about {_flops(speed)}"
-        value = {"runs": not isinstance(speed, str), "flops": None if isinstance(speed, str) else speed}
-        facts[dtype_name(dtype)] = Fact(f"{said}; {HARDWARE[hardware]}", value | {"in_hardware": hardware})
-    works = {"training": resolve_dtype, "generation": resolve_weights_dtype}
-    for work, resolve in works.items():
-        taken = resolve(asked, device, interpreted=interpreted)
-        hint = _faster(taken, speeds) if work == "training" else ""
-        why = _why(taken, asked, device, interpreted, work) + hint
-        facts[work] = Fact(f"{dtype_name(taken)}: {why}", dtype_name(taken))
-    facts["TF32"] = _tf32(device)
     return facts
 
 
@@ -226,13 +198,14 @@ def _cores() -> int:
     return len(cores) or os.cpu_count() or 1
 
 
-def _flags() -> set[str]:
+def cpu_flags() -> set[str]:
+    """The names of the CPU's features, as Linux lists them; none elsewhere."""
     return {*next(_cpuinfo("flags"), "").split(), *next(_cpuinfo("Features"), "").split()}
 
 
 def _matrix_instructions() -> str:
     """The instructions that make 16-bit products fast."""
-    found = sorted(_flags() & {"avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16", "bf16", "asimdhp", "sve"})
+    found = sorted(cpu_flags() & {"avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16", "bf16", "asimdhp", "sve"})
     return f" with {', '.join(found)}" if found else ""
 
 
@@ -264,72 +237,7 @@ def _graphs(device: torch.device) -> str:
         synchronize(device)
         return "usable" if bool((doubled == 2).all()) else "not usable: a replay computed something else"
     except RuntimeError as error:
-        return f"not usable: {_first_line(error)}"
-
-
-# Arithmetic
-
-
-def _product_speed(device: torch.device, dtype: torch.dtype) -> float | str:
-    """FLOP/s of a square product, the best of three; or the reason why it does not run."""
-    n = PRODUCT[device.type]
-    try:
-        a = torch.ones(n, n, device=device, dtype=dtype)
-        torch.matmul(a, a)
-        taken = []
-        for _ in range(3):
-            synchronize(device)
-            began = time.perf_counter()
-            torch.matmul(a, a)
-            synchronize(device)
-            taken.append(time.perf_counter() - began)
-    except (RuntimeError, TypeError) as error:
-        return f"does not run: {_first_line(error)}"
-    return 2 * n**3 / min(taken)
-
-
-def _faster(taken: torch.dtype, speeds: Mapping[torch.dtype, float | str]) -> str:
-    """A hint where products are much faster in float32 than in the dtype that is taken."""
-    own, full = speeds[taken], speeds[torch.float32]
-    slow = isinstance(own, float) and isinstance(full, float) and own < MUCH_SLOWER * full
-    return "; products in float32 are faster here, so try dtype float32" if slow else ""
-
-
-def _flops(speed: float) -> str:
-    return f"{speed / 1e12:,.0f} TFLOP/s" if speed >= 2e12 else f"{speed / 1e9:,.0f} GFLOP/s"
-
-
-def _in_hardware(device: torch.device, dtype: torch.dtype) -> bool | None:
-    """True if the chip has instructions for products in this dtype; None if that is unknown."""
-    if dtype == torch.float32:
-        return True
-    if device.type == "cuda":
-        if dtype == torch.bfloat16:
-            return torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (7, 0)
-    if device.type != "cpu":
-        return None
-    if dtype == torch.bfloat16:
-        return cpu_has_bfloat16()
-    return bool(_flags() & {"avx512_fp16", "amx_fp16", "asimdhp"})
-
-
-def _why(taken: torch.dtype, asked: str, device: torch.device, interpreted: bool, work: str) -> str:
-    """The reason why a kind of work has this dtype."""
-    if asked != "auto":
-        return f"dtype {asked}, as given"
-    if interpreted:
-        return "dtype auto, as Triton's interpreter computes bfloat16 wrongly"
-    if work == "generation" and device.type == "cpu":
-        return "dtype auto, as float32 gives the same tokens with and without a cache on a CPU"
-    return f"dtype auto, as the chip has {'' if taken == torch.bfloat16 else 'no '}bfloat16 in hardware"
-
-
-def _tf32(device: torch.device) -> str:
-    if device.type != "cuda":
-        return "for CUDA GPUs only"
-    on = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "on: float32 products are rounded to TF32" if on else "off: float32 products are exact float32"
+        return f"not usable: {first_line(error)}"
 
 
 # Compilers
@@ -363,7 +271,7 @@ def _refusal(compiler: Sequence[str], program: str) -> str | None:
         try:
             done = subprocess.run(command, input=program, capture_output=True, text=True, timeout=PATIENCE, check=False)
         except (OSError, subprocess.TimeoutExpired) as error:
-            return _first_line(error)
+            return first_line(error)
     if done.returncode == 0:
         return None
     lines = done.stderr.splitlines() or [f"exit code {done.returncode}"]
@@ -402,8 +310,3 @@ def _output(*command: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

@@ -10,7 +10,7 @@ import torch
 from fastgpt.checkpoint.source import Source
 from fastgpt.config.inspection import MachineConfig
 from fastgpt.config.training import PRESETS
-from fastgpt.inspection import machine_facts
+from fastgpt.inspection import machine_arithmetic, machine_facts
 from fastgpt.inspection.attention_backends import attention
 from fastgpt.inspection.facts import Fact, Section, hider, report, values, without_names
 from fastgpt.model import workloads
@@ -56,7 +56,7 @@ def gather(config: MachineConfig, source: Source | None) -> dict[str, Section]:
     return {
         "Versions": machine_facts.versions(device),
         "Device": machine_facts.processor(device, config.device, machine.threads),
-        "Arithmetic": machine_facts.arithmetic(device, config.dtype, first.interpreted),
+        "Arithmetic": machine_arithmetic.arithmetic(device, config.dtype, first.interpreted),
         "Compilers": machine_facts.compilers(device),
         "Model": _model(config, source),
         "Attention (SDPA)": tried,

@@ -13,6 +13,7 @@ from fastgpt.ops import table
 from fastgpt.training.footprint import StepFootprint
 
 MOST = 1 << 24  # sequences
+MOST_GENERATED = 65_536  # sequences: `max_batch` takes no more
 SHORTEST = 16  # tokens
 
 
@@ -139,7 +140,7 @@ class _Search:
 
     def most_generated(self) -> Change | None:
         size = functools.cache(lambda B: self.work.generation(B).peak)
-        B = largest(size, self.budget, MOST)
+        B = largest(size, self.budget, MOST_GENERATED)
         return Change({"max_batch": B}, size(B)) if B else None
 
 

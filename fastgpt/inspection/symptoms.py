@@ -129,12 +129,15 @@ def decayed_early(case: Case) -> str | None:
     return f"{found[1]}; the learning rate was below a fifth of its peak in all of them"
 
 
-LATE, FALL = 0.4, 0.0125  # the last records, and the share of the loss by which they fall at least in a run that learns
+LATE, FALL = (
+    0.4,
+    0.0125,
+)  # the share of the records that are late, and that by which the loss of a run that learns falls
 DECAYED = 0.2  # of the peak learning rate
 
 
 def _flat(case: Case) -> tuple[int, str] | None:
-    """The first of the last steps in which the train loss did not fall, and the evidence. 95% sure."""
+    """The first of the late steps, and the evidence, if the loss fell by less than `FALL` in them, 95% sure."""
     steps, loss = case.after_warmup("loss")
     count = int(LATE * loss.size)
     if count < 2 * FEW:

@@ -1,4 +1,4 @@
-"""What is drawn of runs: their labels, wall time, running means, and which panels there are."""
+"""The curves of runs: labels, wall time, running means, and a panel for all that was logged."""
 
 from pathlib import Path
 

@@ -18,7 +18,7 @@ from rich.cells import cell_len
 from fastgpt import cli, inspect
 from fastgpt.config.inspection import MachineConfig
 from fastgpt.config.training import PRESETS
-from fastgpt.inspection import attention_backends, facts, machine_facts, machine_view
+from fastgpt.inspection import attention_backends, facts, machine_arithmetic, machine_facts, machine_view
 from fastgpt.inspection.attention_backends import Trial, attention, reason
 from fastgpt.inspection.facts import Fact, hider, report, values, without_names
 from fastgpt.ops.table import TABLE
@@ -297,7 +297,7 @@ def test_a_product_that_does_not_run_says_why(monkeypatch: pytest.MonkeyPatch):
         raise RuntimeError("no kernel for this dtype\nmore")
 
     monkeypatch.setattr(torch, "matmul", refuse)
-    found = machine_facts.arithmetic(CPU, "auto", interpreted=True)
+    found = machine_arithmetic.arithmetic(CPU, "auto", interpreted=True)
     assert found["float16"].text.startswith("does not run: no kernel for this dtype; ")
     assert found["float16"].value["runs"] is False
     assert found["training"].value == "float32"
@@ -307,8 +307,8 @@ def test_a_product_that_does_not_run_says_why(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(("speed", "hint"), [(50e9, True), (90e9, False)])
 def test_a_dtype_of_slow_products_is_told(monkeypatch: pytest.MonkeyPatch, speed: float, hint: bool):
     speeds = {torch.float32: 100e9, torch.bfloat16: speed, torch.float16: "does not run"}
-    monkeypatch.setattr(machine_facts, "_product_speed", lambda device, dtype: speeds[dtype])
-    found = machine_facts.arithmetic(CPU, "bfloat16", interpreted=False)
+    monkeypatch.setattr(machine_arithmetic, "_product_speed", lambda device, dtype: speeds[dtype])
+    found = machine_arithmetic.arithmetic(CPU, "bfloat16", interpreted=False)
     assert found["training"].text.endswith("; products in float32 are faster here, so try dtype float32") == hint
     assert "faster" not in found["generation"].text
 
