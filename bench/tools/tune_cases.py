@@ -122,7 +122,7 @@ def _cross_entropy(kernel: str, tuning: Tuning, V: int, device: torch.device) ->
 
     def launches(tuning: Tuning) -> list[Launch]:
         logits.copy_(given)  # in float32 the kernel puts the gradient in their place
-        return [cross_entropy.gradient_launch(logits, gradient, loss, lse, targets, None, V, -100, tuning)]
+        return [cross_entropy.gradient_launch(logits, gradient, loss, lse, targets, None, V, -100, 0.0, tuning)]
 
     return [Workload(f"{ROWS} x {V}", launches, (gradient, loss, lse))]
 

@@ -117,12 +117,12 @@ def _dropout_launches(tuning: Tuning, D: int, heaviest: bool) -> list[Launch]:
 
 
 def _cross_entropy_launches(tuning: Tuning, V: int, heaviest: bool) -> list[Launch]:
-    """The loss of up to GPT-2's padded vocabulary; heaviest: with its gradient, each row's scaled."""
+    """The loss of up to GPT-2's padded vocabulary; heaviest: with its gradient, each row's scaled, and capped."""
     R, V, dtype = 4096, min(V, 50304), DTYPES[tuning.kind]
     loss, lse, targets = empty(R), empty(R, 2), empty(R, dtype=torch.int64)
     factor, valid = (loss, V - 47) if heaviest else (None, V)
     logits, gradient = empty(R, V), empty(R, V, dtype=dtype) if heaviest else None
-    return [cross_entropy.gradient_launch(logits, gradient, loss, lse, targets, factor, valid, -100, tuning)]
+    return [cross_entropy.gradient_launch(logits, gradient, loss, lse, targets, factor, valid, -100, 30.0 * heaviest, tuning)]
 
 
 def _scale_launches(tuning: Tuning, N: int, heaviest: bool) -> list[Launch]:

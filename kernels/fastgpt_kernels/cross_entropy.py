@@ -5,6 +5,12 @@ For each row x of C channels with target t, over the valid columns of the vocabu
     z = x weight^T      lse = log(sum(exp(z)))      loss = lse - z[t]      dz = softmax(z) - onehot(t)
     dx = dz weight      dweight = sum over rows of dz^T x
 
+With a soft-cap (Gemma team, 2024, "Gemma 2", section 2), z is capped: with c the cap and y = x weight^T,
+
+    z = c tanh(y / c)      dy = dz (1 - (z / c)^2)
+
+and dy takes the place of dz in the products.
+
 For each chunk, a product computes the logits in float32, one kernel turns them into dz, and two more products give dx
 and dweight (after Hsu et al., 2024, "Liger Kernel", section 3.2). The products are PyTorch's own. Small chunks are
 slow, so chunks are as large as LOGITS_BYTES allows. For "mean" and "sum" all this happens in the forward pass, so
@@ -34,6 +40,15 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 REDUCTIONS = ("mean", "sum", "none")
 
 
+@triton.jit
+def _load_logits(logits_ptr, col, inside, softcap, CAPPED: tl.constexpr):
+    """Some of a row's logits, capped, 0 where not `inside`. tanh(u) = 1 - 2 / (exp(2 u) + 1)."""
+    z = tl.load(logits_ptr + col, mask=inside, other=0.0)
+    if CAPPED:
+        z = softcap * (1.0 - 2.0 / (tl.exp2(z * (2.0 * LOG2_E / softcap)) + 1.0))
+    return z
+
+
 @triton.jit(
     do_not_specialize=["valid", "ignore_index"],
     do_not_specialize_on_alignment=["loss_ptr", "lse_ptr", "targets_ptr", "factor_ptr"],  # a chunk may start anywhere
@@ -45,7 +60,8 @@ def _softmax_gradient(
     lse_ptr,  # (R, 2) float32, the log-sum-exp in two parts: written, or read where there is no loss
     targets_ptr,  # (R,)
     factor_ptr,  # (R,) float32: multiplies each row's gradient, or None
-    width, valid, ignore_index,
+    width, valid, ignore_index, softcap,
+    CAPPED: tl.constexpr,
     GRADIENT: tl.constexpr,
     ROWS: tl.constexpr,  # 1
     COLUMNS: tl.constexpr,
@@ -58,13 +74,14 @@ def _softmax_gradient(
     counted = target != ignore_index
     inside = (target >= 0) & (target < valid)
     if loss_ptr is not None:
-        chosen = tl.load(logits_ptr + target, mask=inside, other=float("nan"))  # before dz overwrites it
+        chosen = _load_logits(logits_ptr, target, inside, softcap, CAPPED)  # before dz overwrites it
+        chosen = tl.where(inside, chosen, float("nan"))
         top = float("-inf")
         total = 0.0
         for start in range(0, valid, COLUMNS):
             col = start + tl.arange(0, COLUMNS)
             # Masked by the aligned width, because a mask by `valid` would make loads narrow.
-            z = tl.load(logits_ptr + col, mask=col < width, other=0.0)
+            z = _load_logits(logits_ptr, col, col < width, softcap, CAPPED)
             z = tl.where(col < valid, z, float("-inf"))
             new_top = tl.maximum(top, tl.max(z))
             total = total * tl.exp2((top - new_top) * LOG2_E) + tl.sum(tl.exp2((z - new_top) * LOG2_E))
@@ -82,9 +99,11 @@ def _softmax_gradient(
             factor = tl.load(factor_ptr + row)
         for start in range(0, width, COLUMNS):
             col = start + tl.arange(0, COLUMNS)
-            z = tl.load(logits_ptr + col, mask=col < width, other=0.0)
-            z = tl.where(col < valid, z, float("-inf"))
+            capped = _load_logits(logits_ptr, col, col < width, softcap, CAPPED)
+            z = tl.where(col < valid, capped, float("-inf"))
             dz = tl.exp2((z - top) * LOG2_E - rest) - tl.where(col == target, 1.0, 0.0)
+            if CAPPED:
+                dz *= 1.0 - (capped / softcap) * (capped / softcap)
             dz = tl.where(inside, dz * factor, float("nan"))
             tl.store(gradient_ptr + col, tl.where(counted, dz, 0.0), mask=col < width)
 
@@ -106,7 +125,8 @@ def gradient_launch(
     gradient: torch.Tensor | None,  # (R, width), contiguous: of any dtype, or the logits themselves
     loss: torch.Tensor | None,
     lse: torch.Tensor,  # (R, 2)
-    targets: torch.Tensor, factor: torch.Tensor | None, valid: int, ignore_index: int, tuning: Tuning,
+    targets: torch.Tensor, factor: torch.Tensor | None, valid: int, ignore_index: int, softcap: float,
+    tuning: Tuning,
 ) -> Launch:  # fmt: skip
     R, width = logits.shape
     row = tuning.row("cross_entropy", width)
@@ -114,8 +134,8 @@ def gradient_launch(
         "cross_entropy",
         _softmax_gradient,
         (R,),
-        (logits, gradient, loss, lse, targets, factor, width, valid, ignore_index),
-        {"GRADIENT": gradient is not None} | row.constants(),
+        (logits, gradient, loss, lse, targets, factor, width, valid, ignore_index, softcap or 1.0),
+        {"CAPPED": softcap > 0, "GRADIENT": gradient is not None} | row.constants(),
     )
 
 
@@ -144,10 +164,10 @@ class _Chunks:
         x: torch.Tensor,  # (R, C)
         weight: torch.Tensor,  # (V, C)
         targets: torch.Tensor,  # (R,)
-        valid: int, ignore_index: int, dtype: torch.dtype, need_dx: bool, need_dweight: bool,
+        valid: int, ignore_index: int, softcap: float, dtype: torch.dtype, need_dx: bool, need_dweight: bool,
     ):  # fmt: skip
         self.x, self.weight, self.targets = x.to(dtype), weight.to(dtype), targets.contiguous()
-        self.valid, self.ignore_index = valid, ignore_index
+        self.valid, self.ignore_index, self.softcap = valid, ignore_index, softcap
         self.dx = x.new_empty(x.shape if need_dx else 0, dtype=torch.float32)
         self.dweight = weight.new_zeros(weight.shape if need_dweight else 0, dtype=torch.float32)
 
@@ -169,7 +189,7 @@ class _Chunks:
             gradient_launch(
                 z, gradient if with_gradient else None, None if loss is None else loss[part], lse[part],
                 self.targets[part], None if factor is None else factor[part], self.valid, self.ignore_index,
-                tuning(self.x.device, self.x.dtype),
+                self.softcap, tuning(self.x.device, self.x.dtype),
             )()  # fmt: skip
             if self.dx.numel():
                 _multiply(self.dx[part], gradient[:, :V], self.weight, add=False)
@@ -189,8 +209,8 @@ def _multiply(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, add: bool)
 
 @torch.library.custom_op("fastgpt::linear_cross_entropy_forward", mutates_args=())
 def _forward(
-    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, ignore_index: int, valid: int, reduction: str,
-    dtype: torch.dtype, need_dx: bool, need_dweight: bool,
+    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, ignore_index: int, valid: int, softcap: float,
+    reduction: str, dtype: torch.dtype, need_dx: bool, need_dweight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """(loss; lse (R, 2); a factor; dx and dweight before that factor, or empty tensors).
 
@@ -200,14 +220,15 @@ def _forward(
     if x.device.type == "cpu" or DEBUG:
         _check_targets(targets, ignore_index, valid)
     _, lse, factor, dx, dweight = _forward_shapes(
-        x, weight, targets, ignore_index, valid, reduction, dtype, need_dx, need_dweight
+        x, weight, targets, ignore_index, valid, softcap, reduction, dtype, need_dx, need_dweight
     )
     now = reduction != "none"
     flat = targets.reshape(-1)
     losses = lse.new_empty(len(lse))
     chunks = _Chunks(
-        x.reshape(-1, x.shape[-1]), weight, flat, valid, ignore_index, dtype, need_dx and now, need_dweight and now
-    )
+        x.reshape(-1, x.shape[-1]), weight, flat, valid, ignore_index, softcap, dtype,
+        need_dx and now, need_dweight and now,
+    )  # fmt: skip
     chunks.run(losses, lse, None)
     factor.fill_(1.0)
     if not now:
@@ -218,7 +239,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _forward_shapes(x, weight, targets, ignore_index, valid, reduction, dtype, need_dx, need_dweight):
+def _forward_shapes(x, weight, targets, ignore_index, valid, softcap, reduction, dtype, need_dx, need_dweight):
     now = reduction != "none"
     R = targets.numel()
     loss = x.new_empty(() if now else targets.shape, dtype=torch.float32)
@@ -245,7 +266,7 @@ def _scaled_shape(x, factor, shape, dtype):
 @torch.library.custom_op("fastgpt::linear_cross_entropy_backward", mutates_args=())
 def _backward(
     dloss: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, lse: torch.Tensor,
-    ignore_index: int, valid: int, dtype: torch.dtype, need_dx: bool, need_dweight: bool,
+    ignore_index: int, valid: int, softcap: float, dtype: torch.dtype, need_dx: bool, need_dweight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """(dx and dweight, or empty tensors, before a factor; the factor), for losses that were not reduced.
 
@@ -256,21 +277,23 @@ def _backward(
     _, exponent = torch.frexp(dloss.abs().amax() if dloss.numel() else dloss.new_zeros(()))
     factor = torch.ldexp(dloss.new_ones(()), exponent)
     chunks = _Chunks(
-        x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1), valid, ignore_index, dtype, need_dx, need_dweight
-    )
+        x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1), valid, ignore_index, softcap, dtype,
+        need_dx, need_dweight,
+    )  # fmt: skip
     chunks.run(None, lse, dloss / factor)
     return chunks.dx, chunks.dweight, factor
 
 
 @_backward.register_fake
-def _backward_shapes(dloss, x, weight, targets, lse, ignore_index, valid, dtype, need_dx, need_dweight):
+def _backward_shapes(dloss, x, weight, targets, lse, ignore_index, valid, softcap, dtype, need_dx, need_dweight):
     dx = x.new_empty((targets.numel(), x.shape[-1]) if need_dx else 0, dtype=torch.float32)
     dweight = weight.new_empty(weight.shape if need_dweight else 0, dtype=torch.float32)
     return dx, dweight, x.new_empty((), dtype=torch.float32)
 
 
 def _save(ctx, inputs, output):
-    x, weight, targets, ctx.ignore_index, ctx.valid, ctx.reduction, ctx.dtype, ctx.need_dx, ctx.need_dweight = inputs
+    x, weight, targets, *settings = inputs
+    ctx.ignore_index, ctx.valid, ctx.softcap, ctx.reduction, ctx.dtype, ctx.need_dx, ctx.need_dweight = settings
     _, lse, factor, dx, dweight = output
     ctx.shapes, ctx.dtypes = (x.shape, weight.shape), (x.dtype, weight.dtype)
     if ctx.reduction == "none":
@@ -283,7 +306,7 @@ def _save(ctx, inputs, output):
 
 def _backward_of_loss(ctx, dloss, *_others):
     if ctx.reduction == "none":
-        arguments = (ctx.ignore_index, ctx.valid, ctx.dtype, ctx.need_dx, ctx.need_dweight)
+        arguments = (ctx.ignore_index, ctx.valid, ctx.softcap, ctx.dtype, ctx.need_dx, ctx.need_dweight)
         *gradients, factor = torch.ops.fastgpt.linear_cross_entropy_backward(dloss, *ctx.saved_tensors, *arguments)
     else:
         factor, *gradients = ctx.saved_tensors
@@ -294,7 +317,7 @@ def _backward_of_loss(ctx, dloss, *_others):
             gradients, ctx.shapes, ctx.dtypes, (ctx.need_dx, ctx.need_dweight), strict=True
         )
     )
-    return dx, dweight, None, None, None, None, None, None, None
+    return dx, dweight, *[None] * 8
 
 
 _forward.register_autograd(_backward_of_loss, setup_context=_save)
@@ -308,6 +331,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     valid_vocab: int | None = None,
     reduction: str = "mean",
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Cross-entropy of the logits x @ weight.T, as `reference.linear_cross_entropy`, without all logits in memory.
 
@@ -319,27 +343,29 @@ def linear_cross_entropy(
         ignore_index: rows with this target have loss 0 and do not count.
         valid_vocab: columns from here on are padding and stay out of the softmax; default V.
         reduction: "mean" over the rows that count (0 where none does), "sum", or "none" for (...).
+        softcap: above 0; the logits are softcap * tanh(logits / softcap).
 
     Returns:
         Float32, in nats. Gradients are computed in the forward pass, and only where x or weight needs one; with
         reduction "none", in the backward pass.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit together, a target out of range where they are checked.
+        ValueError: shapes, dtypes or devices that do not fit together, a target out of range where they are checked, a
+            soft-cap that is not above 0.
     """
     autocast = autocast_dtype(x.device)
     valid = weight.shape[0] if valid_vocab is None else valid_vocab
-    _check(x, weight, targets, valid, reduction, autocast)
+    _check(x, weight, targets, valid, reduction, softcap, autocast)
     grad = torch.is_grad_enabled()
     need_dx, need_dweight = grad and x.requires_grad, grad and weight.requires_grad
     return torch.ops.fastgpt.linear_cross_entropy_forward(
-        x, weight, targets, ignore_index, valid, reduction, autocast or x.dtype, need_dx, need_dweight
+        x, weight, targets, ignore_index, valid, softcap or 0.0, reduction, autocast or x.dtype, need_dx, need_dweight
     )[0]
 
 
 def _check(
     x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
-    valid: int, reduction: str, autocast: torch.dtype | None,
+    valid: int, reduction: str, softcap: float | None, autocast: torch.dtype | None,
 ) -> None:  # fmt: skip
     op = "linear_cross_entropy"
     check_tensors(op, {"x": None, "weight": 2}, x=x, weight=weight)
@@ -362,6 +388,8 @@ def _check(
         raise ValueError(f"{op}: valid_vocab is {valid}; expected 1 to {weight.shape[0]}, the rows of weight")
     if reduction not in REDUCTIONS:
         raise ValueError(f"{op}: reduction {reduction!r} is not one of {', '.join(REDUCTIONS)}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"{op}: softcap is {softcap}; expected a number above 0, or None")
 
 
 def _check_targets(targets: torch.Tensor, ignore_index: int, valid: int) -> None:

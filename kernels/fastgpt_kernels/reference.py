@@ -129,6 +129,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     valid_vocab: int | None = None,
     reduction: str = "mean",
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Cross-entropy of the logits x @ weight.T against the targets, in nats.
 
@@ -137,15 +138,21 @@ def linear_cross_entropy(
         ignore_index: rows with this target have loss 0 and count for nothing.
         valid_vocab: columns from here on are padding and stay out of the softmax; default V.
         reduction: "mean" over the rows that count (0 where none does), "sum", or "none" for (...).
+        softcap: above 0; the logits are softcap * tanh(logits / softcap) (Gemma team, 2024, "Gemma 2", section 2).
 
     Returns:
         A scalar, or (...); float32 for 16-bit inputs.
     """
-    logits = x @ weight[:valid_vocab].t()
+    logits = capped(x @ weight[:valid_vocab].t(), softcap)
     counted = targets != ignore_index
     chosen = targets.where(counted, 0)
     nll = -logits.log_softmax(-1).gather(-1, chosen[..., None]).squeeze(-1)
     return reduce(nll.where(counted, 0.0), counted, reduction)
+
+
+def capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """Logits (...) bounded smoothly to the soft-cap; None bounds nothing."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def reduce(losses: torch.Tensor, counted: torch.Tensor, reduction: str) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from fastgpt_kernels.float32_product import FEW_ROWS, float32_product, product_by_pieces
 from fastgpt_kernels.product_attention import attention_by_products
-from fastgpt_kernels.reference import reduce, visible
+from fastgpt_kernels.reference import capped, reduce, visible
 from fastgpt_kernels.row_product import row_product
 from fastgpt_kernels.torch_private import linear_int8_packed
 
@@ -79,15 +79,18 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     valid_vocab: int | None = None,
     reduction: str = "mean",
+    softcap: float | None = None,
 ) -> torch.Tensor:
     if valid_vocab is not None and x.device.type == "cpu":
         weight, valid_vocab = weight[:valid_vocab], None
     trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     narrow = trained and x.device.type == "cpu" and len(weight) > NARROW_HEAD
+    if softcap is not None:
+        weight, valid_vocab = weight[:valid_vocab], None  # a masked logit of -inf would be capped
     # A GPU's matrix kernels want the padded width, whose logits are masked.
     logits = F.linear(x, weight) if narrow else float32_product(x, weight, valid_vocab)
     # float32 for 16-bit logits, and float64 stays what it is
-    logits = logits.reshape(-1, logits.shape[-1]).to(torch.promote_types(logits.dtype, torch.float32))
+    logits = capped(logits.reshape(-1, logits.shape[-1]).to(torch.promote_types(logits.dtype, torch.float32)), softcap)
     flat = targets.flatten().long()
     if reduction == "mean":
         total = F.cross_entropy(logits, flat, ignore_index=ignore_index, reduction="sum")

@@ -24,13 +24,14 @@ def products_in_full_precision():
 
 @dtypes
 @reductions
+@pytest.mark.parametrize("softcap", [None, 15.0])
 @pytest.mark.parametrize(
     ("R", "C", "V", "valid_vocab"),
     [(300, 768, 50304, 50257), (257, 33, 50257, None), (1000, 384, 65, None), (64, 129, 4097, 4095), (5, 7, 1025, 3)],
 )
-def test_agrees_with_float64_as_nearly_as_stock_pytorch_does(R, C, V, valid_vocab, reduction, dtype):
+def test_agrees_with_float64_as_nearly_as_stock_pytorch_does(R, C, V, valid_vocab, reduction, dtype, softcap):
     torch.manual_seed(0)
-    arguments = {"valid_vocab": valid_vocab, "reduction": reduction, "plain": plain}
+    arguments = {"valid_vocab": valid_vocab, "reduction": reduction, "plain": plain, "softcap": softcap}
     arguments["targets"] = labels((R,), valid_vocab or V, ignored=0.1)
     for rows in (R, 100):
         with chunks_of(rows, V, dtype):

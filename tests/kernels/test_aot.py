@@ -331,8 +331,8 @@ for Tq, Tk, H, Hkv, D in ((1, 1, 1, 1, 16), (1, 70, 3, 1, 20)):
 for R, V, valid in ((1, 16, 1), (5, 48, 47)):
     logits, lse, targets = aot.empty(R, V), aot.empty(R), aot.empty(R, dtype=torch.int32)
     dz = aot.empty(R, V, dtype=half)
-    launches.append(cross_entropy.gradient_launch(logits, dz, lse, lse, targets, None, valid, 1, tuning))
-    launches.append(cross_entropy.gradient_launch(logits, dz, None, lse, targets, lse, valid, -100, tuning))
+    launches.append(cross_entropy.gradient_launch(logits, dz, lse, lse, targets, None, valid, 1, 0.0, tuning))
+    launches.append(cross_entropy.gradient_launch(logits, dz, None, lse, targets, lse, valid, -100, 0.0, tuning))
 for B, H, Hkv, D, P, M in ((1, 1, 1, 1, 1, 1), (1, 1, 1, 80, 16, 64), (3, 6, 2, 20, 5, 99), (1, 40, 1, 33, 128, 9)):
     q, pages = aot.empty(B, H, D, dtype=half), aot.empty(7, P, Hkv, D, dtype=half)
     table, starts, slots = (aot.empty(*n, dtype=torch.int32) for n in ((B, 1 + M), (B + 1,), (B,)))

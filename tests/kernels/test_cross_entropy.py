@@ -68,10 +68,11 @@ def test_agrees_at_any_shape_layout_and_chunk_size(dtype, reduction, data, lead,
     dense_weight = st.sampled_from(["dense", "gapped", "transposed"])
     layouts = data.draw(st.sampled_from(strided), "x"), data.draw(dense_weight, "weight")
     rows = data.draw(st.sampled_from([1, 2, 3, 5, 1000]), "rows")
+    softcap = data.draw(st.sampled_from([None, 2.0, 30.0]), "softcap")
     grad_layout = data.draw(layout, "grad_out") if reduction == "none" and lead else "dense"
 
     inputs, options = inputs_of(lead, C, V, dtype, layouts), {"layout": grad_layout, "plain": plain}
-    arguments = {"targets": targets, "ignore_index": ignore_index, "valid_vocab": valid_vocab}
+    arguments = {"targets": targets, "ignore_index": ignore_index, "valid_vocab": valid_vocab, "softcap": softcap}
     with chunks_of(rows, V, dtype):
         assert_op_agrees(linear_cross_entropy, OP, inputs, reduction=reduction, **options, **arguments)
 
@@ -95,6 +96,24 @@ def test_agrees_around_every_tile_and_alignment(V, valid_vocab, dtype):
             assert_op_agrees(
                 linear_cross_entropy, OP, inputs, targets=targets, valid_vocab=valid_vocab, reduction=reduction
             )
+
+
+@dtypes
+@reductions
+@pytest.mark.parametrize("softcap", [1.5, 15.0])
+@pytest.mark.covering_array(1)
+def test_logits_are_capped_also_beside_padding(softcap, reduction, dtype):
+    torch.manual_seed(0)
+    inputs, targets = inputs_of((5,), 33, 1030, dtype), torch.tensor([0, 1024, -100, 1, 2], device=DEVICE)
+    with chunks_of(2, 1030, dtype):
+        arguments = {"targets": targets, "valid_vocab": 1025, "reduction": reduction, "softcap": softcap}
+        assert_op_agrees(linear_cross_entropy, OP, inputs, **arguments)
+
+
+def test_a_capped_logit_of_any_size_is_the_cap():
+    x, weight = torch.tensor([[1e30, 0.0]], device=DEVICE), torch.tensor([[1.0, 0.0], [-1.0, 0.0]], device=DEVICE)
+    loss = linear_cross_entropy(x, weight, torch.tensor([1], device=DEVICE), softcap=3.0)
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(6.0)), rel=1e-6)
 
 
 @reductions

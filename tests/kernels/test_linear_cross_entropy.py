@@ -171,13 +171,14 @@ VARIANTS = [
 
 @pytest.mark.parametrize("trained", [(), (0,), (1,), (0, 1)])
 @pytest.mark.parametrize(("dtype", "products", "shape", "reduction", "ignored"), some(4, VARIANTS))
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
 @pytest.mark.covering_array(1)
-def test_forward_operator_passes_opcheck(dtype, products, shape, reduction, ignored, trained):
+def test_forward_operator_passes_opcheck(dtype, products, shape, reduction, ignored, trained, softcap):
     torch.manual_seed(0)
     inputs = [t.requires_grad_(i in trained) for i, t in enumerate(inputs_of(shape[:-1], shape[-1], 20, dtype))]
     targets = labels(shape[:-1], 19, ignored=ignored)
     wanted = 0 in trained, 1 in trained
-    arguments = (*inputs, targets, -100, 19, reduction, products, *wanted)
+    arguments = (*inputs, targets, -100, 19, softcap, reduction, products, *wanted)
     torch.library.opcheck(torch.ops.fastgpt.linear_cross_entropy_forward.default, arguments)
 
 
@@ -187,9 +188,9 @@ def test_backward_and_scale_operators_pass_opcheck(dtype, products, shape, reduc
     lead = shape[:-1]
     inputs, targets = inputs_of(lead, shape[-1], 20, dtype), labels(lead, 19, ignored=ignored)
     forward = torch.ops.fastgpt.linear_cross_entropy_forward
-    lse = forward(*inputs, targets, -100, 19, "none", products, False, False)[1]
+    lse = forward(*inputs, targets, -100, 19, 5.0, "none", products, False, False)[1]
     for wanted in itertools.product((True, False), repeat=2):
-        arguments = (torch.randn(lead, device=DEVICE), *inputs, targets, lse, -100, 19, products, *wanted)
+        arguments = (torch.randn(lead, device=DEVICE), *inputs, targets, lse, -100, 19, 5.0, products, *wanted)
         torch.library.opcheck(torch.ops.fastgpt.linear_cross_entropy_backward.default, arguments)
     factor = torch.tensor(0.3, device=DEVICE)
     arguments = (inputs[0].flatten(0, -2) if lead else inputs[0][None], factor, list(shape), torch.float32)
@@ -265,6 +266,8 @@ MISTAKES = [
     ({"valid_vocab": 0}, r"valid_vocab is 0; expected 1 to 7, the rows of weight"),
     ({"valid_vocab": -1}, r"valid_vocab is -1; expected 1 to 7, the rows of weight"),
     ({"valid_vocab": 8}, r"valid_vocab is 8; expected 1 to 7, the rows of weight"),
+    *(({"softcap": cap}, rf"softcap is {cap}; expected a number above 0, or None") for cap in (0.0, -1.0, math.inf)),
+    ({"softcap": math.nan}, "softcap is nan; expected a number above 0, or None"),
 ]
 
 
