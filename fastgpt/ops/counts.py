@@ -64,6 +64,43 @@ def add_layer_norm_backward(itemsize: int, N: int, C: int) -> Count:
     return layer_norm_backward(itemsize, N, C) + Count(N * C, N * C * itemsize)
 
 
+def rms_norm(itemsize: int, N: int, C: int) -> Count:
+    # square and sum 2, scale 1, weight 1
+    return Count(4 * N * C, (2 * N + 1) * C * itemsize)
+
+
+def rms_norm_backward(itemsize: int, N: int, C: int) -> Count:
+    # x again to its normal form 1, dy * weight 1, a row sum 2, dx 3, dweight 2; the deviation is read
+    return Count(9 * N * C, (3 * N + 2) * C * itemsize + N * FLOAT32)
+
+
+def add_rms_norm(itemsize: int, N: int, C: int) -> Count:
+    return rms_norm(itemsize, N, C) + Count(N * C, 2 * N * C * itemsize)  # as in add_layer_norm
+
+
+def add_rms_norm_backward(itemsize: int, N: int, C: int) -> Count:
+    return rms_norm_backward(itemsize, N, C) + Count(N * C, N * C * itemsize)
+
+
+def swiglu(itemsize: int, N: int, C: int) -> Count:
+    """N rows of 2 C numbers to N of C."""
+    # the sigmoid 3, and two products
+    return Count(5 * N * C, 3 * N * C * itemsize)
+
+
+def swiglu_backward(itemsize: int, N: int, C: int) -> Count:
+    # the sigmoid again 3, silu 1, its derivative 3, and three products
+    return Count(10 * N * C, 5 * N * C * itemsize)
+
+
+def relu2(itemsize: int, N: int, C: int) -> Count:
+    return Count(2 * N * C, 2 * N * C * itemsize)
+
+
+def relu2_backward(itemsize: int, N: int, C: int) -> Count:
+    return Count(3 * N * C, 3 * N * C * itemsize)
+
+
 def causal_attention(itemsize: int, B: int, T: int, H: int, D: int, Hkv: int | None = None, cached: int = 0) -> Count:
     """Hkv key and value heads (default H); `cached` keys lie before the T queries, and each query sees all of them."""
     # two products of 2 D operations for each pair that is seen; the softmax is not counted, as is the custom
@@ -157,6 +194,14 @@ COUNTS = {
     ("layer_norm", "backward"): layer_norm_backward,
     ("add_layer_norm", "forward"): add_layer_norm,
     ("add_layer_norm", "backward"): add_layer_norm_backward,
+    ("rms_norm", "forward"): rms_norm,
+    ("rms_norm", "backward"): rms_norm_backward,
+    ("add_rms_norm", "forward"): add_rms_norm,
+    ("add_rms_norm", "backward"): add_rms_norm_backward,
+    ("swiglu", "forward"): swiglu,
+    ("swiglu", "backward"): swiglu_backward,
+    ("relu2", "forward"): relu2,
+    ("relu2", "backward"): relu2_backward,
     ("causal_attention", "forward"): causal_attention,
     ("causal_attention", "backward"): causal_attention_backward,
     ("linear_cross_entropy", "forward"): linear_cross_entropy,

@@ -26,6 +26,8 @@ def _like_first(x: torch.Tensor, *inputs: Any, **arguments: Any) -> torch.Tensor
 # What an operation returns that does not return a tensor like its first input.
 RESULTS: Mapping[str, Callable[..., Any]] = {
     "add_layer_norm": lambda x, *inputs, **arguments: (x.new_empty(x.shape), x.new_empty(x.shape)),
+    "add_rms_norm": lambda x, *inputs, **arguments: (x.new_empty(x.shape), x.new_empty(x.shape)),
+    "swiglu": lambda x: x.new_empty(*x.shape[:-1], x.shape[-1] // 2),
     "linear_cross_entropy": lambda *inputs, **arguments: torch.empty((), device="meta"),
     "kv_write": lambda *inputs, **arguments: None,
     "linear_int8": lambda x, weight, *inputs, out_dtype=None: x.new_empty(*x.shape[:-1], len(weight), dtype=out_dtype),

@@ -30,6 +30,10 @@ class Row(NamedTuple):
 TABLE: dict[str, Row] = {
     "layer_norm": Row(reference.layer_norm, torch_ops.layer_norm, "norm"),
     "add_layer_norm": Row(reference.add_layer_norm, torch_ops.add_layer_norm, "norm"),
+    "rms_norm": Row(reference.rms_norm, torch_ops.rms_norm, "norm"),
+    "add_rms_norm": Row(reference.add_rms_norm, torch_ops.add_rms_norm, "norm"),
+    "swiglu": Row(reference.swiglu, torch_ops.swiglu, "activation"),
+    "relu2": Row(reference.relu2, torch_ops.relu2, "activation"),
     "causal_attention": Row(reference.causal_attention, torch_ops.causal_attention, "attention"),
     "linear_cross_entropy": Row(reference.linear_cross_entropy, torch_ops.linear_cross_entropy, "cross_entropy"),
     "paged_attention": Row(reference.paged_attention, torch_ops.paged_attention, "paged"),
@@ -66,6 +70,10 @@ class Ops:
 
     layer_norm: Callable[..., torch.Tensor]
     add_layer_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    rms_norm: Callable[..., torch.Tensor]
+    add_rms_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    swiglu: Callable[..., torch.Tensor]
+    relu2: Callable[..., torch.Tensor]
     causal_attention: Callable[..., torch.Tensor]
     linear_cross_entropy: Callable[..., torch.Tensor]
     paged_attention: Callable[..., torch.Tensor]

@@ -69,6 +69,42 @@ def add_layer_norm(
 
 
 @rounded
+def rms_norm(x: torch.Tensor, weight: torch.Tensor | None = None, *, eps: float = 1e-5) -> torch.Tensor:
+    """Root mean square normalization over the last dimension (Zhang & Sennrich, 2019): (..., C) -> (..., C).
+
+    Args:
+        weight: (C,), the gain; None for 1.
+        eps: added to the mean square.
+    """
+    y = x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+    return y if weight is None else y * weight
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None = None, *, eps: float = 1e-5
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The residual stream and its norm: (x + residual, rms_norm(x + residual)), each (..., C)."""
+    total = x + residual
+    return total, rms_norm(total, weight, eps=eps)
+
+
+@rounded
+def swiglu(x: torch.Tensor) -> torch.Tensor:
+    """silu(a) * b of the halves a and b of the last dimension (Shazeer, 2020): (..., 2 I) -> (..., I).
+
+    silu(a) is a * sigmoid(a). The halves are two linear layers' outputs, packed: a the gate's, b what it scales.
+    """
+    a, b = x.chunk(2, -1)
+    return a * a.sigmoid() * b
+
+
+@rounded
+def relu2(x: torch.Tensor) -> torch.Tensor:
+    """The positive part, squared (So et al., 2021), elementwise on any shape."""
+    return x.clamp(min=0).square()
+
+
+@rounded
 def causal_attention(
     q: torch.Tensor,
     k: torch.Tensor,

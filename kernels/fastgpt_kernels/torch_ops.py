@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from fastgpt_kernels.float32_product import FEW_ROWS, float32_product, product_by_pieces
+from fastgpt_kernels.lean_autograd import ReLU2, RMSNorm, SwiGLU
 from fastgpt_kernels.product_attention import attention_by_products
 from fastgpt_kernels.reference import capped, reduce, visible
 from fastgpt_kernels.row_product import row_product
@@ -28,6 +29,42 @@ def add_layer_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     total = x + residual
     return total, torch.layer_norm(total, weight.shape, weight, bias, eps)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor | None = None, *, eps: float = 1e-5) -> torch.Tensor:
+    if torch.compiler.is_compiling():
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        return (y if weight is None else y * weight).to(x.dtype)
+    if x.device.type == "cpu" and _trained(x, weight):
+        return RMSNorm.apply(x, weight, eps)
+    # In one dtype, without which a GPU's fused kernel is not taken.
+    dtype = x.dtype if weight is None else torch.promote_types(x.dtype, weight.dtype)
+    return F.rms_norm(x.to(dtype), x.shape[-1:], weight if weight is None else weight.to(dtype), eps).to(x.dtype)
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None = None, *, eps: float = 1e-5
+) -> tuple[torch.Tensor, torch.Tensor]:
+    total = x + residual
+    return total, rms_norm(total, weight, eps=eps)
+
+
+def swiglu(x: torch.Tensor) -> torch.Tensor:
+    if _trained(x) and not torch.compiler.is_compiling():
+        return SwiGLU.apply(x)
+    a, b = x.chunk(2, -1)
+    return F.silu(a) * b
+
+
+def relu2(x: torch.Tensor) -> torch.Tensor:
+    if _trained(x) and not torch.compiler.is_compiling():
+        return ReLU2.apply(x)
+    return F.relu(x).square()
+
+
+def _trained(*inputs: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
 
 
 def causal_attention(
@@ -60,7 +97,7 @@ def prefers_products(q: torch.Tensor, Tk: int) -> bool:
 
     SDPA's backward is slow in bfloat16 there. Products need memory for all weights, so long contexts go to SDPA.
     """
-    if q.device.type != "cpu" or not (q.requires_grad and torch.is_grad_enabled()):
+    if q.device.type != "cpu" or not _trained(q):
         return False
     return q.element_size() == 2 and Tk <= 1024
 
@@ -83,8 +120,7 @@ def linear_cross_entropy(
 ) -> torch.Tensor:
     if valid_vocab is not None and x.device.type == "cpu":
         weight, valid_vocab = weight[:valid_vocab], None
-    trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    narrow = trained and x.device.type == "cpu" and len(weight) > NARROW_HEAD
+    narrow = _trained(x, weight) and x.device.type == "cpu" and len(weight) > NARROW_HEAD
     if softcap is not None:
         weight, valid_vocab = weight[:valid_vocab], None  # a masked logit of -inf would be capped
     # A GPU's matrix kernels want the padded width, whose logits are masked.
