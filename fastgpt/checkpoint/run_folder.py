@@ -305,9 +305,7 @@ def check_resume(out_dir: Path, config: TrainConfig, data: Corpus) -> None:
 
 def _kept_settings(config: TrainConfig) -> dict[str, Any]:
     """The settings that a resume keeps: the model's, and the kind of its tokenizer."""
-    model = dataclasses.asdict(
-        dataclasses.replace(config.architecture(), n_kv_head=config.kv_heads, n_inner=config.inner)
-    )
+    model = vars(config.architecture().filled())
     return {name: value for name, value in model.items() if name not in CHANGEABLE} | {"tokenizer": config.tokenizer}
 
 

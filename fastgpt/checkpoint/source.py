@@ -21,6 +21,7 @@ from fastgpt.errors import CorruptCheckpoint, UsageError, shown
 from fastgpt.interchange import gguf_file, hub, huggingface, nanogpt_weights
 from fastgpt.interchange.foreign import ForeignModel
 from fastgpt.model.facts import count_parameters, parameter_shapes
+from fastgpt.model.gpt import VOCABULARY
 from fastgpt.system import json_files
 from fastgpt.system.lazy_tensors import LazyTensors
 from fastgpt.system.units import counted
@@ -99,7 +100,7 @@ class Source:
                 f"`block_size` {block}: {self.path} has learned {counted(self.shape.block_size, 'position')}; pass "
                 f"{self.shape.block_size} or less"
             )
-        rows = {"wte.weight": vocab, "wpe.weight": block}
+        rows = dict.fromkeys(VOCABULARY, vocab) | {"wpe.weight": block}
 
         def tensor(name: str) -> torch.Tensor:
             return self.tensors[name][: rows[name]] if name in rows else self.tensors[name]

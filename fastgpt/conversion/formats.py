@@ -13,7 +13,7 @@ from fastgpt.conversion import run_folder_export
 from fastgpt.conversion.description import describe, progress_of
 from fastgpt.errors import UsageError
 from fastgpt.interchange import gguf_export, huggingface_export, nanogpt_export
-from fastgpt.interchange.exported import ExportedModel
+from fastgpt.interchange.exported import RELUS, ExportedModel
 from fastgpt.model.positions import position_table
 from fastgpt.system.lazy_tensors import LazyTensors
 from fastgpt.tokenizer.base import Tokenizer
@@ -86,7 +86,7 @@ def check(name: str, source: Source, approximate: bool) -> Source:
     if what := form.limit(config, tokenizer):
         able = [other for other, kind in FORMATS.items() if kind.limit(config, tokenizer) is None]
         raise UsageError(f"`format` {name} cannot hold {what}; use `format` {_or(able)}")
-    if form.gelu is None or config.mlp in (form.gelu, "relu"):
+    if form.gelu is None or config.mlp in (form.gelu, *RELUS):
         return source
     if not approximate:
         able = [other for other, kind in FORMATS.items() if kind.gelu in (None, config.mlp)]

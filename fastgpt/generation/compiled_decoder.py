@@ -112,7 +112,7 @@ class _Layer(_Part):
 class _Head(_Part):
     """The final norm and the logits."""
 
-    reads = ("model.wte.", "model.ln_f.")
+    reads = ("model.wte.", "model.lm_head.", "model.ln_f.")
 
     def __init__(self, model: GPT):
         super().__init__()
@@ -169,7 +169,7 @@ class CompiledDecoder:
         self.embedding = self._function("embedding", embedding, [token, slots], {1: "S"})
         with torch.no_grad():
             x, branch, *rotation = embedding(token, slots)
-        cache = torch.zeros(4, config.kv_heads, config.head_size, dtype=x.dtype)
+        cache = torch.zeros(4, config.kv_heads, config.head_dim, dtype=x.dtype)
         inputs = [x, branch, *(rotation or [None]), slots, cache, cache.clone()]
         self.layer = self._function("layer", layers[0], inputs, {3: "S", 4: "slots", 5: "slots"})
         self.head = self._function("head", head, [x, branch], {})

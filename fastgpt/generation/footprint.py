@@ -81,7 +81,7 @@ class _Cache(DenseCache):
 
     def __init__(self, model: GPT, B: int, length: int):
         self.config, self.capacity, self.length = model.config, model.config.block_size, length
-        shape = (B, self.capacity, self.config.kv_heads, self.config.head_size)
+        shape = (B, self.capacity, self.config.kv_heads, self.config.head_dim)
         buffers = [torch.empty(shape, device=model.device, dtype=model.dtype) for _ in range(2 * self.config.n_layer)]
         self.keys, self.values = tuple(buffers[::2]), tuple(buffers[1::2])
 

@@ -43,7 +43,7 @@ class Trial:
     """
 
     def __init__(self, config: WorkConfig, device: torch.device, dtype: torch.dtype, gradients: bool):
-        H, kv, T, D = config.n_head, config.kv_heads, min(config.block_size, MOST_TOKENS), config.head_size
+        H, kv, T, D = config.n_head, config.kv_heads, min(config.block_size, MOST_TOKENS), config.head_dim
         if H * T * T * 4 > LARGEST:
             H, kv = H // kv, 1
         self.gradients, self.scores = gradients, H * T * T * 4

@@ -11,7 +11,8 @@ import torch
 
 from fastgpt.config.model import ModelConfig
 from fastgpt.config.training import TrainConfig
-from fastgpt.inspection.scopes import BACKWARD, FORWARD, UPDATE
+from fastgpt.inspection.scopes import BACKWARD, FORWARD, QK_NORM, UPDATE
+from fastgpt.model.activations import ACTIVATIONS
 from fastgpt.ops.ceilings import Ceilings, Limit, dtype_name
 from fastgpt.ops.counts import Count, count
 
@@ -59,25 +60,25 @@ def of_training(config: TrainConfig, parameters: int, device: torch.device, dtyp
     def updated(op: str) -> Work:
         return Work(1, {UPDATE: count(op, FORWARD, {"P": parameters}, FLOAT32)})
 
-    heads = {"H": H, "D": config.head_size, "Hkv": config.kv_heads}
+    heads = {"H": H, "D": config.head_dim, "Hkv": config.kv_heads}
     attention = trained(L, "causal_attention", dtype.itemsize, B=B, T=T, **heads)
     if config.pack:  # the documents, which nobody knows before the data, decide how much is seen
         attention = Work(L, {way: Count(0, one.bytes) for way, one in attention.counts.items()})
-    linears = {
-        op: trained(L, "linear", dtype.itemsize, N=N, C=inputs, out=out, bias=int(config.bias))
-        for op, (inputs, out) in _linears(config).items()
-    }
+    linears = {op: trained(L, "linear", dtype.itemsize, N=N, **shape) for op, shape in _linears(config).items()}
+    norm = _norm(config)
     works = {
         "embedding": trained(1, "embedding", FLOAT32, N=N, **_table(config, T)),
-        "layer_norm": trained(1, "layer_norm", FLOAT32, N=N, C=C),
-        "add_layer_norm": trained(2 * L, "add_layer_norm", FLOAT32, N=N, C=C),
+        norm: trained(1, norm, FLOAT32, N=N, C=C),
+        f"add_{norm}": trained(2 * L, f"add_{norm}", FLOAT32, N=N, C=C),
         "causal_attention": attention,
         **linears,
-        "activation": trained(L, "activation", dtype.itemsize, N=N, C=config.inner),
+        "activation": trained(L, _activation(config), dtype.itemsize, N=N, C=config.inner),
         "linear_cross_entropy": trained(1, "linear_cross_entropy", dtype.itemsize, N=N, C=C, V=config.known_vocab),
         "clip": updated("gradient_norm"),
         "optimizer": updated("adamw"),
     }
+    if config.qk_norm:
+        works[QK_NORM] = trained(L, "rms_norm", dtype.itemsize, N=N * (H + config.kv_heads), C=config.head_dim)
     if config.dropout:
         works["dropout"] = trained(2 * L + 1, "dropout", dtype.itemsize, N=N, C=C)
     return works
@@ -90,21 +91,23 @@ def of_tokens(config: ModelConfig, cached: int, T: int, device: torch.device, dt
     def forward(calls: int, op: str, **shape: int) -> Work:
         return Work(calls, {FORWARD: count(op, FORWARD, shape, size)}, name if op in PRODUCTS else "float32")
 
-    heads = {"H": config.n_head, "D": config.head_size, "Hkv": config.kv_heads}
-    linears = {
-        op: forward(L, "linear", N=T, C=inputs, out=out, bias=int(config.bias))
-        for op, (inputs, out) in _linears(config).items()
-    }
-    return {
+    heads = {"H": config.n_head, "D": config.head_dim, "Hkv": config.kv_heads}
+    linears = {op: forward(L, "linear", N=T, **shape) for op, shape in _linears(config).items()}
+    norm = _norm(config)
+    works = {
         "embedding": forward(1, "embedding", N=T, **_table(config, T)),
-        "layer_norm": forward(1, "layer_norm", N=T, C=C),
-        "add_layer_norm": forward(2 * L, "add_layer_norm", N=T, C=C),
-        "cache": forward(L, "kv_write", N=T, H=config.kv_heads, D=config.head_size),
+        norm: forward(1, norm, N=T, C=C),
+        f"add_{norm}": forward(2 * L, f"add_{norm}", N=T, C=C),
+        "cache": forward(L, "kv_write", N=T, H=config.kv_heads, D=config.head_dim),
         "causal_attention": forward(L, "causal_attention", B=1, T=T, cached=cached, **heads),
         **linears,
-        "activation": forward(L, "activation", N=T, C=config.inner),
+        "activation": forward(L, _activation(config), N=T, C=config.inner),
         "logits": forward(1, "linear", N=1, C=C, out=config.known_vocab),
     }
+    if config.qk_norm:
+        heads = config.n_head + config.kv_heads
+        works[QK_NORM] = forward(L, "rms_norm", N=T * heads, C=config.head_dim)
+    return works
 
 
 def products(device: torch.device, dtype: torch.dtype) -> str:
@@ -113,15 +116,26 @@ def products(device: torch.device, dtype: torch.dtype) -> str:
     return "tf32" if tf32 else dtype_name(dtype)
 
 
-def _linears(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of a layer's linear layers."""
-    C, heads = config.n_embd, config.n_head + 2 * config.kv_heads
+def _linears(config: ModelConfig) -> dict[str, dict[str, int]]:
+    """The shapes of a layer's linear layers: inputs, outputs, and whether there is a bias."""
+    C, D, inner = config.n_embd, config.head_dim, config.inner
+    attention, mlp = int(config.has_attention_bias), int(config.has_mlp_bias)
     return {
-        "qkv": (C, heads * config.head_size),
-        "attention projection": (C, C),
-        "MLP up": (C, config.inner),
-        "MLP down": (config.inner, C),
+        "qkv": {"C": C, "out": (config.n_head + 2 * config.kv_heads) * D, "bias": attention},
+        "attention projection": {"C": config.n_head * D, "out": C, "bias": attention},
+        "MLP up": {"C": C, "out": 2 * inner if config.mlp == "swiglu" else inner, "bias": mlp},
+        "MLP down": {"C": inner, "out": C, "bias": mlp},
     }
+
+
+def _norm(config: ModelConfig) -> str:
+    """The table's operation for a norm of the residual stream."""
+    return "rms_norm" if config.norm == "rmsnorm" else "layer_norm"
+
+
+def _activation(config: ModelConfig) -> str:
+    """The operation that the activation is counted as."""
+    return "activation" if config.mlp in ACTIVATIONS else config.mlp
 
 
 def _table(config: ModelConfig, T: int) -> dict[str, int]:

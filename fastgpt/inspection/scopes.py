@@ -9,7 +9,7 @@
     steps = attribute(found.events())
 
 A scope is a range of the profile: a phase ("forward"), a module ("h.0.attn") or an operation ("causal_attention"). Time
-belongs to the innermost one. A backward pass has no scopes, but PyTorch numbers the forward pass's calls, and each
+belongs to the innermost one; an operation within another counts as a part of that. A backward pass has no scopes, but PyTorch numbers the forward pass's calls, and each
 gradient's computation carries the number of its call; its time goes to that call's scopes. So every moment of a step
 is counted once.
 """
@@ -19,7 +19,7 @@ import functools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsage]
@@ -36,8 +36,12 @@ ACCUMULATING = "AccumulateGrad"  # ends that event's name where a gradient goes 
 COMPILED = "## Call CompiledFxGraph"  # begins the name of what torch.compile made, before a hash
 # Operations without a function that could be named: they are known by PyTorch's own.
 KNOWN = {"aten::dropout": "dropout"}
+QK_NORM = "query and key norms"
 HEADS, KEPT, OTHER, IDLE = "heads", "gradients kept", "other", "GPU idle"
-NORMS, OUTPUT = ("layer_norm", "add_layer_norm"), ("linear_cross_entropy", "logits", "sampling")
+NORMS, OUTPUT = (
+    ("layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm"),
+    ("linear_cross_entropy", "logits", "sampling"),
+)
 LINEAR = {"attn.c_attn": "qkv", "attn.c_proj": "attention projection", "mlp.c_fc": "MLP up", "mlp.c_proj": "MLP down"}
 
 
@@ -78,7 +82,8 @@ class Scopes:
                 self._name(block.get_submodule(name), MODULE + f"h.{layer}.{name}")
             for name, op in LINEAR.items():
                 self._name(block.get_submodule(name), OP + op)
-            mlp: Any = block.get_submodule("mlp")
+            attention, mlp = (cast(Any, block.get_submodule(name)) for name in ("attn", "mlp"))
+            attention.normalize_heads = self.around(OP + QK_NORM, attention.normalize_heads)
             mlp.activation = self.around(OP + "activation", mlp.activation)
             self._name(block, MODULE + f"h.{layer}")
         model.embed = self.around(OP + "embedding", model.embed)
@@ -193,7 +198,7 @@ def _places(roots: Iterable[Event], created: dict[int, Place]) -> Iterator[tuple
     while open_events:
         event, around = open_events.pop()
         place = _entered(event, around, created)
-        yield event, place, event.name.startswith(OP) or (event.name in KNOWN and not around.op)
+        yield event, place, not around.op and (event.name.startswith(OP) or event.name in KNOWN)
         open_events += [(child, place) for child in event.cpu_children]
 
 
@@ -208,9 +213,11 @@ def _entered(event: Event, around: Place, created: dict[int, Place]) -> Place:
         return around._replace(direction=name.removeprefix(PHASE))
     if name.startswith(MODULE):
         return around._replace(module=name.removeprefix(MODULE))
+    if around.op:
+        return around
     if name.startswith(OP):
         return around._replace(op=name.removeprefix(OP))
-    return around._replace(op=KNOWN[name]) if name in KNOWN and not around.op else around
+    return around._replace(op=KNOWN[name]) if name in KNOWN else around
 
 
 def _created(roots: Iterable[Event]) -> dict[int, Place]:

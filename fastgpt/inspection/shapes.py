@@ -15,6 +15,7 @@ from fastgpt.model.gpt import GPT, Block
 from fastgpt.ops.table import Ops
 
 Size = tuple[int, ...]
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class Step(NamedTuple):
@@ -44,17 +45,29 @@ class ShapeRecorder:
     def watch_norms(self, ops: Ops) -> Ops:
         """The same operations, of which those that normalize are noted: the first of each is in the first block."""
 
-        def layer_norm(x: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
-            y = ops.layer_norm(x, *rest, **options)
-            self.note(ln_1=y)
-            return y
+        def alone(norm: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+            def noted(x: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+                y = norm(x, *rest, **options)
+                self.note(ln_1=y)
+                return y
 
-        def add_layer_norm(x: torch.Tensor, *rest: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-            total, y = ops.add_layer_norm(x, *rest, **options)
-            self.note(ln_2=y)
-            return total, y
+            return noted
 
-        return dataclasses.replace(ops, layer_norm=layer_norm, add_layer_norm=add_layer_norm)
+        def after_sum(norm: Callable[..., Pair]) -> Callable[..., Pair]:
+            def noted(x: torch.Tensor, *rest: Any, **options: Any) -> Pair:
+                total, y = norm(x, *rest, **options)
+                self.note(ln_2=y)
+                return total, y
+
+            return noted
+
+        return dataclasses.replace(
+            ops,
+            layer_norm=alone(ops.layer_norm),
+            rms_norm=alone(ops.rms_norm),
+            add_layer_norm=after_sum(ops.add_layer_norm),
+            add_rms_norm=after_sum(ops.add_rms_norm),
+        )
 
     def watch_modules(self, model: GPT) -> None:
         """Note the tensors between the modules of the first block, and the embeddings."""
@@ -62,6 +75,7 @@ class ShapeRecorder:
         assert isinstance(first, Block)
         first.register_forward_pre_hook(lambda module, inputs: self.note(stream=inputs[0]))
         first.attn.c_proj.register_forward_pre_hook(lambda module, inputs: self.note(joined=inputs[0]))
+        first.mlp.c_proj.register_forward_pre_hook(lambda module, inputs: self.note(gated=inputs[0]))
         for name, module in {
             "wte": model.wte,
             "c_attn": first.attn.c_attn,
@@ -95,9 +109,18 @@ def _described(config: ModelConfig) -> list[tuple[str, str, str, str, int]]:
             ("queries", split, "(B, T, H, D)", "q", 0),
             ("keys, values, each for H / Hkv heads", split, "2 x (B, T, Hkv, D)", "k", 2),
         ]
+    if config.qk_norm:
+        heads.append(("queries and keys, normalized", "q, k = self.normalize_heads(q, k)", "(B, T, H, D)", "q", 0))
     if config.position == "rotary":
         turned = "q, k = rotate(q, rotation), rotate(k, rotation)"
         heads.append(("queries and keys, turned by position", turned, "(B, T, H, D)", "q", 0))
+    code = "self.activation(self.c_fc(x))"
+    inside = [("MLP, inside", code, "(B, T, inner)", "c_fc", 0)]
+    if config.mlp == "swiglu":
+        inside = [
+            ("MLP's gate and values, in one product", code, "(B, T, 2 * inner)", "c_fc", 0),
+            ("values times the gate's SiLU", code, "(B, T, inner)", "gated", 0),
+        ]
     attention = "y = self.ops.causal_attention(q, k, v, dropout_p=dropout_p, seed=seed, doc_ids=doc_ids)"
     scores = 'scores = torch.einsum("bihd,bjhd->bhij", q, k) * (D**-0.5 if scale is None else scale)'
     return [
@@ -109,10 +132,10 @@ def _described(config: ModelConfig) -> list[tuple[str, str, str, str, int]]:
         *heads,
         ("attention weights: the maps", scores, "(B, H, T, T)", "weights", 0),
         ("values, mixed by the weights", attention, "(B, T, H, D)", "mixed", 0),
-        ("heads side by side", "y.reshape(B, T, C)", "(B, T, C)", "joined", 0),
-        ("attention's output", "return self.c_proj(y.reshape(B, T, C))", "(B, T, C)", "attn", 0),
+        ("heads side by side", "y.reshape(B, T, self.H * self.D)", "(B, T, H * D)", "joined", 0),
+        ("attention's output", "return self.c_proj(y.reshape(B, T, self.H * self.D))", "(B, T, C)", "attn", 0),
         ("added to the stream, normalized", "x, y = add_norm(self.ops, x, branch, self.ln_2)", "(B, T, C)", "ln_2", 0),
-        ("MLP, inside", "self.activation(self.c_fc(x))", "(B, T, inner)", "c_fc", 0),
+        *inside,
         ("MLP's output", "return self.c_proj(self.activation(self.c_fc(x)))", "(B, T, C)", "mlp", 0),
         (
             "after the last block, normalized",
@@ -121,5 +144,11 @@ def _described(config: ModelConfig) -> list[tuple[str, str, str, str, int]]:
             "hidden",
             0,
         ),
-        ("logits", "return self.wte.scores(x)[..., : self.config.vocab_size]", "(B, T, V)", "logits", 0),
+        (
+            "logits",
+            "scores = self.output_layer.scores(x)[..., : self.config.vocab_size]",
+            "(B, T, V)",
+            "logits",
+            0,
+        ),
     ]

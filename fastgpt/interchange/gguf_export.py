@@ -16,7 +16,7 @@ import torch
 from fastgpt.config.model import ModelConfig
 from fastgpt.errors import UsageError, shown
 from fastgpt.interchange import gguf_tokenizer
-from fastgpt.interchange.exported import ExportedModel
+from fastgpt.interchange.exported import RELUS, ExportedModel, beyond_gpt2
 from fastgpt.interchange.gguf_layout import ARCHITECTURE, gguf_name, library
 from fastgpt.tokenizer.base import Tokenizer
 
@@ -34,12 +34,10 @@ def limit(config: ModelConfig, tokenizer: Tokenizer) -> str | None:
 
     Sinusoidal positions and none are fine: the caller writes them as a table.
     """
-    if config.kv_heads != config.n_head:
-        return f"grouped queries (`n_kv_head` {config.n_kv_head})"
-    if config.position == "rotary":
-        return "rotary positions (`position` rotary)"
-    if config.mlp == "relu":
-        return "ReLU (`mlp` relu)"
+    if parts := beyond_gpt2(config):
+        return parts[0]
+    if config.mlp in RELUS:
+        return f"ReLU (`mlp` {config.mlp})"
     spelled = Counter(gguf_tokenizer.spellings(tokenizer))
     twice = next((token for token, count in spelled.items() if count > 1), None)
     return None if twice is None else f"two tokens that are spelled alike, such as {shown(twice)}"

@@ -89,7 +89,13 @@ def _shape(path: Path, values: Mapping[str, Any], tensors: LazyTensors) -> Model
     epsilon = values[EPSILON]
     if isinstance(epsilon, float):
         epsilon = float(f"{epsilon:.7g}")  # 1e-05, not the float32 next to it
-    rest = {"norm_eps": epsilon, "vocab_size": rows[0], "bias": True, "mlp": "gelu"}
+    rest = {
+        "norm_eps": epsilon,
+        "vocab_size": rows[0],
+        "bias": True,
+        "mlp": "gelu",
+        "tie": "lm_head.weight" not in tensors,
+    }
     return shape_of(path, settings | rest, {ours: key for key, ours in keys.items()} | {"norm_eps": EPSILON})
 
 
@@ -129,13 +135,13 @@ def _tensors(path: Path, places: Mapping[str, _Place], read_from: Stamp) -> Lazy
     def tensor(name: str) -> torch.Tensor:
         return checked(path, name, _read(path, named[name], read_from))
 
-    if head := named.get(HEAD):
+    if head := named.get("lm_head.weight"):
         embedding = named.get("wte.weight")
         if embedding is None or head.shape != embedding.shape:
-            raise UsageError(f"{path}: {HEAD} has not the shape of {EMBEDDING}, to which the output layer is tied here")
-        if not torch.equal(tensor(HEAD).float(), tensor("wte.weight").float()):
-            raise UsageError(f"{path}: {HEAD} is not {EMBEDDING}; an output layer of its own is not supported")
-    return LazyTensors({name: place.shape for name, place in named.items() if name != HEAD}, tensor)
+            raise UsageError(f"{path}: {HEAD} has not the shape of {EMBEDDING}; take the whole model anew")
+        if torch.equal(tensor("lm_head.weight").float(), tensor("wte.weight").float()):
+            del named["lm_head.weight"]  # tied, as without it
+    return LazyTensors({name: place.shape for name, place in named.items()}, tensor)
 
 
 def _read(path: Path, place: _Place, read_from: Stamp) -> torch.Tensor:

@@ -20,6 +20,7 @@ PARTS = {
     "mlp.c_fc": "ffn_up",
     "mlp.c_proj": "ffn_down",
     "ln_f": "output_norm",
+    "lm_head": "output",
 }
 OURS = {theirs: ours for ours, theirs in PARTS.items()}
 

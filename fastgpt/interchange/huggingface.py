@@ -25,7 +25,7 @@ MODEL_TYPE = "gpt2"
 PREFIX, HEAD, EMBEDDING = "transformer.", "lm_head.weight", "wte.weight"
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 # Their names of activations. The first of ours is the one that is written.
-ACTIVATIONS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_exact", "relu": "relu"}
+ACTIVATIONS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_exact", "relu": "relu", "relu2": "relu2"}
 NAMES = {"block_size": "n_positions", "mlp": "activation_function", "norm_eps": "layer_norm_epsilon"}
 # Settings that change what the model computes, with the only value that is supported. reorder_and_upcast_attn is not
 # among them: attention accumulates in float32 here, with or without it.
@@ -41,7 +41,7 @@ def load(folder: Path) -> ForeignModel:
     settings = read_settings(folder)
     tensors = _tensors(folder, settings.get("tie_word_embeddings", True) is not False)
     tokenizer = functools.partial(huggingface_tokenizer.load, folder, settings)
-    return ForeignModel(folder, _shape(folder, settings), tensors, tokenizer)
+    return ForeignModel(folder, _shape(folder, settings, HEAD not in tensors), tensors, tokenizer)
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def _shape(folder: Path, settings: Mapping[str, Any]) -> ModelConfig:
+def _shape(folder: Path, settings: Mapping[str, Any], tied: bool) -> ModelConfig:
     path = folder / CONFIG
     wanted = ("vocab_size", "n_layer", "n_head", "n_embd", "n_positions")
     if missing := next((name for name in wanted if settings.get(name) is None), None):
@@ -71,6 +71,7 @@ def _shape(folder: Path, settings: Mapping[str, Any]) -> ModelConfig:
     rest = {
         "block_size": settings["n_positions"],
         "bias": True,
+        "tie": tied,
         "mlp": ACTIVATIONS[activation],
         "n_inner": settings.get("n_inner"),
         "norm_eps": settings.get("layer_norm_epsilon", 1e-5),
@@ -79,7 +80,11 @@ def _shape(folder: Path, settings: Mapping[str, Any]) -> ModelConfig:
 
 
 def _tensors(folder: Path, tied: bool) -> LazyTensors:
-    """The weights by our names and in our shapes; unless `tied`, the output layer's are there too."""
+    """The weights by our names and in our shapes; those of the output layer if it has its own.
+
+    Args:
+        tied: what the settings say.
+    """
     files = _files(folder)
     named: dict[str, tuple[LazyTensors, str]] = {}  # our name: the file that has it, and its name there
     for file in files.values():
@@ -89,8 +94,14 @@ def _tensors(folder: Path, tied: bool) -> LazyTensors:
                 raise UsageError(f"{folder}: {ours} is there twice; delete the files that do not belong to the model")
             named[ours] = file, name
     named = {name: place for name, place in named.items() if not name.endswith(MASKS)}
-    if head := named.pop(HEAD, None):
-        _check_tied(folder, head, named.get(EMBEDDING))
+    if head := named.get(HEAD):
+        if _is_embedding(folder, head, named.get(EMBEDDING)):
+            del named[HEAD]
+        elif tied:
+            raise UsageError(
+                f"{folder}: {CONFIG} ties {HEAD} to {EMBEDDING}, and their weights differ; set tie_word_embeddings to "
+                "false there if the output layer has weights of its own"
+            )
     elif not tied:
         raise UsageError(f"{folder}: {CONFIG} has tie_word_embeddings False, and there is no {HEAD}; put it back")
 
@@ -103,12 +114,11 @@ def _tensors(folder: Path, tied: bool) -> LazyTensors:
     return LazyTensors({n: shape[::-1] if n.endswith(CONV1D) else shape for n, shape in shapes.items()}, tensor)
 
 
-def _check_tied(folder: Path, head: tuple[LazyTensors, str], embedding: tuple[LazyTensors, str] | None) -> None:
-    """Raise `UsageError` if the output layer has weights of its own."""
+def _is_embedding(folder: Path, head: tuple[LazyTensors, str], embedding: tuple[LazyTensors, str] | None) -> bool:
+    """Whether the output layer's weights are those of the embedding. Raises `UsageError` for those of another shape."""
     if embedding is None or head[0].shapes[head[1]] != embedding[0].shapes[embedding[1]]:
-        raise UsageError(f"{folder}: {HEAD} has not the shape of {EMBEDDING}, to which the output layer is tied here")
-    if not torch.equal(head[0][head[1]], embedding[0][embedding[1]]):
-        raise UsageError(f"{folder}: {HEAD} is not {EMBEDDING}; an output layer of its own is not supported")
+        raise UsageError(f"{folder}: {HEAD} has not the shape of {EMBEDDING}; take the whole model anew")
+    return torch.equal(head[0][head[1]], embedding[0][embedding[1]])
 
 
 def _files(folder: Path) -> dict[str, LazyTensors]:

@@ -12,8 +12,8 @@ from fastgpt import __version__
 from fastgpt.config.model import ModelConfig
 from fastgpt.errors import UsageError
 from fastgpt.interchange import huggingface_tokenizer
-from fastgpt.interchange.exported import DTYPES, ExportedModel
-from fastgpt.interchange.huggingface import ACTIVATIONS, CONFIG, CONV1D, INDEX, MODEL_TYPE, PREFIX, WEIGHTS
+from fastgpt.interchange.exported import DTYPES, ExportedModel, beyond_gpt2
+from fastgpt.interchange.huggingface import ACTIVATIONS, CONFIG, CONV1D, HEAD, INDEX, MODEL_TYPE, PREFIX, WEIGHTS
 from fastgpt.system import files, safetensors_file
 from fastgpt.system.lazy_tensors import LazyTensors
 from fastgpt.system.units import counted
@@ -26,9 +26,7 @@ GENERATION, CARD = "generation_config.json", "README.md"
 
 def limit(config: ModelConfig, tokenizer: Tokenizer) -> str | None:
     """The first thing of a model that GPT-2's config.json cannot say, or None."""
-    if config.kv_heads != config.n_head:
-        return f"grouped queries (`n_kv_head` {config.kv_heads})"
-    return "rotary positions (`position` rotary)" if config.position == "rotary" else None
+    return next(iter(beyond_gpt2(config)), None)
 
 
 def write(model: ExportedModel, folder: Path, dtype: str) -> None:
@@ -63,7 +61,7 @@ def _theirs(ours: LazyTensors, dtype: torch.dtype) -> LazyTensors:
         return found.t().contiguous() if name.endswith(CONV1D) else found
 
     shapes = {name: shape[::-1] if name.endswith(CONV1D) else shape for name, shape in ours.shapes.items()}
-    return LazyTensors({PREFIX + name: shape for name, shape in shapes.items()}, tensor)
+    return LazyTensors({name if name == HEAD else PREFIX + name: shape for name, shape in shapes.items()}, tensor)
 
 
 def _shards(shapes: Mapping[str, tuple[int, ...]], width: int) -> Iterator[list[str]]:
@@ -98,7 +96,7 @@ def _settings(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "activation_function": activation,
         "layer_norm_epsilon": config.norm_eps,
         **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout),
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": config.tie,
         "torch_dtype": dtype,
     }
 

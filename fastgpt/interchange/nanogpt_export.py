@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fastgpt.config.model import ModelConfig
-from fastgpt.interchange.exported import DTYPES, ExportedModel
+from fastgpt.interchange.exported import DTYPES, RELUS, ExportedModel, beyond_gpt2
 from fastgpt.interchange.nanogpt_vocabulary import META
 from fastgpt.interchange.nanogpt_weights import CHECKPOINT, EMBEDDING, HEAD, PREFIX, SHAPE
 from fastgpt.system import files
@@ -37,14 +37,16 @@ def limit(config: ModelConfig, tokenizer: Tokenizer) -> str | None:
     Positions that are added to the embedding are no such part: they fit into its table of positions.
     """
     parts = {
-        f"grouped queries (`n_kv_head` {config.n_kv_head})": config.kv_heads != config.n_head,
-        "rotary positions (`position` rotary)": config.position == "rotary",
-        "ReLU (`mlp` relu)": config.mlp == "relu",
+        f"ReLU (`mlp` {config.mlp})": config.mlp in RELUS,
+        "an output layer of its own (`tie` off)": not config.tie,
+        "biases in some layers alone (`attention_bias`, `mlp_bias`)": (
+            {config.has_attention_bias, config.has_mlp_bias} != {config.bias}
+        ),
         f"another width of the MLP than 4 x `n_embd` (`n_inner` {config.n_inner})": config.inner != 4 * config.n_embd,
         f"another epsilon than {NORM_EPS} (`norm_eps` {config.norm_eps})": config.norm_eps != NORM_EPS,
         f"a {tokenizer.kind} vocabulary (it has char and gpt2)": tokenizer.kind not in VOCABULARIES,
     }
-    return ", ".join(part for part, there in parts.items() if there) or None
+    return ", ".join([*beyond_gpt2(config), *(part for part, there in parts.items() if there)]) or None
 
 
 def write(model: ExportedModel, folder: Path, dtype: str, final: Path) -> None:

@@ -1,10 +1,15 @@
-"""The activations of the MLP, elementwise on any shape. `ACTIVATIONS` names them as `ModelConfig.mlp` does."""
+"""The activations of the MLP, on any shape, by the names that `ModelConfig.mlp` has for them.
+
+Those that are not here are operations of the table.
+"""
 
 import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+
+from fastgpt.ops.table import Ops
 
 
 def gelu(x: torch.Tensor) -> torch.Tensor:
@@ -30,3 +35,8 @@ def relu(x: torch.Tensor) -> torch.Tensor:
 
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {f.__name__: f for f in (gelu, gelu_exact, relu)}
+
+
+def activation(name: str, ops: Ops) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The activation of this name."""
+    return ACTIVATIONS[name] if name in ACTIVATIONS else getattr(ops, name)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from fastgpt.config.model import ModelConfig
-from fastgpt.model.gpt import GPT
+from fastgpt.model.gpt import GPT, VOCABULARY
 from fastgpt.system.units import counted
 
 # Each layer, position and token of the vocabulary adds the same. So the smallest models are counted, and the count
@@ -32,7 +32,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The shape of each parameter in `GPT.weights`, by name. Raises `UsageError` as `count_parameters` does."""
     with torch.device("meta"):
         smallest = GPT(dataclasses.replace(config.architecture(), **dict.fromkeys(SIZES, 1))).weights()
-    rows = {"wte.weight": config.known_vocab, "wpe.weight": config.block_size}
+    rows = dict.fromkeys(VOCABULARY, config.known_vocab) | {"wpe.weight": config.block_size}
     shapes = {}
     for name, tensor in smallest.items():
         layers = range(config.n_layer) if name.startswith("h.0.") else range(1)

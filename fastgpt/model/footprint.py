@@ -117,4 +117,4 @@ def hold_weights(memory: LiveBytes, model: GPT) -> None:
 def part_of(name: str) -> int | str:
     """The layer of a parameter or a buffer, by its name in `GPT`."""
     first, *rest = name.split(".")
-    return int(rest[0]) if first == "h" else HEAD if first == "ln_f" else EMBEDDING
+    return int(rest[0]) if first == "h" else HEAD if first in ("ln_f", "lm_head") else EMBEDDING

@@ -2,7 +2,7 @@
 
 GPT-2 as published (Radford et al., 2019): token and position embeddings, L pre-LayerNorm blocks, GELU in its
 tanh form, a final LayerNorm, and an output layer tied to the token embedding. Parameters carry GPT-2's names.
-`ModelConfig` says what may differ.
+`ModelConfig` says what may differ; docs/models.md has the formula and the source of each option.
 
 Letters, here and everywhere: B batch, T time (tokens), C channels (n_embd), H heads, D head size,
 V vocabulary, L layers, S cache slots, P page size.
@@ -18,11 +18,15 @@ import torch.nn.functional as F
 
 from fastgpt.config.model import ModelConfig
 from fastgpt.errors import CorruptCheckpoint
-from fastgpt.model.activations import ACTIVATIONS
+from fastgpt.model.activations import activation
 from fastgpt.model.linear import Embedding, Linear, store_by_columns
 from fastgpt.model.positions import position_table, positions_in_documents, rotate
 from fastgpt.ops import table
 from fastgpt.ops.table import Ops
+from fastgpt_kernels.reference import capped
+
+
+VOCABULARY = ("wte.weight", "lm_head.weight")  # parameters with a row for each token, padded to a multiple of 128
 
 
 class Cache(Protocol):
@@ -36,13 +40,17 @@ class Cache(Protocol):
 
 
 class Norm(nn.Module):
-    """The gain, bias and epsilon of a LayerNorm; the operation itself comes from the table."""
+    """The gain, bias and epsilon of a norm over some channels; the operation itself comes from the table.
 
-    def __init__(self, config: ModelConfig):
+    Attributes:
+        weight, bias: (channels,) each, or None. An RMS norm has no bias.
+    """
+
+    def __init__(self, config: ModelConfig, channels: int, kind: str):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.n_embd))
-        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
-        self.eps = config.norm_eps
+        self.kind, self.eps = kind, config.norm_eps
+        self.weight = nn.Parameter(torch.ones(channels)) if config.norm_gain else None
+        self.bias = nn.Parameter(torch.zeros(channels)) if config.bias and kind == "layernorm" else None
 
 
 class Attention(nn.Module):
@@ -50,10 +58,13 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, ops: Ops, layer: int):
         super().__init__()
-        C, self.H, self.Hkv, self.D = config.n_embd, config.n_head, config.kv_heads, config.head_size
+        C, self.H, self.Hkv, self.D = config.n_embd, config.n_head, config.kv_heads, config.head_dim
         self.ops, self.layer, self.dropout = ops, layer, config.dropout
-        self.c_attn = Linear(C, (self.H + 2 * self.Hkv) * self.D, bias=config.bias)
-        self.c_proj = Linear(C, C, bias=config.bias)
+        self.c_attn = Linear(C, (self.H + 2 * self.Hkv) * self.D, bias=config.has_attention_bias)
+        self.c_proj = Linear(self.H * self.D, C, bias=config.has_attention_bias)
+        self.qk_norm = config.qk_norm
+        if self.qk_norm:
+            self.q_norm, self.k_norm = Norm(config, self.D, "rmsnorm"), Norm(config, self.D, "rmsnorm")
 
     def forward(
         self,
@@ -63,9 +74,11 @@ class Attention(nn.Module):
         doc_ids: torch.Tensor | None,
         cache: Cache | None,
     ) -> torch.Tensor:
-        B, T, C = x.shape
+        B, T, _ = x.shape
         heads = self.c_attn(x).view(B, T, self.H + 2 * self.Hkv, self.D)
         q, k, v = heads.split([self.H, self.Hkv, self.Hkv], dim=2)  # each (B, T, heads, D)
+        if self.qk_norm:
+            q, k = self.normalize_heads(q, k)
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
         if cache is not None:
@@ -73,30 +86,35 @@ class Attention(nn.Module):
         else:
             dropout_p = self.dropout if self.training else 0.0
             y = self.ops.causal_attention(q, k, v, dropout_p=dropout_p, seed=seed, doc_ids=doc_ids)
-        return self.c_proj(y.reshape(B, T, C))
+        return self.c_proj(y.reshape(B, T, self.H * self.D))
+
+    def normalize_heads(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys (B, T, heads, D), each scaled to a root mean square of 1, times its gain."""
+        return normalize(self.ops, q, self.q_norm), normalize(self.ops, k, self.k_norm)
 
 
 class MLP(nn.Module):
-    """Two linear layers around an activation."""
+    """Two linear layers around an activation. That of SwiGLU halves the width, so the first is twice as wide."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, ops: Ops):
         super().__init__()
-        self.c_fc = Linear(config.n_embd, config.inner, bias=config.bias)
-        self.c_proj = Linear(config.inner, config.n_embd, bias=config.bias)
-        self.activation = ACTIVATIONS[config.mlp]
+        gates = 2 if config.mlp == "swiglu" else 1
+        self.c_fc = Linear(config.n_embd, gates * config.inner, bias=config.has_mlp_bias)
+        self.c_proj = Linear(config.inner, config.n_embd, bias=config.has_mlp_bias)
+        self.activation = activation(config.mlp, ops)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.c_proj(self.activation(self.c_fc(x)))
 
 
 class Block(nn.Module):
-    """Attention and MLP, each after a LayerNorm that first adds the output of the branch before it."""
+    """Attention and MLP, each after a norm that first adds the output of the branch before it."""
 
     def __init__(self, config: ModelConfig, ops: Ops, layer: int):
         super().__init__()
         self.ops, self.dropout = ops, config.dropout
-        self.ln_1, self.ln_2 = Norm(config), Norm(config)
-        self.attn, self.mlp = Attention(config, ops, layer), MLP(config)
+        self.ln_1, self.ln_2 = (Norm(config, config.n_embd, config.norm) for _ in range(2))
+        self.attn, self.mlp = Attention(config, ops, layer), MLP(config, ops)
 
     def forward(
         self,
@@ -125,7 +143,8 @@ class GPT(nn.Module):
         self.wte = Embedding(config.padded_vocab, C)
         self.wpe = Embedding(block, C) if config.position == "learned" else None
         self.h = nn.ModuleList(Block(config, self.ops, layer) for layer in range(config.n_layer))
-        self.ln_f = Norm(config)
+        self.ln_f = Norm(config, C, config.norm)
+        self.lm_head = None if config.tie else Embedding(config.padded_vocab, C)
         self.register_buffer("table", position_table(config), persistent=False)
         self.table: torch.Tensor | None
         if not self.wte.weight.is_meta:
@@ -133,28 +152,42 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the weights as GPT-2 did: N(0, 0.02), residual projections by 0.02 / sqrt(2L), biases 0."""
-        residual = 0.02 / math.sqrt(2 * self.config.n_layer)
+        """Draw the weights as GPT-2 did: N(0, 0.02), residual projections by 0.02 / sqrt(2L), biases 0.
+
+        With `zero_init`, residual projections are 0, so that each block begins as the identity, and so is an output
+        layer of its own, so that all tokens begin as likely.
+        """
+        zeros, residual = self.config.zero_init, 0.02 / math.sqrt(2 * self.config.n_layer)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                parameter.normal_(0.0, residual if name.endswith("c_proj.weight") else 0.02)
+                last = name.endswith("c_proj.weight")
+                parameter.normal_(0.0, residual if last else 0.02)
+                if zeros and (last or name == "lm_head.weight"):
+                    parameter.zero_()
             elif name.endswith("bias"):
                 parameter.zero_()
-        self.wte.weight[self.config.vocab_size :].zero_()  # padding: never read, and so never trained
+        for name, parameter in self.named_parameters():
+            if name in VOCABULARY:
+                parameter[self.config.vocab_size :].zero_()  # padding: never read, and so never trained
 
     def num_parameters(self) -> int:
-        """The number of trained numbers. The tied output layer counts once, the vocabulary's padding not at all."""
+        """The number of trained numbers. A tied output layer counts once, the vocabulary's padding not at all."""
         padding = (self.config.padded_vocab - (self.config.vocab_size or 0)) * self.config.n_embd
-        return sum(p.numel() for p in self.parameters()) - padding
+        return sum(p.numel() - (padding if name in VOCABULARY else 0) for name, p in self.named_parameters())
 
     @property
     def device(self) -> torch.device:
-        return self.ln_f.weight.device
+        return self.wte.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that it computes in without autocast; its matrices may be int8."""
-        return self.ln_f.weight.dtype
+        return self.wte.dtype
+
+    @property
+    def output_layer(self) -> Embedding:
+        """The layer of the logits: the token embedding, unless it has a matrix of its own."""
+        return self.wte if self.lm_head is None else self.lm_head
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Every parameter by GPT-2's name, without the vocabulary's padding."""
@@ -207,15 +240,15 @@ class GPT(nn.Module):
                     f"vocabulary need {tuple(own[name].shape)}"
                 )
             parameter[: len(tensor)].copy_(tensor)
-            parameter[len(tensor) :].zero_()  # the vocabulary's padding, which only the embedding has
+            parameter[len(tensor) :].zero_()  # the vocabulary's padding
 
     def unpad(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """A parameter's tensor without the vocabulary's padding, which only the embedding has."""
-        return tensor[: self.config.vocab_size].contiguous() if name == "wte.weight" else tensor
+        """A parameter's tensor without the vocabulary's padding, which only `VOCABULARY` has."""
+        return tensor[: self.config.vocab_size].contiguous() if name in VOCABULARY else tensor
 
     def pad(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """The inverse of `unpad`, with zeros."""
-        if name != "wte.weight":
+        if name not in VOCABULARY:
             return tensor
         return F.pad(tensor, (0, 0, 0, self.config.padded_vocab - len(tensor)))
 
@@ -248,7 +281,13 @@ class GPT(nn.Module):
             raise ValueError("doc_ids cannot go with a cache, which does not keep the documents of earlier tokens")
         x = self.hidden(tokens, doc_ids, cache)
         if targets is not None:
-            return self.ops.linear_cross_entropy(x, self.wte.weight, targets, valid_vocab=self.config.vocab_size)
+            return self.ops.linear_cross_entropy(
+                x,
+                self.output_layer.weight,
+                targets,
+                valid_vocab=self.config.vocab_size,
+                softcap=self.config.logit_softcap,
+            )
         return self.logits(x[:, -1:] if last_only else x)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
@@ -256,7 +295,8 @@ class GPT(nn.Module):
 
         They stay float32 in every dtype: rounded to 16 bits, the likeliest tokens would tie.
         """
-        return self.wte.scores(x)[..., : self.config.vocab_size]
+        scores = self.output_layer.scores(x)[..., : self.config.vocab_size]
+        return capped(scores, self.config.logit_softcap)
 
     def hidden(
         self, tokens: torch.Tensor, doc_ids: torch.Tensor | None = None, cache: Cache | None = None
@@ -293,8 +333,17 @@ class GPT(nn.Module):
         return x, self.table[here]
 
 
+def normalize(ops: Ops, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+    """The norm of x over its last dimension: (..., channels) -> the same."""
+    if norm.kind == "rmsnorm":
+        return ops.rms_norm(x, norm.weight, eps=norm.eps)
+    return ops.layer_norm(x, norm.weight, norm.bias, eps=norm.eps)
+
+
 def add_norm(ops: Ops, x: torch.Tensor, branch: torch.Tensor | None, norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
     """Add the branch to the residual stream, if there is one, and normalize: (stream, its norm)."""
     if branch is None:
-        return x, ops.layer_norm(x, norm.weight, norm.bias, eps=norm.eps)
+        return x, normalize(ops, x, norm)
+    if norm.kind == "rmsnorm":
+        return ops.add_rms_norm(x, branch, norm.weight, eps=norm.eps)
     return ops.add_layer_norm(x, branch, norm.weight, norm.bias, eps=norm.eps)

@@ -1,7 +1,7 @@
 """A model with int8 matrices, one scale per output channel: decoding reads a quarter of the bytes.
 
-Activations, norms, biases and positions stay as they are. The tied embedding is quantized by its rows, which are the
-output layer's channels. `fastgpt_kernels.quantization` says how large the error is. The products are the table's
+Activations, norms, biases and positions stay as they are. The token embedding is quantized by its rows, which
+are the channels of a tied output layer. `fastgpt_kernels.quantization` says how large the error is. The products are the table's
 operation `linear_int8`.
 """
 
@@ -60,6 +60,8 @@ def quantize_model(model: GPT) -> None:
     """Replace every matrix but the position embedding by its int8 form, in place; for a model that is only read."""
     for part in [m for m in model.modules() if isinstance(m, Attention | MLP)]:
         for name, layer in list(part.named_children()):
-            assert isinstance(layer, Linear)
-            part.add_module(name, QuantizedLinear(layer, model.ops))
-    model.add_module("wte", QuantizedEmbedding(model.wte, model.ops))
+            if isinstance(layer, Linear):
+                part.add_module(name, QuantizedLinear(layer, model.ops))
+    for name in ("wte", "lm_head"):
+        if isinstance(embedding := getattr(model, name), Embedding):
+            model.add_module(name, QuantizedEmbedding(embedding, model.ops))

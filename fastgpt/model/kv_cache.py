@@ -49,7 +49,7 @@ class DenseCache:
                 f"`cache` dense takes {counted(need, 'byte')} for a context of {counted(self.capacity, 'token')}, "
                 f"and {free:,} are free; use `cache` paged, which takes what there is"
             )
-        shape = (config.n_layer, B, self.capacity, config.kv_heads, config.head_size)
+        shape = (config.n_layer, B, self.capacity, config.kv_heads, config.head_dim)
         self.keys = torch.empty(shape, device=device, dtype=dtype).unbind()
         self.values = torch.empty(shape, device=device, dtype=dtype).unbind()
         self.length = 0
@@ -118,7 +118,7 @@ class PagedCache:
     ):
         row = -(-config.block_size // page_size)
         self.allocator = BlockAllocator(pages, page_size, row=row, prefix_cache=prefix_cache)
-        shape = (pages, page_size, config.kv_heads, config.head_size)
+        shape = (pages, page_size, config.kv_heads, config.head_dim)
         # On a CPU, memory is taken only as it is written. Each pool has its own storage, because torch.compile copies a
         # tensor that it writes to if the tensor shares its storage.
         pools = [torch.empty(shape, device=device, dtype=dtype) for _ in range(2 * config.n_layer)]
@@ -133,7 +133,7 @@ class PagedCache:
 
 def page_bytes(config: ModelConfig, page_size: int, dtype: torch.dtype) -> int:
     """Bytes of one page: keys and values of all layers."""
-    return 2 * config.n_layer * page_size * config.kv_heads * config.head_size * dtype.itemsize
+    return 2 * config.n_layer * page_size * config.kv_heads * config.head_dim * dtype.itemsize
 
 
 def pages_that_fit(

@@ -35,6 +35,11 @@ class Embedding(nn.Embedding):
         if not self.weight.is_meta:  # as above
             super().reset_parameters()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the vectors that it gives."""
+        return self.weight.dtype
+
     def scores(self, x: torch.Tensor) -> torch.Tensor:
         """Each row's product with x: (..., C) -> (..., V), float32 also of 16 bits."""
         if is_compiled_row(x, self.weight):

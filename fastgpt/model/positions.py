@@ -1,5 +1,7 @@
 """Positions that are not learned, sinusoidal and rotary, and positions that restart at each document."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -22,12 +24,27 @@ def position_table(config: ModelConfig) -> torch.Tensor | None:
 
 
 def _computed_table(config: ModelConfig) -> torch.Tensor:
-    width = config.n_embd if config.position == "sinusoidal" else config.head_size
-    frequency = 10000.0 ** (-torch.arange(0, width, 2) / width)
+    rotary = config.position == "rotary"
+    width, base = (config.head_dim, config.rope_theta) if rotary else (config.n_embd, 10_000.0)
+    frequency = base ** (-torch.arange(0, width, 2) / width)  # radians a token
+    if rotary and config.rope_factor is not None:
+        frequency = _stretched(frequency, config.rope_factor, config)
     angle = torch.arange(config.block_size)[:, None] * frequency
-    if config.position == "rotary":
+    if rotary:
         return torch.stack([angle.cos(), angle.sin()], dim=-1)
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)
+
+
+def _stretched(frequency: torch.Tensor, factor: float, config: ModelConfig) -> torch.Tensor:
+    """Frequencies for a longer context, as Llama 3.1 has them (Llama team, 2024; rope_type llama3 in transformers).
+
+    Pairs that turn fewer than `rope_low_freq_factor` times in the original context turn `factor` times slower, those
+    that turn more than `rope_high_freq_factor` times stay, and between the two it is a line in the number of turns.
+    """
+    turns = config.rope_original_context * frequency / (2 * math.pi)
+    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequency * (kept + (1 - kept) / factor)
 
 
 def positions_in_documents(doc_ids: torch.Tensor) -> torch.Tensor:

@@ -55,9 +55,10 @@ class Stopwatch:
 
 
 def flops_per_token(config: ModelConfig, parameters: int) -> float:
-    """Floating-point operations that training needs for a token: 6 N + 6 L C T, with causal attention counted at half.
+    """Floating-point operations that training needs for a token: 6 N + 6 L H D T, with causal attention counted at half.
 
-    N excludes the position embedding, which is only looked up (Chowdhery et al., 2022, appendix B).
+    N excludes embeddings that are only looked up (Chowdhery et al., 2022, appendix B).
     """
-    used = parameters - (config.block_size * config.n_embd if config.position == "learned" else 0)
-    return 6 * used + 6 * config.n_layer * config.n_embd * config.block_size
+    rows = (config.block_size if config.position == "learned" else 0) + (0 if config.tie else config.known_vocab)
+    used = parameters - rows * config.n_embd
+    return 6 * used + 6 * config.n_layer * config.n_head * config.head_dim * config.block_size

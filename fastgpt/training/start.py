@@ -16,7 +16,11 @@ from fastgpt.errors import UsageError, nearest, shown
 from fastgpt.system.device import resolve_device
 
 # Of weights: with another one of these they would mean something else.
-SHAPE = ("n_layer", "n_head", "n_kv_head", "n_embd", "n_inner", "bias", "position", "mlp", "norm_eps")
+SHAPE = tuple(
+    field.name
+    for field in dataclasses.fields(ModelConfig)
+    if field.name not in ("vocab_size", "block_size", "dropout", "zero_init")
+)
 
 
 def complete(preset: str | None, given: Mapping[str, Any]) -> tuple[TrainConfig, Source | None]:
@@ -116,8 +120,8 @@ def shaped_as(source: Source, config: TrainConfig, given: Mapping[str, object]) 
 
 def _shape(config: ModelConfig) -> dict[str, Any]:
     """The settings with which the weights mean what they meant, defaults filled in."""
-    filled = dataclasses.replace(config, n_kv_head=config.kv_heads, n_inner=config.inner)
-    return {name: getattr(filled, name) for name in SHAPE}
+    filled = vars(config.filled())
+    return {name: filled[name] for name in SHAPE}
 
 
 def with_warmup(config: TrainConfig) -> TrainConfig:

@@ -37,7 +37,8 @@ class Statistics:
     def __init__(self, model: GPT):
         self.model = model
         embeddings = [module for module in (model.wte, model.wpe) if module is not None]
-        groups = [embeddings, *([block] for block in model.h), [model.ln_f]]
+        head = [model.ln_f] if model.lm_head is None else [model.ln_f, model.lm_head]
+        groups = [embeddings, *([block] for block in model.h), head]
         self.layers = [[p for module in group for p in module.parameters()] for group in groups]
         self.squares: list[torch.Tensor] = []  # (2,) for each layer with an activation: sum of squares, count
         self.peaks: list[torch.Tensor] = []  # (inner,) for each block: a hidden unit's largest size so far
@@ -110,8 +111,9 @@ class Statistics:
 
 
 def _norms(layers: list[list[torch.Tensor]]) -> torch.Tensor:
-    """The norm of all tensors of each layer, (layers,)."""
-    return torch.stack([get_total_norm(tensors) for tensors in layers])
+    """The norm of all tensors of each layer, (layers,); not a number for a layer without tensors."""
+    unknown = layers[0][0].new_tensor(math.nan)  # the embeddings have some
+    return torch.stack([get_total_norm(tensors) if tensors else unknown for tensors in layers])
 
 
 def _rounded(value: float) -> float | None:

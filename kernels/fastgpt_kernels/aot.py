@@ -122,7 +122,11 @@ def _cross_entropy_launches(tuning: Tuning, V: int, heaviest: bool) -> list[Laun
     loss, lse, targets = empty(R), empty(R, 2), empty(R, dtype=torch.int64)
     factor, valid = (loss, V - 47) if heaviest else (None, V)
     logits, gradient = empty(R, V), empty(R, V, dtype=dtype) if heaviest else None
-    return [cross_entropy.gradient_launch(logits, gradient, loss, lse, targets, factor, valid, -100, 30.0 * heaviest, tuning)]
+    return [
+        cross_entropy.gradient_launch(
+            logits, gradient, loss, lse, targets, factor, valid, -100, 30.0 * heaviest, tuning
+        )
+    ]
 
 
 def _scale_launches(tuning: Tuning, N: int, heaviest: bool) -> list[Launch]:

@@ -207,6 +207,7 @@ def test_a_choice_that_does_not_exist_is_refused_with_those_that_do(kind, field)
         ({"n_head": 12, "n_kv_head": 5}, ["`n_kv_head` 5", "`n_head` 12", "try `n_kv_head` 4"]),
         ({"n_head": 4, "n_kv_head": 8}, ["`n_kv_head` 8", "`n_head` 4", "try `n_kv_head` 4"]),
         ({"n_embd": 15, "n_head": 5, "position": "rotary"}, ["`position` rotary", "3", "`n_head`"]),
+        ({"head_size": 7, "position": "rotary"}, ["`position` rotary", "`head_size` 7 is odd"]),
         ({"n_embd": 15, "n_head": 5, "position": "sinusoidal"}, ["`position` sinusoidal", "15", "try 16"]),
         ({"learning_rate": 1e-4, "min_lr": 1e-3}, ["`min_lr` 0.001", "`learning_rate` 0.0001"]),
         ({"overwrite": True, "init_from": "resume"}, ["`overwrite`", "`init_from` resume"]),

@@ -121,6 +121,7 @@ class TestLimits:
             ("--position rotary", "huggingface", "cannot hold rotary positions (--position rotary); use --format"),
             ("--n_kv_head 1", "huggingface", "cannot hold grouped queries (--n_kv_head 1); use --format fastgpt"),
             ("--n_kv_head 1 --position rotary", "nanogpt", "grouped queries (--n_kv_head 1), rotary positions"),
+            ("--qk_norm", "huggingface", "cannot hold norms of queries and keys (--qk_norm); use --format fastgpt"),
             ("--mlp relu", "nanogpt", "cannot hold ReLU (--mlp relu); use --format huggingface"),
             ("", "nanogpt", "--format nanogpt has --mlp gelu_exact alone, and the model has gelu; take that one with"),
         ],

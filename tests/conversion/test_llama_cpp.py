@@ -129,7 +129,11 @@ class TestModel:
 
     @pytest.mark.parametrize(
         "settings",
-        [{"n_inner": 96, "norm_eps": 1e-2}, {"n_head": 4, "n_layer": 3, "block_size": 40}, {"bias": False}],
+        [
+            {"n_inner": 96, "norm_eps": 1e-2},
+            {"n_head": 4, "n_layer": 3, "block_size": 40},
+            {"bias": False, "tie": False},
+        ],
         ids=str,
     )
     def test_every_setting_reaches_it(self, folder: Path, settings: dict):

@@ -132,6 +132,7 @@ def tokens_of(generator: Any, text: str, count: int) -> list[int]:
         {"activation_function": "relu", "n_inner": 100},
         {"layer_norm_epsilon": 1e-3, "reorder_and_upcast_attn": True},
         {"n_head": 1, "n_embd": 20, "n_layer": 3},
+        {"activation_function": "relu2", "tie_word_embeddings": False},
     ],
     ids=str,
 )
@@ -216,6 +217,15 @@ def test_transformers_loads_what_we_write_without_a_warning(tmp_path: Path, kind
     with torch.no_grad():
         assert difference(model(inputs["input_ids"]), peer.eval()(**inputs).logits) < LOGITS
         assert difference(model(tokens), peer.eval()(tokens).logits) < LOGITS
+
+
+def test_an_output_layer_of_its_own_and_squared_relu_reach_transformers(tmp_path: Path):
+    model, export = exported(ByteTokenizer(), block_size=96, tie=False, mlp="relu2", attention_bias=False)
+    huggingface_export.write(export, tmp_path, "float32")
+    peer, tokens = peer_of(tmp_path), torch.randint(256, (2, 40))
+    assert not torch.equal(peer.lm_head.weight, peer.transformer.wte.weight)
+    with torch.no_grad():
+        assert difference(model(tokens), peer(tokens).logits) < LOGITS
 
 
 class TestVerified:

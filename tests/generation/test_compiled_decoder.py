@@ -18,6 +18,7 @@ from fastgpt.model.linear import store_by_columns
 from fastgpt.system import torch_private
 from tests.helpers.untrained import fresh
 
+MODERN = {"position": "rotary", "norm": "rmsnorm", "qk_norm": True, "bias": False, "n_head": 4, "logit_softcap": 15.0}
 GREEDY = SamplingParams(temperature=0, max_new_tokens=20)
 
 
@@ -146,6 +147,9 @@ def test_generation_takes_it_and_gives_the_same_text(generator: TextGenerator):
         ({"position": "learned", "chars": "\nabcdefghijkl"}, torch.float32, True),
         ({"position": "rotary"}, torch.bfloat16, False),
         ({"position": "learned"}, torch.bfloat16, True),
+        (MODERN | {"mlp": "swiglu", "n_kv_head": 2}, torch.float32, False),
+        (MODERN | {"mlp": "relu2", "norm_gain": False, "tie": False}, torch.float32, False),
+        (MODERN | {"mlp": "swiglu", "tie": False}, torch.bfloat16, True),
     ],
 )
 def test_every_kind_of_model(changes: dict, dtype: torch.dtype, quantized: bool):

@@ -25,7 +25,7 @@ def test_is_what_the_engine_holds(preset: str, kernels: str, max_batch: int):
 
 def test_kinds_by_hand():
     config = dataclasses.replace(PRESETS["mini"], vocab_size=128, n_layer=9, position="rotary", n_kv_head=2)
-    B, T, D = 40, config.block_size, config.head_size
+    B, T, D = 40, config.block_size, config.head_dim
     found = footprint.estimate(config, table.resolve("torch", CPU), CPU, torch.bfloat16, B)
     for phase in footprint.PHASES:
         held = found.peaks[phase]

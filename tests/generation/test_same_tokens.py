@@ -25,6 +25,19 @@ SHAPES = {
     "rotary": {"position": "rotary"},
     "sinusoidal": {"position": "sinusoidal", "n_head": 4, "n_kv_head": 2},
     "none": {"position": "none"},
+    "modern": {
+        "position": "rotary",
+        "norm": "rmsnorm",
+        "norm_gain": False,
+        "qk_norm": True,
+        "mlp": "swiglu",
+        "n_head": 4,
+        "n_kv_head": 2,
+        "head_size": 6,
+        "tie": False,
+        "logit_softcap": 15.0,
+        "bias": False,
+    },
 }
 # How the engine may run, and which of its means must then have been used.
 MODES = {

@@ -45,7 +45,7 @@ def by_hand(generator: TextGenerator, tokens: np.ndarray, documents: np.ndarray 
         model(torch.tensor(tokens)[None], doc_ids=None if documents is None else torch.tensor(documents)[None])
     for hook in hooks:
         hook.remove()
-    H, Hkv, D = model.config.n_head, model.config.kv_heads, model.config.head_size
+    H, Hkv, D = model.config.n_head, model.config.kv_heads, model.config.head_dim
     own = np.zeros(T, int) if documents is None else documents
     maps = np.zeros((len(heads), H, T, T))
     for layer, product in enumerate(heads):

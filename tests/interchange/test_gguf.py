@@ -214,7 +214,13 @@ class TestLimits:
         [
             ({"n_head": 2, "n_kv_head": 1}, "grouped queries (`n_kv_head` 1)"),
             ({"position": "rotary"}, "rotary positions"),
-            ({"mlp": "relu"}, "ReLU"),
+            ({"mlp": "relu"}, "ReLU (`mlp` relu)"),
+            ({"mlp": "relu2"}, "ReLU (`mlp` relu2)"),
+            ({"norm": "rmsnorm"}, "RMS norms (`norm` rmsnorm)"),
+            ({"mlp": "swiglu"}, "a gated MLP (`mlp` swiglu)"),
+            ({"qk_norm": True}, "norms of queries and keys (`qk_norm`)"),
+            ({"head_size": 8}, "heads of another width than `n_embd` / `n_head` (`head_size` 8)"),
+            ({"logit_softcap": 15.0}, "bounded logits (`logit_softcap` 15.0)"),
         ],
         ids=str,
     )
@@ -226,7 +232,10 @@ class TestLimits:
         assert named in str(error.value)
         assert not path.exists()
 
-    @pytest.mark.parametrize("settings", [{}, {"position": "none"}, {"position": "sinusoidal"}, {"mlp": "gelu_exact"}])
+    @pytest.mark.parametrize(
+        "settings",
+        [{}, {"position": "none"}, {"position": "sinusoidal"}, {"mlp": "gelu_exact"}, {"tie": False, "head_size": 16}],
+    )
     def test_what_it_can_hold_is_not(self, settings: dict):
         config = ModelConfig(vocab_size=256, n_embd=32, n_head=2, **settings)
         assert gguf_export.limit(config, ByteTokenizer()) is None
@@ -318,7 +327,7 @@ class TestOtherPrograms:
         for name in model_of(ByteTokenizer()).tensors:
             assert our_name(gguf_name(name)) == name
         assert our_name("blk.11.attn_qkv.bias") == "h.11.attn.c_attn.bias"
-        for name in ("blk.0.attn_gate.weight", "rope_freqs.weight", "output", "blk.weight"):
+        for name in ("blk.0.attn_gate.weight", "rope_freqs.weight", "blk.weight"):
             assert our_name(name) == name
 
     @pytest.mark.parametrize("kind", [Type.F32, Type.F16])
@@ -327,13 +336,18 @@ class TestOtherPrograms:
         raw(path, {EMBEDDING: (rows, Type.F32), "output.weight": (quants.quantize(rows, kind), kind)})
         assert list(gguf_file.load(path).tensors) == ["wte.weight"]
 
-    @pytest.mark.parametrize(
-        "other", [np.zeros((3, 4), np.float32), np.ones((4, 4), np.float32)], ids=["values", "shape"]
-    )
-    def test_another_output_layer_is_refused(self, path: Path, other: np.ndarray):
-        raw(path, {EMBEDDING: (np.ones((3, 4), np.float32), Type.F32), "output.weight": (other, Type.F32)})
+    def test_an_output_layer_of_another_shape_is_refused(self, path: Path):
+        rows = {name: (np.ones((n, 4), np.float32), Type.F32) for name, n in ((EMBEDDING, 3), ("output.weight", 4))}
+        raw(path, rows)
         with pytest.raises(UsageError, match=r"output\.weight .* token_embd\.weight"):
             gguf_file.load(path)
+
+    def test_an_output_layer_of_its_own_goes_out_and_in(self, path: Path):
+        model = written(path, ByteTokenizer(), tie=False)
+        found = gguf_file.load(path)
+        assert not found.shape.tie
+        assert torch.equal(found.tensors["lm_head.weight"], model.tensors["lm_head.weight"])
+        assert not torch.equal(found.tensors["lm_head.weight"], found.tensors["wte.weight"])
 
     @pytest.mark.parametrize(
         ("changes", "named"),

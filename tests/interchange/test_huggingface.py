@@ -131,7 +131,7 @@ REFUSED: list[tuple[Callable[[Path], object], str]] = [
     (with_tensor("wte.weight", torch.zeros(14, 16)), "wte.weight is there twice"),
     (with_tensor("transformer.wpe.weight", NAN), "not finite: wpe.weight holds a NaN"),
     (with_tensor("transformer.wpe.weight", torch.zeros(12, 16).int()), "wpe.weight is of type torch.int32"),
-    (with_head(lambda head: head + 1), "lm_head.weight is not wte.weight"),
+    (with_head(lambda head: head + 1), "ties lm_head.weight to wte.weight, and their weights differ; set tie_word_"),
     (with_head(lambda head: head[1:].contiguous()), "lm_head.weight has not the shape of wte.weight"),
     (setting(tie_word_embeddings=False), "has tie_word_embeddings False, and there is no lm_head.weight"),
     (setting(model_type="llama"), "model_type 'llama' is not supported; only gpt2 is"),

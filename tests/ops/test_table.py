@@ -27,7 +27,7 @@ SIGNATURES = {
     ),
     "linear_cross_entropy": (
         {"x": EMPTY, "weight": EMPTY, "targets": EMPTY},
-        {"ignore_index": -100, "valid_vocab": None, "reduction": "mean"},
+        {"ignore_index": -100, "valid_vocab": None, "reduction": "mean", "softcap": None},
     ),
     "paged_attention": (
         {"q": EMPTY, "k_pages": EMPTY, "v_pages": EMPTY, "block_table": EMPTY, "lengths": EMPTY},

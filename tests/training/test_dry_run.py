@@ -65,7 +65,7 @@ def stand(**changes) -> Stand:
 def test_memory_by_kind_is_that_of_the_formulas(position: str):
     measured = stand(position=position).measure()
     numbers = count_parameters(dataclasses.replace(CONFIG, position=position)) + (PADDED - 131) * CONFIG.n_embd
-    table = 0 if position == "learned" else 4 * CONFIG.block_size * CONFIG.head_size
+    table = 0 if position == "learned" else 4 * CONFIG.block_size * CONFIG.head_dim
     counters = 4 * len(list(GPT(dataclasses.replace(CONFIG, position=position)).parameters()))  # of the updates
     weights = 4 * numbers + table
     assert measured.memory.whole == {"weights": weights, "gradients": 4 * numbers, "moments": 8 * numbers + counters}

@@ -20,13 +20,15 @@ pytestmark = pytest.mark.usefixtures("workplace")
 @pytest.mark.parametrize(
     "setting",
     some(
-        1,
+        2,
         [
             "--n_layer 2",
             "--dtype bfloat16",
             "--kernels reference",
             "--position rotary --no-bias",
             "--dtype float16",
+            "--norm rmsnorm --no-norm_gain --mlp relu2 --head_size 6 --attention_bias --no-bias --dtype bfloat16",
+            "--norm rmsnorm --qk_norm --mlp swiglu --no-tie --zero_init --logit_softcap 9 --position rotary --n_kv_head 1",
         ],
     ),
 )
