@@ -24,6 +24,7 @@ from fastgpt.data import corpus
 from fastgpt.data.corpus import READING
 from fastgpt.data.prepared import Corpus
 from fastgpt.errors import CorruptCheckpoint, UsageError, shown
+from fastgpt.model.moments import count_moments
 from fastgpt.system import lock
 from fastgpt.system.files import absolute, recover, temporary_sibling, write, write_atomic
 from fastgpt.system.units import counted, format_bytes
@@ -106,7 +107,7 @@ def named_step(out_dir: Path, init_from: str) -> Path | None:
 
 def checkpoint_bytes(config: TrainConfig, parameters: int) -> int:
     """The size of a checkpoint: float32 weights and moments."""
-    return 4 * (1 + config.moments) * parameters
+    return 4 * (parameters + count_moments(config, parameters))
 
 
 def most_checkpoints(config: TrainConfig, step: int = 0) -> int:
@@ -138,7 +139,7 @@ def check_disk(out_dir: Path, config: TrainConfig, parameters: int, step: int) -
         UsageError: the folder cannot be written, or there is no room.
     """
     weights = 4 * parameters
-    size, largest_file = checkpoint_bytes(config, parameters), max(weights, config.moments * weights)
+    size, largest_file = checkpoint_bytes(config, parameters), max(weights, 4 * count_moments(config, parameters))
     count = most_checkpoints(config, step)
     probe = temporary_sibling(out_dir / "probe")
     with explained(out_dir):
@@ -274,7 +275,8 @@ def content_hash(content: Mapping[str, Any]) -> str:
 
 
 def check_resume(out_dir: Path, config: TrainConfig, data: Corpus) -> None:
-    """Check that a resumed run keeps its model, vocabulary and packing and, without `allow_data_change`, its text.
+    """Check that a resumed run keeps its model, vocabulary, packing and optimizer and, without `allow_data_change`,
+    its text.
 
     Raises:
         UsageError: one of them changed.
@@ -304,9 +306,11 @@ def check_resume(out_dir: Path, config: TrainConfig, data: Corpus) -> None:
 
 
 def _kept_settings(config: TrainConfig) -> dict[str, Any]:
-    """The settings that a resume keeps: the model's, and the kind of its tokenizer."""
+    """The settings that a resume keeps: the model's, the kind of its tokenizer, and the optimizer with its state."""
     model = vars(config.architecture().filled())
-    return {name: value for name, value in model.items() if name not in CHANGEABLE} | {"tokenizer": config.tokenizer}
+    return {name: value for name, value in model.items() if name not in CHANGEABLE} | {
+        name: getattr(config, name) for name in ("tokenizer", "optimizer")
+    }
 
 
 def packed(about: Mapping[str, Any]) -> bool:

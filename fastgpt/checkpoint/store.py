@@ -323,11 +323,8 @@ def load_optimizer(folder: Path, model: GPT, optimizer: torch.optim.Optimizer) -
         shapes = {kind: (wanted[f"{kind}.{name}"].shape, wanted[f"{kind}.{name}"].dtype) for kind in kinds}
         if any((value.shape, value.dtype) != shapes[kind] for kind, value in found.items()):
             raise CorruptCheckpoint(f"{folder / OPTIMIZER} has moments of {name} in another shape or dtype")
-        # A copy: what was read is a map of a file that the next checkpoint deletes.
-        optimizer.state[parameter] = {
-            kind: (model.pad(name, value) if value.dim() else value).to(parameter.device, copy=True)
-            for kind, value in found.items()
-        }
+        for kind, value in found.items():
+            optimizer.state[parameter][kind].copy_(model.pad(name, value) if value.dim() else value)
 
 
 def load_state(folder: Path) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from fastgpt.config.sources import could_be_hub_name, exists, is_step_in
 from fastgpt.errors import UsageError, nearest, shown
 
 USUAL_WARMUP = 2000  # steps
-# Optimizers, and how many float32 values each keeps for a weight: its moments. They count in checkpoints and in memory.
-MOMENTS = {"adamw": 2}
+OPTIMIZERS = ("adamw", "muon")
+ADJUSTMENTS = ("original", "match_rms_adamw")
+METHODS = ("newton_schulz", "polar_express")
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,9 @@ class TrainConfig(ModelConfig):
     seed: int = option(1337, "seed of the weights, the data order and dropout", low=0, high=2**63 - 1)
 
     # Optimizer
-    optimizer = "adamw"  # no field: there is nothing to choose from as long as MOMENTS has one
+    optimizer: str = option(
+        "adamw", "adamw, or muon on the matrices of blocks with AdamW on the rest", choices=OPTIMIZERS
+    )
     learning_rate: float = option(6e-4, "peak learning rate", above=0)
     schedule: str = option("cosine", "shape of the learning rate", choices=("cosine", "linear", "constant", "wsd"))
     decay_lr: bool = option(True, "follow the schedule; off is the same as `schedule` constant")
@@ -60,6 +63,13 @@ class TrainConfig(ModelConfig):
     lr_decay_iters: int | None = option(None, "step at which `min_lr` is reached; default `max_iters`", low=1)
     min_lr: float | None = option(None, "final learning rate; default `learning_rate` / 10", low=0)
     weight_decay: float = option(0.1, "decay of the matrices, none on biases and gains", low=0)
+    muon_lr: float = option(0.02, "Muon's peak learning rate; it follows `schedule` as `learning_rate` does", above=0)
+    muon_momentum: float = option(0.95, "Muon's momentum", low=0, below=1)
+    muon_momentum_warmup: int = option(300, "steps in which Muon's momentum rises from 0.85", low=0)
+    muon_adjust_lr: str = option(
+        "original", "how Muon's learning rate depends on a matrix's sizes, as in PyTorch", choices=ADJUSTMENTS
+    )
+    muon_method: str = option("newton_schulz", "how Muon orthogonalizes", choices=METHODS)
     beta1: float = option(0.9, "AdamW's first moment decay", low=0, below=1)
     beta2: float = option(0.95, "AdamW's second moment decay", low=0, below=1)
     grad_clip: float = option(1.0, "largest gradient norm; 0 clips nothing", low=0)
@@ -119,11 +129,6 @@ class TrainConfig(ModelConfig):
     def imports(self) -> bool:
         """Whether it starts from the weights of another model."""
         return self.init_from != "scratch" and not self.resuming
-
-    @property
-    def moments(self) -> int:
-        """Values that the optimizer keeps for a weight."""
-        return MOMENTS[self.optimizer]
 
     @property
     def tokens_per_step(self) -> int:

@@ -17,7 +17,7 @@ SIZES = ("n_layer", "block_size", "vocab_size")
 
 def count_parameters(config: ModelConfig) -> int:
     """`GPT.num_parameters` without building the model. Raises `UsageError` where the vocabulary's size is not known."""
-    return _count(dataclasses.replace(config.architecture(), vocab_size=config.known_vocab), GPT.num_parameters)
+    return count(dataclasses.replace(config.architecture(), vocab_size=config.known_vocab), GPT.num_parameters)
 
 
 def describe_shape(config: ModelConfig) -> str:
@@ -43,7 +43,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def position_table_bytes(config: ModelConfig) -> int:
     """Bytes of `GPT.table`, which is all that a model holds beside its parameters."""
-    return _count(dataclasses.replace(config.architecture(), vocab_size=1), _buffer_bytes)
+    return count(dataclasses.replace(config.architecture(), vocab_size=1), _buffer_bytes)
 
 
 def _buffer_bytes(model: GPT) -> int:
@@ -51,7 +51,8 @@ def _buffer_bytes(model: GPT) -> int:
 
 
 @functools.lru_cache
-def _count(config: ModelConfig, measure: Callable[[GPT], int]) -> int:
+def count(config: ModelConfig, measure: Callable[[GPT], int]) -> int:
+    """What is measured of a model on the meta device, where each layer, position and token adds the same."""
     smallest = dataclasses.replace(config, **dict.fromkeys(SIZES, 1))
     first = _measured(smallest, measure)
     total = first

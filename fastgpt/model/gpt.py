@@ -61,6 +61,7 @@ class Attention(nn.Module):
         C, self.H, self.Hkv, self.D = config.n_embd, config.n_head, config.kv_heads, config.head_dim
         self.ops, self.layer, self.dropout = ops, layer, config.dropout
         self.c_attn = Linear(C, (self.H + 2 * self.Hkv) * self.D, bias=config.has_attention_bias)
+        self.c_attn.parts = (self.H * self.D, self.Hkv * self.D, self.Hkv * self.D)  # q, k, v
         self.c_proj = Linear(self.H * self.D, C, bias=config.has_attention_bias)
         self.qk_norm = config.qk_norm
         if self.qk_norm:
@@ -98,8 +99,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig, ops: Ops):
         super().__init__()
-        gates = 2 if config.mlp == "swiglu" else 1
-        self.c_fc = Linear(config.n_embd, gates * config.inner, bias=config.has_mlp_bias)
+        parts = (config.inner, config.inner) if config.mlp == "swiglu" else (config.inner,)
+        self.c_fc = Linear(config.n_embd, sum(parts), bias=config.has_mlp_bias)
+        self.c_fc.parts = parts
         self.c_proj = Linear(config.inner, config.n_embd, bias=config.has_mlp_bias)
         self.activation = activation(config.mlp, ops)
 

@@ -18,7 +18,13 @@ FEWEST_WEIGHTS = 1 << 16  # a smaller product is too short to share
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` whose forward is `linear`."""
+    """`nn.Linear` whose forward is `linear`.
+
+    Attributes:
+        parts: the rows of each matrix, where the weight packs several; an optimizer may treat them apart.
+    """
+
+    parts: tuple[int, ...] = ()
 
     def reset_parameters(self) -> None:
         if not self.weight.is_meta:  # there PyTorch would import its compiler, to draw nothing

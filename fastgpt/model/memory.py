@@ -9,6 +9,7 @@ from fastgpt.config.model import ModelConfig
 from fastgpt.config.training import TrainConfig
 from fastgpt.errors import UsageError
 from fastgpt.model.facts import count_parameters, position_table_bytes
+from fastgpt.model.moments import count_moments
 from fastgpt.system.device import free_memory
 from fastgpt.system.units import counted
 
@@ -26,8 +27,8 @@ def check_training(config: TrainConfig, device: torch.device) -> None:
     """
     L, C, T, B = config.n_layer, config.n_embd, config.block_size, config.batch_size
     count = count_parameters(config)
-    values = 2 + config.moments  # for each parameter: its weight, its gradient and the optimizer's moments
-    model = FLOAT32 * values * count + position_table_bytes(config)
+    values = 2 * count + count_moments(config, count)  # weights, gradients, moments
+    model = FLOAT32 * values + position_table_bytes(config)
     _check(
         model,
         device,

@@ -94,6 +94,17 @@ def cpu_has_bfloat16() -> bool:
     return torch_private.cpu_multiplies_bfloat16()
 
 
+def matrix_dtype(device: torch.device) -> torch.dtype:
+    """The dtype in which batches of small products are fast and 16 bits are enough.
+
+    AVX512-BF16 does not count: there PyTorch's batched products of bfloat16 take twice as long as those of float32.
+    """
+    if device.type == "cuda":
+        return resolve_dtype("auto", device)
+    tiles = device.type == "cpu" and torch_private.cpu_has_bfloat16_tiles()
+    return torch.bfloat16 if tiles else torch.float32
+
+
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
     """A context in which matrix products are in `dtype`; weights, the residual stream and the loss stay float32."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)

@@ -129,13 +129,20 @@ def _memory_rows(config: TrainConfig, measured: Measurement, device: torch.devic
     rows = {
         "weights": format_bytes(memory.whole["weights"]),
         "gradients": format_bytes(memory.whole["gradients"]),
-        "moments": f"{format_bytes(memory.whole['moments'])}, {counted(config.moments, 'number')} for each weight",
+        "moments": f"{format_bytes(memory.whole['moments'])}, {_kept(config)}",
         "activations": f"{format_bytes(memory.activations)}, kept for the backward pass of {sequences}{compiled}",
         "memory": f"{peak}; {device} has {format_bytes(free)} free{divided}",
     }
     if measured.peak is not None:
         rows["peak"] = f"{format_bytes(measured.peak)} allocated in the measurement"
     return rows
+
+
+def _kept(config: TrainConfig) -> str:
+    """The numbers that the optimizer keeps, in words."""
+    if config.optimizer == "muon":
+        return "1 number for each weight of Muon's matrices, 2 for the others"
+    return "2 numbers for each weight"
 
 
 def _checkpoint(config: TrainConfig, parameters: int) -> str:

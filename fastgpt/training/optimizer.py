@@ -1,101 +1,62 @@
-"""The optimizers and their parameter groups, and clipping.
+"""Makes the optimizer of a run, with its parameter groups; and clipping.
 
-A new one derives from `Optimizer`, and is listed in OPTIMIZERS and in `fastgpt.config.training.MOMENTS`.
+A new one derives from `fastgpt.training.adamw.Optimizer`, and is listed in OPTIMIZERS, in
+`fastgpt.config.training.OPTIMIZERS` and in `fastgpt.model.moments`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
 from fastgpt.config.training import TrainConfig
-from fastgpt.system.torch_private import add_param_group, add_to_each, fused_adamw
+from fastgpt.errors import UsageError
+from fastgpt.model.gpt import GPT
+from fastgpt.model.matrices import hidden_matrices
+from fastgpt.system.device import matrix_dtype
+from fastgpt.training.adamw import AdamW, Optimizer
+from fastgpt.training.muon import Muon
+from fastgpt.training.orthogonalize import METHODS
 
 
-class Optimizer(torch.optim.Optimizer):
-    """An optimizer whose steps the guard can skip without waiting for the device.
-
-    Its state is complete from the start: for each parameter float32 scalars and `MOMENTS` tensors of its own shape.
-    Checkpoints hold these under their names.
-
-    Attributes:
-        found_inf: a float32 scalar on the device; where it is 1 and not 0, a step changes nothing.
-    """
-
-    found_inf: torch.Tensor | None = None
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        add_param_group(self, param_group)
-
-    def reset(self) -> None:
-        """Set the state back to that before the first step."""
-        raise NotImplementedError
+def _adamw(model: GPT, config: TrainConfig) -> AdamW:
+    return AdamW(_groups(model.parameters(), config), config.learning_rate, (config.beta1, config.beta2))
 
 
-class AdamW(Optimizer, torch.optim.AdamW):
-    """`torch.optim.AdamW` in its fused form, with less Python in a step, which matters for small models.
-
-    Every parameter needs a gradient in every step.
-    """
-
-    def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]):
-        super().__init__(groups, lr=lr, betas=betas, fused=True)
-        self.reset()
-
-    def reset(self) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                self.state[p] = {
-                    "step": torch.zeros((), device=p.device),
-                    "exp_avg": torch.zeros_like(p),
-                    "exp_avg_sq": torch.zeros_like(p),
-                }
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        if self.found_inf is not None and self.found_inf.device.type == "mps" and self.found_inf.item():
-            return  # PyTorch's kernel for Apple GPUs ignores it, so the host has to wait for it and skip the step
-        taken = 1 if self.found_inf is None else 1 - self.found_inf
-        for group in self.param_groups:
-            params = group["params"]
-            states = [self.state[p] for p in params]
-            steps = [state["step"] for state in states]
-            add_to_each(steps, taken)
-            fused_adamw(
-                params,
-                [p.grad for p in params],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                steps,
-                lr=group["lr"],
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                amsgrad=False,
-                maximize=False,
-                found_inf=self.found_inf,
-            )
+def _muon(model: GPT, config: TrainConfig) -> Muon:
+    matrices = hidden_matrices(model)
+    if not matrices:
+        raise UsageError("`optimizer` muon trains the matrices of blocks, and this model has none; use adamw")
+    return Muon(
+        matrices,
+        config.muon_lr,
+        config.weight_decay,
+        groups=_groups((p for p in model.parameters() if p not in matrices), config),
+        adam_lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        momentum=config.muon_momentum,
+        coefficients=METHODS[config.muon_method],
+        ratio=config.muon_adjust_lr,
+        dtype=matrix_dtype(next(iter(matrices)).device),
+        compiled=config.compile,
+    )
 
 
-def _adamw(groups: list[dict[str, Any]], config: TrainConfig) -> Optimizer:
-    """AdamW (Loshchilov & Hutter, 2019)."""
-    return AdamW(groups, config.learning_rate, (config.beta1, config.beta2))
+OPTIMIZERS: dict[str, Callable[[GPT, TrainConfig], Optimizer]] = {"adamw": _adamw, "muon": _muon}
 
 
-# By name, as in `fastgpt.config.training.MOMENTS`; made from parameter groups, each with its weight decay.
-OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], TrainConfig], Optimizer]] = {"adamw": _adamw}
-
-
-def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> Optimizer:
+def make_optimizer(model: GPT, config: TrainConfig) -> Optimizer:
     """The optimizer of the settings, with weight decay on matrices and none on vectors."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
+    return OPTIMIZERS[config.optimizer](model, config)
+
+
+def _groups(parameters: Iterable[torch.nn.Parameter], config: TrainConfig) -> list[dict[str, Any]]:
+    parameters = list(parameters)
     groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return OPTIMIZERS[config.optimizer](groups, config)
+    return [group for group in groups if group["params"]]  # a model may have no vectors
 
 
 def clip(parameters: list[torch.nn.Parameter], limit: float) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The learning rate of each step."""
+"""The learning rate and the momentum of each step."""
 
 import math
 
@@ -7,6 +7,7 @@ import torch
 from fastgpt.config.training import TrainConfig
 
 STABLE_SHARE = 0.8  # of a wsd run, before its decay begins
+MUON_START = 0.85  # momentum in the first step, as in modded-nanogpt (Jordan et al., 2024)
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -34,6 +35,21 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return final + share * (peak - final)
 
 
+def momentum(step: int, config: TrainConfig) -> float:
+    """Muon's momentum in a step, counted from 0: along a line from `MUON_START` over `muon_momentum_warmup` steps."""
+    peak, steps = config.muon_momentum, config.muon_momentum_warmup
+    start = min(MUON_START, peak)
+    return peak if step >= steps else start + (peak - start) * step / steps
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the rate of every group; one with a `share` takes so much of it."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("share", 1.0)
+
+
+def set_momentum(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Set the momentum of every group that has one."""
+    for group in optimizer.param_groups:
+        if "momentum" in group:
+            group["momentum"] = value

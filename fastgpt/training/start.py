@@ -55,8 +55,19 @@ def complete(preset: str | None, given: Mapping[str, Any]) -> tuple[TrainConfig,
             why += f"; the model's shape and weights are those of {asked.init_from}"
     config = dataclasses.replace(start, **given)
     validate(config)
+    check_effect(config, given)
     print(why, file=sys.stderr)
     return (config if config.resuming or "warmup_iters" in given else with_warmup(config)), source
+
+
+def check_effect(config: TrainConfig, given: Mapping[str, Any]) -> None:
+    """Raise `UsageError` for a setting of Muon that was given to a run without it."""
+    for name, value in given.items():
+        if name.startswith("muon_") and config.optimizer != "muon":
+            raise UsageError(
+                f"`{name}` {value} changes nothing with `optimizer` {config.optimizer}; pass `optimizer` muon, or "
+                "leave it out"
+            )
 
 
 def asked_start(given: Mapping[str, Any]) -> TrainConfig:

@@ -22,7 +22,7 @@ from fastgpt.system.device import autocast, ordered_sums, seed
 from fastgpt.system.torch_private import GROWTH_TRACKER, compile_error
 from fastgpt.training.guard import Guard
 from fastgpt.training.optimizer import clip, make_optimizer
-from fastgpt.training.schedule import learning_rate, set_learning_rate
+from fastgpt.training.schedule import learning_rate, momentum, set_learning_rate, set_momentum
 from fastgpt.training.statistics import Statistics
 
 FACTORS = ("scale", "growth_factor", "backoff_factor")  # of float16's scaler
@@ -108,6 +108,7 @@ class TrainStep:
         """The second half: clip, judge, update. Returns the gradients' norm and the learning rate."""
         rate = learning_rate(number, self.config)
         set_learning_rate(self.optimizer, rate)
+        set_momentum(self.optimizer, momentum(number, self.config))
         self.scaler.unscale_(self.optimizer)
         if self.statistics:
             self.statistics.before_update()
