@@ -25,7 +25,6 @@ from fastgpt.ops import table
 from fastgpt.ops.table import Ops
 from fastgpt_kernels.reference import capped
 
-
 VOCABULARY = ("wte.weight", "lm_head.weight")  # parameters with a row for each token, padded to a multiple of 128
 
 
