@@ -9,9 +9,9 @@
     steps = attribute(found.events())
 
 A scope is a range of the profile: a phase ("forward"), a module ("h.0.attn") or an operation ("causal_attention"). Time
-belongs to the innermost one; an operation within another counts as a part of that. A backward pass has no scopes, but PyTorch numbers the forward pass's calls, and each
-gradient's computation carries the number of its call; its time goes to that call's scopes. So every moment of a step
-is counted once.
+belongs to the innermost one; an operation within another counts as a part of that. A backward pass has no scopes, but
+PyTorch numbers the forward pass's calls, and each gradient's computation carries the number of its call; its time goes
+to that call's scopes. So every moment of a step is counted once.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """A model with int8 matrices, one scale per output channel: decoding reads a quarter of the bytes.
 
 Activations, norms, biases and positions stay as they are. The token embedding is quantized by its rows, which
-are the channels of a tied output layer. `fastgpt_kernels.quantization` says how large the error is. The products are the table's
-operation `linear_int8`.
+are the channels of a tied output layer. `fastgpt_kernels.quantization` says how large the error is. The products are
+the table's operation `linear_int8`.
 """
 
 import torch

@@ -55,7 +55,7 @@ class Stopwatch:
 
 
 def flops_per_token(config: ModelConfig, parameters: int) -> float:
-    """Floating-point operations that training needs for a token: 6 N + 6 L H D T, with causal attention counted at half.
+    """Floating-point operations that training needs for a token: 6 N + 6 L H D T, causal attention counted at half.
 
     N excludes embeddings that are only looked up (Chowdhery et al., 2022, appendix B).
     """

@@ -191,7 +191,8 @@ def test_stretched_rotary_positions_are_those_of_llama_3():
         position_table(ModelConfig(block_size=2, n_head=1, n_embd=16, position="rotary", **settings))
         for settings in ({"rope_theta": 1000.0}, stretch)
     )
-    assert plain is not None and stretched is not None
+    assert plain is not None
+    assert stretched is not None
     before, after = (torch.atan2(*t[1].double().flip(-1).unbind(-1)) for t in (plain, stretched))
     turns = 64 * before / (2 * math.pi)  # 10.2, 4.3, 1.8, 0.76, ...
     ratio = after / before

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("workplace")
             "--position rotary --no-bias",
             "--dtype float16",
             "--norm rmsnorm --no-norm_gain --mlp relu2 --head_size 6 --attention_bias --no-bias --dtype bfloat16",
-            "--norm rmsnorm --qk_norm --mlp swiglu --no-tie --zero_init --logit_softcap 9 --position rotary --n_kv_head 1",
+            "--norm rmsnorm --qk_norm --mlp swiglu --no-tie --zero_init --logit_softcap 9 --position rotary",
         ],
     ),
 )
