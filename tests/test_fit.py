@@ -142,7 +142,7 @@ def test_a_notebook_has_one_live_line(monkeypatch, capsys):
     assert "\x1b" not in err
     shown = as_a_notebook_shows(err)
     assert [line[:16] for line in shown if "/6" in line] == ["step 1/6  loss 3", "step 6/6  loss 3"]
-    assert "(a uniform guess scores 3.37)" in "".join(shown)
+    assert "(ln V, a uniform guess, is 3.37)" in "".join(shown)
     assert shown[-2].startswith("step 6/6  loss ")
     assert shown[-1] == ""
 

@@ -132,7 +132,7 @@ def test_progress_is_plain_lines_with_everything_in_them(capsys):
         r"[\d.,]+",
         r"\d+:\d\d left  {0} tokens/s  {0} ms  lr \d\.\d\de-\d\d  norm {0}  (MFU {0}%  )?{0} [MG]iB",
     )
-    guess = r" \(a uniform guess scores 3\.37\)"  # ln 29
+    guess = r" \(ln V, a uniform guess, is 3\.37\)"  # ln 29
     for line, (step, val) in zip(lines, [(2, "-"), (3, "-"), (4, number), (6, number)], strict=True):
         first = rf"step {step}/6  loss {number}{guess if step == 2 else ''}  val {val}  "
         assert re.fullmatch(first + rest.format(number), line), line

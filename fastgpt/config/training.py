@@ -88,6 +88,9 @@ class TrainConfig(ModelConfig):
         False, "record norms, updates, activations and dead units of each layer in metrics.jsonl, at `log_interval`"
     )
     sample_interval: int = option(0, "steps between printed samples; 0: only at the end", low=0)
+    preview: bool = option(
+        False, "at steps 0, 50, 100, 250, 500, 1000, ... print a line in which the model continues the same words"
+    )
 
     keep_last: int = option(3, "checkpoints that are kept beside the best", low=1, group="Checkpoints")
     keep_every: int = option(

@@ -79,20 +79,24 @@ class Corpus:
         return ShardedTokens(paths, self.dtype) if len(paths) > 1 else np.memmap(paths[0], dtype=self.dtype, mode="r")
 
     def opening(self) -> str:
-        """A few words for a model to continue: the beginning of the val split's first whole line that is not blank.
+        """A few words for a model to continue: the beginning of a line of the val split.
 
-        A line begins after a line break or the end of a document. Without one, the beginning of the split is taken.
+        It is the first whole line that begins with a letter or, if there is none near, that is not blank. A line begins
+        after a line break or the end of a document. Without one, the beginning of the split is taken.
         """
         ids, end = self.val()[:OPENING_WITHIN].tolist(), self.tokenizer.end_token
         pieces = [self.tokenizer.token_bytes(id) for id in ids]
+        found = ""
         for start in [*(i + 1 for i, id in enumerate(ids) if id == end or pieces[i].endswith(b"\n")), 0]:
             part = pieces[start : start + OPENING_TOKENS]
             if end in ids[start : start + OPENING_TOKENS]:
                 part = part[: ids[start:].index(end)]
             text = b"".join(part).decode("utf-8", errors="ignore")  # drops a character that is cut
-            if text.partition("\n")[0].strip():
+            if text[:1].isalpha():
                 return text
-        return ""
+            if not found and text.partition("\n")[0].strip():
+                found = text
+        return found
 
 
 def is_prepared(path: Path) -> bool:

@@ -216,7 +216,7 @@ class Display(Logger):
         record = self.record
         fields = [Field(f"step {self.step}/{self.total}", 0)]
         if record:
-            guess = "" if self.uniform is None else f" (a uniform guess scores {self.uniform:.2f})"
+            guess = "" if self.uniform is None else f" (ln V, a uniform guess, is {self.uniform:.2f})"
             fields.append(Field(f"loss {record['loss']:.4f}{guess}", LOSS_RANK))
         slow = (self.estimate or 0) >= LONG or time.monotonic() - self.began >= SLOW
         if self.live and self.done < self.count and slow:

@@ -6,10 +6,9 @@ micro-batch that does not fit into the memory is divided, a signal is answered a
 disk refused is written with the next checkpoint.
 """
 
-import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -25,26 +24,22 @@ from fastgpt.loggers.base import Logger
 from fastgpt.loggers.console import Display, print_product
 from fastgpt.loggers.registry import LOGGERS
 from fastgpt.model import memory
-from fastgpt.model.gpt import GPT
 from fastgpt.system import contention, out_of_memory, threads
 from fastgpt.system.device import peak_flops, peak_memory, synchronize
 from fastgpt.system.signals import Signals
-from fastgpt.tokenizer.base import Tokenizer
 from fastgpt.training import report
 from fastgpt.training.checkpoints import Checkpoints
 from fastgpt.training.guard import Verdict
 from fastgpt.training.log import RunLog
 from fastgpt.training.report import RunSummary
 from fastgpt.training.rollback import Rollback
+from fastgpt.training.samples import Sample, Samples
 from fastgpt.training.setup import Setup, open_folder, prepare
 from fastgpt.training.speed import Stopwatch, flops_per_token
 from fastgpt.training.start import with_warmup
 from fastgpt.training.validation import Validation
 
 MOST_UNREAD = 1000  # steps whose verdicts may stay on the device
-
-# How a model continues an opening, piece by piece: (model, tokenizer, opening, seed).
-Sample = Callable[[GPT, Tokenizer, str, int], Iterator[str]]
 
 
 def train(
@@ -96,11 +91,12 @@ class Run:
 
     def __init__(self, setup: Setup, log: RunLog, signals: Signals, sample: Sample):
         self.setup, self.config, self.state = setup, setup.config, setup.state
-        self.log, self.signals, self.sample = log, signals, sample
+        self.log, self.signals = log, signals
         self.model, self.step = setup.state.model, setup.state.step
         self.checkpoints = Checkpoints(setup, log, signals)
         self.validation = Validation(setup, log, self.checkpoints)
         self.rollback = Rollback(setup, log, self.checkpoints, self.validation)
+        self.samples = Samples(setup, log.display, sample, self._answer_signals)
         self.watch, self.slowness = Stopwatch(setup.device), contention.Slowness(setup.threads)
         self.rate = 0.0  # learning rate of the last step
 
@@ -122,6 +118,8 @@ class Run:
         deadline = time.monotonic() + 60 * (config.max_minutes or math.inf)
         if state.owes_evaluation:
             self._evaluate_and_save()
+        if not state.progress.step:
+            self.samples.show(0)
         while not (state.is_finished or over or self.signals.caught):
             with self.watch:
                 if self.take_step():
@@ -142,8 +140,8 @@ class Run:
             elif save:
                 self.checkpoints.save()
             self.checkpoints.poll()
-            if config.sample_interval and step % config.sample_interval == 0 and not state.is_finished:
-                self.log.display.product(f"--- sample at step {step}\n{self._sample(self._answer_signals)}\n---")
+            if not state.is_finished:
+                self.samples.show(step)
 
     def take_step(self) -> bool:
         """One optimizer step. Micro-batches that do not fit into the memory are made smaller for the rest of the run.
@@ -198,7 +196,7 @@ class Run:
             failures=self.log.failures,
         )
         if summary.stopped_by is None:
-            print_product(f"--- sample after step {progress.step}\n{self._sample()}\n---")
+            self.samples.conclude(progress.step)
         print_product(report.conclude(summary, self.config, self.log.conclusion, self.setup.data))
         return summary
 
@@ -281,18 +279,3 @@ class Run:
         seconds = self.watch.last if self.setup.device.type == "cpu" else None
         if seconds and (advice := self.slowness.advice(seconds)):
             self.log.say(advice)
-
-    def _sample(self, stopping: Callable[[], bool] = lambda: False) -> str:
-        """Some words of the val split and how the model continues them, cut short where `stopping` says so."""
-        self.model.eval()
-        data = self.setup.data
-        opening = data.opening()
-        try:
-            with out_of_memory.caught():
-                pieces = self.sample(self.model, data.tokenizer, opening, self.config.seed)
-                return opening + "".join(itertools.takewhile(lambda _: not stopping(), pieces))
-            return "(out of memory)"
-        except RunFailed as error:
-            return f"({error})"
-        finally:
-            self.model.train()

@@ -92,7 +92,7 @@ def test_the_first_loss_alone_stands_beside_that_of_a_uniform_guess():
         display.log(FIRST)
         display.log(RECORD)
     first, second = lines(display)
-    assert "loss 2.3457 (a uniform guess scores 4.63)  val -" in first
+    assert "loss 2.3457 (ln V, a uniform guess, is 4.63)  val -" in first
     assert "guess" not in second
 
 
@@ -101,7 +101,7 @@ def test_a_terminal_keeps_the_first_loss_as_a_line_of_its_own():
     with started(terminal.display) as display:
         display.log(FIRST)
         display.log(RECORD)
-    assert display.console.file.getvalue().count("step 30/2000  loss 2.3457 (a uniform guess scores 4.63)\n") == 1
+    assert display.console.file.getvalue().count("step 30/2000  loss 2.3457 (ln V, a uniform guess, is 4.63)\n") == 1
     assert "guess" not in terminal.line
 
 
@@ -212,7 +212,7 @@ def test_a_notebook_has_one_line_that_is_written_anew_in_its_place(monkeypatch, 
             if step % 10 == 9:
                 display.log((RECORD if step > 9 else FIRST) | {"step": step + 1})
         assert as_a_notebook_shows(file.getvalue()) == [
-            "step 10/300  loss 2.3457 (a uniform guess scores 4.63)",
+            "step 10/300  loss 2.3457 (ln V, a uniform guess, is 4.63)",
             "step 200/300  loss 2.3457  val 2.5000  0:05 left  12,346 tokens/s  50.0 ms  MFU 42.1%  3 MiB",
         ]
         display.say("step 200: saved")
