@@ -16,10 +16,10 @@ Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, each int64 (B, 
 
 
 class PlainAttention(nn.Module):
-    def __init__(self, C: int, H: int, dropout: float):
+    def __init__(self, C: int, H: int, dropout: float, bias: bool):
         super().__init__()
         self.H, self.dropout = H, dropout
-        self.qkv, self.out = nn.Linear(C, 3 * C), nn.Linear(C, C)
+        self.qkv, self.out = nn.Linear(C, 3 * C, bias), nn.Linear(C, C, bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, T, C = x.shape
@@ -30,11 +30,11 @@ class PlainAttention(nn.Module):
 
 
 class PlainBlock(nn.Module):
-    def __init__(self, C: int, H: int, dropout: float):
+    def __init__(self, C: int, H: int, dropout: float, bias: bool):
         super().__init__()
-        self.norm_1, self.norm_2 = nn.LayerNorm(C), nn.LayerNorm(C)
-        self.attention = PlainAttention(C, H, dropout)
-        self.mlp = nn.Sequential(nn.Linear(C, 4 * C), nn.GELU(), nn.Linear(4 * C, C), nn.Dropout(dropout))
+        self.norm_1, self.norm_2 = nn.LayerNorm(C, bias=bias), nn.LayerNorm(C, bias=bias)
+        self.attention = PlainAttention(C, H, dropout, bias)
+        self.mlp = nn.Sequential(nn.Linear(C, 4 * C, bias), nn.GELU(), nn.Linear(4 * C, C, bias), nn.Dropout(dropout))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x + self.attention(self.norm_1(x))
@@ -44,11 +44,11 @@ class PlainBlock(nn.Module):
 class PlainGPT(nn.Module):
     """tokens (B, T) -> logits (B, T, V); with targets, the mean loss."""
 
-    def __init__(self, V: int, T: int, L: int, H: int, C: int, dropout: float = 0.0):
+    def __init__(self, V: int, T: int, L: int, H: int, C: int, dropout: float = 0.0, bias: bool = True):
         super().__init__()
         self.token, self.position = nn.Embedding(V, C), nn.Embedding(T, C)
-        self.blocks = nn.ModuleList(PlainBlock(C, H, dropout) for _ in range(L))
-        self.norm, self.head = nn.LayerNorm(C), nn.Linear(C, V, bias=False)
+        self.blocks = nn.ModuleList(PlainBlock(C, H, dropout, bias) for _ in range(L))
+        self.norm, self.head = nn.LayerNorm(C, bias=bias), nn.Linear(C, V, bias=False)
         self.head.weight = self.token.weight
         self.drop = nn.Dropout(dropout)
         for name, p in self.named_parameters():

@@ -1,0 +1,101 @@
+"""The speedruns' command: who runs, what counts, and what is printed and written."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench import speedrun
+from bench.peers import nanogpt_recipe
+from bench.tools import race
+from bench.tools.race import Run
+from fastgpt import cli
+from fastgpt.config.training import TrainConfig
+
+TINY = (
+    "--n_layer 1 --n_head 2 --n_embd 16 --block_size 8 --batch_size 2 --max_iters 3 --warmup_iters 0 --tokenizer byte"
+)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("To be, or not to be, that is the question.\n" * 60)
+    return path
+
+
+def call(monkeypatch, text: Path, flags: str) -> int:
+    """The command in this process, on a text of its own."""
+    monkeypatch.setattr(speedrun, "apart", lambda function, *arguments: function(*arguments))
+    board = speedrun.BOARDS["pydocs"]
+    monkeypatch.setitem(speedrun.BOARDS, "pydocs", speedrun.Board("mini", {"dataset": str(text)}, board.ingredients))
+    data_dir = text.parent / "data"
+    return cli.run(speedrun.main, f"pydocs {TINY} --data_dir {data_dir} {flags}".split())
+
+
+def test_every_recipe_is_a_whole_configuration():
+    for board in speedrun.BOARDS.values():
+        whole = speedrun.settings_of(board, [])
+        TrainConfig(**whole).check()
+        for name, less in board.ingredients.items():
+            without = {**whole, **less}
+            TrainConfig(**without).check()
+            assert without != whole, name
+
+
+def test_a_board_takes_other_settings_and_writes_what_it_prints(monkeypatch, capsys, text: Path, tmp_path: Path):
+    assert call(monkeypatch, text, f"--seeds 2 --only eager --out {tmp_path}") == 0
+    printed = capsys.readouterr().out
+    [written], [lines] = tmp_path.glob("*-speedrun-pydocs.txt"), tmp_path.glob("*-speedrun-pydocs.jsonl")
+    assert written.read_text() == printed
+    runs = [Run(**json.loads(line)) for line in lines.read_text().splitlines()]
+    assert [(run.entrant, run.seed, run.steps, run.tokens) for run in runs] == [
+        ("eager", 1337, 3, 48),
+        ("eager", 1338, 3, 48),
+    ]
+    assert all(run.seconds > 0 and run.bits_per_byte and run.bits_per_byte > 3 for run in runs)
+    mean = sum(run.bits_per_byte or 0 for run in runs) / 2
+    assert f"{mean:.4f} ± " in printed
+
+
+def test_an_unknown_entrant_is_named(monkeypatch, capsys, text: Path):
+    assert call(monkeypatch, text, "--only nobody") == 2
+    assert capsys.readouterr().err == "error: --only 'nobody' is not one of eager, compiled\n"
+
+
+def test_a_mean_counts_only_if_it_is_surely_below_the_mark():
+    losses = [1.86, 1.87, 1.865, 1.872, 1.861]
+    t = (np.mean(losses) - 1.88) / (np.std(losses, ddof=1) / 5**0.5)
+    square = t**2 / (4 + t**2)
+    by_hand = 0.5 - 0.75 * square**0.5 * (1 - square / 3)  # Student's distribution of 4 degrees of freedom
+    assert race.p_below(losses, 1.88) == pytest.approx(by_hand, rel=1e-9)
+    assert race.p_below([loss + 0.02 for loss in losses], 1.88) > 0.5
+    assert race.p_below([1.0], 1.88) is None
+    board = speedrun.BOARDS["shakespeare"]
+    runs = {"eager": [Run("eager", seed, 10, 100, 2.0, 1.0, loss) for seed, loss in enumerate(losses)]}
+    runs[speedrun.PEER] = [Run(speedrun.PEER, 0, 20, 600, 18.0, 0.0, 1.9)]
+    counts, faster = speedrun.conclusions(board, runs)
+    assert counts == "eager: counts: mean below 1.88 with p < 0.01"
+    assert faster.startswith("eager: 9.00x less time in steps")
+    assert "6.00x with the first step, 6.00x fewer tokens" in faster
+    unsure = {"eager": [Run("eager", seed, 10, 100, 2.0, 1.0, loss) for seed, loss in enumerate((1.70, 1.95, 1.87))]}
+    assert next(speedrun.conclusions(board, unsure)).startswith("eager: does not count")
+
+
+def test_the_peer_learns_and_is_judged_on_every_token():
+    tokens = np.tile(np.arange(5, dtype=np.uint16), 500)
+    few, many = (nanogpt_recipe.train(tokens, tokens[:997], 5, 0, steps) for steps in (2, 120))
+    assert few.val_loss == pytest.approx(np.log(5), abs=0.3)
+    assert many.val_loss < 0.2
+    assert (many.steps, many.tokens) == (120, 120 * 12 * 64)
+    rates = [nanogpt_recipe.learning_rate(step, 2000) for step in (0, 99, 100, 1999)]
+    assert rates == pytest.approx([1e-3 / 101, 1e-3 * 100 / 101, 1e-3, 1e-4], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_run_apart_is_the_same_run(text: Path, tmp_path: Path):
+    flags = f"{TINY} --dataset {text} --data_dir {tmp_path / 'data'} --threads 1".split()
+    settings = speedrun.settings_of(speedrun.Board("mini", {}, {}), flags)
+    here, there = race.train_engine("us", settings, 1), race.apart(race.train_engine, "us", settings, 1)
+    assert (here.val_loss, here.steps) == (there.val_loss, there.steps)
