@@ -17,11 +17,12 @@ from fastgpt.system.live_bytes import LiveBytes
 SHALLOW = 5  # layers
 MIDDLE = 3  # the layer that stands for all that are left out: it is not the last, nor does the second read its outputs
 EMBEDDING, HEAD = "embedding", "head"
+BLOCKS = "blocks"  # all of them alike: what is held for every block at once
 TEMPORARY = "temporary"
 
 
 class Owner(NamedTuple):
-    """The label of a tensor: its kind, and the layer to which it belongs: counted from 0, `EMBEDDING` or `HEAD`."""
+    """The label of a tensor: its kind, and its place: a layer, counted from 0, `EMBEDDING`, `HEAD` or `BLOCKS`."""
 
     kind: str
     part: int | str = HEAD
@@ -88,7 +89,7 @@ def _layers(parts: Mapping[int | str, int], counted: int, layers: int) -> Layers
     blocks: list[tuple[int, int]] = []
     for layer in range(counted):
         times = 1 + layers - counted if layer == MIDDLE else 1
-        size = parts.get(layer, 0)
+        size = parts.get(layer, 0) + parts.get(BLOCKS, 0) // counted
         before = blocks.pop()[0] if blocks and blocks[-1][1] == size else 0
         blocks.append((before + times, size))
     return Layers(parts.get(EMBEDDING, 0), tuple(blocks), parts.get(HEAD, 0))

@@ -14,6 +14,7 @@ import torch
 from fastgpt.config.training import TrainConfig
 from fastgpt.data.loader import Batch
 from fastgpt.model.footprint import (
+    BLOCKS,
     EMBEDDING,
     HEAD,
     MIDDLE,
@@ -135,7 +136,7 @@ class _Watched:
             assert loss is not None  # nothing stops it
             if self.train.statistics:
                 self._follow_statistics(self.train.statistics)
-            self._begin("update", HEAD, Owner(TEMPORARY))
+            self._begin("update", HEAD, Owner(TEMPORARY, BLOCKS))  # the optimizer treats all blocks at once
             self.train.update(number, loss)
 
     def footprint(self, config: TrainConfig) -> StepFootprint:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastgpt.training.adamw import AdamW
-from fastgpt.training.orthogonalize import NEWTON_SCHULZ, Coefficients, orthogonalize
+from fastgpt.training.orthogonalize import METHODS, Method, orthogonalize
 
 # By name: the factor of the rate for a matrix of so many rows and columns, as `adjust_lr_fn` of `torch.optim.Muon`.
 # The first is Jordan's; the second gives an update the size of AdamW's (Liu et al., 2025, arXiv:2502.16982).
@@ -25,15 +25,21 @@ RATIOS: dict[str, Callable[[int, int], float]] = {
 
 
 class Piece(NamedTuple):
-    """A matrix: some rows of a weight."""
+    """A matrix: some rows of a weight.
 
-    parameter: torch.nn.Parameter
+    Attributes:
+        weight: its place among the weights.
+        ratio: the factor of its rate.
+    """
+
+    weight: int
     begin: int
     end: int
+    ratio: float
 
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """These rows of a tensor of the weight's shape, transposed if they are more than its columns."""
-        rows = tensor[self.begin : self.end]
+    def of(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """These rows of the weight, or of a tensor of its shape; transposed if they are more than its columns."""
+        rows = tensors[self.weight][self.begin : self.end]
         return rows.mT if rows.shape[0] > rows.shape[1] else rows
 
 
@@ -64,70 +70,66 @@ class Muon(AdamW):
         adam_lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.95),
         momentum: float = 0.95,
-        coefficients: Sequence[Coefficients] = NEWTON_SCHULZ,
+        method: Method = METHODS["newton_schulz"],
         ratio: str = "original",
         dtype: torch.dtype = torch.float32,
         compiled: bool = False,
     ):
         super().__init__(groups, adam_lr, betas)
         self.adam_groups = tuple(self.param_groups)
-        self.coefficients, self.dtype = coefficients, dtype
+        self.method, self.dtype = method, dtype
         settings = {"lr": lr, "share": lr / adam_lr, "momentum": momentum, "weight_decay": weight_decay}
         self.add_param_group({"params": [*matrices], **settings})
         self.matrix_group = self.param_groups[-1]
         for parameter in matrices:
             self.state[parameter] = {"momentum": torch.zeros_like(parameter)}
-        self.batches = [(pieces, ratios(pieces, ratio)) for pieces in batches(matrices)]
+        self.batches = batches(matrices, RATIOS[ratio])
         self._update = torch.compile(self._eager_update, dynamic=False) if compiled else self._eager_update
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         super().step()
-        parameters, group = self.matrix_group["params"], self.matrix_group
-        device = parameters[0].device
+        group = self.matrix_group
+        weights, device = group["params"], group["params"][0].device
         found = torch.zeros((), device=device) if self.found_inf is None else self.found_inf
-        settings = (group[name] for name in ("momentum", "lr", "weight_decay"))
-        self._update(found, *(torch.full((), value, device=device) for value in settings))
+        # Scalars on the device, so that compiled code takes any value; the gradients are other tensors in every step.
+        settings = (torch.full((), group[name], device=device) for name in ("momentum", "lr", "weight_decay"))
+        averages = [self.state[p]["momentum"] for p in weights]
+        self._update(weights, [p.grad for p in weights], averages, found, *settings)
 
     def _eager_update(
-        self, found: torch.Tensor, momentum: torch.Tensor, rate: torch.Tensor, decay: torch.Tensor
+        self,
+        weights: Sequence[torch.Tensor],
+        gradients: Sequence[torch.Tensor],
+        averages: Sequence[torch.Tensor],
+        found: torch.Tensor,
+        momentum: torch.Tensor,
+        rate: torch.Tensor,
+        decay: torch.Tensor,
     ) -> None:
-        """The step of the matrices. All arguments are scalars on the device, so that compiled code takes any value."""
         taken, skipped = 1 - found, found > 0
         rate = rate * taken
-        for parameter in self.matrix_group["params"]:
-            gradient, average = _gradient(parameter), self.state[parameter]["momentum"]
+        for weight, gradient, average in zip(weights, gradients, averages, strict=True):
             gradient.masked_fill_(skipped, 0.0)  # what is not finite would stay so in a product with 0
             average.lerp_(gradient, (1 - momentum) * taken)
             gradient.lerp_(average, momentum)
-            parameter.mul_(1 - rate * decay)
-        for pieces, ratio in self.batches:
-            x = torch.stack([piece.of(_gradient(piece.parameter)) for piece in pieces])
-            update = orthogonalize(x.to(self.dtype), self.coefficients) * (ratio * rate)
+            weight.mul_(1 - rate * decay)
+        for pieces in self.batches:
+            x = torch.stack([piece.of(gradients) for piece in pieces])
+            update = orthogonalize(x.to(self.dtype), self.method).to(x.dtype) * rate
             for piece, part in zip(pieces, update.unbind(), strict=True):
-                piece.of(piece.parameter).sub_(part)
+                piece.of(weights).sub_(part, alpha=piece.ratio)
 
 
-def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
-    assert parameter.grad is not None, "every parameter needs a gradient"
-    return parameter.grad
-
-
-def batches(matrices: Mapping[torch.nn.Parameter, Sequence[int]]) -> list[list[Piece]]:
+def batches(
+    matrices: Mapping[torch.nn.Parameter, Sequence[int]], ratio: Callable[[int, int], float]
+) -> list[list[Piece]]:
     """All matrices by their sizes, whichever of the two is rows and which columns."""
     found: dict[tuple[int, int], list[Piece]] = {}
-    for parameter, parts in matrices.items():
-        begin = 0
+    for number, (weight, parts) in enumerate(matrices.items()):
+        columns, begin = weight.shape[1], 0
         for rows in parts:
-            columns = parameter.shape[1]
             sizes = min(rows, columns), max(rows, columns)
-            found.setdefault(sizes, []).append(Piece(parameter, begin, begin + rows))
+            found.setdefault(sizes, []).append(Piece(number, begin, begin + rows, ratio(rows, columns)))
             begin += rows
     return [*found.values()]
-
-
-def ratios(pieces: Sequence[Piece], name: str) -> torch.Tensor:
-    """The factor of each matrix's rate, (N, 1, 1)."""
-    parameter = pieces[0].parameter
-    values = [RATIOS[name](piece.end - piece.begin, piece.parameter.shape[1]) for piece in pieces]
-    return torch.tensor(values, device=parameter.device).view(-1, 1, 1)

@@ -35,7 +35,7 @@ def _muon(model: GPT, config: TrainConfig) -> Muon:
         adam_lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         momentum=config.muon_momentum,
-        coefficients=METHODS[config.muon_method],
+        method=METHODS[config.muon_method],
         ratio=config.muon_adjust_lr,
         dtype=matrix_dtype(next(iter(matrices)).device),
         compiled=config.compile,

@@ -12,6 +12,7 @@ import torch
 
 from fastgpt import cli, train
 from fastgpt.checkpoint import store
+from fastgpt.config.training import OPTIMIZERS
 from fastgpt.data import loader
 from fastgpt.evaluation import loss as evaluation_loss
 from fastgpt.training import run as run_module
@@ -79,7 +80,8 @@ def test_bad_steps_are_skipped_and_told_with_their_batch(capfd, monkeypatch, dty
         assert losses[7] is losses[8] is losses[14] is None
 
 
-def test_weights_are_those_of_a_run_in_which_the_bad_step_never_was(monkeypatch):
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_weights_are_those_of_a_run_in_which_the_bad_step_never_was(monkeypatch, optimizer: str):
     """The state before and after a skipped step, to the bit, in the middle of a run."""
     seen = {}
     step = Run.take_step
@@ -94,7 +96,7 @@ def test_weights_are_those_of_a_run_in_which_the_bad_step_never_was(monkeypatch)
 
     monkeypatch.setattr(Run, "take_step", watched)
     with_losses(monkeypatch, bad_at(0, 5, 6))
-    run("--max_iters 9")
+    run(f"--max_iters 9 --optimizer {optimizer}")
     assert [step for step, same in seen.items() if same] == [1, 6, 7]
 
 
@@ -132,10 +134,13 @@ def test_a_spike_of_10_deviations_is_skipped_where_asked_for(monkeypatch):
 
 @pytest.mark.parametrize("log_interval", [1, 2, 100])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.covering_array(1)
-def test_a_row_of_bad_steps_leads_back_and_leaves_out_the_data(capfd, monkeypatch, log_interval: int, dtype: str):
+def test_a_row_of_bad_steps_leads_back_and_leaves_out_the_data(
+    capfd, monkeypatch, log_interval: int, dtype: str, optimizer: str
+):
     with_losses(monkeypatch, bad_at(9, 10, 11))
-    flags = f"{LONG} --rollback_after 3 --log_interval {log_interval} --dtype {dtype}"
+    flags = f"{LONG} --rollback_after 3 --log_interval {log_interval} --dtype {dtype} --optimizer {optimizer}"
     out = run(flags)
     assert "step 12: 3 steps in a row were skipped, the last because its loss is nan; back to step 8, " in (
         capfd.readouterr().err
@@ -148,8 +153,9 @@ def test_a_row_of_bad_steps_leads_back_and_leaves_out_the_data(capfd, monkeypatc
     assert list(records(out, "val_loss")) == [4, 8, 12, 16, 20]
 
 
-def test_after_going_back_it_is_the_run_that_never_saw_the_data(monkeypatch):
-    flags = f"{LONG} --rollback_after 3"
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_after_going_back_it_is_the_run_that_never_saw_the_data(monkeypatch, optimizer: str):
+    flags = f"{LONG} --rollback_after 3 --optimizer {optimizer}"
     with monkeypatch.context() as patch:
         with_losses(patch, bad_at(9, 10, 11))
         out = run(flags)

@@ -40,7 +40,7 @@ def result(out_dir: Path) -> dict:
 @pytest.mark.parametrize(
     ("flags", "length", "kills"),
     [
-        ("--async_save", 60, 1),
+        ("--async_save --optimizer muon", 60, 1),
         *(
             pytest.param(flags, 400, 20, marks=pytest.mark.slow)
             for flags in ("", "--async_save", "--compile", "--dtype bfloat16 --keep_last 1")

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from fastgpt.config.training import PRESETS, TrainConfig
+from fastgpt.config.training import OPTIMIZERS, PRESETS, TrainConfig
 from fastgpt.model.footprint import Layers, total
 from fastgpt.model.gpt import GPT
 from fastgpt.ops import table
@@ -66,6 +66,16 @@ def test_is_what_a_real_step_holds(preset: str, kernels: str, dtype: torch.dtype
         {"norm": "rmsnorm", "norm_gain": False, "mlp": "relu2", "n_kv_head": 2, "head_size": 6, "bias": False},
         {"batch_size": 1, "n_embd": 64, "n_layer": 6},
         {"batch_size": 1, "n_embd": 64, "n_layer": 7, "log_stats": True, "log_interval": 2},
+        {"optimizer": "muon"},
+        {
+            "optimizer": "muon",
+            "batch_size": 1,
+            "n_embd": 64,
+            "n_layer": 7,
+            "n_kv_head": 1,
+            "log_stats": True,
+            "log_interval": 2,
+        },
     ],
     ids=str,
 )
@@ -76,7 +86,13 @@ def test_is_what_a_real_step_holds_with_other_settings(changes: dict):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"batch_size": 1, "n_embd": 64, "gradient_accumulation_steps": 3}], ids=["activations", "weights"]
+    "changes",
+    [
+        {},
+        {"batch_size": 1, "n_embd": 64, "gradient_accumulation_steps": 3},
+        {"batch_size": 1, "n_embd": 64, "optimizer": "muon"},
+    ],
+    ids=["activations", "weights", "muon"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_of_many_layers_is_counted_with_few(changes: dict, dtype: torch.dtype):
@@ -107,6 +123,16 @@ def test_kinds_by_hand():
     assert "gradients" not in found.peaks["forward"]
 
 
-def test_a_model_of_a_billion_layers_is_estimated_too():
-    one, two = (estimate(dataclasses.replace(SMALL, n_layer=count)).peak for count in (10**9, 2 * 10**9))
+def test_muon_keeps_one_number_for_each_weight_of_a_matrix():
+    config = dataclasses.replace(SMALL, n_layer=6, bias=False)
+    adamw, muon = (estimate(dataclasses.replace(config, optimizer=name)).whole for name in ("adamw", "muon"))
+    matrices = 6 * 12 * config.n_embd**2
+    assert adamw["moments"] - muon["moments"] == 4 * (matrices + 6 * 4)  # and no counters
+    assert adamw["weights"] == muon["weights"]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_model_of_a_billion_layers_is_estimated_too(optimizer: str):
+    config = dataclasses.replace(SMALL, optimizer=optimizer)
+    one, two = (estimate(dataclasses.replace(config, n_layer=count)).peak for count in (10**9, 2 * 10**9))
     assert two == pytest.approx(2 * one, rel=1e-4)

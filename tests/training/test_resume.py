@@ -10,6 +10,7 @@ import pytest
 
 from fastgpt import cli, generate, train
 from fastgpt.checkpoint import run_folder, store
+from fastgpt.config.training import OPTIMIZERS
 from tests.helpers.covering import some
 from tests.helpers.resumes import refused, start, state_of
 from tests.helpers.runs import TEXT, forge_manifest, resume
@@ -40,10 +41,19 @@ def test_twenty_steps_and_twenty_more_are_forty(setting: str):
     assert state_of(parted) == state_of(whole)
 
 
+def test_a_run_with_muon_goes_on_to_the_bit():
+    flags = "--optimizer muon --muon_momentum_warmup 30 --n_kv_head 1 --async_save --log_stats"
+    whole = start(f"--max_iters 40 {flags}", "whole")
+    parted = start(f"--max_iters 20 {flags}", "parted")
+    assert resume("--max_iters 40", "parted") == 0
+    assert state_of(parted) == state_of(whole)
+
+
 @pytest.mark.slow
-def test_a_compiled_run_goes_on_to_the_bit():
-    whole = start("--compile --max_iters 12", "whole")
-    parted = start("--compile --max_iters 6 --lr_decay_iters 40", "parted")
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_compiled_run_goes_on_to_the_bit(optimizer: str):
+    whole = start(f"--compile --max_iters 12 --optimizer {optimizer}", "whole")
+    parted = start(f"--compile --max_iters 6 --lr_decay_iters 40 --optimizer {optimizer}", "parted")
     assert resume("--max_iters 12", "parted") == 0
     parts, at_end = state_of(parted), state_of(whole)
     assert parts[1] == at_end[1]
@@ -121,6 +131,7 @@ def test_a_resume_may_change_what_is_not_the_models_shape():
             ("bias", "false"),
             ("position", "rotary"),
             ("tokenizer", "byte"),
+            ("optimizer", "muon"),
         ],
     ),
 )
