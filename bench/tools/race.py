@@ -82,7 +82,7 @@ def p_below(values: Sequence[float], mark: float) -> float | None:
     """The p-value of the mean being below the mark: Student's one-sided t-test; None for fewer than two values."""
     if len(values) < 2:
         return None
-    from scipy import stats  # of the extra `bench`
+    from scipy import stats  # of the extra `test`
 
     return float(stats.ttest_1samp(values, mark, alternative="less").pvalue)
 
