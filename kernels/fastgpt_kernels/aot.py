@@ -3,31 +3,8 @@
     python -m fastgpt_kernels.aot [--target sm_90] [--kernel attention_forward] [--json]
 
 One line for each target, kernel and row, once `plain` and once in its `heaviest` variant, with every optional input.
-Triton's own just-in-time path compiles them, so what is reported is what runs. How to read a line:
-
-    target         the chip: sm_80 (A100; also serves sm_86, sm_89, sm_120), sm_90 (H100, H200), sm_100 (B200),
-                   gfx942 (MI300)
-    kernel         its name in the launch table
-    config         dtype, widest width served (or any), rows x columns of the tile, warps (w), stages (s), variant
-    registers      of one thread. At most 255 on NVIDIA, 512 on AMD (accumulation registers included); every step up
-                   can cost blocks_per_sm. Bad: more than before, for the same work.
-    stack          bytes of a thread's variables that lie in memory for want of registers. Bad: anything but 0.
-    spills         instructions that move them (NVIDIA: STL and LDL; AMD: the number of vector registers spilled).
-                   Bad: anything but 0; in 16 bits it is an error.
-    shared         bytes of shared memory a block asks for. Bad: above the chip's limit (sm_80 163 KiB, 99 KiB on its
-                   smaller relatives; sm_90 and sm_100 227 KiB; gfx942 64 KiB), where the launch fails.
-    blocks_per_sm  blocks that one multiprocessor holds at once, by registers, shared memory and warps. Bad: 0, which
-                   cannot be launched. With 1, nothing hides a block's start and end.
-    tensor_core    tensor-core instructions (HMMA, HGMMA, UTC*MMA and the like; v_mfma on AMD). Bad: 0 in a kernel
-                   that multiplies matrices, but for float32 with IEEE products, which NVIDIA's do not offer.
-    waits          instructions that wait for a warpgroup's matrix products (sm_90's WARPGROUP.DEPBAR), the most in one
-                   loop. Bad: one for each product, so that none overlaps with anything else.
-    wide_loads     share of the instructions that read global memory which read 16 bytes a thread, or a tile at once.
-                   An instruction counts once, also in a loop; reads of one number a row (mean, rstd) count as narrow.
-                   `null`, or a dash, without such reads. Bad: near 0, in a kernel that reads matrices.
-    warnings       codes of ptxas's own warnings about speed, or a dash. Bad: C7515, products one after the other on
-                   sm_90; in 16 bits it is an error.
-    seconds        to compile, never from a cache; the first of a worker's includes the compiler's own start.
+Triton's own just-in-time path compiles them, so what is reported is what runs. `fastgpt_kernels.aot_table` describes
+the columns.
 
 `fastgpt_kernels.compile_report` keeps the report in a file. Exit code 2, with one line on stderr, for a bad flag or in
 a process where TRITON_INTERPRET is set.
@@ -52,11 +29,11 @@ import torch
 import triton
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 
 from fastgpt_kernels import (
+    activation,
     attention,
     attention_backward,
     cross_entropy,
@@ -67,6 +44,7 @@ from fastgpt_kernels import (
     paged_decode,
     paged_prefill,
 )
+from fastgpt_kernels.aot_table import show
 from fastgpt_kernels.launch import ANY, INTERPRETED, TABLE, TARGETS, Config, Launch, Tuning
 from fastgpt_kernels.machine_code import CHIPS, blocks_per_sm, inspect, ptxas_warnings
 
@@ -79,21 +57,47 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _norm_launches(tuning: Tuning, C: int, heaviest: bool) -> list[Launch]:
+def _other(dtype: torch.dtype) -> torch.dtype:
+    """bfloat16 beside float32, and float32 beside 16 bits."""
+    return torch.bfloat16 if dtype == torch.float32 else torch.float32
+
+
+def _norm_launches(tuning: Tuning, C: int, heaviest: bool, centred: bool = True) -> list[Launch]:
     """Forward and backward of layer_norm without a bias; heaviest: add_layer_norm, its inputs in two dtypes."""
     R, dtype = 4096, DTYPES[tuning.kind]
     x, weight, statistic = empty(R, C, dtype=dtype), empty(C, dtype=dtype), empty(R)
+    mean = statistic if centred else None
     if not heaviest:
         return [
-            norm.forward_launch(None, x, statistic, statistic, x, None, weight, None, 1e-5, tuning),
-            *norm_backward.backward_launches(x, None, weight, None, None, x, x, statistic, statistic, weight, tuning),
+            norm.forward_launch(None, x, mean, statistic, x, None, weight, None, 1e-5, tuning),
+            *norm_backward.backward_launches(x, None, weight, None, None, x, x, mean, statistic, weight, tuning),
         ]
-    other = empty(R, C, dtype=torch.bfloat16 if dtype == torch.float32 else torch.float32)
+    other = empty(R, C, dtype=_other(dtype))
     total, weight = empty(R, C), empty(C)
+    bias = weight if centred else None
     return [
-        norm.forward_launch(total, total, statistic, statistic, x, other, weight, weight, 1e-5, tuning),
-        *norm_backward.backward_launches(x, other, weight, weight, x, x, x, statistic, statistic, weight, tuning),
+        norm.forward_launch(total, total, mean, statistic, x, other, weight, bias, 1e-5, tuning),
+        *norm_backward.backward_launches(x, other, weight, bias, x, x, x, mean, statistic, weight, tuning),
     ]
+
+
+def _rms_norm_launches(tuning: Tuning, C: int, heaviest: bool) -> list[Launch]:
+    """The same of rms_norm with a weight, and of add_rms_norm."""
+    return _norm_launches(tuning, C, heaviest, centred=False)
+
+
+def _swiglu_launches(tuning: Tuning, width: int, heaviest: bool) -> list[Launch]:
+    """Up to 3072 columns of a half; heaviest: its gradients in another dtype than x."""
+    R, width, dtype = 4096, min(width, 3072), DTYPES[tuning.kind]
+    x, y = empty(R, 2 * width, dtype=dtype), empty(R, width, dtype=_other(dtype) if heaviest else dtype)
+    return [activation.swiglu_forward_launch(y, x, tuning), activation.swiglu_backward_launch(x, y, x, tuning)]
+
+
+def _relu2_launches(tuning: Tuning, N: int, heaviest: bool) -> list[Launch]:
+    """Up to 2^20 numbers; heaviest: more than 2^31, their gradients in another dtype than x."""
+    N, dtype = min(N, 2**32 if heaviest else 2**20), DTYPES[tuning.kind]
+    x, y = empty(N, dtype=dtype), empty(N, dtype=_other(dtype) if heaviest else dtype)
+    return [activation.relu2_launch(y, None, x, tuning), activation.relu2_launch(x, y, x, tuning)]
 
 
 def _attention_launches(tuning: Tuning, D: int, heaviest: bool, dropout_p: float = 0.0) -> list[Launch]:
@@ -190,6 +194,13 @@ EXAMPLES: dict[str, Callable[[Tuning, int, bool], list[Launch]]] = {
     "norm_backward": _norm_launches,
     "norm_weight_partials": _norm_launches,
     "sum_partials": _norm_launches,
+    "rms_norm_forward": _rms_norm_launches,
+    "rms_norm_backward": _rms_norm_launches,
+    "rms_norm_weight_partials": _rms_norm_launches,
+    "swiglu_forward": _swiglu_launches,
+    "swiglu_backward": _swiglu_launches,
+    "relu2_forward": _relu2_launches,
+    "relu2_backward": _relu2_launches,
     "cross_entropy": _cross_entropy_launches,
     "scale": _scale_launches,
     "attention_forward": _attention_launches,
@@ -339,29 +350,6 @@ def report(targets: Sequence[str], kernels: Sequence[str]) -> list[dict[str, Any
     """Compile every row of these; the lines, in order."""
     tasks = [(target, kernel, configs(target, kernel)) for target in targets for kernel in kernels]
     return [line for part in compile_tasks(tasks) for line in part]
-
-
-def show(lines: list[dict[str, Any]], seconds: float) -> None:
-    """Print the lines as a table, bad values in red, and what they come to."""
-    console = Console()
-    if not console.is_terminal:
-        console.width = 200
-    table = Table(box=None, padding=(0, 1), title=f"Triton {triton.__version__}")
-    for name in lines[0]:
-        text = name in ("target", "kernel", "config", "warnings")
-        table.add_column(name.replace("_", " "), justify="left" if text else "right", overflow="fold")
-    for before, line in zip([None, *lines], lines, strict=False):
-        if before is not None and (before["target"], before["kernel"]) != (line["target"], line["kernel"]):
-            table.add_section()
-        bad = {"stack": line["stack"] > 0, "spills": line["spills"] > 0, "blocks_per_sm": line["blocks_per_sm"] == 0}
-        bad["warnings"] = line["warnings"] is not None
-        bad["shared"] = line["shared"] > CHIPS[line["target"]].largest_block
-        cells = {name: "-" if value is None else str(value) for name, value in line.items()}
-        table.add_row(*(f"[red]{cell}[/red]" if bad.get(name) else cell for name, cell in cells.items()))
-    console.print(table)
-    spilling = sum(line["stack"] > 0 or line["spills"] > 0 for line in lines)
-    warned = sum(line["warnings"] is not None for line in lines)
-    console.print(f"{len(lines)} compiled in {seconds:.0f} s; {spilling} with stack or spills, {warned} with warnings")
 
 
 class Parser(argparse.ArgumentParser):

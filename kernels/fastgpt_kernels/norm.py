@@ -1,16 +1,19 @@
-"""Fused LayerNorm, alone and with the residual addition before it.
+"""Fused LayerNorm and RMSNorm, alone and with the residual addition before them.
 
 For each row x of C columns (Ba et al., 2016, "Layer Normalization"), where x is the sum in add_layer_norm:
 
     mean = sum(x) / C      rstd = 1 / sqrt(sum((x - mean)^2) / C + eps)      y = (x - mean) * rstd * weight + bias
 
+RMSNorm (Zhang & Sennrich, 2019, "Root Mean Square Layer Normalization") is the same with mean = 0, without a bias and
+with or without a weight. The same kernels compute it, with None for what it lacks; its launches have rows of their own.
 The backward pass is in `norm_backward`, with its formulas.
 
 A program holds rows of up to 8192 columns whole. It loops over longer rows in tiles and merges their variances tile by
 tile (Chan et al., 1979, "Updating formulae and a pairwise algorithm for computing sample variances"). Everything is
 computed in float32; mean and rstd are kept in it for the backward pass.
 
-Twins: `reference.layer_norm`, `reference.add_layer_norm`. Offered here: `layer_norm`, `add_layer_norm`.
+Twins: `reference.layer_norm`, `reference.add_layer_norm`, `reference.rms_norm`, `reference.add_rms_norm`. Offered
+here: the four of the same names.
 """
 
 import torch
@@ -41,11 +44,11 @@ def _load_input(
 def _forward(
     total_ptr,  # (R, C) or None
     y_ptr,  # (R, C)
-    mean_ptr, rstd_ptr,  # (R,)
+    mean_ptr,  # (R,), or None for RMSNorm
+    rstd_ptr,  # (R,)
     x_ptr,  # (R, C)
     residual_ptr,  # (R, C) or None
-    weight_ptr,  # (C,)
-    bias_ptr,  # (C,) or None
+    weight_ptr, bias_ptr,  # (C,) or None
     x_stride, residual_stride, R, C, eps,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -53,14 +56,18 @@ def _forward(
     col = tl.arange(0, COLUMNS)[None, :]
     inside = (row < R) & (col < C)
     x = _load_input(total_ptr, x_ptr, residual_ptr, x_stride, residual_stride, row, col, inside, C, True)
-    mean = tl.sum(x, axis=1, keep_dims=True) / C
-    centred = tl.where(col < C, x - mean, 0.0)
-    rstd = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, axis=1, keep_dims=True) / C + eps)
-    y = centred * rstd * load(weight_ptr + col, col < C)
+    if mean_ptr is not None:
+        mean = tl.sum(x, axis=1, keep_dims=True) / C
+        x = tl.where(col < C, x - mean, 0.0)
+    rstd = 1.0 / tl.sqrt_rn(tl.sum(x * x, axis=1, keep_dims=True) / C + eps)
+    y = x * rstd
+    if weight_ptr is not None:
+        y *= load(weight_ptr + col, col < C)
     if bias_ptr is not None:
         y += load(bias_ptr + col, col < C)
     tl.store(y_ptr + row * C + col, y, mask=inside)
-    tl.store(mean_ptr + row, mean, mask=row < R)
+    if mean_ptr is not None:
+        tl.store(mean_ptr + row, mean, mask=row < R)
     tl.store(rstd_ptr + row, rstd, mask=row < R)
 
 
@@ -78,71 +85,81 @@ def _forward_in_tiles(
         col = start + tl.arange(0, COLUMNS)
         inside = col < C
         x = _load_input(total_ptr, x_ptr, residual_ptr, x_stride, residual_stride, row, col, inside, C, True)
-        count = tl.minimum(COLUMNS, C - start).to(tl.float32)
-        tile_mean = tl.sum(x) / count
-        centred = tl.where(inside, x - tile_mean, 0.0)
-        seen = tl.cast(start, tl.float32)
-        delta = tile_mean - mean
-        mean += delta * (count / (seen + count))
-        squares += tl.sum(centred * centred) + delta * delta * (seen * count / (seen + count))
+        if mean_ptr is None:
+            squares += tl.sum(x * x)
+        else:
+            count = tl.minimum(COLUMNS, C - start).to(tl.float32)
+            tile_mean = tl.sum(x) / count
+            centred = tl.where(inside, x - tile_mean, 0.0)
+            seen = tl.cast(start, tl.float32)
+            delta = tile_mean - mean
+            mean += delta * (count / (seen + count))
+            squares += tl.sum(centred * centred) + delta * delta * (seen * count / (seen + count))
     rstd = 1.0 / tl.sqrt_rn(squares / C + eps)
-    tl.store(mean_ptr + row, mean)
+    if mean_ptr is not None:
+        tl.store(mean_ptr + row, mean)
     tl.store(rstd_ptr + row, rstd)
     for start in range(0, C, COLUMNS):
         col = start + tl.arange(0, COLUMNS)
         inside = col < C
         x = _load_input(total_ptr, x_ptr, residual_ptr, x_stride, residual_stride, row, col, inside, C, False)
-        y = (x - mean) * rstd * load(weight_ptr + col, inside)
+        y = (x - mean) * rstd
+        if weight_ptr is not None:
+            y *= load(weight_ptr + col, inside)
         if bias_ptr is not None:
             y += load(bias_ptr + col, inside)
         tl.store(y_ptr + row * C + col, y, mask=inside)
 
 
 def forward_launch(
-    total: torch.Tensor | None, y: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor,
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None,
+    total: torch.Tensor | None, y: torch.Tensor, mean: torch.Tensor | None, rstd: torch.Tensor,
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None, bias: torch.Tensor | None,
     eps: float, tuning: Tuning,
 ) -> Launch:  # fmt: skip
     R, C = x.shape
-    row = tuning.row("norm_forward", C)
+    name = "rms_norm_forward" if mean is None else "norm_forward"
+    row = tuning.row(name, C)
     kernel = _forward if row.columns >= C else _forward_in_tiles
     strides = x.stride(0), 0 if residual is None else residual.stride(0)
     args = (total, y, mean, rstd, x, residual, weight, bias, *strides, R, C, eps)
-    return Launch("norm_forward", kernel, (tiles(R, row.rows),), args, row.constants())
+    return Launch(name, kernel, (tiles(R, row.rows),), args, row.constants())
 
 
 @torch.library.custom_op("fastgpt::norm_forward", mutates_args=())
 def _norm_forward(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None,
-    eps: float, dtype: torch.dtype,
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None, bias: torch.Tensor | None,
+    eps: float, dtype: torch.dtype, centred: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """(total, or an empty tensor without a residual; y in `dtype`; mean; rstd)."""
-    total, y, mean, rstd = outputs = _norm_forward_shapes(x, residual, weight, bias, eps, dtype)
+    """(total; y in `dtype`; mean; rstd), of LayerNorm if `centred`, else of RMSNorm.
+
+    total without a residual, and mean unless `centred`, are empty tensors.
+    """
+    total, y, mean, rstd = outputs = _norm_forward_shapes(x, residual, weight, bias, eps, dtype, centred)
     if x.numel():
         sums = (None, None) if residual is None else (as_rows(total), as_rows(residual))
-        bias = None if bias is None else bias.contiguous()
+        weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
         forward_launch(
-            sums[0], as_rows(y), mean, rstd, as_rows(x), sums[1], weight.contiguous(), bias,
+            sums[0], as_rows(y), mean if centred else None, rstd, as_rows(x), sums[1], weight, bias,
             eps, tuning(x.device, x.dtype),
         )()  # fmt: skip
     return outputs
 
 
 @_norm_forward.register_fake
-def _norm_forward_shapes(x, residual, weight, bias, eps, dtype):
+def _norm_forward_shapes(x, residual, weight, bias, eps, dtype, centred):
     if residual is None:
         total = x.new_empty(0)
     else:
         total = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
     rows = x.numel() // x.shape[-1]
-    mean = x.new_empty(rows, dtype=torch.float32)
-    return total, x.new_empty(x.shape, dtype=dtype), mean, torch.empty_like(mean)
+    mean = x.new_empty(rows if centred else 0, dtype=torch.float32)
+    return total, x.new_empty(x.shape, dtype=dtype), mean, x.new_empty(rows, dtype=torch.float32)
 
 
 def _save(ctx, inputs, output):
-    x, residual, weight, bias, _, _ = inputs
+    x, residual, weight, bias, _, _, centred = inputs
     total, _, mean, rstd = output
-    ctx.save_for_backward(x if residual is None else total, weight, mean, rstd)
+    ctx.save_for_backward(x if residual is None else total, weight, mean if centred else None, rstd)
     ctx.has_bias, ctx.x_dtype = bias is not None, x.dtype
     ctx.residual_dtype = None if residual is None else residual.dtype
     ctx.mark_non_differentiable(mean, rstd)
@@ -156,7 +173,7 @@ def _backward_of_norm(ctx, dtotal, dy, _dmean, _drstd):
     if dy is None:  # only the sum was used
         dx = None if dtotal is None else dtotal.to(ctx.x_dtype)
         dresidual = None if dtotal is None else dtotal.to(ctx.residual_dtype)
-        return dx, dresidual, None, None, None, None
+        return dx, dresidual, None, None, None, None, None
     dx, dresidual, dweight, dbias = torch.ops.fastgpt.norm_backward(
         dtotal, dy, x, weight, mean, rstd, ctx.has_bias, ctx.x_dtype, ctx.residual_dtype
     )
@@ -164,7 +181,8 @@ def _backward_of_norm(ctx, dtotal, dy, _dmean, _drstd):
         dresidual = None
     elif ctx.residual_dtype == ctx.x_dtype:
         dresidual = dx
-    return dx, dresidual, dweight, dbias if ctx.has_bias else None, None, None
+    dweight = None if weight is None else dweight
+    return dx, dresidual, dweight, dbias if ctx.has_bias else None, None, None, None
 
 
 _norm_forward.register_autograd(_backward_of_norm, setup_context=_save)
@@ -188,7 +206,7 @@ def layer_norm(
     """
     _check("layer_norm", x, None, weight, bias)
     dtype = autocast_dtype(x.device) or x.dtype
-    return torch.ops.fastgpt.norm_forward(x, None, weight, bias, eps, dtype)[1]
+    return torch.ops.fastgpt.norm_forward(x, None, weight, bias, eps, dtype, True)[1]
 
 
 def add_layer_norm(
@@ -213,12 +231,53 @@ def add_layer_norm(
     """
     _check("add_layer_norm", x, residual, weight, bias)
     dtype = autocast_dtype(x.device) or torch.promote_types(x.dtype, residual.dtype)
-    total, y, _, _ = torch.ops.fastgpt.norm_forward(x, residual, weight, bias, eps, dtype)
+    total, y, _, _ = torch.ops.fastgpt.norm_forward(x, residual, weight, bias, eps, dtype, True)
+    return total, y
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor | None = None, *, eps: float = 1e-5) -> torch.Tensor:
+    """RMS normalization over the last dimension, as `reference.rms_norm`, in one kernel.
+
+    Args:
+        x: (..., C), C <= 65,536. Rows that do not all lie at one distance, such as heads within a packed projection,
+            are copied first.
+        weight: (C,), in x's dtype or float32, or None.
+        eps: added to the mean square.
+
+    Returns:
+        (..., C), in x's dtype, or in autocast's where that is on. dweight is summed in float32, in a fixed order.
+
+    Raises:
+        ValueError: as `layer_norm`.
+    """
+    _check("rms_norm", x, None, weight, None)
+    dtype = autocast_dtype(x.device) or x.dtype
+    return torch.ops.fastgpt.norm_forward(x, None, weight, None, eps, dtype, False)[1]
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None = None, *, eps: float = 1e-5
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum and its norm, as `reference.add_rms_norm`, in one pass over memory.
+
+    Args:
+        x, residual: as in `add_layer_norm`.
+        weight, eps: as in `rms_norm`.
+
+    Returns:
+        x + residual, and its norm in the same dtype, or in autocast's where that is on; each (..., C).
+
+    Raises:
+        ValueError: as `layer_norm`.
+    """
+    _check("add_rms_norm", x, residual, weight, None)
+    dtype = autocast_dtype(x.device) or torch.promote_types(x.dtype, residual.dtype)
+    total, y, _, _ = torch.ops.fastgpt.norm_forward(x, residual, weight, None, eps, dtype, False)
     return total, y
 
 
 def _check(
-    op: str, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None
+    op: str, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None, bias: torch.Tensor | None
 ) -> None:
     dims = {"x": None, "residual": x.dim(), "weight": 1, "bias": 1}
     check_tensors(op, dims, x=x, residual=residual, weight=weight, bias=bias)
@@ -230,10 +289,11 @@ def _check(
             continue
         if parameter.shape[0] != C:
             raise ValueError(f"{op}: {name} has shape {tuple(parameter.shape)}; expected ({C},), the columns of x")
-        if parameter.dtype not in (x.dtype, torch.float32) or parameter.dtype != weight.dtype:
+        differ = weight is not None and parameter.dtype != weight.dtype
+        if parameter.dtype not in (x.dtype, torch.float32) or differ:
+            rest = "float32" if bias is None else "float32, the same for weight and bias"
             raise ValueError(
-                f"{op}: {name} {tuple(parameter.shape)} is {parameter.dtype}; expected {x.dtype}, as x, or "
-                "float32, the same for weight and bias"
+                f"{op}: {name} {tuple(parameter.shape)} is {parameter.dtype}; expected {x.dtype}, as x, or {rest}"
             )
     if residual is None:
         return

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from fastgpt.config.training import PRESETS
 from fastgpt.model import workloads
 from fastgpt.ops.autotune import choose
-from fastgpt_kernels import cross_entropy, norm, reference, torch_ops
+from fastgpt_kernels import activation, cross_entropy, norm, reference, torch_ops
 from fastgpt_kernels.attention import causal_attention
 from fastgpt_kernels.cross_entropy import linear_cross_entropy
 from fastgpt_kernels.paged import kv_write, paged_attention
@@ -186,6 +186,24 @@ def test_normalized_rows_past_2_31_elements_are_their_own(C):
     inputs, grads = [*tails[:2], weight, bias], tails[2:]
     truth = outputs_and_gradients(reference.add_layer_norm, [t.double() for t in inputs], [g.double() for g in grads])
     assert_parity(ours, outputs_and_gradients(torch_ops.add_layer_norm, inputs, grads), truth)
+
+
+@pytest.mark.parametrize("op", ["swiglu", "relu2"])
+def test_activations_past_2_31_elements_are_their_own(op):
+    """As above."""
+    needs(32)  # four tensors of up to 8.6 GB
+    width = 4096
+    R, last, shrinks = 2**31 // width + 5, 5, 2 if op == "swiglu" else 1
+    tails = [torch.randn(last, n, dtype=torch.float16, device="cuda") for n in (shrinks * width, width)]
+    x, dy = (torch.zeros(R, tail.shape[1], dtype=torch.float16, device="cuda") for tail in tails)
+    for t, tail in zip((x, dy), tails, strict=True):
+        t[-last:] = tail
+    got = outputs_and_gradients(getattr(activation, op), [x], [dy])
+    assert not any(t[0].any() for t in got)
+    ours, (tail, grad) = [t[-last:] for t in got], tails
+    truth = outputs_and_gradients(getattr(reference, op), [tail.double()], [grad.double()])
+    plain = [t.half() for t in outputs_and_gradients(getattr(torch_ops, op), [tail.float()], [grad.float()])]
+    assert_parity(ours, plain, truth)
 
 
 @pytest.mark.parametrize(("H", "Hkv"), [(16, 16), (32, 16)])

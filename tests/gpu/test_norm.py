@@ -1,4 +1,4 @@
-"""The LayerNorm kernels on a GPU: bfloat16, and repeated bits."""
+"""The LayerNorm and RMSNorm kernels on a GPU: bfloat16, and repeated bits."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from tests.helpers.parity import assert_op_agrees, outputs_and_gradients
 
 pytestmark = pytest.mark.gpu
 
-OPS = ["layer_norm", "add_layer_norm"]
+OPS = ["layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm"]
 ops = pytest.mark.parametrize("op", OPS)
 
 
@@ -17,17 +17,25 @@ def randn(*shape, dtype=torch.bfloat16):
 
 
 def inputs_of(op, R, C, dtype=torch.bfloat16):
-    """x, residual where the operation takes one, weight, bias."""
-    return [*(randn(R, C, dtype=dtype) for _ in range(OPS.index(op) + 1)), randn(C, dtype=dtype), randn(C, dtype=dtype)]
+    """x, residual where the operation takes one, weight, and bias where it takes one."""
+    streams, affine = 2 if op.startswith("add_") else 1, 2 if op.endswith("layer_norm") else 1
+    return [*(randn(R, C, dtype=dtype) for _ in range(streams)), *(randn(C, dtype=dtype) for _ in range(affine))]
 
 
 @ops
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("C", [33, 127, 128, 384, 768, 1023, 1024, 1600, 4096, 4097, 8192, 8193, 65536])
-def test_bfloat16_is_as_near_the_truth_as_stock_pytorch(C, bias, op):
+@pytest.mark.parametrize("last", [True, False])  # the bias; of RMSNorm the weight
+@pytest.mark.parametrize("C", [33, 64, 127, 128, 384, 768, 1023, 1024, 1600, 4096, 4097, 8192, 8193, 65536])
+def test_bfloat16_is_as_near_the_truth_as_stock_pytorch(C, last, op):
     torch.manual_seed(0)
-    *others, offsets = inputs_of(op, 1000 if C <= 8192 else 40, C)
-    assert_op_agrees(getattr(norm, op), op, [*others, offsets if bias else None], layout="gapped")
+    *others, affine = inputs_of(op, 1000 if C <= 8192 else 40, C)
+    assert_op_agrees(getattr(norm, op), op, [*others, affine if last else None], layout="gapped")
+
+
+@pytest.mark.parametrize("D", [32, 64, 128])
+def test_the_heads_of_a_packed_projection_agree(D):
+    torch.manual_seed(0)
+    q = randn(2, 100, 3, 6, D).unbind(2)[0]
+    assert_op_agrees(norm.rms_norm, "rms_norm", [q, randn(D)])
 
 
 @pytest.mark.parametrize("affine", [torch.bfloat16, torch.float32])
@@ -49,7 +57,7 @@ def test_a_float32_stream_beside_a_bfloat16_branch_agrees(C, affine):
 def test_20_backward_runs_give_the_same_bits(R, C, dtype, op):
     torch.manual_seed(0)
     inputs = inputs_of(op, R, C, dtype)
-    grads = [randn(R, C, dtype=dtype) for _ in range(len(inputs) - 2)]
+    grads = [randn(R, C, dtype=dtype) for t in inputs if t.dim() == 2]
     first = outputs_and_gradients(getattr(norm, op), inputs, grads)
     for _ in range(19):
         again = outputs_and_gradients(getattr(norm, op), inputs, grads)

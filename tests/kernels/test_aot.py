@@ -38,6 +38,10 @@ WIDE = {
     "norm_backward": 0.4,
     "norm_weight_partials": 0.5,
     "sum_partials": 1.0,
+    "rms_norm_forward": 0.5,
+    "rms_norm_backward": 0.4,
+    "rms_norm_weight_partials": 0.5,
+    **dict.fromkeys(("swiglu_forward", "swiglu_backward", "relu2_forward", "relu2_backward"), 1.0),
     "cross_entropy": 0.3,
     "scale": 0.6,
     **dict.fromkeys(MATRIX, 0.5),
@@ -310,7 +314,7 @@ def test_a_row_without_an_example_is_an_error(monkeypatch):
 
 ODD_SIZES = """
 import torch, triton
-from fastgpt_kernels import aot, attention, attention_backward, cross_entropy, int8, norm, norm_backward
+from fastgpt_kernels import activation, aot, attention, attention_backward, cross_entropy, int8, norm, norm_backward
 from fastgpt_kernels import paged, paged_decode, paged_prefill
 from fastgpt_kernels.launch import Tuning
 from fastgpt_kernels.machine_code import CHIPS
@@ -322,6 +326,12 @@ for R, C in ((1, 1), (1, 9001), (7, 33)):
     x, weight, statistic = aot.empty(R, C, dtype=half), aot.empty(C, dtype=half), aot.empty(R)
     launches.append(norm.forward_launch(x, x, statistic, statistic, x, x, weight, weight, 1e-5, tuning))
     launches += norm_backward.backward_launches(x, None, weight, weight, x, x, x, statistic, statistic, weight, tuning)
+    launches.append(norm.forward_launch(None, x, None, statistic, x, None, None, None, 1e-5, tuning))
+    launches += norm_backward.backward_launches(x, None, None, None, None, x, x, None, statistic, None, tuning)
+    halves = aot.empty(R, 2 * C, dtype=half)
+    launches.append(activation.swiglu_forward_launch(x, halves, tuning))
+    launches.append(activation.swiglu_backward_launch(halves, x, halves, tuning))
+    launches += [activation.relu2_launch(x, dy, x, tuning) for dy in (None, x)]
 for Tq, Tk, H, Hkv, D in ((1, 1, 1, 1, 16), (1, 70, 3, 1, 20)):
     q, k, lse = aot.empty(1, Tq, H, D, dtype=half), aot.empty(1, Tk, Hkv, D, dtype=half), aot.empty(1, H, Tq)
     dk = aot.empty(1, Tk, H, D)

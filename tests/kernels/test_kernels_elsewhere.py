@@ -48,12 +48,16 @@ for dtype in (torch.float32, torch.bfloat16):
     x, weight, q, pages = (t.to(dtype) for t in (x, weight, q, pages))
     calls = {
         "add_layer_norm": (x, x, weight),
+        "add_rms_norm": (x, x, weight),
         "causal_attention": (q, q, q),
         "kv_write": (q[0], q[0], pages, pages, slots),
         "layer_norm": (x, weight),
         "linear_cross_entropy": (x, x, targets),
         "linear_int8": (x, *quantize(torch.randn(5, 4))),
         "paged_attention": (q[0], pages, pages, *table),
+        "relu2": (x,),
+        "rms_norm": (x,),
+        "swiglu": (x,),
     }
     assert {*calls, "quantize"} == {*fastgpt_kernels.__all__}
     for name, arguments in calls.items():

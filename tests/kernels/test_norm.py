@@ -215,7 +215,7 @@ def test_a_large_mean_costs_no_more_accuracy_than_in_stock_pytorch(C, dtype, wid
 def test_mean_and_reciprocal_deviation_are_float32(C, dtype):
     torch.manual_seed(0)
     x, residual, weight, bias = tensors("add_layer_norm", (3, 5, C), dtype, offset=3.0)
-    total, _, mean, rstd = torch.ops.fastgpt.norm_forward(x, residual, weight, bias, 1e-3, dtype)
+    total, _, mean, rstd = torch.ops.fastgpt.norm_forward(x, residual, weight, bias, 1e-3, dtype, True)
     rows = total.double().flatten(0, 1)
     expected = rows.mean(-1), (rows.var(-1, correction=0) + 1e-3).rsqrt()
     for a, b in zip((mean, rstd), expected, strict=True):
@@ -324,9 +324,8 @@ def test_forward_operator_passes_opcheck(trained, dtype, residual, affine, bias,
     ]
     x, branch, weight, bias = inputs if residual else [inputs[0], None, *inputs[1:]]
     out = torch.promote_types(dtype, residual or dtype)
-    torch.library.opcheck(
-        torch.ops.fastgpt.norm_forward.default, (x.detach().requires_grad_(trained), branch, weight, bias, 1e-3, out)
-    )
+    arguments = (x.detach().requires_grad_(trained), branch, weight, bias, 1e-3, out, True)
+    torch.library.opcheck(torch.ops.fastgpt.norm_forward.default, arguments)
 
 
 @operator_arguments

@@ -63,6 +63,38 @@ def test_add_layer_norm_returns_the_sum_and_its_norm():
     assert torch.equal(y, reference.layer_norm(x + r, w))
 
 
+@pytest.mark.parametrize("gain", [True, False])
+def test_rms_norm_divides_by_the_root_of_the_mean_square(gain):
+    torch.manual_seed(0)
+    x, w = torch.randn(3, 5, dtype=torch.float64) * 3 + 1, torch.randn(5).double()
+    y = reference.rms_norm(x, w if gain else None, eps=0.1)
+    for row, got in zip(x.tolist(), y.tolist(), strict=True):
+        root = math.sqrt(sum(value**2 for value in row) / 5 + 0.1)
+        for c, value in enumerate(row):
+            assert got[c] == pytest.approx(value / root * (w[c].item() if gain else 1), rel=1e-12)
+
+
+def test_add_rms_norm_returns_the_sum_and_its_norm():
+    torch.manual_seed(0)
+    x, r, w = torch.randn(3, 4, 5), torch.randn(3, 4, 5), torch.randn(5)
+    for weight in (w, None):
+        total, y = reference.add_rms_norm(x, r, weight, eps=0.1)
+        assert torch.equal(total, x + r)
+        assert torch.equal(y, reference.rms_norm(x + r, weight, eps=0.1))
+
+
+def test_swiglu_gates_the_second_half_by_the_first():
+    torch.manual_seed(0)
+    x = torch.randn(3, 8, dtype=torch.float64) * 3
+    for row, got in zip(x.tolist(), reference.swiglu(x).tolist(), strict=True):
+        expected = [a / (1 + math.exp(-a)) * b for a, b in zip(row[:4], row[4:], strict=True)]
+        assert got == pytest.approx(expected, rel=1e-12)
+
+
+def test_relu2_squares_what_is_positive():
+    assert reference.relu2(torch.tensor([[-3.0, -0.0], [0.5, 4.0]])).tolist() == [[0.0, 0.0], [0.25, 16.0]]
+
+
 @pytest.mark.parametrize("valid", [None, 4])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_cross_entropy_is_minus_the_log_of_the_targets_share(reduction, valid):

@@ -110,6 +110,8 @@ def test_what_changes_the_hash(tmp_path, name, old, new, same):
 def test_kernels_depend_on_their_own_code_alone():
     for function, modules in {
         "_norm_launches": {"norm", "norm_backward"},
+        "_rms_norm_launches": {"norm", "norm_backward"},
+        "_swiglu_launches": {"activation"},
         "_attention_launches": {"attention", "attention_backward", "attention_tiles", "dropout"},
         "_cross_entropy_launches": {"cross_entropy"},
         "_grouped_launches": {"paged_decode", "paged_prefill", "attention_tiles"},

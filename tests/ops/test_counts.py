@@ -16,6 +16,13 @@ def test_counts_by_hand():
     assert count("linear_cross_entropy", "both", loss, 4) == Count(3 * 2 * 5 * 7 * 11, 2 * (5 * 7 + 11 * 7) * 4 + 5 * 8)
     assert count("layer_norm", "forward", {"N": 5, "C": 7}, 4).bytes == (5 + 5 + 2) * 7 * 4
     assert count("add_layer_norm", "forward", {"N": 5, "C": 7}, 4).bytes == (4 * 5 + 2) * 7 * 4
+    assert count("rms_norm", "forward", {"N": 5, "C": 7}, 4) == Count(4 * 35, (5 + 5 + 1) * 7 * 4)
+    # x, dy, dx of every row; the weight and its gradient; each row's deviation
+    assert count("rms_norm", "backward", {"N": 5, "C": 7}, 4) == Count(9 * 35, (3 * 5 + 2) * 7 * 4 + 5 * 4)
+    assert count("add_rms_norm", "forward", {"N": 5, "C": 7}, 4) == Count(5 * 35, (4 * 5 + 1) * 7 * 4)
+    assert count("add_rms_norm", "backward", {"N": 5, "C": 7}, 4) == Count(10 * 35, (4 * 5 + 2) * 7 * 4 + 5 * 4)
+    assert count("swiglu", "both", {"N": 5, "C": 7}, 4) == Count(15 * 35, (3 + 5) * 35 * 4)
+    assert count("relu2", "both", {"N": 5, "C": 7}, 4) == Count(5 * 35, (2 + 3) * 35 * 4)
     assert count("linear_int8", "forward", {"N": 1, "C": 6, "out": 10}, 2) == Count(120, 60 + 40 + 32)
 
 

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from fastgpt.ops.recorder import Recorder
+from fastgpt.ops.table import TABLE
 
 META = torch.device("meta")
 BFLOAT16 = torch.bfloat16
@@ -33,6 +34,15 @@ def test_an_output_is_read_in_the_dtype_of_the_product_that_reads_it():
     assert last.outputs == (((), torch.float32),)
     assert loss.requires_grad
     assert norm.autocast == add.autocast == last.autocast == BFLOAT16
+
+
+@pytest.mark.parametrize(("op", "inputs"), [("rms_norm", 1), ("add_rms_norm", 2), ("swiglu", 1), ("relu2", 1)])
+def test_what_stands_for_results_is_like_them(op, inputs):
+    """Of operations that no workload of the tests has; see `recorder.RESULTS`."""
+    x = torch.zeros(2, 3, 8, dtype=BFLOAT16)
+    real, recorded = TABLE[op].torch(*[x] * inputs), getattr(Recorder().ops, op)(*[x.to(META)] * inputs)
+    for a, b in zip(*(out if isinstance(out, tuple) else (out,) for out in (real, recorded)), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,10 @@ EMPTY = inspect.Parameter.empty
 SIGNATURES = {
     "layer_norm": ({"x": EMPTY, "weight": EMPTY, "bias": None}, {"eps": 1e-5}),
     "add_layer_norm": ({"x": EMPTY, "residual": EMPTY, "weight": EMPTY, "bias": None}, {"eps": 1e-5}),
+    "rms_norm": ({"x": EMPTY, "weight": None}, {"eps": 1e-5}),
+    "add_rms_norm": ({"x": EMPTY, "residual": EMPTY, "weight": None}, {"eps": 1e-5}),
+    "swiglu": ({"x": EMPTY}, {}),
+    "relu2": ({"x": EMPTY}, {}),
     "causal_attention": (
         {"q": EMPTY, "k": EMPTY, "v": EMPTY},
         {"dropout_p": 0.0, "seed": None, "scale": None, "doc_ids": None},
@@ -56,12 +60,12 @@ def test_the_kernels_can_be_imported_from_their_package(op):
 @pytest.mark.slow
 def test_a_kernel_keeps_its_name_whatever_is_imported_first():
     code = """
-import fastgpt_kernels.norm, fastgpt_kernels.attention, fastgpt_kernels.cross_entropy
+import fastgpt_kernels.activation, fastgpt_kernels.norm, fastgpt_kernels.attention, fastgpt_kernels.cross_entropy
 import fastgpt_kernels.paged, fastgpt_kernels.paged_decode, fastgpt_kernels.paged_prefill
 from fastgpt_kernels import add_layer_norm, causal_attention, kv_write, layer_norm, linear_cross_entropy
-from fastgpt_kernels import paged_attention
+from fastgpt_kernels import add_rms_norm, paged_attention, relu2, rms_norm, swiglu
 assert all(map(callable, (add_layer_norm, causal_attention, kv_write, layer_norm, linear_cross_entropy)))
-assert callable(paged_attention)
+assert all(map(callable, (add_rms_norm, paged_attention, relu2, rms_norm, swiglu)))
 """
     subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path[:0] = {[p for p in sys.path if p]}\n{code}"], check=True
