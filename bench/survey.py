@@ -66,7 +66,8 @@ IMPORTANCE: tuple[tuple[str, ...], ...] = (
     (r"bench_generate", r"test_gpt2_|\[gpt2-(?!medium)"),
     # our kernels: attention at GPT-2's head size and lengths, then the others at GPT-2's widths
     (r"causal_attention", r"-triton-", r"-D64-", r"-T(1024|2048|4096)-"),
-    (r"layer_norm", r"-triton-", r"-C768-"),
+    (r"(layer|rms)_norm", r"-triton-", r"-C768-"),
+    (r"swiglu|relu2", r"-triton-"),
     (r"linear_cross_entropy", r"-triton-", r"-C768-"),
     (r"paged_attention", r"-triton-", r"-D64-"),
     (r"-triton-",),

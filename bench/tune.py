@@ -81,6 +81,13 @@ SPACES = {
     "norm_backward": WHOLE_ROWS,
     "norm_weight_partials": Space(1, 32),
     "sum_partials": Space(1, 16),
+    "rms_norm_forward": WHOLE_ROWS,
+    "rms_norm_backward": WHOLE_ROWS,
+    "rms_norm_weight_partials": Space(1, 32),
+    "swiglu_forward": Space(1, 128),
+    "swiglu_backward": Space(1, 128),
+    "relu2_forward": ONE_ROW,
+    "relu2_backward": ONE_ROW,
     "cross_entropy": ONE_ROW,
     "scale": ONE_ROW,
     "attention_forward": PRODUCTS,
@@ -144,7 +151,7 @@ def space(row: Row) -> Space:
     """The changes that this row allows. Raises `LookupError` for a kernel that SPACES does not hold."""
     if row.kernel not in SPACES:
         raise LookupError(f"bench/tune.py does not know how a row of {row.kernel} may change; add it to SPACES")
-    tiled = row.kernel in ("norm_forward", "norm_backward") and row.config.columns < row.width
+    tiled = row.kernel.endswith(("norm_forward", "norm_backward")) and row.config.columns < row.width
     return ONE_ROW if tiled else SPACES[row.kernel]
 
 

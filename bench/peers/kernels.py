@@ -120,6 +120,30 @@ def add_layer_norm(case: Case, device: torch.device) -> dict[str, Contender]:
     return {"add, F.layer_norm": as_contender(add_then_norm)}
 
 
+def rms_norm(case: Case, device: torch.device) -> dict[str, Contender]:
+    return {"F.rms_norm": lambda x, weight: lambda: F.rms_norm(x, weight.shape, weight, 1e-5)}
+
+
+def add_rms_norm(case: Case, device: torch.device) -> dict[str, Contender]:
+    def add_then_norm(x, residual, weight):
+        total = x + residual
+        return total, F.rms_norm(total, weight.shape, weight, 1e-5)
+
+    return {"add, F.rms_norm": as_contender(add_then_norm)}
+
+
+def swiglu(case: Case, device: torch.device) -> dict[str, Contender]:
+    def silu_then_product(x):
+        a, b = x.chunk(2, -1)
+        return F.silu(a) * b
+
+    return {"F.silu(a) * b": as_contender(silu_then_product)}
+
+
+def relu2(case: Case, device: torch.device) -> dict[str, Contender]:
+    return {"F.relu(x).square()": as_contender(lambda x: F.relu(x).square())}
+
+
 def causal_attention(case: Case, device: torch.device) -> dict[str, Contender]:
     if device.type == "cpu":
         return {"SDPA": sdpa(None)}
@@ -220,6 +244,10 @@ def linear_int8(case: Case, device: torch.device) -> dict[str, Contender]:
 PEERS = {
     "layer_norm": layer_norm,
     "add_layer_norm": add_layer_norm,
+    "rms_norm": rms_norm,
+    "add_rms_norm": add_rms_norm,
+    "swiglu": swiglu,
+    "relu2": relu2,
     "causal_attention": causal_attention,
     "linear_cross_entropy": linear_cross_entropy,
     "paged_attention": paged_attention,
@@ -234,6 +262,12 @@ def liger_layer_norm(x, weight, bias):
     return lambda: liger_layer_norm(x, weight, bias, 1e-5)
 
 
+def liger_rms_norm(x, weight):
+    from liger_kernel.transformers.functional import liger_rms_norm  # pyright: ignore[reportMissingImports]
+
+    return lambda: liger_rms_norm(x, weight, 1e-5, in_place=False)  # else its backward overwrites its gradient
+
+
 def liger_linear_cross_entropy(x, weight, targets):
     from liger_kernel.transformers.functional import (  # pyright: ignore[reportMissingImports]
         liger_fused_linear_cross_entropy,
@@ -244,5 +278,6 @@ def liger_linear_cross_entropy(x, weight, targets):
 
 LIGER: dict[str, Contender] = {
     "layer_norm": liger_layer_norm,
+    "rms_norm": liger_rms_norm,
     "linear_cross_entropy": liger_linear_cross_entropy,
 }

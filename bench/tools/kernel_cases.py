@@ -50,6 +50,10 @@ DIRECTIONS = {
     "linear_int8": ("forward",),
     "add_layer_norm": ("forward", "backward"),
     "layer_norm": ("forward", "backward"),
+    "add_rms_norm": ("forward", "backward"),
+    "rms_norm": ("forward", "backward"),
+    "swiglu": ("forward", "backward"),
+    "relu2": ("forward", "backward"),
     "kv_write": ("forward",),
 }
 
@@ -89,6 +93,16 @@ SHAPES: dict[str, dict[str, tuple[Sequence[Shape], ...]]] = {
             [{"N": TOKENS, "C": C} for C in WIDTHS[1:]],
             [{"N": N, "C": C} for N in (1024, 4096) for C in WIDTHS],
         ),
+        "add_rms_norm": (
+            [{"N": TOKENS, "C": 768}],
+            [{"N": TOKENS, "C": C} for C in WIDTHS[1:]],
+        ),
+        "rms_norm": (
+            [{"N": TOKENS, "C": 768}],
+            [{"N": TOKENS, "C": C} for C in WIDTHS[1:]] + [{"N": TOKENS * 12, "C": 64}],  # the heads of queries
+        ),
+        "swiglu": ([{"N": TOKENS, "C": 2048}], [{"N": TOKENS, "C": C} for C in (3072, 4096)]),
+        "relu2": ([{"N": TOKENS, "C": 3072}], [{"N": TOKENS, "C": 4 * C} for C in WIDTHS[1:]]),
         "kv_write": (
             [{"N": 64, "H": 12, "D": 64}],
             [{"N": N, "H": 12, "D": 64} for N in (1, 8, 1024)],
@@ -117,6 +131,10 @@ SHAPES: dict[str, dict[str, tuple[Sequence[Shape], ...]]] = {
         ),
         "add_layer_norm": ([{"N": 1024, "C": 384}], [{"N": 1024, "C": 768}, {"N": 1, "C": 768}]),
         "layer_norm": ([{"N": 1024, "C": 384}], [{"N": 1024, "C": 768}, {"N": 1, "C": 768}]),
+        "add_rms_norm": ([{"N": 1024, "C": 384}], [{"N": 768, "C": 128}, {"N": 1, "C": 768}]),
+        "rms_norm": ([{"N": 1024, "C": 384}], [{"N": 768, "C": 128}, {"N": 3072, "C": 32}]),
+        "swiglu": ([{"N": 1024, "C": 1024}], [{"N": 768, "C": 344}]),
+        "relu2": ([{"N": 1024, "C": 1536}], [{"N": 768, "C": 512}]),
         "kv_write": ([{"N": 1, "H": 12, "D": 64}], [{"N": N, "H": 12, "D": 64} for N in (8, 256)]),
     },
 }
@@ -125,6 +143,10 @@ DTYPES = {"cuda": ("bfloat16",), "cpu": ("float32",)}
 MORE_DTYPES = {  # at the first shapes
     ("cuda", "layer_norm"): ("float32",),
     ("cuda", "add_layer_norm"): ("float32",),
+    ("cuda", "rms_norm"): ("float32",),
+    ("cuda", "add_rms_norm"): ("float32",),
+    ("cpu", "swiglu"): ("bfloat16",),
+    ("cpu", "relu2"): ("bfloat16",),
     ("cuda", "causal_attention"): ("float16", "float32"),
     ("cpu", "causal_attention"): ("bfloat16",),
     ("cpu", "linear_cross_entropy"): ("bfloat16",),
@@ -203,6 +225,23 @@ def add_layer_norm(random: Random, N: int, C: int) -> Made:
     return (random(N, C), random(N, C), random(C), random(C)), 4
 
 
+def rms_norm(random: Random, N: int, C: int) -> Made:
+    return (random(N, C), random(C)), 2
+
+
+def add_rms_norm(random: Random, N: int, C: int) -> Made:
+    return (random(N, C), random(N, C), random(C)), 3
+
+
+def swiglu(random: Random, N: int, C: int) -> Made:
+    """To C columns, from two halves of C."""
+    return (random(N, 2 * C),), 1
+
+
+def relu2(random: Random, N: int, C: int) -> Made:
+    return (random(N, C),), 1
+
+
 def causal_attention(random: Random, B: int, T: int, H: int, D: int) -> Made:
     return (random(B, T, H, D), random(B, T, H, D), random(B, T, H, D)), 3
 
@@ -234,6 +273,10 @@ def linear_int8(random: Random, N: int, C: int, out: int) -> Made:
 INPUTS = {
     "layer_norm": layer_norm,
     "add_layer_norm": add_layer_norm,
+    "rms_norm": rms_norm,
+    "add_rms_norm": add_rms_norm,
+    "swiglu": swiglu,
+    "relu2": relu2,
     "causal_attention": causal_attention,
     "linear_cross_entropy": linear_cross_entropy,
     "paged_attention": paged_attention,

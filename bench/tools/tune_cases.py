@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from fastgpt_kernels import (
+    activation,
     attention,
     attention_backward,
     cross_entropy,
@@ -27,6 +28,7 @@ from fastgpt_kernels.launch import TABLE, Launch, Tuning
 ROWS = 8192  # tokens of a training step: 8 sequences of 1024
 CHANNELS = (128, 384, 768, 1600, 4096, 16384)
 HEADS = (32, 64, 128, 256)
+HALVES = (128, 512, 2048, 3072)  # columns of a gate
 VOCABULARIES = (256, 50304)
 TRAINING = ((16, 1024), (4, 4096))  # sequences x tokens
 DECODING = ((1, 8192), (64, 1024), (8, 4096))  # sequences x context
@@ -78,7 +80,8 @@ def _norm(kernel: str, tuning: Tuning, C: int, device: torch.device) -> list[Wor
     x, dy = (torch.randn(ROWS, C, device=device).to(dtype) for _ in range(2))
     weight = torch.randn(C, device=device).to(dtype)
     y, dx, dweight = torch.empty_like(x), torch.empty_like(x), torch.empty_like(weight)
-    mean, rstd = torch.empty(ROWS, device=device), torch.empty(ROWS, device=device)
+    rstd = torch.empty(ROWS, device=device)
+    mean = None if kernel.startswith("rms_") else torch.empty_like(rstd)
 
     def launches(tuning: Tuning) -> list[Launch]:
         return [
@@ -86,7 +89,29 @@ def _norm(kernel: str, tuning: Tuning, C: int, device: torch.device) -> list[Wor
             *norm_backward.backward_launches(dx, None, dweight, None, None, dy, x, mean, rstd, weight, tuning),
         ]
 
-    return [Workload(f"{ROWS} x {C}", launches, (y, mean, rstd, dx, dweight))]
+    outputs = [t for t in (y, mean, rstd, dx, dweight) if t is not None]
+    return [Workload(f"{ROWS} x {C}", launches, outputs)]
+
+
+def _swiglu(kernel: str, tuning: Tuning, width: int, device: torch.device) -> list[Workload]:
+    width = min(width, HALVES[-1])
+    x, dy = (torch.randn(ROWS, n * width, device=device).to(_dtype(tuning)) for n in (2, 1))
+    y, dx = torch.empty_like(dy), torch.empty_like(x)
+
+    def launches(tuning: Tuning) -> list[Launch]:
+        return [activation.swiglu_forward_launch(y, x, tuning), activation.swiglu_backward_launch(dx, dy, x, tuning)]
+
+    return [Workload(f"{ROWS} x {width}", launches, (y, dx))]
+
+
+def _relu2(kernel: str, tuning: Tuning, N: int, device: torch.device) -> list[Workload]:
+    x, dy = (torch.randn(N, device=device).to(_dtype(tuning)) for _ in range(2))
+    y, dx = torch.empty_like(x), torch.empty_like(x)
+
+    def launches(tuning: Tuning) -> list[Launch]:
+        return [activation.relu2_launch(y, None, x, tuning), activation.relu2_launch(dx, dy, x, tuning)]
+
+    return [Workload(f"{N}", launches, (y, dx))]
 
 
 def _attention(kernel: str, tuning: Tuning, D: int, device: torch.device) -> list[Workload]:
@@ -214,6 +239,9 @@ Maker = Callable[[str, Tuning, int, torch.device], list[Workload]]
 # By the start of a kernel's name: the benchmarks' widths, and what uses the kernel at one of them.
 MAKERS: dict[str, tuple[Sequence[int], Maker]] = {
     "norm_": (CHANNELS, _norm),
+    "rms_norm_": ((64, *CHANNELS), _norm),
+    "swiglu_": (HALVES, _swiglu),
+    "relu2_": ((ROWS * 3072,), _relu2),
     "sum_partials": (CHANNELS, _norm),
     "attention_": (HEADS, _attention),
     "cross_entropy": (VOCABULARIES, _cross_entropy),

@@ -139,13 +139,18 @@ def test_spread_is_the_middle_half():
     assert spread([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]) == 4
 
 
-@pytest.mark.parametrize("op", ["causal_attention", "linear_cross_entropy", "linear_int8"])
+@pytest.mark.parametrize(
+    "op", ["causal_attention", "linear_cross_entropy", "linear_int8", "add_rms_norm", "swiglu", "relu2"]
+)
 def test_peers_compute_what_the_column_does(op: str):
     direction = DIRECTIONS[op][-1]
     shapes = {
         "causal_attention": {"B": 1, "T": 9, "H": 2, "D": 8},
         "linear_cross_entropy": {"N": 5, "C": 8, "V": 11},
         "linear_int8": {"N": 1, "C": 32, "out": 6},
+        "add_rms_norm": {"N": 3, "C": 8},
+        "swiglu": {"N": 3, "C": 8},
+        "relu2": {"N": 3, "C": 8},
     }
     case = Case(op, direction, "torch", shapes[op], "float32", 1)
     args = inputs(case, CPU)
