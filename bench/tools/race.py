@@ -49,25 +49,34 @@ def apart(function: Callable[..., Result], *arguments: Any) -> Result:
 
 
 def train_engine(entrant: str, settings: Settings, seed: int) -> Run:
-    """Train as `fastgpt.train` does, with one evaluation at the end, over the whole val split."""
-    import fastgpt
+    """Train as `fastgpt.train` does, with one evaluation at the end, over the whole val split.
+
+    Args:
+        settings: all that differ from the defaults of `TrainConfig`.
+    """
+    from fastgpt.config.training import TrainConfig
+    from fastgpt.generation.sample import sample
+    from fastgpt.loggers import jsonl
+    from fastgpt.training.run import train
 
     with contextlib.ExitStack() as stack:
         folder, nowhere = stack.enter_context(tempfile.TemporaryDirectory()), stack.enter_context(NOWHERE.open("w"))
         stack.enter_context(contextlib.redirect_stdout(nowhere))
         stack.enter_context(contextlib.redirect_stderr(nowhere))
-        ends = {"out_dir": str(Path(folder) / "out"), "seed": seed, "eval_iters": 0, "sample_interval": 0}
-        ends |= {"eval_interval": settings["max_iters"], "preview": False}
-        summary = fastgpt.fit(**{**settings, **ends, "log_interval": 1})  # the first record times the first step
+        out_dir = Path(folder) / "out"
+        ends = {"out_dir": str(out_dir), "seed": seed, "eval_iters": 0, "sample_interval": 0, "preview": False}
+        ends |= {"eval_interval": settings["max_iters"], "log_interval": 1}  # the first record times the first step
+        summary = train(TrainConfig(**{**settings, **ends}), sample)
+        history = jsonl.read_metrics(out_dir / jsonl.NAME)
     each = summary.train_seconds / (summary.steps - 1)
     assert summary.val_loss is not None
     return Run(
         entrant,
         seed,
         summary.steps,
-        summary.history[-1]["tokens"],
+        history[-1]["tokens"],
         each * summary.steps,
-        max(0.0, summary.history[0]["seconds"] - each),
+        max(0.0, history[0]["seconds"] - each),
         summary.val_loss,
         summary.bits_per_byte,
     )

@@ -183,7 +183,23 @@ def _preset(L: int, H: int, C: int, block: int, batch: int, lr: float, iters: in
 _SMALL = {"gradient_accumulation_steps": 1, "warmup_iters": 100, "eval_interval": 250}
 _GPT2 = {"vocab_size": 50257, "tokenizer": "gpt2", "eval_iters": 200}
 
+# What wins the speedruns (docs/models.md): Muon, and a model whose every option earned its place there.
+_MODERN = {
+    **{"position": "rotary", "norm": "rmsnorm", "qk_norm": True, "mlp": "swiglu", "bias": False},
+    **{"tie": False, "zero_init": True, "optimizer": "muon", "schedule": "linear", "min_lr": 0.0, "beta2": 0.99},
+}
+
 PRESETS: dict[str, TrainConfig] = {
+    "modern-cpu": _preset(
+        *(4, 4, 128, 64, 24, 1e-2, 800),
+        **_MODERN | _SMALL | {"warmup_iters": 10, "eval_interval": 200, "dtype": "float32"},
+        **{"tokenizer": "bpe", "vocab_size": 1024, "dropout": 0.1, "preview": True},
+    ),
+    "modern-baby": _preset(6, 6, 384, 256, 64, 1e-2, 1_000, dropout=0.2, preview=True, **_MODERN | _SMALL),
+    "modern-124m": _preset(
+        *(12, 6, 768, 1024, 16, 6e-3, 4_000),
+        **_MODERN | _GPT2 | {"gradient_accumulation_steps": 32, "warmup_iters": 100, "logit_softcap": 15.0},
+    ),
     "mini": _preset(4, 4, 64, 128, 16, 1e-3, 1_000, beta2=0.99, sample_interval=500, **_SMALL),
     "cpu": _preset(4, 4, 128, 64, 12, 1e-3, 2_000, beta2=0.99, sample_interval=500, **_SMALL),
     "baby": _preset(6, 6, 384, 256, 64, 1e-3, 5_000, beta2=0.99, dropout=0.2, sample_interval=1000, **_SMALL),

@@ -168,6 +168,14 @@ def prepare(
     return _announced(verb, _started(found, own, reading), quiet)
 
 
+def has_tokens(dataset: str, data_dir: str = "data") -> bool:
+    """Whether a `dataset` is a prepared folder, which keeps its own tokenizer."""
+    try:
+        return dataset not in ("pydocs", "shakespeare") and is_prepared(_find(dataset, Path(data_dir)))
+    except UsageError:  # there is no such dataset, as `find` says
+        return False
+
+
 def find(
     dataset: str,
     *,

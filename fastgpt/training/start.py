@@ -12,6 +12,7 @@ from fastgpt.config.fields import validate
 from fastgpt.config.model import ModelConfig
 from fastgpt.config.sources import STEP_NAME
 from fastgpt.config.training import PRESETS, USUAL_WARMUP, TrainConfig
+from fastgpt.data import corpus
 from fastgpt.errors import UsageError, nearest, shown
 from fastgpt.system.device import resolve_device
 
@@ -103,11 +104,14 @@ def of_preset(preset: str | None, given: Mapping[str, Any]) -> tuple[TrainConfig
     if preset is not None and preset not in PRESETS:
         raise UsageError(f"`preset` {shown(preset)} is not one of {', '.join(PRESETS)}{nearest(preset, PRESETS)}")
     kind = resolve_device(given.get("device", "auto")).type
-    fitting = "baby" if kind == "cuda" else "cpu"
+    fitting = "baby" if kind == "cuda" else "modern-cpu"
     why = f"preset {preset}" if preset else f"preset {fitting}: it fits a {kind} device (others: `preset` NAME)"
     config = PRESETS[preset or fitting]
-    # Another tokenizer than the preset's brings its own vocabulary.
-    return (dataclasses.replace(config, vocab_size=None) if "tokenizer" in given else config), why
+    if "tokenizer" in given:  # another than the preset's brings its own vocabulary
+        config = dataclasses.replace(config, vocab_size=None)
+    elif corpus.has_tokens(given.get("dataset", config.dataset), given.get("data_dir", config.data_dir)):
+        config = dataclasses.replace(config, vocab_size=None, tokenizer=TrainConfig.tokenizer)  # it has its own
+    return config, why
 
 
 def shaped_as(source: Source, config: TrainConfig, given: Mapping[str, object]) -> TrainConfig:
