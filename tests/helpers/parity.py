@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch._dynamo  # the first call of a kernel would; but it notes torch's functions, while `poisoned` replaces them
 
 from fastgpt_kernels import reference, torch_ops
 
