@@ -4,17 +4,18 @@ Each iteration applies an odd polynomial to all singular values: X <- a X + b (X
 coefficients bring them all near 1.
 
 For a wide matrix (m, n) in float32, most products with X are left out: with G = X X^T, (m, m), an iteration multiplies
-X by P = a + b G + c G^2, and G by P^2, as polynomials of one matrix commute. So `AT_ONCE` iterations need one product
-for G and one that applies all of their factors. In more of them, the rounding of G would grow too much in the smallest
-singular values; in 16 bits it would in any.
+X by P = a + b G + c G^2, and G by P^2, as polynomials of one matrix commute. So several iterations need one product for
+G and one that applies all of their factors. The rounding of G grows with the smallest singular values, which limits how
+many; in 16 bits there is no room for it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 
-AT_ONCE = 3  # iterations
+MOST_GROWTH = 50  # of the smallest singular values between two products for G: float32 stays within 1e-5 of float64
+MARGIN = 1.02  # for rounding
 EPS = 1e-7  # the least norm, as in `torch.optim.Muon`
 Coefficients = tuple[float, float, float]  # a, b, c
 
@@ -25,7 +26,7 @@ class Method(NamedTuple):
     Attributes:
         coefficients: (a, b, c) of each iteration, for singular values of at most 1.
         tight: divide X by (sum of s^4)^(1/4) over its singular values s, which costs no product, instead of the larger
-            (sum of s^2)^(1/2): fewer iterations bring them near 1.
+            (sum of s^2)^(1/2), so that fewer iterations bring them near 1; and by `MARGIN`, as beyond 1 they grow.
     """
 
     coefficients: Sequence[Coefficients]
@@ -35,10 +36,15 @@ class Method(NamedTuple):
 METHODS = {
     # Keller Jordan's, as in `torch.optim.Muon` (https://kellerjordan.github.io/posts/muon/).
     "newton_schulz": Method(((3.4445, -4.7750, 2.0315),) * 5),
-    # Each the best polynomial for the singular values that the one before left, which begin between LEAST and 1: "The
-    # Polar Express" (Amsel et al., 2025, arXiv:2505.16932); tests/training/test_orthogonalize.py computes them.
+    # Each is the best polynomial for the singular values that those before it make of any from 0.003 to 1: "The Polar
+    # Express" (Amsel et al., 2025, arXiv:2505.16932). They end between 0.35 and 1.65, which trains as well as closer
+    # to 1. tests/training/test_orthogonalize.py computes them.
     "polar_express": Method(
-        ((1.0, 1.0, 1.0),),
+        (
+            (8.3836736, -24.765906, 18.357082),
+            (4.0434204, -3.011405, 0.56951215),
+            (3.5055706, -2.6266538, 0.5257194),
+        ),
         tight=True,
     ),
 }
@@ -47,14 +53,26 @@ METHODS = {
 def orthogonalize(x: torch.Tensor, method: Method) -> torch.Tensor:
     """Bring the singular values of every matrix near 1: (N, m, n) with m <= n -> (N, m, n), in the dtype of x."""
     x = x / _norm(x).clamp(min=EPS)
-    together = AT_ONCE if x.shape[2] > x.shape[1] and x.dtype.itemsize > 2 else 1
-    for begin in range(0, len(method.coefficients), together):
+    apart = x.shape[2] == x.shape[1] or x.dtype.itemsize == 2
+    scaling = method.tight
+    for coefficients in ([c] for c in method.coefficients) if apart else _together(method.coefficients):
         gram = torch.bmm(x, x.mT)
-        if method.tight and begin == 0:
-            fourth = _norm(gram).clamp(min=EPS)
-            gram, x = gram / fourth, x / fourth.sqrt()
-        x = _apply(method.coefficients[begin : begin + together], gram, x)
+        if scaling:
+            scale = _norm(gram).clamp(min=EPS) * MARGIN**2
+            gram, x, scaling = gram / scale, x / scale.sqrt(), False
+        x = _apply(coefficients, gram, x)
     return x
+
+
+def _together(coefficients: Sequence[Coefficients]) -> Iterator[Sequence[Coefficients]]:
+    """Divide iterations into those that are applied by one product."""
+    begin, growth = 0, 1.0
+    for i, (a, _, _) in enumerate(coefficients):
+        growth *= a
+        if growth > MOST_GROWTH and i > begin:
+            yield coefficients[begin:i]
+            begin, growth = i, a
+    yield coefficients[begin:]
 
 
 def _apply(coefficients: Sequence[Coefficients], gram: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -17,13 +17,13 @@ from fastgpt.model.gpt import GPT
 from fastgpt.model.matrices import hidden_matrices
 from fastgpt.training.muon import RATIOS, Muon
 from fastgpt.training.optimizer import make_optimizer
-from fastgpt.training.orthogonalize import METHODS
+from fastgpt.training.orthogonalize import MARGIN, METHODS
 from fastgpt.training.schedule import learning_rate, momentum, set_learning_rate, set_momentum
 from fastgpt.training.start import complete
 from fastgpt.training.step import TrainStep
 
 CPU = torch.device("cpu")
-SHAPES = [(24, 24), (64, 16), (16, 64), (16, 40), (1, 8)]
+SHAPES = [(24, 24), (64, 16), (16, 64), (16, 40), (2, 8)]
 SMALL = TrainConfig(
     optimizer="muon", vocab_size=29, block_size=8, n_layer=2, n_head=4, n_kv_head=2, n_embd=16,
     gradient_accumulation_steps=1, batch_size=2, learning_rate=3e-3, warmup_iters=0,
@@ -67,9 +67,8 @@ def by_hand(matrices: Sequence[torch.nn.Parameter], steps: int, ratio: str, meth
             gradient = torch.randn(shape, generator=random).double()
             averages[i] = 0.95 * averages[i] + 0.05 * gradient
             x = 0.05 * gradient + 0.95 * averages[i]
-            x /= (torch.linalg.svdvals(x) ** (4 if METHODS[method].tight else 2)).sum() ** (
-                0.25 if METHODS[method].tight else 0.5
-            )
+            values = torch.linalg.svdvals(x)
+            x /= MARGIN * (values**4).sum() ** 0.25 if METHODS[method].tight else (values**2).sum() ** 0.5
             for a, b, c in METHODS[method].coefficients:
                 x = a * x + b * x @ x.T @ x + c * x @ x.T @ x @ x.T @ x
             now[i] = (1 - 0.02 * 0.1) * now[i] - 0.02 * RATIOS[ratio](*shape) * x
