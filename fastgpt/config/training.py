@@ -69,7 +69,11 @@ class TrainConfig(ModelConfig):
     muon_adjust_lr: str = option(
         "original", "how Muon's learning rate depends on a matrix's sizes, as in PyTorch", choices=ADJUSTMENTS
     )
-    muon_method: str = option("newton_schulz", "how Muon orthogonalizes", choices=METHODS)
+    muon_method: str = option(
+        "polar_express",
+        "how Muon orthogonalizes: three iterations, or the five Newton-Schulz ones of PyTorch's Muon",
+        choices=METHODS,
+    )
     beta1: float = option(0.9, "AdamW's first moment decay", low=0, below=1)
     beta2: float = option(0.95, "AdamW's second moment decay", low=0, below=1)
     grad_clip: float = option(1.0, "largest gradient norm; 0 clips nothing", low=0)

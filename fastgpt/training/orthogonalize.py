@@ -96,8 +96,7 @@ def _factor(coefficients: Sequence[Coefficients], gram: torch.Tensor) -> torch.T
             half = torch.baddbmm(gram, partial, gram, beta=a)
             gram = torch.baddbmm(half, partial, half, beta=a)
         if product is None:
-            product = partial
-            product.diagonal(dim1=1, dim2=2).add_(a)
+            product = partial + a * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
         else:
             product = torch.baddbmm(product, partial, product, beta=a)
     assert product is not None, "no iterations"
