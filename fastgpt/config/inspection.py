@@ -9,7 +9,7 @@ from typing import Any, Self
 from fastgpt.config.choices import DTYPES, KERNELS
 from fastgpt.config.fields import Settings, option
 from fastgpt.config.model import ModelConfig
-from fastgpt.config.training import TrainConfig
+from fastgpt.config.training import OPTIMIZERS, TrainConfig
 from fastgpt.errors import UsageError, shown
 
 
@@ -129,6 +129,7 @@ class MemoryConfig(WorkConfig):
         low=1,
         group="Work",
     )
+    optimizer: str = option("adamw", "of the training step: Muon keeps fewer moments", choices=OPTIMIZERS)
     log_stats: bool = option(False, "measure statistics by layer in the step, which keeps a copy of the weights")
     max_batch: int = option(1, "sequences that are generated at once", low=1, high=65_536)
     measure: bool = option(False, "run a step and a generation, and show the measured bytes beside the estimate")
