@@ -26,7 +26,6 @@ class BpeTokenizer(Tokenizer):
 
     Raises:
         ValueError: it does not describe a byte-level BPE, or an id has no token.
-        UsageError: the tokenizers library is not installed.
     """
 
     kind = "bpe"
@@ -89,7 +88,7 @@ class BpeTokenizer(Tokenizer):
         The same text gives the same vocabulary. A small text may hold fewer merges than asked for.
 
         Raises:
-            UsageError: `vocab_size` is below 257 or above 2**20, or the tokenizers library is not installed.
+            UsageError: `vocab_size` is below 257 or above 2**20.
         """
         cls.check_size(vocab_size)
         library = _tokenizers()
@@ -135,14 +134,11 @@ def _check_plain_bpe(description: dict[str, Any]) -> None:
 
 
 def _tokenizers() -> Any:
-    try:
-        import tokenizers
-        import tokenizers.decoders
-        import tokenizers.models
-        import tokenizers.pre_tokenizers
-        import tokenizers.trainers
-    except ImportError:
-        raise UsageError(
-            "`tokenizer` bpe needs the tokenizers library; pip install 'fastgpt-engine[bpe]', or use `tokenizer` byte"
-        ) from None
+    """The library, imported when it is first needed."""
+    import tokenizers
+    import tokenizers.decoders
+    import tokenizers.models
+    import tokenizers.pre_tokenizers
+    import tokenizers.trainers
+
     return tokenizers

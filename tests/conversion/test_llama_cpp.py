@@ -19,7 +19,7 @@ from fastgpt.tokenizer.bpe import BpeTokenizer
 from fastgpt.tokenizer.byte import ByteTokenizer
 from fastgpt.tokenizer.char import CharTokenizer
 from fastgpt.tokenizer.gpt2 import Gpt2Tokenizer
-from tests.helpers.corpora import TEXT, needs_bpe, needs_gpt2
+from tests.helpers.corpora import TEXT, needs_gpt2
 
 pytest.importorskip("gguf", reason="needs the extra gguf")
 HERE = importlib.util.find_spec("xllamacpp") is not None
@@ -176,7 +176,7 @@ TOKENIZERS = {
 @pytest.mark.peers
 @needs_llama_cpp
 @pytest.mark.parametrize(
-    "kind", [*TOKENIZERS][:3] + [pytest.param(name, marks=[needs_bpe, needs_gpt2]) for name in [*TOKENIZERS][3:]]
+    "kind", [*TOKENIZERS][:3] + [pytest.param(name, marks=needs_gpt2) for name in [*TOKENIZERS][3:]]
 )
 def test_it_reads_texts_with_our_vocabulary(tmp_path: Path, kind: str):
     tokenizer = TOKENIZERS[kind]()

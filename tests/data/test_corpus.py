@@ -24,7 +24,6 @@ from tests.helpers.corpora import (
     SHAKESPEARE,
     TEXT,
     every_kind,
-    needs_bpe,
     needs_gpt2,
     needs_shakespeare,
     prepare,
@@ -76,7 +75,6 @@ class TestPrepare:
     def test_chars_are_sorted_as_nanogpt_sorts_them(self, text_file: Path, tmp_path: Path):
         assert prepare(text_file, tmp_path).tokenizer == CharTokenizer("".join(sorted(set(TEXT))))
 
-    @needs_bpe
     def test_bpe_learns_from_the_training_part_alone(self, tmp_path: Path):
         (tmp_path / "x.txt").write_text("ab " * 900 + "zq " * 100)
         learned = prepare(tmp_path / "x.txt", tmp_path, tokenizer="bpe").tokenizer
@@ -338,7 +336,6 @@ class TestPreparedFolders:
         assert prepare(first.path, tmp_path).tokenizer == ByteTokenizer()
         assert "already prepared with byte" in refused(first.path, tmp_path, tokenizer="gpt2")
 
-    @needs_bpe
     def test_ours_keeps_its_vocabulary(self, text_file: Path, tmp_path: Path):
         first = prepare(text_file, tmp_path, tokenizer="bpe", vocab_size=300)
         assert prepare(first.path, tmp_path, tokenizer="bpe", vocab_size=300) == first

@@ -24,7 +24,7 @@ from fastgpt.data.sharded_tokens import ShardedTokens
 from fastgpt.errors import UsageError
 from fastgpt.system import lock
 from fastgpt.tokenizer.byte import ByteTokenizer
-from tests.helpers.corpora import needs_bpe, needs_gpt2
+from tests.helpers.corpora import needs_gpt2
 from tests.helpers.killed import is_killed_at
 from tests.helpers.places import ROOT
 from tests.helpers.runs import FLAGS, at_call, resume
@@ -33,9 +33,7 @@ WORDS = ["the", "quick", "brown", "fox,", "häuser,", "안녕", "and", "<|endoft
 RANDOM = random.Random(0)
 TEXTS = [" ".join(RANDOM.choices(WORDS, k=RANDOM.randint(1, 30))) + f" {number}" for number in range(120)]
 SHARE = 0.3
-ending = pytest.mark.parametrize(
-    "kind", ["byte", pytest.param("gpt2", marks=needs_gpt2), pytest.param("bpe", marks=needs_bpe)]
-)
+ending = pytest.mark.parametrize("kind", ["byte", pytest.param("gpt2", marks=needs_gpt2), "bpe"])
 
 
 def is_val(text: str, share: float = SHARE) -> bool:
@@ -138,7 +136,6 @@ class TestDocuments:
         assert made.train_files[0] == "train-00000.bin"
         assert made.val_files[0] != "val-00000.bin"
 
-    @needs_bpe
     def test_a_bpe_is_trained_on_documents_of_the_train_split(self, tmp_path: Path):
         write_lines(
             tmp_path / "docs" / "x.jsonl",
@@ -152,7 +149,7 @@ class TestDocuments:
 
 class TestSameBytes:
     @pytest.mark.parametrize("jobs", [2, pytest.param(3, marks=pytest.mark.slow)])
-    @pytest.mark.parametrize("kind", ["byte", pytest.param("bpe", marks=[needs_bpe, pytest.mark.slow])])
+    @pytest.mark.parametrize("kind", ["byte", pytest.param("bpe", marks=pytest.mark.slow)])
     def test_by_any_number_of_processes(self, jobs: int, kind: str, source: Path, tmp_path: Path):
         size = 300 if kind == "bpe" else None
         one = prepare(source, tmp_path, tokenizer=kind, vocab_size=size)

@@ -17,16 +17,14 @@ from fastgpt.tokenizer.byte import ByteTokenizer
 from fastgpt.tokenizer.char import CharTokenizer
 from fastgpt.tokenizer.saved import from_json
 from fastgpt.tokenizer.saved import load as load_tokenizer
-from tests.helpers.corpora import SHAKESPEARE, needs_bpe, needs_gpt2, needs_shakespeare, prepare, refused, text_of
+from tests.helpers.corpora import SHAKESPEARE, needs_gpt2, needs_shakespeare, prepare, refused, text_of
 from tests.helpers.places import GOLDEN
 from tests.helpers.runs import FLAGS, records, resume
 
 BEFORE = GOLDEN / "run-0.1.0"
 FILES = {"a.txt": "one two three four\n", "b.txt": "", "c/d.txt": "fünf", "e.txt": "six seven eight nine ten"}
 DOCUMENTS = [text for text in FILES.values() if text]
-ending = pytest.mark.parametrize(
-    "kind", ["byte", pytest.param("gpt2", marks=needs_gpt2), pytest.param("bpe", marks=needs_bpe)]
-)
+ending = pytest.mark.parametrize("kind", ["byte", pytest.param("gpt2", marks=needs_gpt2), "bpe"])
 
 
 @pytest.fixture
@@ -72,7 +70,6 @@ class TestEnds:
         assert prepare(folder / "alone", tmp_path, tokenizer="byte").tokenizer == ByteTokenizer()
         assert "leave it out" in refused(folder / "alone", tmp_path, tokenizer="byte", vocab_size=257)
 
-    @needs_bpe
     def test_the_end_counts_in_the_size_of_a_bpe(self, tmp_path: Path):
         learned = BpeTokenizer.train(["ab ab ab abab " * 50], 258, ends=True)
         assert (learned.vocab_size, learned.end_token, learned.token_bytes(257)) == (258, 257, b"<|endoftext|>")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fastgpt.data import corpus, sources
 from fastgpt.errors import UsageError
-from tests.helpers.corpora import TEXT, needs_bpe, needs_gpt2, prepare, refused, text_of
+from tests.helpers.corpora import TEXT, needs_gpt2, prepare, refused, text_of
 
 
 @pytest.fixture
@@ -47,7 +47,6 @@ class TestChunks:
         assert next(sources.chunks([" " * 200])) == " " * 50
 
     @needs_gpt2
-    @needs_bpe
     @pytest.mark.parametrize("kind", ["gpt2", "bpe"])
     def test_chunks_give_the_tokens_of_the_whole(self, kind: str, text_file: Path, tmp_path: Path):
         prepared = prepare(text_file, tmp_path, tokenizer=kind)

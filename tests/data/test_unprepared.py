@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 from fastgpt.data import corpus
-from tests.helpers.corpora import needs_bpe
 
 
-@pytest.mark.parametrize("kind", ["char", "byte", pytest.param("bpe", marks=needs_bpe)])
+@pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
 @pytest.mark.parametrize(
     "texts",
     [["a" * 95 + "häuser"], ["ab\n" * 30, "cé👍" * 5, "d"], ["a" * 90, "b" * 10], ["a" * 91, "b" * 9], ["é" * 9]],

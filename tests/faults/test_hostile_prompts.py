@@ -13,7 +13,7 @@ from fastgpt import cli, generate, train
 from fastgpt.config.generation import SamplingParams
 from fastgpt.generation import load, writing
 from fastgpt.tokenizer import bpe, saved
-from tests.helpers.corpora import KINDS, needs_bpe, needs_gpt2
+from tests.helpers.corpora import KINDS, needs_gpt2
 from tests.helpers.covering import some
 
 WORDS = "The quick brown fox jumps over a lazy dog. "
@@ -26,9 +26,7 @@ FLAGS = shlex.split(
 )
 
 # The kinds whose vocabularies can spell any text.
-knowing_all = pytest.mark.parametrize(
-    "kind", ["byte", pytest.param("gpt2", marks=needs_gpt2), pytest.param("bpe", marks=needs_bpe)]
-)
+knowing_all = pytest.mark.parametrize("kind", ["byte", pytest.param("gpt2", marks=needs_gpt2), "bpe"])
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +78,6 @@ class TestSpecialTokens:
         if kind == "gpt2":
             assert vocabulary.start_token not in ids
 
-    @needs_bpe
     def test_a_vocabulary_that_was_trained_on_their_text_has_none(self):
         vocabulary = bpe.BpeTokenizer.train([f"{SPECIAL} some words " * 50], 400)
         ids = vocabulary.encode(SPECIAL).tolist()

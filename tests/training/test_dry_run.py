@@ -25,7 +25,6 @@ from fastgpt.training.footprint import StepFootprint
 from fastgpt.training.measurement import Measurement, Stand, random_batch
 from fastgpt.training.step import TrainStep
 from tests.helpers import runs
-from tests.helpers.corpora import needs_bpe
 from tests.helpers.exports import LETTERS
 from tests.helpers.gpt2_folders import folder_of
 
@@ -112,7 +111,7 @@ def test_steps_tokens_and_parameters_are_those_of_the_run(capsys):
     [
         ("", f"char vocabulary of {len(set(runs.TEXT))}"),
         ("--tokenizer byte", "byte vocabulary of 256"),
-        pytest.param("--tokenizer bpe --vocab_size 300", "bpe vocabulary of at most 300", marks=needs_bpe),
+        ("--tokenizer bpe --vocab_size 300", "bpe vocabulary of at most 300"),
     ],
 )
 def test_the_vocabulary_is_known_before_the_text_is_tokenized(capsys, flags: str, vocabulary: str):
