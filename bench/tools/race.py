@@ -27,7 +27,7 @@ class Run:
         entrant: who ran.
         seconds: in steps, the first counted as long as the others on average.
         first: seconds until the end of the first step, which compiles, beyond the time of another step.
-        val_loss: mean over the whole val split, in nats a token.
+        val_loss: mean over what the recipe evaluates, the whole val split on the small boards, in nats a token.
         bits_per_byte: the same by bytes of text; None for the peer.
     """
 
@@ -49,7 +49,7 @@ def apart(function: Callable[..., Result], *arguments: Any) -> Result:
 
 
 def train_engine(entrant: str, settings: Settings, seed: int) -> Run:
-    """Train as `fastgpt.train` does, with one evaluation at the end, over the whole val split.
+    """Train as `fastgpt.train` does, with one evaluation at the end.
 
     Args:
         settings: all that differ from the defaults of `TrainConfig`.
@@ -64,7 +64,7 @@ def train_engine(entrant: str, settings: Settings, seed: int) -> Run:
         stack.enter_context(contextlib.redirect_stdout(nowhere))
         stack.enter_context(contextlib.redirect_stderr(nowhere))
         out_dir = Path(folder) / "out"
-        ends = {"out_dir": str(out_dir), "seed": seed, "eval_iters": 0, "sample_interval": 0, "preview": False}
+        ends = {"out_dir": str(out_dir), "seed": seed, "sample_interval": 0, "preview": False}
         ends |= {"eval_interval": settings["max_iters"], "log_interval": 1}  # the first record times the first step
         summary = train(TrainConfig(**{**settings, **ends}), sample)
         history = jsonl.read_metrics(out_dir / jsonl.NAME)
