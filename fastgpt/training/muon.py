@@ -109,16 +109,15 @@ class Muon(AdamW):
     ) -> None:
         taken, skipped = 1 - found, found > 0
         rate = rate * taken
-        for weight, gradient, average in zip(weights, gradients, averages, strict=True):
+        for gradient, average in zip(gradients, averages, strict=True):
             gradient.masked_fill_(skipped, 0.0)  # what is not finite would stay so in a product with 0
             average.lerp_(gradient, (1 - momentum) * taken)
             gradient.lerp_(average, momentum)
-            weight.mul_(1 - rate * decay)
         for pieces in self.batches:
             x = torch.stack([piece.of(gradients) for piece in pieces])
             update = orthogonalize(x.to(self.dtype), self.method).to(x.dtype) * rate
             for piece, part in zip(pieces, update.unbind(), strict=True):
-                piece.of(weights).sub_(part, alpha=piece.ratio)
+                piece.of(weights).mul_(1 - rate * decay).sub_(part, alpha=piece.ratio)
 
 
 def batches(

@@ -52,6 +52,20 @@ def test_every_optimizer_keeps_what_checkpoints_and_memory_are_counted_by():
         assert count_moments(config, model.num_parameters()) == sum(value.numel() for _, value in kept if value.dim())
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_model_without_vectors_is_trained_too(name: str):
+    model = GPT(ModelConfig(vocab_size=30, block_size=8, n_layer=1, n_head=2, n_embd=16))
+    for module in model.modules():
+        for key in [key for key, p in module.named_parameters(recurse=False) if p.dim() < 2]:
+            module.register_parameter(key, None)
+    optimizer = make_optimizer(model, TrainConfig(optimizer=name))
+    before = [p.detach().clone() for p in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert not any(map(torch.equal, before, model.parameters()))
+
+
 def test_without_gradients_matrices_shrink_and_vectors_stay(model: GPT):
     optimizer = make_optimizer(model, TrainConfig(weight_decay=0.5))
     set_learning_rate(optimizer, 0.1)
