@@ -190,6 +190,8 @@ def traces(text: str) -> set[str]:
 def flag(field: dataclasses.Field, text: str) -> list[str]:
     """The value, with what it needs beside it."""
     needed = {"output": ["--prompts=prompts.txt"]}.get(field.name, [])
+    if field.name.startswith("muon_"):
+        needed = ["--optimizer=muon"]
     return [*needed, f"--{field.name}={text}"]
 
 

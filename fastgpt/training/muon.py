@@ -57,7 +57,7 @@ class Muon(AdamW):
         compiled: whether the step is compiled.
 
     Attributes:
-        matrix_group: the parameter group of the matrices. Its `share` is their rate in units of that of the others.
+        matrix_group: the parameter group of the matrices; see `schedule.set_learning_rate` for its rate.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Muon(AdamW):
         super().__init__(groups, adam_lr, betas)
         self.adam_groups = tuple(self.param_groups)
         self.method, self.dtype = method, dtype
-        settings = {"lr": lr, "share": lr / adam_lr, "momentum": momentum, "weight_decay": weight_decay}
+        settings = {"lr": lr, "peak": lr, "others": adam_lr, "momentum": momentum, "weight_decay": weight_decay}
         self.add_param_group({"params": [*matrices], **settings})
         self.matrix_group = self.param_groups[-1]
         for parameter in matrices:
@@ -108,7 +108,7 @@ class Muon(AdamW):
         decay: torch.Tensor,
     ) -> None:
         taken, skipped = 1 - found, found > 0
-        rate = rate * taken
+        rate = rate.masked_fill(skipped, 0.0)  # also one that float32 cannot hold
         for gradient, average in zip(gradients, averages, strict=True):
             gradient.masked_fill_(skipped, 0.0)  # what is not finite would stay so in a product with 0
             average.lerp_(gradient, (1 - momentum) * taken)

@@ -43,9 +43,9 @@ def momentum(step: int, config: TrainConfig) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the rate of every group; one with a `share` takes so much of it."""
+    """Set the rate of every group. One with a `peak` of its own keeps its proportion to the peak of the `others`."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group.get("share", 1.0)
+        group["lr"] = group["peak"] * (rate / group["others"]) if "peak" in group else rate
 
 
 def set_momentum(optimizer: torch.optim.Optimizer, value: float) -> None:
