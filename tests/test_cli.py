@@ -262,7 +262,7 @@ def test_help_lists_every_flag_and_ends_well(capsys):
     flags = {part.split()[0]: " ".join(part.split()) for part in text.split("\n  --")[1:]}
     assert flags["n_layer"].endswith("[by preset]")
     assert flags["seed"].endswith("[1337]")
-    assert "[by preset]" not in flags["position"]
+    assert "[by preset]" not in flags["max_rollbacks"]
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def complete(preset: str | None, given: Mapping[str, Any]) -> tuple[TrainConfig,
     if asked.resuming:
         start, why = of_resumed_run(preset, asked)
     else:
-        start, why = of_preset(preset, given)
+        start, why = of_preset(preset, given, asked.imports)
         if asked.imports:
             validate(asked)
             source = open_model(asked.init_from, download=asked.download, setting="init_from")
@@ -99,12 +99,16 @@ def of_resumed_run(preset: str | None, asked: TrainConfig) -> tuple[TrainConfig,
     return dataclasses.replace(saved, out_dir=asked.out_dir), why
 
 
-def of_preset(preset: str | None, given: Mapping[str, Any]) -> tuple[TrainConfig, str]:
-    """The configuration of the named preset, or of the one that fits the device, and why it is this one."""
+def of_preset(preset: str | None, given: Mapping[str, Any], imports: bool = False) -> tuple[TrainConfig, str]:
+    """The configuration of the named preset, or of the one that fits, and why it is this one.
+
+    Args:
+        imports: the run starts from the weights of another model, which the rates of the first run would undo.
+    """
     if preset is not None and preset not in PRESETS:
         raise UsageError(f"`preset` {shown(preset)} is not one of {', '.join(PRESETS)}{nearest(preset, PRESETS)}")
     kind = resolve_device(given.get("device", "auto")).type
-    fitting = "baby" if kind == "cuda" else "modern-cpu"
+    fitting = "baby" if kind == "cuda" else "cpu" if imports else "modern-cpu"
     why = f"preset {preset}" if preset else f"preset {fitting}: it fits a {kind} device (others: `preset` NAME)"
     config = PRESETS[preset or fitting]
     if "tokenizer" in given:  # another than the preset's brings its own vocabulary

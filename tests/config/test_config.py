@@ -58,7 +58,19 @@ def test_presets_have_the_published_numbers(preset, L, H, C, block, batch, accum
 
 
 def test_the_table_of_presets_is_complete():
-    assert list(PRESETS) == ["mini", "cpu", "baby", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
+    modern, nanogpt = ["modern-cpu", "modern-baby", "modern-124m"], ["cpu", "baby", "gpt2", "gpt2-medium", "gpt2-large"]
+    assert list(PRESETS) == [*modern, "mini", *nanogpt, "gpt2-xl"]
+    assert all(PRESETS[name].optimizer == "muon" for name in modern)
+
+
+def test_nanogpts_recipes_keep_its_model_and_optimizer():
+    for name in ("cpu", "baby", "gpt2"):
+        config, default = PRESETS[name], TrainConfig()
+        options = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in ("vocab_size", "dropout")]
+        sizes = ("block_size", "n_layer", "n_head", "n_embd")
+        assert all(getattr(config, option) == getattr(default, option) for option in options if option not in sizes)
+        assert (config.optimizer, config.schedule, config.dtype) == ("adamw", "cosine", "auto")
+    assert [PRESETS[name].tokenizer for name in ("cpu", "baby", "gpt2")] == ["char", "char", "gpt2"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
