@@ -276,3 +276,24 @@ def test_a_compiled_step_takes_any_rate_without_compiling_again(monkeypatch: pyt
             optimizer.found_inf = torch.tensor(float(number == 2))
             change += train(optimizer, matrices, 1)
     assert_near([c for c in changes[1] if c.any()], [c for c in changes[0] if c.any()], 1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_on_a_gpu_updates_are_those_of_the_cpu_and_wait_for_nothing(compiled: bool):
+    ours, others = weights(), weights()
+    wanted = train(muon(ours, dtype=torch.bfloat16), ours, 2)
+    with torch.device("cuda"):
+        on_gpu = [torch.nn.Parameter(p.detach().cuda()) for p in others]
+        optimizer = muon(on_gpu, dtype=torch.bfloat16, compiled=compiled)
+    optimizer.found_inf = torch.zeros((), device="cuda")
+    random = torch.Generator().manual_seed(1)
+    optimizer.adam_groups = ()
+    for _ in range(2):
+        for p in on_gpu:
+            p.grad = torch.randn(p.shape, generator=random).cuda()
+        torch.cuda.set_sync_debug_mode("default" if compiled else "error")
+        optimizer.step()
+        torch.cuda.set_sync_debug_mode("default")
+    changes = [p.detach().cpu().double() - old.detach().double() for p, old in zip(on_gpu, others, strict=True)]
+    assert_near(changes, wanted, 3e-2)
