@@ -32,7 +32,9 @@ def out(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
     flags = [
-        *shlex.split("--device cpu --dtype float32 --n_layer 1 --n_head 2 --n_embd 16 --block_size 8 --batch_size 8"),
+        *shlex.split(
+            "--preset cpu --device cpu --dtype float32 --n_layer 1 --n_head 2 --n_embd 16 --block_size 8 --batch_size 8"
+        ),
         *shlex.split(
             "--learning_rate 2e-2 --warmup_iters 2 --schedule constant --eval_interval 40 --sample_interval 0"
         ),

@@ -9,12 +9,13 @@ import torch
 
 from fastgpt.checkpoint import run_folder, store
 from fastgpt.config.training import PRESETS, TrainConfig
+from fastgpt.data import corpus
 from fastgpt.errors import UsageError
 from fastgpt.training import start
 from fastgpt.training.schedule import learning_rate
 from tests.helpers import runs
 from tests.helpers.covering import some
-from tests.helpers.runs import parts, records, run, tensors
+from tests.helpers.runs import TEXT, parts, records, run, tensors
 
 pytestmark = pytest.mark.usefixtures("workplace")
 
@@ -170,12 +171,23 @@ def test_a_summary_says_how_the_run_ended():
 
 
 class TestStartingPoint:
-    @pytest.mark.parametrize(("kind", "fitting"), [("cpu", "cpu"), ("cuda", "baby")])
+    @pytest.mark.parametrize(("kind", "fitting"), [("cpu", "modern-cpu"), ("cuda", "baby")])
     def test_without_a_preset_the_device_decides(self, monkeypatch, kind: str, fitting: str):
         monkeypatch.setattr(start, "resolve_device", lambda name: torch.device(kind))
         found, why = start.of_preset(None, {})
         assert found == PRESETS[fitting]
         assert fitting in why
+
+    def test_a_start_from_other_weights_has_rates_that_do_not_undo_them(self, monkeypatch):
+        monkeypatch.setattr(start, "resolve_device", lambda name: torch.device("cpu"))
+        assert start.of_preset(None, {}, imports=True)[0] == PRESETS["cpu"]
+
+    def test_a_prepared_folder_keeps_its_tokenizer(self):
+        Path("text.txt").write_text(TEXT)
+        folder = corpus.prepare("text.txt", tokenizer="byte").path
+        for dataset, tokenizer in ((str(folder), "char"), (folder.name, "char"), ("text.txt", "bpe")):
+            found, _ = start.of_preset("modern-cpu", {"dataset": dataset})
+            assert (found.tokenizer, found.vocab_size) == (tokenizer, 1024 if tokenizer == "bpe" else None)
 
     def test_another_tokenizer_brings_its_own_vocabulary(self):
         assert start.of_preset("gpt2", {})[0].vocab_size == 50257

@@ -30,8 +30,14 @@ from fastgpt.training.report import RunSummary
 
 WORDS = "The quick brown fox jumps over a lazy dog while nine wise cats watch from häuser and trees"
 TEXT = " ".join(random.Random(0).choices(WORDS.split(" "), k=900)) + " the end"
+# The settings of the first run that differ from nanoGPT's, set back. A resume takes them too, unlike a preset.
+PLAIN = (
+    "--tokenizer char --optimizer adamw --schedule cosine --min_lr none --beta2 0.99 --position learned --no-qk_norm "
+    "--norm layernorm --mlp gelu --bias --tie --no-zero_init --no-preview "
+)
 FLAGS = shlex.split(
-    "--dataset text.txt --device cpu --dtype float32 --n_layer 1 --n_head 2 --n_embd 16 --block_size 8 --dropout 0 "
+    PLAIN + "--dataset text.txt --device cpu --dtype float32 --n_layer 1 --n_head 2 --n_embd 16 --block_size 8 "
+    "--dropout 0 "
     "--batch_size 4 --gradient_accumulation_steps 2 --learning_rate 1e-2 --warmup_iters 2 --max_iters 6 "
     "--eval_interval 3 --eval_iters 2 --log_interval 1 --sample_interval 0"
 )

@@ -27,7 +27,7 @@ def test_a_short_run_reaches_its_rate_and_says_so(capsys):
     config, told = trained(capsys)
     assert config.warmup_iters == 2
     assert told == [
-        "the warm-up takes 2 of the 20 steps, a tenth, and not 100; --warmup_iters sets another number",
+        "the warm-up takes 2 of the 20 steps, a tenth, and not 10; --warmup_iters sets another number",
     ]
     assert max(runs.records(Path("out"), "lr").values()) == pytest.approx(config.learning_rate)
 
