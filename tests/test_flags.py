@@ -46,12 +46,16 @@ HOSTILE = [
 # A setting of these may be right by itself and not go with the defaults of others.
 WITH_DEFAULTS = {
     "n_head", "n_kv_head", "n_embd", "position", "learning_rate", "min_lr", "text_key", "val_share", "jobs", "download",
+    "head_size", "norm", "norm_gain", "rope_theta", "rope_factor", "rope_low_freq_factor", "rope_high_freq_factor",
+    "rope_original_context",
 }  # fmt: skip
 # In a command it may also not go with the flags of BASE, or with this machine.
 TOGETHER = {
     "n_head", "n_kv_head", "n_embd", "n_layer", "block_size", "batch_size", "gradient_accumulation_steps", "vocab_size",
     "learning_rate", "min_lr", "position", "tokenizer", "kernels", "init_from", "allow_data_change", "compile", "cache",
-    "kv_memory", "device", "dtype", "async_save", "keep_last", "resume", "pack", "download",
+    "kv_memory", "device", "dtype", "async_save", "keep_last", "resume", "pack", "download", "head_size", "norm",
+    "norm_gain", "rope_theta", "rope_factor", "rope_low_freq_factor", "rope_high_freq_factor", "rope_original_context",
+    "optimizer",
 }  # fmt: skip
 
 

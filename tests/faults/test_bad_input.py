@@ -21,11 +21,12 @@ from fastgpt.generation import load
 from fastgpt.tokenizer import saved
 from fastgpt_kernels import launch
 from tests.helpers.covering import some
+from tests.helpers.runs import PLAIN
 
 WORDS = "The quick brown fox jumps over a lazy dog while nine wise cats watch from trees"
 TEXT = " ".join(random.Random(0).choices(WORDS.split(" "), k=200))
 FLAGS = shlex.split(
-    "--dataset text.txt --device cpu --dtype float32 --n_layer 1 --n_head 2 --n_embd 16 --block_size 8 "
+    PLAIN + "--dataset text.txt --device cpu --dtype float32 --n_layer 1 --n_head 2 --n_embd 16 --block_size 8 "
     "--batch_size 2 --max_iters 2 --eval_interval 2 --eval_iters 1 --sample_interval 0"
 )
 

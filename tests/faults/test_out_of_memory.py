@@ -15,7 +15,7 @@ from fastgpt.generation.generator import TextGenerator
 from fastgpt.model.gpt import GPT
 from fastgpt.system import files
 from fastgpt.system.out_of_memory import caught, is_out_of_memory
-from fastgpt.training import optimizer, state
+from fastgpt.training import adamw, state
 from fastgpt.training.run import Run
 from fastgpt.training.step import TrainStep
 from tests.helpers.runs import FLAGS, records, resume, run, tensors
@@ -160,7 +160,7 @@ def test_an_evaluation_without_memory_saves_what_is_done(capsys, monkeypatch, fl
 
 @pytest.mark.parametrize(
     ("owner", "name", "saved"),
-    [(TrainStep, "update", 3), (state, "make_model", None), (optimizer.AdamW, "reset", None)],
+    [(TrainStep, "update", 3), (state, "make_model", None), (adamw.AdamW, "__init__", None)],
 )
 def test_memory_that_ends_elsewhere_ends_the_run_in_one_line(capsys, monkeypatch, owner, name: str, saved: int | None):
     """In an update half of the weights may have changed, so the checkpoint before it stays."""

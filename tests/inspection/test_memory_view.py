@@ -43,7 +43,7 @@ def test_kinds_add_up_and_are_what_is_measured(capsys):
 
 
 def test_a_dry_run_tells_the_same_numbers(capsys):
-    work = "--device cpu --dtype float32 --n_layer 7 --n_head 2 --n_embd 16 --block_size 8 --batch_size 64"
+    work = "--preset cpu --device cpu --dtype float32 --n_layer 7 --n_head 2 --n_embd 16 --block_size 8 --batch_size 64"
     flags = shlex.split(f"{work} --gradient_accumulation_steps 2 --dropout 0.1")
     assert cli.run(train.main, ["--dataset", "text.txt", "--dry_run", *flags]) == 0
     told = capsys.readouterr().out
@@ -131,7 +131,7 @@ class TestFit:
         ("--fit 100KiB", "--fit 100KiB: the weights alone take 846 KiB; give more"),
         ("--png nowhere/memory.png", "--png nowhere/memory.png: there is no folder nowhere"),
         ("--batch_size 1000000000 --measure", "--measure runs a training step that holds about "),
-        ("--preset cput", "--preset 'cput' is not one of mini, cpu"),
+        ("--preset cput", "--preset 'cput' is not one of modern-cpu, modern-baby"),
     ],
 )
 def test_bad_input_is_one_line(capsys, flags: str, said: str):
