@@ -41,7 +41,7 @@ COMMANDS = ("init_from", "download", "overwrite", "dry_run", "allow_data_change"
 STARTED_FROM = "started_from"  # in config.json: the model whose weights the run began with
 CONVERTED_FROM = "converted_from"  # in config.json: what a model was that no run of ours trained
 # The model's settings that a resume may change. Instead of vocab_size the vocabulary itself is compared.
-CHANGEABLE = ("vocab_size", "dropout")
+CHANGEABLE = ("vocab_size", "dropout", "attention_dropout")
 
 
 @contextmanager

@@ -87,6 +87,7 @@ class WorkConfig(ModelConfig):
     )
     download: bool = option(False, "fetch a model that is named from Hugging Face's hub")
     batch_size: int = option(12, "sequences in a micro-batch", low=1, group="Work")
+    optimizer: str = option("adamw", "of the training step", choices=OPTIMIZERS)
     pack: bool | None = option(None, "attention stays within documents; auto: no, or as the run has it", auto=True)
     device: str = option("auto", "auto, cpu, mps, cuda or cuda:N", group="Device")
     threads: int | None = option(
@@ -129,7 +130,6 @@ class MemoryConfig(WorkConfig):
         low=1,
         group="Work",
     )
-    optimizer: str = option("adamw", "of the training step: Muon keeps fewer moments", choices=OPTIMIZERS)
     log_stats: bool = option(False, "measure statistics by layer in the step, which keeps a copy of the weights")
     max_batch: int = option(1, "sequences that are generated at once", low=1, high=65_536)
     measure: bool = option(False, "run a step and a generation, and show the measured bytes beside the estimate")

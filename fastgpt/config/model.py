@@ -28,6 +28,9 @@ class ModelConfig(Settings):
     )
     n_embd: int = option(768, "width of the residual stream", low=1, high=65_536)
     dropout: float = option(0.0, "dropout rate of embeddings, attention and residuals", low=0, below=1)
+    attention_dropout: float | None = option(
+        None, "dropout rate of attention's weights alone, which is slow on a CPU; default `dropout`", low=0, below=1
+    )
     bias: bool = option(True, "biases in the linear layers and LayerNorms, as GPT-2 has them")
     attention_bias: bool | None = option(None, "biases in attention's linear layers; default `bias`")
     mlp_bias: bool | None = option(None, "biases in the MLP's linear layers; default `bias`")
@@ -84,6 +87,11 @@ class ModelConfig(Settings):
         if self.n_inner or self.mlp != "swiglu":
             return self.n_inner or 4 * self.n_embd
         return -(-8 * self.n_embd // (3 * GATED_MULTIPLE)) * GATED_MULTIPLE
+
+    @property
+    def attention_rate(self) -> float:
+        """Dropout rate of attention's weights."""
+        return self.dropout if self.attention_dropout is None else self.attention_dropout
 
     @property
     def has_attention_bias(self) -> bool:

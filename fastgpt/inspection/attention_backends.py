@@ -127,7 +127,9 @@ def _trials(forward: str | None, gradients: str | None) -> Fact:
 
 def _column(config: WorkConfig, forward: Trial, backward: Trial) -> Fact:
     """The way of `torch_ops.causal_attention` at these shapes: SDPA, or matrix products."""
-    return _pair(_computes(forward, config.block_size, 0.0), _computes(backward, config.block_size, config.dropout))
+    return _pair(
+        _computes(forward, config.block_size, 0.0), _computes(backward, config.block_size, config.attention_rate)
+    )
 
 
 def _computes(trial: Trial, tokens: int, dropout: float) -> str:

@@ -4,6 +4,7 @@ Bytes are counted as if every product's inputs were in the dtype of the arithmet
 dtype is counted so: the residual stream with its norms, the embedding, gradients and weights in the update.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,9 +13,13 @@ import torch
 from fastgpt.config.model import ModelConfig
 from fastgpt.config.training import TrainConfig
 from fastgpt.inspection.scopes import BACKWARD, FORWARD, QK_NORM, UPDATE
+from fastgpt.model import facts
 from fastgpt.model.activations import ACTIVATIONS
+from fastgpt.model.gpt import GPT
+from fastgpt.model.matrices import hidden_matrices, hidden_weights
 from fastgpt.ops.ceilings import Ceilings, Limit, dtype_name
 from fastgpt.ops.counts import Count, count
+from fastgpt.training.orthogonalize import METHODS, product_flops
 
 FLOAT32 = 4  # bytes
 PRODUCTS = ("linear", "causal_attention", "linear_cross_entropy")  # computed in the dtype of the arithmetic
@@ -75,7 +80,7 @@ def of_training(config: TrainConfig, parameters: int, device: torch.device, dtyp
         "activation": trained(L, _activation(config), dtype.itemsize, N=N, C=config.inner),
         "linear_cross_entropy": trained(1, "linear_cross_entropy", dtype.itemsize, N=N, C=C, V=config.known_vocab),
         "clip": updated("gradient_norm"),
-        "optimizer": updated("adamw"),
+        "optimizer": Work(1, {UPDATE: _update(config, parameters)}),
     }
     if config.qk_norm:
         works[QK_NORM] = trained(L, "rms_norm", dtype.itemsize, N=N * (H + config.kv_heads), C=config.head_dim)
@@ -108,6 +113,22 @@ def of_tokens(config: ModelConfig, cached: int, T: int, device: torch.device, dt
         heads = config.n_head + config.kv_heads
         works[QK_NORM] = forward(L, "rms_norm", N=T * heads, C=config.head_dim)
     return works
+
+
+def _update(config: TrainConfig, parameters: int) -> Count:
+    """All of an optimizer's step."""
+    if config.optimizer != "muon":
+        return count("adamw", FORWARD, {"P": parameters}, FLOAT32)
+    smallest_vocabulary = dataclasses.replace(config.architecture(), vocab_size=1)  # no matrix depends on it
+    weights, operations = (facts.count(smallest_vocabulary, measure) for measure in (hidden_weights, _muon_products))
+    others = count("adamw", FORWARD, {"P": parameters - weights}, FLOAT32)
+    return others + count("muon", FORWARD, {"P": weights, "products": operations}, FLOAT32)
+
+
+def _muon_products(model: GPT) -> int:
+    """Operations of the default method's products for all matrices."""
+    sizes = [(rows, weight.shape[1]) for weight, parts in hidden_matrices(model).items() for rows in parts]
+    return sum(product_flops(min(size), max(size), METHODS[TrainConfig.muon_method]) for size in sizes)
 
 
 def products(device: torch.device, dtype: torch.dtype) -> str:

@@ -95,7 +95,8 @@ def _settings(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "n_inner": config.n_inner,
         "activation_function": activation,
         "layer_norm_epsilon": config.norm_eps,
-        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout),
+        **dict.fromkeys(("embd_pdrop", "resid_pdrop"), config.dropout),
+        "attn_pdrop": config.attention_rate,
         "tie_word_embeddings": config.tie,
         "torch_dtype": dtype,
     }

@@ -58,7 +58,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, ops: Ops, layer: int):
         super().__init__()
         C, self.H, self.Hkv, self.D = config.n_embd, config.n_head, config.kv_heads, config.head_dim
-        self.ops, self.layer, self.dropout = ops, layer, config.dropout
+        self.ops, self.layer, self.dropout = ops, layer, config.attention_rate
         self.c_attn = Linear(C, (self.H + 2 * self.Hkv) * self.D, bias=config.has_attention_bias)
         self.c_attn.parts = (self.H * self.D, self.Hkv * self.D, self.Hkv * self.D)  # q, k, v
         self.c_proj = Linear(self.H * self.D, C, bias=config.has_attention_bias)
@@ -312,7 +312,7 @@ class GPT(nn.Module):
             here = slice(0, T) if cache is None else cache.positions(T)
         x, rotation = self.embed(tokens, here)
         x = F.dropout(x, self.config.dropout, self.training)
-        dropping = self.training and self.config.dropout > 0
+        dropping = self.training and self.config.attention_rate > 0
         seeds = torch.randint(2**31 - 1, (len(self.h),), device=x.device) if dropping else None
         branch = None
         for layer, block in enumerate(self.h):

@@ -16,3 +16,8 @@ def hidden_matrices(model: nn.Module) -> dict[nn.Parameter, tuple[int, ...]]:
         for name, layer in model.named_modules()
         if name.startswith("h.") and isinstance(layer, Linear)
     }
+
+
+def hidden_weights(model: nn.Module) -> int:
+    """The numbers in the hidden matrices."""
+    return sum(weight.numel() for weight in hidden_matrices(model))

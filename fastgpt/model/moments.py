@@ -4,8 +4,7 @@ import dataclasses
 
 from fastgpt.config.training import TrainConfig
 from fastgpt.model.facts import count
-from fastgpt.model.gpt import GPT
-from fastgpt.model.matrices import hidden_matrices
+from fastgpt.model.matrices import hidden_weights
 
 
 def count_moments(config: TrainConfig, parameters: int) -> int:
@@ -15,9 +14,5 @@ def count_moments(config: TrainConfig, parameters: int) -> int:
     """
     if config.optimizer == "muon":
         smallest_vocabulary = dataclasses.replace(config.architecture(), vocab_size=1)  # no matrix depends on it
-        return 2 * parameters - count(smallest_vocabulary, _matrix_weights)
+        return 2 * parameters - count(smallest_vocabulary, hidden_weights)
     return 2 * parameters
-
-
-def _matrix_weights(model: GPT) -> int:
-    return sum(weight.numel() for weight in hidden_matrices(model))

@@ -54,7 +54,7 @@ def generation(
     Raises:
         UsageError: the vocabulary's size is not known.
     """
-    model = dataclasses.replace(_shallow(config), dropout=0.0)
+    model = dataclasses.replace(_shallow(config), dropout=0.0, attention_dropout=None)
 
     def record() -> Calls:
         few, short = smaller(B, model.block_size)

@@ -189,6 +189,16 @@ def adamw(itemsize: int, P: int) -> Count:
     return Count(15 * P, 7 * P * itemsize)
 
 
+def muon(itemsize: int, P: int, products: int) -> Count:
+    """One update of P weights in matrices: weight, gradient and momentum are read, weight and momentum written.
+
+    Args:
+        products: operations of the products that orthogonalize.
+    """
+    # momentum 3, Nesterov's step 3, norms 2, scaling 1, decay 1, the update 2
+    return Count(12 * P + products, 5 * P * itemsize)
+
+
 COUNTS = {
     ("layer_norm", "forward"): layer_norm,
     ("layer_norm", "backward"): layer_norm_backward,
@@ -219,4 +229,5 @@ COUNTS = {
     ("embedding", "backward"): embedding_backward,
     ("gradient_norm", "forward"): gradient_norm,
     ("adamw", "forward"): adamw,
+    ("muon", "forward"): muon,
 }

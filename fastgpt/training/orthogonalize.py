@@ -64,6 +64,16 @@ def orthogonalize(x: torch.Tensor, method: Method) -> torch.Tensor:
     return x
 
 
+def product_flops(m: int, n: int, method: Method, itemsize: int = 4) -> int:
+    """Floating-point operations of the products for a matrix (m, n) with m <= n, of numbers of so many bytes."""
+    total, apart = 0, m == n or itemsize == 2
+    for coefficients in ([c] for c in method.coefficients) if apart else _together(method.coefficients):
+        together = len(coefficients)
+        squares = 1 if together == 1 else together + 2 * (together - 1) + (together - 1)  # products of m x m matrices
+        total += 2 * m * m * (2 * n + squares * m)
+    return total
+
+
 def _together(coefficients: Sequence[Coefficients]) -> Iterator[Sequence[Coefficients]]:
     """Divide iterations into those that are applied by one product."""
     begin, growth = 0, 1.0

@@ -20,7 +20,7 @@ from fastgpt.system.device import resolve_device
 SHAPE = tuple(
     field.name
     for field in dataclasses.fields(ModelConfig)
-    if field.name not in ("vocab_size", "block_size", "dropout", "zero_init")
+    if field.name not in ("vocab_size", "block_size", "dropout", "attention_dropout", "zero_init")
 )
 
 

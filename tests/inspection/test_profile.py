@@ -94,6 +94,20 @@ def test_every_operation_of_a_step_has_its_calls_and_both_directions(step: Profi
     }  # fmt: skip
 
 
+def test_a_modern_model_and_muon_have_rows_of_their_own():
+    found = trained(
+        norm="rmsnorm", qk_norm=True, mlp="swiglu", position="rotary", tie=False, optimizer="muon", n_kv_head=1
+    )
+    calls = {"rms_norm": 1, "add_rms_norm": 2 * LAYERS, "query and key norms": LAYERS, "activation": LAYERS}
+    assert {name: row(found, name).calls for name in calls} == calls
+    assert all(row(found, name).work is not None for name in (*calls, "optimizer", "MLP up"))
+    assert not {"layer_norm", "swiglu"} & {one.name for one in found.rows}
+    works = [row(one, "optimizer").work for one in (found, trained(optimizer="adamw"))]
+    muon, adamw = (work.counts["update"].flops for work in works if work is not None)
+    assert muon > adamw > 0
+    assert sum(one.total for one in found.rows) == pytest.approx(found.seconds)
+
+
 def test_modules_have_their_own_time(step: Profile):
     layers = {f"h.{layer}.{part}" for layer in range(LAYERS) for part in ("norms", "attn", "mlp")}
     found = modules(step)

@@ -225,6 +225,20 @@ def test_settings_that_do_not_go_together_are_named(settings, message):
     assert str(error.value).startswith(message)
 
 
+def test_attention_may_have_a_dropout_rate_of_its_own():
+    changes = [{}, {"dropout": 0.5, "attention_dropout": 0.0}, {"attention_dropout": 0.5}]
+    for change, embedding, attention in zip(changes, (False, True, False), (False, False, True), strict=True):
+        model, seen = made(**change), []
+        ops = dataclasses.replace(
+            model.ops, causal_attention=lambda q, k, v, **more: seen.append(more["dropout_p"]) or torch.zeros_like(q)
+        )
+        for block in model.h:
+            block.attn.ops = ops
+        first, second = (model.hidden(tokens_of()) for _ in range(2))
+        assert torch.equal(first, second) is not embedding
+        assert seen == [0.5 if attention else 0.0] * 4
+
+
 def test_head_size_frees_the_number_of_heads_from_the_width():
     ModelConfig(n_embd=768, n_head=5, head_size=64).check()
     with pytest.raises(UsageError, match="`n_head` 5 does not divide `n_embd` 768"):

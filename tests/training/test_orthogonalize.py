@@ -5,8 +5,9 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from fastgpt.training.orthogonalize import MARGIN, METHODS, Method, orthogonalize
+from fastgpt.training.orthogonalize import MARGIN, METHODS, Method, orthogonalize, product_flops
 
 LEAST = 0.003  # the singular value from which the Polar Express's polynomials are best
 
@@ -94,3 +95,11 @@ def test_an_iteration_of_any_number_is_computed():
     for count in range(1, 8):
         method = Method(tuple(itertools.islice(coefficients, count)))
         torch.testing.assert_close(orthogonalize(x, method), by_singular_values(x, method))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("rows", "columns"), [(128, 128), (128, 512), (3, 1000)])
+def test_operations_are_counted_as_they_are_computed(method: str, rows: int, columns: int):
+    with FlopCounterMode(display=False) as counter:
+        orthogonalize(torch.empty(1, rows, columns, device="meta"), METHODS[method])
+    assert product_flops(rows, columns, METHODS[method]) == counter.get_total_flops()
