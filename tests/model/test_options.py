@@ -226,17 +226,20 @@ def test_settings_that_do_not_go_together_are_named(settings, message):
 
 
 def test_attention_may_have_a_dropout_rate_of_its_own():
-    changes = [{}, {"dropout": 0.5, "attention_dropout": 0.0}, {"attention_dropout": 0.5}]
-    for change, embedding, attention in zip(changes, (False, True, False), (False, False, True), strict=True):
-        model, seen = made(**change), []
-        ops = dataclasses.replace(
-            model.ops, causal_attention=lambda q, k, v, **more: seen.append(more["dropout_p"]) or torch.zeros_like(q)
-        )
-        for block in model.h:
-            block.attn.ops = ops
+    seen: list[float] = []
+
+    def attention(q: torch.Tensor, *rest: torch.Tensor, dropout_p: float, **more: object) -> torch.Tensor:
+        seen.append(dropout_p)
+        return torch.zeros_like(q)
+
+    ops = dataclasses.replace(table.resolve("torch"), causal_attention=attention)
+    cases = [({}, False, 0.0), ({"dropout": 0.5, "attention_dropout": 0.0}, True, 0.0)]
+    for changes, drops, rate in [*cases, ({"attention_dropout": 0.25}, False, 0.25), ({"dropout": 0.5}, True, 0.5)]:
+        model = GPT(ModelConfig(vocab_size=V, block_size=T, n_layer=2, n_head=4, n_embd=16, **changes), ops)
         first, second = (model.hidden(tokens_of()) for _ in range(2))
-        assert torch.equal(first, second) is not embedding
-        assert seen == [0.5 if attention else 0.0] * 4
+        assert torch.equal(first, second) is not drops
+        assert seen == [rate] * 4
+        seen.clear()
 
 
 def test_head_size_frees_the_number_of_heads_from_the_width():
