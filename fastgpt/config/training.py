@@ -195,8 +195,8 @@ _MODERN = {
 
 PRESETS: dict[str, TrainConfig] = {
     "modern-cpu": _preset(
-        *(4, 4, 128, 64, 16, 5e-3, 1_350),
-        **_MODERN | _SMALL | {"warmup_iters": 10, "eval_interval": 450, "dtype": "float32", "n_inner": 256},
+        *(4, 4, 128, 64, 12, 5e-3, 1_300),
+        **_MODERN | _SMALL | {"warmup_iters": 10, "eval_interval": 325, "dtype": "float32", "n_inner": 256},
         **{"muon_lr": 0.015, "muon_momentum": 0.9, "muon_momentum_warmup": 0, "logit_softcap": 15.0},
         # The text of the first run is small, so it is regularised.
         **{"tokenizer": "bpe", "vocab_size": 640, "dropout": 0.15, "attention_dropout": 0.0, "weight_decay": 0.4},
@@ -209,7 +209,6 @@ PRESETS: dict[str, TrainConfig] = {
     "modern-124m": _preset(
         *(12, 6, 768, 1024, 16, 6e-3, 4_000),
         **_MODERN | _GPT2 | {"gradient_accumulation_steps": 32, "warmup_iters": 100, "logit_softcap": 15.0},
-        tie=False,
     ),
     "mini": _preset(4, 4, 64, 128, 16, 1e-3, 1_000, beta2=0.99, sample_interval=500, **_SMALL),
     "cpu": _preset(4, 4, 128, 64, 12, 1e-3, 2_000, beta2=0.99, sample_interval=500, **_SMALL),

@@ -38,6 +38,7 @@ def test_every_recipe_is_a_whole_configuration():
     for board in speedrun.BOARDS.values():
         whole = speedrun.settings_of(board, [])
         TrainConfig(**whole).check()
+        assert whole["eval_interval"] <= whole["max_iters"]
         for name, less in board.ingredients.items():
             without = {**whole, **less}
             TrainConfig(**without).check()
