@@ -33,7 +33,8 @@ TEXT = " ".join(random.Random(0).choices(WORDS.split(" "), k=900)) + " the end"
 # The settings of the first run that differ from nanoGPT's, set back. A resume takes them too, unlike a preset.
 PLAIN = (
     "--tokenizer char --optimizer adamw --schedule cosine --min_lr none --beta2 0.99 --position learned --no-qk_norm "
-    "--norm layernorm --mlp gelu --bias --tie --no-zero_init --no-preview "
+    "--norm layernorm --mlp gelu --n_inner none --bias --tie --no-zero_init --logit_softcap none "
+    "--attention_dropout none --weight_decay 0.1 --no-preview "
 )
 FLAGS = shlex.split(
     PLAIN + "--dataset text.txt --device cpu --dtype float32 --n_layer 1 --n_head 2 --n_embd 16 --block_size 8 "

@@ -162,7 +162,7 @@ def test_its_text_tells_workloads_apart():
     config = dataclasses.replace(PRESETS["gpt2"], dropout=0.1)
     sizes = "vocab_size 50257, block_size 1024, n_head 12, n_kv_head None, n_embd 768"
     text = str(workloads.training(config, torch.bfloat16))
-    assert text.startswith(f"training, B 12, {sizes}, dropout 0.1, bias True, ")
+    assert text.startswith(f"training, B 12, {sizes}, dropout 0.1, attention_dropout None, bias True, ")
     assert ", norm layernorm, norm_gain True, norm_eps 1e-05, mlp gelu, n_inner None, tie True, " in text
     assert text != str(workloads.training(dataclasses.replace(config, norm="rmsnorm"), torch.bfloat16))
     assert text.endswith(", bfloat16")
