@@ -123,7 +123,7 @@ class ModelConfig(Settings):
             raise UsageError(f"`n_kv_head` {kv} does not divide `n_head` {h}; try `n_kv_head` {nearest}")
         if self.position == "rotary" and self.head_dim % 2:
             how, other = (
-                ("`head_size`", "head_size") if self.head_size else ("the head size `n_embd` / `n_head` =", "n_head")
+                ("`head_size`", "head_size") if self.head_size else (f"the head size `n_embd` {c} / `n_head` {h} =", "n_head")
             )
             raise UsageError(
                 f"`position` rotary turns pairs, and {how} {self.head_dim} is odd; choose another `{other}`"
