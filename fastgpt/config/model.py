@@ -122,11 +122,11 @@ class ModelConfig(Settings):
             nearest = min((n for n in range(1, h + 1) if h % n == 0), key=lambda n: (abs(n - kv), n))
             raise UsageError(f"`n_kv_head` {kv} does not divide `n_head` {h}; try `n_kv_head` {nearest}")
         if self.position == "rotary" and self.head_dim % 2:
-            how, other = (
-                ("`head_size`", "head_size") if self.head_size else (f"the head size `n_embd` {c} / `n_head` {h} =", "n_head")
-            )
+            size, other = f"the head size `n_embd` {c} / `n_head` {h} =", "n_head"
+            if self.head_size:
+                size, other = "`head_size`", "head_size"
             raise UsageError(
-                f"`position` rotary turns pairs, and {how} {self.head_dim} is odd; choose another `{other}`"
+                f"`position` rotary turns pairs, and {size} {self.head_dim} is odd; choose another `{other}`"
             )
         if self.position == "sinusoidal" and c % 2:
             raise UsageError(f"`position` sinusoidal needs an even `n_embd`, not {c}; try {c + 1}")
