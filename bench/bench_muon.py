@@ -9,13 +9,11 @@ import pytest
 import torch
 
 from bench.bench_train import CPU_STEPS, GPU_ROUNDS, GPU_STEPS, ON_GPU, calls, configured, engine_step, make_loader
-from fastgpt.config.training import METHODS
 from fastgpt.model.gpt import GPT
 from fastgpt.model.matrices import hidden_matrices
 from fastgpt.system.device import matrix_dtype, resolve_dtype
 from fastgpt.training.muon import RATIOS, batches
-from fastgpt.training.orthogonalize import METHODS as COEFFICIENTS
-from fastgpt.training.orthogonalize import orthogonalize
+from fastgpt.training.orthogonalize import METHODS, orthogonalize, product_flops
 
 ADAMW = "adamw"
 CPU_ROUNDS = {"cpu": 8, "baby": 3}
@@ -54,12 +52,12 @@ def test_products(against, benchmark, device: torch.device, preset: str, method:
 
     def ours() -> None:
         for x in inputs:
-            orthogonalize(x.to(dtype), COEFFICIENTS[method])
+            orthogonalize(x.to(dtype), METHODS[method])
 
     def one_by_one() -> None:
         for x in inputs:
             for matrix in x.bfloat16():
-                orthogonalize(matrix[None], COEFFICIENTS["newton_schulz"])
+                orthogonalize(matrix[None], METHODS["newton_schulz"])
 
     flops = operations(shapes, method, device)
     against(
@@ -86,10 +84,6 @@ def sizes(model: GPT) -> list[tuple[int, int, int]]:
 
 
 def operations(shapes: Sequence[tuple[int, int, int]], method: str, device: torch.device) -> int:
-    """Those of the matrix products, counted as they are computed."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as counter:
-        for shape in shapes:
-            orthogonalize(torch.empty(shape, dtype=matrix_dtype(device), device="meta"), COEFFICIENTS[method])
-    return counter.get_total_flops()
+    """Those of the matrix products."""
+    size = matrix_dtype(device).itemsize
+    return sum(count * product_flops(m, n, METHODS[method], size) for count, m, n in shapes)

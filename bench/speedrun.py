@@ -38,6 +38,7 @@ from fastgpt.system import barriers
 PROGRAM = "python bench/speedrun.py"
 MOST_P = 0.01
 PEER = "nanoGPT's recipe, plain PyTorch"
+ENTRANTS: dict[str, Settings] = {"eager": {"compile": False}, "compiled": {"compile": True}}
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def entrants(board: Board, whole: Settings, leave_one_out: bool) -> dict[str, Se
     if leave_one_out:
         without = {f"without {name}": {**whole, **less} for name, less in board.ingredients.items()}
         return {"the recipe": whole, **without}
-    return {"eager": {**whole, "compile": False}, "compiled": {**whole, "compile": True}}
+    return {name: {**whole, **settings} for name, settings in ENTRANTS.items()}
 
 
 def train_peer(seed: int, settings: Settings) -> Run:
@@ -171,10 +172,10 @@ def score(board: Board, run: Run) -> float:
 
 
 def conclusions(board: Board, by_entrant: Mapping[str, Sequence[Run]]) -> Iterator[str]:
-    """A sentence for each entrant that the board judges."""
+    """Sentences on each entrant that the board judges: a recipe without an ingredient is none."""
     peer = by_entrant.get(PEER)
     for name, own in by_entrant.items():
-        if name == PEER or name.startswith("without "):
+        if name not in ENTRANTS:
             continue
         seconds = mean([run.seconds for run in own])
         together = seconds + mean([run.first for run in own])

@@ -35,9 +35,7 @@ class ModelConfig(Settings):
     attention_bias: bool | None = option(None, "biases in attention's linear layers; default `bias`")
     mlp_bias: bool | None = option(None, "biases in the MLP's linear layers; default `bias`")
     position: str = option("learned", "how positions enter", choices=("learned", "sinusoidal", "rotary", "none"))
-    rope_theta: float = option(
-        10_000.0, "base of rotary positions: the slowest pair turns once in 2 pi times it", low=1
-    )
+    rope_theta: float = option(10_000.0, "base of rotary positions; the larger, the slower the slow pairs turn", low=1)
     rope_factor: float | None = option(
         None, "Llama 3's stretched rotary positions: slow pairs turn so many times slower; default: none do", low=1
     )

@@ -171,8 +171,8 @@ def prepare(
 def has_tokens(dataset: str, data_dir: str = "data") -> bool:
     """Whether a `dataset` is a prepared folder, which keeps its own tokenizer."""
     try:
-        return dataset not in ("pydocs", "shakespeare") and is_prepared(_find(dataset, Path(data_dir)))
-    except UsageError:  # there is no such dataset, as `find` says
+        return dataset not in NAMES and is_prepared(_find(dataset, Path(data_dir)))
+    except UsageError:  # `find` says why
         return False
 
 

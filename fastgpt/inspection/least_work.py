@@ -4,7 +4,6 @@ Bytes are counted as if every product's inputs were in the dtype of the arithmet
 dtype is counted so: the residual stream with its norms, the embedding, gradients and weights in the update.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,10 +12,10 @@ import torch
 from fastgpt.config.model import ModelConfig
 from fastgpt.config.training import TrainConfig
 from fastgpt.inspection.scopes import BACKWARD, FORWARD, QK_NORM, UPDATE
-from fastgpt.model import facts
 from fastgpt.model.activations import ACTIVATIONS
 from fastgpt.model.gpt import GPT
 from fastgpt.model.matrices import hidden_matrices, hidden_weights
+from fastgpt.model.moments import count_hidden
 from fastgpt.ops.ceilings import Ceilings, Limit, dtype_name
 from fastgpt.ops.counts import Count, count
 from fastgpt.training.orthogonalize import METHODS, product_flops
@@ -119,8 +118,7 @@ def _update(config: TrainConfig, parameters: int) -> Count:
     """All of an optimizer's step."""
     if config.optimizer != "muon":
         return count("adamw", FORWARD, {"P": parameters}, FLOAT32)
-    smallest_vocabulary = dataclasses.replace(config.architecture(), vocab_size=1)  # no matrix depends on it
-    weights, operations = (facts.count(smallest_vocabulary, measure) for measure in (hidden_weights, _muon_products))
+    weights, operations = (count_hidden(config, measure) for measure in (hidden_weights, _muon_products))
     others = count("adamw", FORWARD, {"P": parameters - weights}, FLOAT32)
     return others + count("muon", FORWARD, {"P": weights, "products": operations}, FLOAT32)
 

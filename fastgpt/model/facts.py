@@ -52,7 +52,7 @@ def _buffer_bytes(model: GPT) -> int:
 
 @functools.lru_cache
 def count(config: ModelConfig, measure: Callable[[GPT], int]) -> int:
-    """What is measured of a model on the meta device, where each layer, position and token adds the same."""
+    """Measure a model on the meta device; `measure` grows evenly with the layers, the positions and the vocabulary."""
     smallest = dataclasses.replace(config, **dict.fromkeys(SIZES, 1))
     first = _measured(smallest, measure)
     total = first

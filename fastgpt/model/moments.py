@@ -1,9 +1,12 @@
-"""The values that an optimizer keeps, counted without building the model."""
+"""Counts what an optimizer keeps and computes, without building the model."""
 
 import dataclasses
+from collections.abc import Callable
 
+from fastgpt.config.model import ModelConfig
 from fastgpt.config.training import TrainConfig
 from fastgpt.model.facts import count
+from fastgpt.model.gpt import GPT
 from fastgpt.model.matrices import hidden_weights
 
 
@@ -12,7 +15,9 @@ def count_moments(config: TrainConfig, parameters: int) -> int:
 
     AdamW keeps two for each weight, Muon one for those of its matrices.
     """
-    if config.optimizer == "muon":
-        smallest_vocabulary = dataclasses.replace(config.architecture(), vocab_size=1)  # no matrix depends on it
-        return 2 * parameters - count(smallest_vocabulary, hidden_weights)
-    return 2 * parameters
+    return 2 * parameters - (count_hidden(config, hidden_weights) if config.optimizer == "muon" else 0)
+
+
+def count_hidden(config: ModelConfig, measure: Callable[[GPT], int]) -> int:
+    """`facts.count` of something in the hidden matrices, which do not depend on the vocabulary."""
+    return count(dataclasses.replace(config.architecture(), vocab_size=1), measure)

@@ -5,11 +5,9 @@ For each row x of C channels with target t, over the valid columns of the vocabu
     z = x weight^T      lse = log(sum(exp(z)))      loss = lse - z[t]      dz = softmax(z) - onehot(t)
     dx = dz weight      dweight = sum over rows of dz^T x
 
-With a soft-cap (Gemma team, 2024, "Gemma 2", section 2), z is capped: with c the cap and y = x weight^T,
+With a soft-cap c (Gemma team, 2024, "Gemma 2", section 2), where y = x weight^T, and dy takes the place of dz below:
 
     z = c tanh(y / c)      dy = dz (1 - (z / c)^2)
-
-and dy takes the place of dz in the products.
 
 For each chunk, a product computes the logits in float32, one kernel turns them into dz, and two more products give dx
 and dweight (after Hsu et al., 2024, "Liger Kernel", section 3.2). The products are PyTorch's own. Small chunks are

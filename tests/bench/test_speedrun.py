@@ -87,8 +87,7 @@ def test_a_mean_counts_only_if_it_is_surely_below_the_mark():
 def test_the_peer_learns_and_is_judged_on_every_token():
     tokens = np.tile(np.arange(5, dtype=np.uint16), 500)
     few, many = (nanogpt_recipe.train(tokens, tokens[:997], 5, 0, steps) for steps in (2, 120))
-    assert few.val_loss == pytest.approx(np.log(5), abs=0.3)
-    assert many.val_loss < 0.2
+    assert many.val_loss < 0.2 < 1.5 < few.val_loss
     assert (many.steps, many.tokens) == (120, 120 * 12 * 64)
     rates = [nanogpt_recipe.learning_rate(step, 2000) for step in (0, 99, 100, 1999)]
     assert rates == pytest.approx([1e-3 / 101, 1e-3 * 100 / 101, 1e-3, 1e-4], rel=1e-4)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fastgpt_kernels.cross_entropy import linear_cross_entropy
-from tests.helpers.cross_entropy_cases import chunks_of, grad_of, inputs_of, labels, plain, reductions, same_bits
-from tests.helpers.parity import assert_op_agrees, outputs_and_gradients
+from tests.helpers.cross_entropy_cases import chunks_of, grad_of, inputs_of, labels, plain, reductions
+from tests.helpers.parity import assert_op_agrees, outputs_and_gradients, same_bits
 
 pytestmark = pytest.mark.gpu
 

@@ -49,7 +49,3 @@ def plain(x, weight, targets, **arguments):
     if x.dim() > 1:
         return torch_ops.linear_cross_entropy(x, weight, targets, **arguments)
     return torch_ops.linear_cross_entropy(x[None], weight, targets[None], **arguments).view(targets.shape)
-
-
-def same_bits(first, second):
-    return all(a is b if a is None or b is None else torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -343,3 +343,8 @@ def flash(
     refuse: other shapes on each device.
     """
     return _Flash.apply(q, k, v, 1 / math.sqrt(q.shape[-1]) if scale is None else scale, doc_ids)
+
+
+def same_bits(first: Tensors, second: Tensors) -> bool:
+    """Whether two lists hold equal tensors, and None at the same places."""
+    return all(a is b if a is None or b is None else torch.equal(a, b) for a, b in zip(first, second, strict=True))

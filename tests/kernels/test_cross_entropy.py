@@ -18,7 +18,6 @@ from tests.helpers.cross_entropy_cases import (
     labels,
     plain,
     reductions,
-    same_bits,
 )
 from tests.helpers.parity import (
     DEVICE,
@@ -27,6 +26,7 @@ from tests.helpers.parity import (
     assert_parity,
     outputs_and_gradients,
     relative_errors,
+    same_bits,
 )
 from tests.helpers.random_cases import random_cases
 

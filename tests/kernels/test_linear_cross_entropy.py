@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastgpt_kernels import cross_entropy, launch, reference, torch_ops
 from fastgpt_kernels.cross_entropy import linear_cross_entropy, rows_per_chunk
 from tests.helpers.covering import some
-from tests.helpers.cross_entropy_cases import chunks_of, dtypes, grad_of, inputs_of, labels, reductions, same_bits
-from tests.helpers.parity import DEVICE, Guards, limit, outputs_and_gradients, relative_errors, zeros
+from tests.helpers.cross_entropy_cases import chunks_of, dtypes, grad_of, inputs_of, labels, reductions
+from tests.helpers.parity import DEVICE, Guards, limit, outputs_and_gradients, relative_errors, same_bits, zeros
 
 
 @given(

@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastgpt_kernels import launch, norm, reference, torch_ops
 from tests.helpers.covering import some
+from tests.helpers.norm_cases import dtypes, few_programs, tensors
 from tests.helpers.parity import (
     DEVICE,
     FLOAT32_LIMIT,
@@ -16,38 +17,14 @@ from tests.helpers.parity import (
     assert_op_agrees,
     outputs_and_gradients,
     relative_errors,
+    same_bits,
     zeros,
 )
 from tests.helpers.random_cases import random_cases
 
 DTYPES = [torch.float32, torch.float16]
 OPS = ["layer_norm", "add_layer_norm"]
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float16"])
 ops = pytest.mark.parametrize("op", OPS)
-
-
-def tensors(op, shape, dtype, *, bias=True, layouts=("dense", "dense"), affine=None, residual=None, offset=0.0):
-    """The positional arguments of an operation: x, residual where it takes one, weight, bias or None.
-
-    `affine` and `residual` are dtypes, of weight and bias, and of the residual; default `dtype`.
-    """
-
-    def make(dtype):
-        return lambda shape: (torch.randn(shape, device=DEVICE) * 2 + offset).to(dtype)
-
-    streams = [LAYOUTS[layouts[0]](shape, make(dtype))]
-    if op == "add_layer_norm":
-        streams.append(LAYOUTS[layouts[1]](shape, make(residual or dtype)))
-    weight, offsets = (make(affine or dtype)(shape[-1:]) for _ in range(2))
-    return [*streams, weight, offsets if bias else None]
-
-
-def few_programs(monkeypatch, programs):
-    monkeypatch.setitem(launch.PROGRAMS, launch.architecture(torch.device(DEVICE)), programs)
-
-
-def both_results(first, second):
-    return all(a is b if a is None or b is None else torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 # The gradient of x is a small difference of large numbers below five columns (zero with one, all but zero with two and
@@ -257,7 +234,7 @@ def test_repeated_backward_runs_give_the_same_bits(R, C, op, dtype, monkeypatch,
     grads = [torch.randn(R, C, device=DEVICE).to(dtype) for _ in range(len(inputs) - 2)]
     first = outputs_and_gradients(getattr(norm, op), inputs, grads)
     for _ in range(2):
-        assert both_results(outputs_and_gradients(getattr(norm, op), inputs, grads), first)
+        assert same_bits(outputs_and_gradients(getattr(norm, op), inputs, grads), first)
 
 
 @ops
@@ -275,7 +252,7 @@ def test_a_gradient_does_not_depend_on_which_others_are_wanted(residual, op):
             wanted = [g if i == outputs - 1 or min(trained) < 2 else None for i, g in enumerate(grads)]
             got = outputs_and_gradients(getattr(norm, op), inputs, wanted, trained=trained)
             kept = [t if i < outputs or i - outputs in trained else None for i, t in enumerate(every)]
-            assert both_results(got, kept)
+            assert same_bits(got, kept)
 
 
 def test_the_gradient_of_the_sum_reaches_both_streams():
@@ -350,7 +327,7 @@ def test_compiled_in_one_graph_it_gives_the_same(op, bias, backend):
     inputs = tensors(op, (3, 5, 33), torch.float32, bias=bias, residual=torch.float16)
     grads = [torch.randn(3, 5, 33, device=DEVICE) for _ in range(len(inputs) - 2)]
     eager = outputs_and_gradients(getattr(norm, op), inputs, grads, eps=1e-3)
-    assert both_results(outputs_and_gradients(compiled, inputs, grads, eps=1e-3), eager)
+    assert same_bits(outputs_and_gradients(compiled, inputs, grads, eps=1e-3), eager)
 
 
 @pytest.mark.slow
@@ -365,7 +342,7 @@ def test_one_compilation_serves_every_size(op):
         inputs = tensors(op, shape, torch.float32)
         grads = [torch.randn(shape, device=DEVICE) for _ in range(len(inputs) - 2)]
         eager = outputs_and_gradients(getattr(norm, op), inputs, grads)
-        assert both_results(outputs_and_gradients(compiled, inputs, grads), eager)
+        assert same_bits(outputs_and_gradients(compiled, inputs, grads), eager)
         compilations.add(backend.frame_count)
     assert len(compilations) == 1  # none after the first shape
 

@@ -8,37 +8,21 @@ from hypothesis import strategies as st
 
 from fastgpt_kernels import launch, norm, torch_ops
 from tests.helpers.covering import some
-from tests.helpers.parity import DEVICE, LAYOUTS, assert_op_agrees, outputs_and_gradients, relative_errors, zeros
+from tests.helpers.norm_cases import dtypes, few_programs, tensors
+from tests.helpers.parity import (
+    DEVICE,
+    LAYOUTS,
+    assert_op_agrees,
+    outputs_and_gradients,
+    relative_errors,
+    same_bits,
+    zeros,
+)
 from tests.helpers.random_cases import random_cases
 
-DTYPES = [torch.float32, torch.float16]
 OPS = ["rms_norm", "add_rms_norm"]
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float16"])
 ops = pytest.mark.parametrize("op", OPS)
 gains = pytest.mark.parametrize("gain", [True, False])
-
-
-def tensors(op, shape, dtype, *, gain=True, layouts=("dense", "dense"), affine=None, residual=None):
-    """The positional arguments of an operation: x, residual where it takes one, weight or None.
-
-    `affine` and `residual` are dtypes, of weight and of the residual; default `dtype`.
-    """
-
-    def make(dtype):
-        return lambda shape: (torch.randn(shape, device=DEVICE) * 2 + 1).to(dtype)
-
-    streams = [LAYOUTS[layouts[0]](shape, make(dtype))]
-    if op == "add_rms_norm":
-        streams.append(LAYOUTS[layouts[1]](shape, make(residual or dtype)))
-    return [*streams, make(affine or dtype)(shape[-1:]) if gain else None]
-
-
-def few_programs(monkeypatch, programs):
-    monkeypatch.setitem(launch.PROGRAMS, launch.architecture(torch.device(DEVICE)), programs)
-
-
-def same(first, second):
-    return all(a is b if a is None or b is None else torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 # The gradient of x is a small difference of large numbers in narrow rows, which have a test of their own.
@@ -161,7 +145,7 @@ def test_more_rows_than_programs_agree_and_repeat_their_bits(programs, R, C, op,
     assert_op_agrees(getattr(norm, op), op, inputs, layout="gapped")
     grads = [torch.randn(R, C, device=DEVICE).to(dtype) for _ in inputs[1:]]
     first, again = (outputs_and_gradients(getattr(norm, op), inputs, grads) for _ in range(2))
-    assert same(again, first)
+    assert same_bits(again, first)
 
 
 @dtypes
@@ -204,7 +188,7 @@ def test_a_gradient_does_not_depend_on_which_others_are_wanted(residual):
         for trained in itertools.combinations(range(3), n):
             wanted = [grads[0] if min(trained) < 2 else None, grads[1]]  # the sum depends on no weight
             got = outputs_and_gradients(norm.add_rms_norm, inputs, wanted, trained=trained)
-            assert same(got, [t if i < 2 or i - 2 in trained else None for i, t in enumerate(every)])
+            assert same_bits(got, [t if i < 2 or i - 2 in trained else None for i, t in enumerate(every)])
 
 
 def test_without_a_weight_nothing_is_summed_over_the_rows(launches):
@@ -248,7 +232,7 @@ def test_compiled_in_one_graph_it_gives_the_same(op, gain):
     inputs = tensors(op, (3, 5, 33), torch.float32, gain=gain)
     grads = [torch.randn(3, 5, 33, device=DEVICE) for _ in inputs[1:]]
     eager = outputs_and_gradients(getattr(norm, op), inputs, grads, eps=1e-3)
-    assert same(outputs_and_gradients(compiled, inputs, grads, eps=1e-3), eager)
+    assert same_bits(outputs_and_gradients(compiled, inputs, grads, eps=1e-3), eager)
 
 
 HALF, LONG = torch.float16, torch.int64

@@ -277,7 +277,7 @@ def test_compiled_without_gradients_and_with_them_the_results_are_the_same(op, d
 
 @modern
 def test_training_keeps_an_input_and_at_most_a_number_a_row_beside_it(op):
-    """Where PyTorch's compositions keep more."""
+    """PyTorch's compositions keep more for the backward pass."""
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         getattr(torch_ops, op)(*(torch.randn(shape).requires_grad_() for shape in MODERN[op]))
