@@ -1,5 +1,6 @@
 """The speedruns' command: who runs, what counts, and what is printed and written."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -60,9 +61,17 @@ def test_a_board_takes_other_settings_and_writes_what_it_prints(monkeypatch, cap
     assert f"{mean:.4f} ± " in printed
 
 
-def test_an_unknown_entrant_is_named(monkeypatch, capsys, text: Path):
-    assert call(monkeypatch, text, "--only nobody") == 2
-    assert capsys.readouterr().err == "error: --only 'nobody' is not one of eager, compiled\n"
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--only nobody", "--only 'nobody' is not one of eager, compiled"),
+        ("--seeds 0", "argument --seeds: 0 is not a whole number from 1 on (see python bench/speedrun.py --help)"),
+        ("--n_layer 0", "--n_layer 0 must be at least 1"),
+    ],
+)
+def test_bad_input_is_one_line(monkeypatch, capsys, text: Path, flags: str, said: str):
+    assert call(monkeypatch, text, flags) == 2
+    assert capsys.readouterr().err == f"error: {said}\n"
 
 
 def test_a_mean_counts_only_if_it_is_surely_below_the_mark():
@@ -74,14 +83,23 @@ def test_a_mean_counts_only_if_it_is_surely_below_the_mark():
     assert race.p_below([loss + 0.02 for loss in losses], 1.88) > 0.5
     assert race.p_below([1.0], 1.88) is None
     board = speedrun.BOARDS["shakespeare"]
-    runs = {"eager": [Run("eager", seed, 10, 100, 2.0, 1.0, loss) for seed, loss in enumerate(losses)]}
-    runs[speedrun.PEER] = [Run(speedrun.PEER, 0, 20, 600, 18.0, 0.0, 1.9)]
-    counts, faster = speedrun.conclusions(board, runs)
+    firsts = [30.0, 1.0, 1.0, 1.0, 1.0]  # seconds of the first step: of the first run, and with cached code
+    runs = [
+        Run("eager", seed, 10, 100, 2.0, first, loss)
+        for seed, (first, loss) in enumerate(zip(firsts, losses, strict=True))
+    ]
+    runs.append(Run(speedrun.PEER, 0, 20, 600, 18.0, 0.0, 1.9))
+    head, ours, _, counts, faster = [line for line in speedrun.report(board, runs).splitlines() if line]
+    assert ours.split()[-4:] == ["2.0", "30.0", "1.0", "3.0"]
+    assert head.endswith("s in steps  s compiling  s cached  s together")
     assert counts == "eager: counts: mean below 1.88 with p < 0.01"
     assert faster.startswith("eager: 9.00x less time in steps")
-    assert "6.00x with the first step, 6.00x fewer tokens" in faster
-    unsure = {"eager": [Run("eager", seed, 10, 100, 2.0, 1.0, loss) for seed, loss in enumerate((1.70, 1.95, 1.87))]}
-    assert next(speedrun.conclusions(board, unsure)).startswith("eager: does not count")
+    assert "6.00x with the first step of cached code, 6.00x fewer tokens" in faster
+    unsure = [Run("eager", seed, 10, 100, 2.0, 1.0, loss) for seed, loss in enumerate((1.70, 1.95, 1.87))]
+    assert "eager: does not count" in speedrun.report(board, unsure)
+    assert "counts" not in speedrun.report(
+        board, [dataclasses.replace(run, entrant="without Muon") for run in runs[:5]]
+    )
 
 
 def test_the_peer_learns_and_is_judged_on_every_token():

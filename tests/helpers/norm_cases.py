@@ -12,7 +12,7 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["
 def tensors(
     op, shape, dtype, *, gain=True, bias=True, layouts=("dense", "dense"), affine=None, residual=None, offset=None
 ):
-    """The positional arguments of a norm: x, residual where it takes one, weight or None, of LayerNorm also bias or None.
+    """The positional arguments of a norm: x, residual where it takes one, weight or None, LayerNorm's bias or None.
 
     `affine` and `residual` are dtypes, of weight and bias, and of the residual; default `dtype`. `offset` is the mean,
     by default 0, and 1 for RMS norms, which do not take it out.
