@@ -58,7 +58,7 @@ def test_what_cannot_fit_is_refused_with_the_need_and_what_is_free(changes: dict
     began = time.perf_counter()
     with pytest.raises(UsageError) as error:
         memory.check_training(dataclasses.replace(SMALL, **changes), CPU)
-    assert time.perf_counter() - began < 0.5
+    assert time.perf_counter() - began < 10  # a billion layers, built one by one, take days
     message = str(error.value)
     assert [word for word in (*words, "GiB of memory", "GiB free", "pass less") if word not in message] == [], message
     assert "\n" not in message
