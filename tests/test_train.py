@@ -192,6 +192,11 @@ class TestStartingPoint:
                 PRESETS["modern-cpu"].vocab_size if tokenizer == "bpe" else None,
             )
 
+    def test_another_width_brings_its_own_mlp(self):
+        assert start.of_preset("modern-cpu", {})[0].n_inner == 256
+        for given in ({"n_embd": 256}, {"mlp": "gelu"}):
+            assert start.of_preset("modern-cpu", given)[0].n_inner is None
+
     def test_another_tokenizer_brings_its_own_vocabulary(self):
         assert start.of_preset("gpt2", {})[0].vocab_size == 50257
         assert start.of_preset("gpt2", {"tokenizer": "byte"})[0].vocab_size is None

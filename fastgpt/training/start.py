@@ -111,6 +111,8 @@ def of_preset(preset: str | None, given: Mapping[str, Any], imports: bool = Fals
     fitting = "baby" if kind == "cuda" else "cpu" if imports else "modern-cpu"
     why = f"preset {preset}" if preset else f"preset {fitting}: it fits a {kind} device (others: `preset` NAME)"
     config = PRESETS[preset or fitting]
+    if "n_embd" in given or "mlp" in given:  # the preset's width of the MLP was for its own
+        config = dataclasses.replace(config, n_inner=None)
     if "tokenizer" in given:  # another than the preset's brings its own vocabulary
         config = dataclasses.replace(config, vocab_size=None)
     elif corpus.has_tokens(given.get("dataset", config.dataset), given.get("data_dir", config.data_dir)):
