@@ -104,10 +104,12 @@ BOARDS = {
 
 def settings_of(board: Board, flags: Sequence[str]) -> dict[str, Any]:
     """All settings of a run on the board: the recipe's, the board's own, and those of the flags."""
+    from fastgpt.training.start import of_preset
+
     start = ["--config", str(ROOT / board.recipe)] if board.recipe.endswith(".toml") else ["--preset", board.recipe]
     preset, given = cli.read(TrainConfig, [*start, *flags], prog=PROGRAM, description="", presets=PRESETS)
-    config = cli.change(PRESETS[preset] if preset else TrainConfig(), {**board.settings, **given})
-    return dict(vars(config))
+    given = {**board.settings, **given}
+    return dict(vars(cli.change(of_preset(preset, given)[0], given)))
 
 
 def entrants(board: Board, whole: Settings, leave_one_out: bool) -> dict[str, Settings]:

@@ -12,7 +12,8 @@ from bench.peers import nanogpt_recipe
 from bench.tools import race
 from bench.tools.race import Run
 from fastgpt import cli
-from fastgpt.config.training import TrainConfig
+from fastgpt.config.training import PRESETS, TrainConfig
+from fastgpt.training.start import of_preset
 
 TINY = (
     "--n_layer 1 --n_head 2 --n_embd 16 --block_size 8 --batch_size 2 --max_iters 3 --warmup_iters 0 --tokenizer byte"
@@ -35,11 +36,19 @@ def call(monkeypatch, text: Path, flags: str) -> int:
     return cli.run(speedrun.main, f"pydocs {TINY} --data_dir {data_dir} {flags}".split())
 
 
+def of_command(recipe: str) -> TrainConfig:
+    """The settings of a recipe as `fastgpt.train` takes them."""
+    start = ["--config", str(speedrun.ROOT / recipe)] if recipe.endswith(".toml") else ["--preset", recipe]
+    preset, given = cli.read(TrainConfig, start, prog="", description="", presets=PRESETS)
+    return dataclasses.replace(of_preset(preset, given)[0], **given)
+
+
 def test_every_recipe_is_a_whole_configuration():
     for board in speedrun.BOARDS.values():
         whole = speedrun.settings_of(board, [])
         TrainConfig(**whole).check()
         assert whole["eval_interval"] <= whole["max_iters"]
+        assert TrainConfig(**whole) == dataclasses.replace(of_command(board.recipe), **board.settings)
         for name, less in board.ingredients.items():
             without = {**whole, **less}
             TrainConfig(**without).check()
