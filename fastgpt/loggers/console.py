@@ -191,12 +191,16 @@ class Display(Logger):
             self.notebook.refresh()
 
     def product(self, text: str) -> None:
-        """Text for stdout, with the live line out of the way."""
+        """Text for stdout, above the live line."""
+        if isinstance(self.live, Live):
+            self.live.transient = True  # the line is taken away, and drawn again below
         if self.live:
             self.live.stop()
         print_product(text)
         if self.live:
             self.live.start()
+        if isinstance(self.live, Live):
+            self.live.transient = False  # the last one stays
 
     def _estimate(self, seconds: float) -> None:
         """Estimate the time of a step from its micro-batches so far; the first is slower, and is left out if it can."""

@@ -242,3 +242,13 @@ def test_ipython_on_a_terminal_is_no_notebook(monkeypatch, shell):
         monkeypatch.setattr(builtins, "get_ipython", shell, raising=False)
     assert not console.in_notebook()
     assert piped().live is None
+
+
+def test_text_for_stdout_stands_above_the_live_line_which_leaves_no_copy(capsys):
+    terminal = Terminal(80)
+    with started(terminal.display):
+        terminal.display.product("a sample")
+        taken_away = terminal.display.console.file.getvalue().count("\x1b[2K")  # "erase the line"
+    assert capsys.readouterr().out == "a sample\n"
+    assert taken_away >= 1
+    assert terminal.display.console.file.getvalue().rstrip("\n\x1b[?25h").endswith("step 0/2000")
